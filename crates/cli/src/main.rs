@@ -1,0 +1,3 @@
+//! liveblk: the human's command.
+#![forbid(unsafe_code)]
+fn main() {}

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! The QMP control protocol: sessions, dispatch, commands, events.

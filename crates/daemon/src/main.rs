@@ -1,0 +1,3 @@
+//! liveblkd: the storage daemon.
+#![forbid(unsafe_code)]
+fn main() {}

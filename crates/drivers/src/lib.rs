@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! Protocol, format and filter drivers other than qcow2.

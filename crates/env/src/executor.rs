@@ -1,0 +1,410 @@
+//! The executor: one per thread, tasks that never leave it.
+//!
+//! What can happen: a task is woken by another task (the usual case: one push on a thread-local queue), by a completion
+//! that [`Backend::turn`] collects, or from another thread (mutex-protected queue, then [`Backend::waker`]). What must
+//! stay true: a task is queued at most once; a task that ended or was cancelled is never polled again; every future is
+//! dropped on this thread, outside of any borrow of the executor's own tables (its destructor may spawn or wake).
+
+use crate::Env;
+use crate::backend::{Backend, Turn};
+use crate::sync::Notify;
+use slab::Slab;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::rc::{Rc, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Context, Poll, Wake, Waker};
+
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+/// Polls between two looks at the backend: completions and submissions are batched over at most so many task polls, so
+/// that a flood of ready tasks delays I/O by tens of microseconds at the most.
+const POLLS_PER_TURN: usize = 128;
+
+thread_local! {
+    /// Which executor runs on this thread now (0: none).
+    static HERE: Cell<u64> = const { Cell::new(0) };
+    static READY: RefCell<VecDeque<Arc<TaskWaker>>> = const { RefCell::new(VecDeque::new()) };
+}
+static NEXT_EXECUTOR: AtomicU64 = AtomicU64::new(1);
+
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+struct Remote {
+    executor: u64,
+    queue: Mutex<Vec<Arc<TaskWaker>>>,
+    signal: Arc<dyn Fn() + Send + Sync>,
+}
+
+struct TaskWaker {
+    index: usize,
+    generation: u64,
+    queued: AtomicBool,
+    remote: Arc<Remote>,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        if self.queued.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if HERE.get() == self.remote.executor {
+            READY.with_borrow_mut(|r| r.push_back(self));
+            return;
+        }
+        let remote = self.remote.clone();
+        let first = {
+            let mut q = lock(&remote.queue);
+            q.push(self);
+            q.len() == 1
+        };
+        if first {
+            (remote.signal)();
+        }
+    }
+}
+
+struct Slot {
+    generation: u64,
+    /// `None` while the task is being polled.
+    task: Option<Task>,
+    waker: Arc<TaskWaker>,
+    state: Rc<TaskState>,
+}
+
+struct TaskState {
+    name: &'static str,
+    done: Cell<bool>,
+    cancelled: Cell<bool>,
+    ended: Notify,
+}
+
+pub(crate) struct Tasks {
+    slots: RefCell<Slab<Slot>>,
+    generation: Cell<u64>,
+    remote: Arc<Remote>,
+}
+
+/// Starts tasks; part of every [`Env`].
+#[derive(Clone)]
+pub(crate) struct Spawner(Rc<Tasks>);
+
+impl Spawner {
+    pub(crate) fn spawn(&self, name: &'static str, task: Task) -> TaskHandle {
+        let tasks = &self.0;
+        let generation = tasks.generation.get();
+        tasks.generation.set(generation + 1);
+        let state = Rc::new(TaskState {
+            name,
+            done: Cell::new(false),
+            cancelled: Cell::new(false),
+            ended: Notify::new(),
+        });
+        let waker = {
+            let mut slots = tasks.slots.borrow_mut();
+            let entry = slots.vacant_entry();
+            let index = entry.key();
+            let queued = AtomicBool::new(false);
+            let waker = Arc::new(TaskWaker { index, generation, queued, remote: tasks.remote.clone() });
+            entry.insert(Slot { generation, task: Some(task), waker: waker.clone(), state: state.clone() });
+            waker
+        };
+        let handle = TaskHandle { tasks: Rc::downgrade(tasks), index: waker.index, generation, state };
+        waker.wake();
+        handle
+    }
+
+    pub(crate) fn mailbox<T: Send + 'static>(&self) -> (MailboxSender<T>, Mailbox<T>) {
+        let shared =
+            Arc::new(Mutex::new(Post { letters: VecDeque::new(), reader: None, senders: 1, closed: false }));
+        (MailboxSender { shared: shared.clone() }, Mailbox { shared })
+    }
+}
+
+/// A running task.
+pub struct TaskHandle {
+    tasks: Weak<Tasks>,
+    index: usize,
+    generation: u64,
+    state: Rc<TaskState>,
+}
+
+impl TaskHandle {
+    /// Whether the task has ended (or was cancelled).
+    pub fn is_done(&self) -> bool {
+        self.state.done.get()
+    }
+
+    /// The name it was started with.
+    pub fn name(&self) -> &'static str {
+        self.state.name
+    }
+
+    /// Waits until the task has ended.
+    pub async fn join(&self) {
+        while !self.state.done.get() {
+            self.state.ended.wait().await;
+        }
+    }
+
+    /// Drops the task's future: at once, or right after the current poll when a task cancels itself.
+    pub fn cancel(&self) {
+        self.state.cancelled.set(true);
+        if let Some(tasks) = self.tasks.upgrade() {
+            tasks.end(self.index, self.generation, false);
+        }
+    }
+}
+
+impl Tasks {
+    /// Removes a task; with `polled` the caller holds its future and drops it itself.
+    fn end(&self, index: usize, generation: u64, polled: bool) {
+        let removed = {
+            let mut slots = self.slots.borrow_mut();
+            match slots.get(index) {
+                Some(s) if s.generation == generation && (polled || s.task.is_some()) => {
+                    Some(slots.remove(index))
+                }
+                _ => None,
+            }
+        };
+        if let Some(slot) = removed {
+            let state = slot.state.clone();
+            drop(slot);
+            state.done.set(true);
+            state.ended.notify_all();
+        }
+    }
+
+    fn poll(&self, waker: &Arc<TaskWaker>) {
+        waker.queued.store(false, Ordering::Release);
+        let taken = {
+            let mut slots = self.slots.borrow_mut();
+            match slots.get_mut(waker.index) {
+                Some(s) if s.generation == waker.generation => {
+                    s.task.take().map(|t| (t, Waker::from(s.waker.clone()), s.state.clone()))
+                }
+                _ => None,
+            }
+        };
+        let Some((mut task, task_waker, state)) = taken else { return };
+        let ended = task.as_mut().poll(&mut Context::from_waker(&task_waker)).is_ready();
+        if ended || state.cancelled.get() {
+            drop(task);
+            self.end(waker.index, waker.generation, true);
+        } else if let Some(s) = self.slots.borrow_mut().get_mut(waker.index) {
+            s.task = Some(task);
+        }
+    }
+}
+
+/// The loop of one thread.
+pub struct Executor {
+    backend: Rc<dyn Backend>,
+    tasks: Rc<Tasks>,
+    id: u64,
+}
+
+/// The run can never end: nothing is in flight and nobody can wake it. Only the simulator finds out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stuck {
+    /// Names of the tasks that still wait.
+    pub waiting: Vec<&'static str>,
+}
+
+impl Executor {
+    /// An executor over `backend`, for the current thread.
+    pub fn new(backend: Rc<dyn Backend>) -> Executor {
+        let id = NEXT_EXECUTOR.fetch_add(1, Ordering::Relaxed);
+        let remote =
+            Arc::new(Remote { executor: id, queue: Mutex::new(Vec::new()), signal: backend.waker() });
+        let tasks = Rc::new(Tasks {
+            slots: RefCell::new(Slab::new()),
+            generation: Cell::new(1),
+            remote: remote.clone(),
+        });
+        Executor { backend, tasks, id }
+    }
+
+    /// The handle for code that runs here.
+    pub fn env(&self) -> Env {
+        Env::new(self.backend.clone(), Spawner(self.tasks.clone()))
+    }
+
+    /// Runs until `main` ends, and gives its result. Other tasks may remain; they go on in the next `run`, and are
+    /// dropped with the executor.
+    ///
+    /// # Panics
+    /// If the simulator finds the run stuck; see [`Executor::try_run`].
+    pub fn run<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> T {
+        match self.try_run(main) {
+            Ok(v) => v,
+            Err(stuck) => panic!("nothing can happen any more; waiting: {:?}", stuck.waiting),
+        }
+    }
+
+    /// Like [`Executor::run`], but says so when nothing can happen any more.
+    pub fn try_run<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> Result<T, Stuck> {
+        let before = HERE.replace(self.id);
+        let outer = READY.take();
+        let result = Rc::new(RefCell::new(None));
+        let out = result.clone();
+        // tasks woken while no executor ran here are in the remote queue
+        Spawner(self.tasks.clone()).spawn(
+            "main",
+            Box::pin(async move {
+                let value = main.await;
+                *out.borrow_mut() = Some(value);
+            }),
+        );
+        let outcome = loop {
+            if let Some(v) = result.borrow_mut().take() {
+                break Ok(v);
+            }
+            if !self.turn(&result) {
+                break Err(Stuck { waiting: self.waiting() });
+            }
+        };
+        // what is still runnable stays so for the next run
+        let left = READY.replace(outer);
+        if !left.is_empty() {
+            lock(&self.tasks.remote.queue).extend(left);
+        }
+        HERE.set(before);
+        outcome
+    }
+
+    /// Names of tasks that have not ended.
+    pub fn waiting(&self) -> Vec<&'static str> {
+        self.tasks.slots.borrow().iter().map(|(_, s)| s.state.name).collect()
+    }
+
+    fn turn<T>(&self, result: &RefCell<Option<T>>) -> bool {
+        let mut left = POLLS_PER_TURN;
+        while left > 0 {
+            self.take_remote();
+            let ready = READY.with_borrow(|r| r.len());
+            if ready == 0 {
+                break;
+            }
+            let pick = if ready == 1 { 0 } else { self.backend.pick(ready).min(ready - 1) };
+            let next = READY.with_borrow_mut(|r| if pick == 0 { r.pop_front() } else { r.remove(pick) });
+            if let Some(waker) = next {
+                self.tasks.poll(&waker);
+            }
+            if result.borrow().is_some() {
+                return true;
+            }
+            left -= 1;
+        }
+        let idle = READY.with_borrow(|r| r.is_empty()) && lock(&self.tasks.remote.queue).is_empty();
+        self.backend.turn(idle) == Turn::Progress || READY.with_borrow(|r| !r.is_empty())
+    }
+
+    fn take_remote(&self) {
+        let woken = {
+            let mut q = lock(&self.tasks.remote.queue);
+            if q.is_empty() {
+                return;
+            }
+            std::mem::take(&mut *q)
+        };
+        READY.with_borrow_mut(|r| r.extend(woken));
+    }
+}
+
+impl Drop for Executor {
+    fn drop(&mut self) {
+        // A dropped future may spawn or wake; repeat until nothing is left.
+        while !self.tasks.slots.borrow().is_empty() {
+            let slots = std::mem::take(&mut *self.tasks.slots.borrow_mut());
+            drop(slots);
+        }
+    }
+}
+
+struct Post<T> {
+    letters: VecDeque<T>,
+    reader: Option<Waker>,
+    senders: usize,
+    closed: bool,
+}
+
+/// The sending end of a mailbox; any thread.
+pub struct MailboxSender<T> {
+    shared: Arc<Mutex<Post<T>>>,
+}
+
+impl<T> Clone for MailboxSender<T> {
+    fn clone(&self) -> Self {
+        lock(&self.shared).senders += 1;
+        MailboxSender { shared: self.shared.clone() }
+    }
+}
+
+impl<T> Drop for MailboxSender<T> {
+    fn drop(&mut self) {
+        let reader = {
+            let mut b = lock(&self.shared);
+            b.senders -= 1;
+            if b.senders == 0 { b.reader.take() } else { None }
+        };
+        if let Some(w) = reader {
+            w.wake();
+        }
+    }
+}
+
+impl<T> MailboxSender<T> {
+    /// Adds a letter. Gives it back if the mailbox is gone.
+    pub fn send(&self, letter: T) -> Result<(), T> {
+        let reader = {
+            let mut b = lock(&self.shared);
+            if b.closed {
+                return Err(letter);
+            }
+            b.letters.push_back(letter);
+            b.reader.take()
+        };
+        if let Some(w) = reader {
+            w.wake();
+        }
+        Ok(())
+    }
+}
+
+/// The receiving end of a mailbox; one thread.
+pub struct Mailbox<T> {
+    shared: Arc<Mutex<Post<T>>>,
+}
+
+impl<T> Mailbox<T> {
+    /// The next letter, or `None` when all senders are gone.
+    pub async fn recv(&self) -> Option<T> {
+        poll_fn(|cx| {
+            let mut b = lock(&self.shared);
+            match b.letters.pop_front() {
+                Some(l) => Poll::Ready(Some(l)),
+                None if b.senders == 0 => Poll::Ready(None),
+                None => {
+                    b.reader = Some(cx.waker().clone());
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+}
+
+impl<T> Drop for Mailbox<T> {
+    fn drop(&mut self) {
+        let mut b = lock(&self.shared);
+        b.closed = true;
+        b.letters.clear();
+    }
+}

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! Exports: the NBD server.

@@ -1,0 +1,132 @@
+//! What every layer of a disk is.
+
+use crate::Edge;
+use crate::perm::Demand;
+use block::{Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
+use std::rc::Rc;
+
+/// Facts about a node for `query-named-block-nodes` and `query-block`-like output. Plain data; `control` makes JSON of it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NodeDetails {
+    /// The name as QMP shows it: a path, or a `json:{…}` or `nbd+unix:///…` pseudo name.
+    pub filename: String,
+    /// Bytes allocated on the host, if known.
+    pub actual_size: Option<u64>,
+    /// Cluster size in bytes, if there are clusters.
+    pub cluster_size: Option<u64>,
+    /// The backing file string in the image header.
+    pub backing_filename: Option<String>,
+    /// The backing format string in the image header.
+    pub backing_format: Option<String>,
+    /// The image's dirty flag (lazy refcounts, not closed).
+    pub dirty_flag: Option<bool>,
+    /// Whether the image can hold compressed clusters that exist now.
+    pub compressed: Option<bool>,
+    /// Format-specific facts as (QMP name, value), in QSD's order; empty where QSD has none.
+    pub specific: Vec<(&'static str, Fact)>,
+}
+
+/// A value in [`NodeDetails::specific`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Fact {
+    /// A string.
+    Text(String),
+    /// A whole number.
+    Number(u64),
+    /// A flag.
+    Flag(bool),
+}
+
+/// A layer of a disk: protocol, format or filter. Lives on its disk's home thread.
+///
+/// The edge above has already checked: the span is inside `len()` (for writes, too), aligned to
+/// `limits().request_alignment`, not longer than `limits().max_transfer`, the node is writable if it is a write, and the
+/// data is as long as the span. Requests run concurrently; a driver that needs order makes it itself.
+pub trait Node: 'static {
+    /// The driver name as in QMP (`qcow2`, `file`, `mirror_top`).
+    fn driver(&self) -> &'static str;
+    /// Virtual length in bytes.
+    fn len(&self) -> u64;
+    /// Limits of a request. May change only while the gates above are closed.
+    fn limits(&self) -> Limits;
+    /// All edges to children, in a fixed order.
+    fn edges(&self) -> Vec<Rc<Edge>>;
+    /// What this node asks of the child behind `edge` when its own parents together ask `above` of it, and `writable`
+    /// says whether the node is read-write. Pure.
+    fn wants(&self, edge: &Edge, above: Demand, writable: bool) -> Demand;
+
+    /// Reads exactly `at`.
+    fn read(&self, at: Span) -> Io<'_, Data>;
+    /// Writes `data` at `at`.
+    fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_>;
+    /// Makes `at` read as zero. With `flags.no_fallback` it fails with `Unsupported` rather than write zeroes.
+    fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_>;
+    /// The bytes are not needed any more. May do nothing.
+    fn discard(&self, at: Span) -> Io<'_>;
+    /// What this layer (not those below) says of `at`, covering it exactly from its start; it may stop early after a
+    /// bounded number of extents, but not at once. Filters report [`block::Kind::Unallocated`] for everything and are
+    /// walked through.
+    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>>;
+    /// Everything completed before is on stable storage after, children included.
+    fn flush(&self) -> Io<'_>;
+
+    /// Changes the length. Called with the gates above closed to other requests.
+    fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
+        let _ = (len, prealloc);
+        let name = self.driver();
+        Box::pin(async move {
+            Err(block::BlockError::unsupported(format!(
+                "Image format driver '{name}' does not support resize"
+            )))
+        })
+    }
+    /// Turns the node read-write or read-only (image header marks, host file mode). Called while no write is running.
+    fn set_writable(&self, writable: bool) -> Io<'_>;
+    /// Writes back what is cached and marks the image clean; the last call before the node is dropped. Called with
+    /// the gates above closed.
+    fn close(&self) -> Io<'_>;
+    /// Facts for queries.
+    fn details(&self) -> Io<'_, NodeDetails>;
+
+    /// For a copy-on-write format: the edge to the layer below (what it does not hold is read from there).
+    fn backing(&self) -> Option<Rc<Edge>> {
+        None
+    }
+    /// For a filter: the edge whose child it is in front of.
+    fn filtered(&self) -> Option<Rc<Edge>> {
+        None
+    }
+    /// The edge to the node that stores this one's metadata (a format's file).
+    fn primary(&self) -> Option<Rc<Edge>> {
+        self.filtered()
+    }
+    /// Takes another layer below (or none). Only [`Graph::apply`](crate::Graph::apply) calls it, gates closed.
+    fn set_backing(&self, edge: Option<Rc<Edge>>) {
+        let _ = edge;
+    }
+    /// Rewrites the backing file name and format in the image header, durably.
+    fn write_backing_name<'a>(&'a self, name: Option<&'a str>, format: Option<&'a str>) -> Io<'a> {
+        let _ = (name, format);
+        let driver = self.driver();
+        Box::pin(async move {
+            Err(block::BlockError::unsupported(format!(
+                "driver '{driver}' does not support a backing file name"
+            )))
+        })
+    }
+    /// Drops everything this layer holds, so that it reads as the layer below.
+    fn make_empty(&self) -> Io<'_> {
+        let driver = self.driver();
+        Box::pin(async move {
+            Err(block::BlockError::unsupported(format!("driver '{driver}' cannot be emptied")))
+        })
+    }
+    /// Copies inside the host from this node to `to` (same driver underneath), returning the bytes copied; `Unsupported`
+    /// where it cannot. Protocol drivers only.
+    fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
+        let _ = (at, to, to_offset);
+        Box::pin(async { Err(block::BlockError::unsupported("no copy offload")) })
+    }
+    /// For downcasts between cooperating drivers and jobs.
+    fn as_any(&self) -> &dyn std::any::Any;
+}

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! Jobs: states, registry, control, mirror, create.

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! The NBD protocol sans I/O: bytes in, bytes out, both roles.

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! From options to nodes: which driver opens what, implicit opens, image creation.

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! The qcow2 image format.

@@ -1,0 +1,2 @@
+#![forbid(unsafe_code)]
+//! The simulated world: disk, network, clock, faults, oracles.

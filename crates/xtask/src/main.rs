@@ -1,0 +1,3 @@
+//! Project chores: setup, layers, tidy, sim, crash, bench.
+#![forbid(unsafe_code)]
+fn main() {}
