@@ -68,7 +68,7 @@ impl Span {
         let start = self.start & !(unit - 1);
         let end = match self.end().checked_add(unit - 1) {
             Some(e) => e & !(unit - 1),
-            None => u64::MAX & !(unit - 1),
+            None => !(unit - 1),
         };
         Span::between(start, end)
     }

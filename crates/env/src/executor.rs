@@ -226,7 +226,7 @@ impl Executor {
         let tasks = Rc::new(Tasks {
             slots: RefCell::new(Slab::new()),
             generation: Cell::new(1),
-            remote: remote.clone(),
+            remote,
         });
         Executor { backend, tasks, id }
     }
