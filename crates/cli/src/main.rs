@@ -1,3 +1,98 @@
-//! liveblk: the human's command.
+//! liveblk: the human's command. It speaks QMP to a running liveblkd (`--socket`), or starts one of its own for work on
+//! files that nobody serves.
+//!
+//! What can happen: no daemon at the socket, a job that fails or never gets ready, the terminal closed in the middle.
+//! What must stay true: every error says what to do next; an interrupted command leaves a running daemon's jobs alone,
+//! and its own daemon ended.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod daemon;
+mod mirror;
+mod qmp;
+mod status;
+mod watch;
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Works on the disks of running machines.
+#[derive(Parser)]
+#[command(name = "liveblk", version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Copy a disk while it is in use, or two files that nobody uses
+    Mirror(mirror::MirrorArgs),
+    /// Show disks, exports and jobs of a running daemon
+    Status(SocketArgs),
+    /// Show the progress of jobs until they end
+    Watch(watch::WatchArgs),
+    /// Complete a ready job: its target takes the place of its source
+    Complete(JobArgs),
+    /// End a job; a ready mirror leaves its target as a point-in-time copy (unless --force)
+    Cancel(CancelArgs),
+}
+
+#[derive(Args)]
+struct SocketArgs {
+    /// The daemon's QMP socket
+    #[arg(long, env = "LIVEBLK_SOCKET", value_name = "PATH")]
+    socket: PathBuf,
+}
+
+#[derive(Args)]
+struct JobArgs {
+    #[command(flatten)]
+    socket: SocketArgs,
+    /// The job's id
+    job: String,
+}
+
+#[derive(Args)]
+struct CancelArgs {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Do not wait for a consistent point
+    #[arg(long)]
+    force: bool,
+}
+
+/// What a command ends with: nothing, or a sentence for the human (with what to do next, where that is known).
+type Outcome<T = ()> = Result<T, String>;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("liveblk: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    match command {
+        Command::Mirror(args) => mirror::run(&args),
+        Command::Status(args) => status::run(&mut qmp::Client::connect(&args.socket)?),
+        Command::Watch(args) => watch::run(&args),
+        Command::Complete(args) => {
+            let mut client = qmp::Client::connect(&args.socket.socket)?;
+            client.execute("job-complete", &serde_json::json!({"id": args.job})).map(drop)
+        }
+        Command::Cancel(args) => {
+            let mut client = qmp::Client::connect(&args.job.socket.socket)?;
+            client
+                .execute(
+                    "block-job-cancel",
+                    &serde_json::json!({"device": args.job.job, "force": args.force}),
+                )
+                .map(drop)
+        }
+    }
+}

@@ -223,11 +223,7 @@ impl Executor {
         let id = NEXT_EXECUTOR.fetch_add(1, Ordering::Relaxed);
         let remote =
             Arc::new(Remote { executor: id, queue: Mutex::new(Vec::new()), signal: backend.waker() });
-        let tasks = Rc::new(Tasks {
-            slots: RefCell::new(Slab::new()),
-            generation: Cell::new(1),
-            remote,
-        });
+        let tasks = Rc::new(Tasks { slots: RefCell::new(Slab::new()), generation: Cell::new(1), remote });
         Executor { backend, tasks, id }
     }
 

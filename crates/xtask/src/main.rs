@@ -1,3 +1,63 @@
-//! Project chores: setup, layers, tidy, sim, crash, bench.
+//! Project chores, one subcommand a file. `cargo xtask help` lists them.
+//!
+//! What must stay true: each chore sets up what it needs on a fresh machine, says what it runs, and fails with the exit
+//! status of what failed. This crate depends on nothing but `serde_json`, so that the first command a newcomer types
+//! prints within seconds; whatever needs the workspace's own crates is built and run as a child process.
 #![forbid(unsafe_code)]
-fn main() {}
+
+mod bench;
+mod ci;
+mod demo;
+mod layers;
+mod setup;
+mod shell;
+mod tidy;
+
+use shell::{Outcome, fail};
+
+const HELP: &str = "\
+cargo xtask COMMAND
+
+  demo      the main job: a disk served, written, mirrored live, pivoted and proven equal (what README shows first)
+  ci        all tests, as CI runs them
+  setup     install what the tests need (apt-get as root; otherwise prints the line to type)
+  layers    which crate may import which (DESIGN section 2)
+  tidy      house rules that no compiler knows
+  sim       the whole daemon in a simulated world: --seeds N [--start S] | --seed S | --planted
+  crash     enumerated crash states of qcow2: --states N [--seed S]
+  histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
+  bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
+";
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let command = args.next().unwrap_or_else(|| "help".to_owned());
+    let rest: Vec<String> = args.collect();
+    let outcome = match command.as_str() {
+        "demo" => demo::run(&rest),
+        "ci" => ci::run(&rest),
+        "setup" => setup::run(&rest),
+        "layers" => layers::run(),
+        "tidy" => tidy::run(),
+        "sim" => run_tool("sim", "simulate", &rest),
+        "crash" => run_tool("crashlab", "crashlab", &rest),
+        "histories" => run_tool("crashlab", "histories", &rest),
+        "bench" => bench::run(&rest),
+        "help" | "--help" | "-h" => {
+            print!("{HELP}");
+            Ok(())
+        }
+        other => fail(format!("no such command: {other}\n\n{HELP}")),
+    };
+    if let Err(message) = outcome {
+        eprintln!("xtask {command}: {message}");
+        std::process::exit(1);
+    }
+}
+
+/// Builds a tool of the workspace in release and runs it with the terminal as its own.
+fn run_tool(package: &str, bin: &str, args: &[String]) -> Outcome {
+    let mut line = vec!["run", "--quiet", "--release", "--package", package, "--bin", bin, "--"];
+    line.extend(args.iter().map(String::as_str));
+    shell::cargo(&line)
+}

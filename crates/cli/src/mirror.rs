@@ -1,0 +1,301 @@
+//! `liveblk mirror SRC DST`: against a running daemon (SRC and DST are node names, or DST a file), or on two files.
+
+use crate::watch::{View, jobs, text, wait};
+use crate::{Outcome, daemon::OwnDaemon, qmp::Client};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// A node that this command makes in the daemon.
+const TARGET: &str = "liveblk-target";
+const SOURCE: &str = "liveblk-source";
+
+#[derive(Args)]
+pub(crate) struct MirrorArgs {
+    /// What to copy: a file, or with --socket a node of the running daemon
+    source: String,
+    /// Where to: a file (made if missing), an nbd:// or nbd+unix:// address, or with --socket also a node
+    target: String,
+    /// QMP socket of the running daemon; without it a daemon is started for this copy alone
+    #[arg(long, env = "LIVEBLK_SOCKET", value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Format of the source file (default: looked at)
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// Format of the target file (default: that of the source when it is made, else looked at)
+    #[arg(long, value_enum)]
+    target_format: Option<Format>,
+    /// How the client's writes reach the target while the copy runs
+    #[arg(long, value_enum, default_value = "background")]
+    copy_mode: CopyMode,
+    /// At most so many bytes a second (0: no limit)
+    #[arg(long, default_value_t = 0)]
+    speed: u64,
+    /// The job's id in a running daemon
+    #[arg(long, default_value = "liveblk-mirror")]
+    job: String,
+    /// When the copy is in sync: make the target the disk that is served (pivot), leave it as a copy, or leave the job
+    /// running
+    #[arg(long, value_enum)]
+    then: Option<Then>,
+    /// What to do when the client writes faster than the target takes it
+    #[arg(long, value_enum, default_value = "none")]
+    convergence: Convergence,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Raw,
+    Qcow2,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum CopyMode {
+    Background,
+    WriteBlocking,
+    ReadWriteBlocking,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Then {
+    Pivot,
+    Copy,
+    Stay,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Convergence {
+    None,
+    SwitchCopyMode,
+    ThrottleGuest,
+}
+
+fn name<T: ValueEnum + Copy>(v: T) -> String {
+    v.to_possible_value().map(|p| p.get_name().to_owned()).unwrap_or_default()
+}
+
+pub(crate) fn run(args: &MirrorArgs) -> Outcome {
+    match &args.socket {
+        Some(socket) => live(args, &mut Client::connect(socket)?),
+        None => offline(args),
+    }
+}
+
+/// Copies one file to another with a daemon of our own.
+fn offline(args: &MirrorArgs) -> Outcome {
+    let source = Path::new(&args.source);
+    let format = match args.format {
+        Some(f) => f,
+        None => look(source)?,
+    };
+    let daemon = OwnDaemon::start()?;
+    let mut client = daemon.client()?;
+    add(&mut client, SOURCE, format, &args.source, true)?;
+    make_target(args, &mut client, SOURCE, format)?;
+    start(args, &mut client, SOURCE, TARGET)?;
+    follow(&mut client, &args.job)?;
+    finish(&mut client, &args.job, Then::Copy)?;
+    client.execute("blockdev-del", &json!({"node-name": TARGET}))?;
+    daemon.quit(&mut client)?;
+    println!("{} is a copy of {}", args.target, args.source);
+    Ok(())
+}
+
+/// Mirrors a node of a running daemon.
+fn live(args: &MirrorArgs, client: &mut Client) -> Outcome {
+    let nodes = client.execute("query-named-block-nodes", &json!({"flat": true}))?;
+    let node = |name: &str| nodes.as_array().and_then(|a| a.iter().find(|n| n["node-name"] == name));
+    let Some(source) = node(&args.source) else {
+        return Err(format!("the daemon has no disk named {}\n  `liveblk status` lists them", args.source));
+    };
+    let target = if node(&args.target).is_some() {
+        args.target.clone()
+    } else {
+        let format = if source["drv"] == "qcow2" { Format::Qcow2 } else { Format::Raw };
+        make_target(args, client, &args.source, format)?;
+        TARGET.to_owned()
+    };
+    start(args, client, &args.source, &target)?;
+    follow(client, &args.job)?;
+    let then = args.then.unwrap_or(Then::Stay);
+    finish(client, &args.job, then)?;
+    match then {
+        Then::Pivot => println!("clients of {} are now served from {}", args.source, args.target),
+        Then::Copy => println!("{} is a copy of {} at this instant", args.target, args.source),
+        Then::Stay => println!(
+            "{} is in sync and stays so; next: liveblk complete {} (pivot) or liveblk cancel {} (keep the copy)",
+            args.target, args.job, args.job
+        ),
+    }
+    Ok(())
+}
+
+/// qcow2 by its magic, else raw.
+fn look(file: &Path) -> Outcome<Format> {
+    let mut magic = [0u8; 4];
+    let mut f = std::fs::File::open(file).map_err(|e| format!("cannot open {}: {e}", file.display()))?;
+    let qcow2 = f.read_exact(&mut magic).is_ok() && &magic == b"QFI\xfb";
+    Ok(if qcow2 { Format::Qcow2 } else { Format::Raw })
+}
+
+fn protocol(place: &str) -> Outcome<Value> {
+    if let Some(rest) = place.strip_prefix("nbd+unix://") {
+        let (export, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let path = query.split('&').find_map(|p| p.strip_prefix("socket="));
+        let path =
+            path.ok_or_else(|| format!("{place}: the socket is missing (nbd+unix:///EXPORT?socket=PATH)"))?;
+        let server = json!({"type": "unix", "path": path});
+        return Ok(json!({"driver": "nbd", "server": server, "export": export.trim_start_matches('/')}));
+    }
+    if let Some(rest) = place.strip_prefix("nbd://") {
+        let (host, export) = rest.split_once('/').unwrap_or((rest, ""));
+        let (host, port) = host.rsplit_once(':').unwrap_or((host, "10809"));
+        let server = json!({"type": "inet", "host": host, "port": port});
+        return Ok(json!({"driver": "nbd", "server": server, "export": export}));
+    }
+    Ok(json!({"driver": "file", "filename": place, "discard": "unmap"}))
+}
+
+fn add(client: &mut Client, node: &str, format: Format, place: &str, read_only: bool) -> Outcome {
+    let mut file = protocol(place)?;
+    file["read-only"] = json!(read_only);
+    let options = json!({"driver": name(format), "node-name": node, "read-only": read_only, "discard": "unmap", "file": file});
+    client.execute("blockdev-add", &options).map(drop)
+}
+
+/// Opens the target, making the file first if there is none.
+fn make_target(args: &MirrorArgs, client: &mut Client, source: &str, source_format: Format) -> Outcome {
+    let place = args.target.as_str();
+    let file = Path::new(place);
+    let is_file = protocol(place)?["driver"] == "file";
+    let format = match args.target_format {
+        Some(f) => f,
+        None if is_file && file.exists() => look(file)?,
+        None if is_file => source_format,
+        None => Format::Raw,
+    };
+    if is_file && !file.exists() {
+        let size = size_of(client, source)?;
+        let file_size = if format == Format::Raw { size } else { 0 };
+        create(client, "liveblk-create", &json!({"driver": "file", "filename": place, "size": file_size}))?;
+        if format == Format::Qcow2 {
+            let node = json!({"driver": "file", "node-name": "liveblk-new", "filename": place});
+            client.execute("blockdev-add", &node)?;
+            let made = create(
+                client,
+                "liveblk-format",
+                &json!({"driver": "qcow2", "file": "liveblk-new", "size": size}),
+            );
+            client.execute("blockdev-del", &json!({"node-name": "liveblk-new"}))?;
+            made?;
+        }
+    }
+    add(client, TARGET, format, place, false)
+}
+
+fn size_of(client: &mut Client, node: &str) -> Outcome<u64> {
+    let nodes = client.execute("query-named-block-nodes", &json!({"flat": true}))?;
+    let found = nodes.as_array().and_then(|a| a.iter().find(|n| n["node-name"] == node));
+    found
+        .and_then(|n| n["image"]["virtual-size"].as_u64())
+        .ok_or_else(|| format!("the daemon does not know {node}"))
+}
+
+fn create(client: &mut Client, job: &str, options: &Value) -> Outcome {
+    client.execute("blockdev-create", &json!({"job-id": job, "options": options}))?;
+    loop {
+        let all = jobs(client)?;
+        let Some(mine) = all.iter().find(|j| j["id"] == job) else {
+            return Err(format!("the job that makes {} vanished", text(&options["filename"])));
+        };
+        if mine["status"] == "concluded" {
+            client.execute("job-dismiss", &json!({"id": job}))?;
+            return match mine.get("error") {
+                None => Ok(()),
+                Some(e) => Err(format!("cannot make the target: {}", text(e))),
+            };
+        }
+        wait(client)?;
+    }
+}
+
+fn start(args: &MirrorArgs, client: &mut Client, source: &str, target: &str) -> Outcome {
+    let mut job = json!({
+        "job-id": args.job, "device": source, "target": target, "sync": "full", "copy-mode": name(args.copy_mode),
+        "speed": args.speed, "auto-dismiss": false,
+    });
+    if !matches!(args.convergence, Convergence::None) {
+        job["convergence"] = json!(name(args.convergence));
+    }
+    client.execute("blockdev-mirror", &job).map(drop)
+}
+
+/// Shows progress until the job is ready.
+fn follow(client: &mut Client, job: &str) -> Outcome {
+    let mut view = View::new();
+    loop {
+        let all = jobs(client)?;
+        let Some(mine) = all.iter().find(|j| j["id"] == job) else {
+            return Err(format!("job {job} was dismissed by somebody else"));
+        };
+        view.update(&[mine]);
+        match mine["status"].as_str() {
+            Some("ready") => {
+                view.finish();
+                return Ok(());
+            }
+            Some("concluded") => {
+                view.finish();
+                let why = mine.get("error").map_or_else(|| "it was ended by somebody else".to_owned(), text);
+                client.execute("job-dismiss", &json!({"id": job}))?;
+                return Err(format!(
+                    "the copy failed: {why}\n  The source is as it was. The target is incomplete."
+                ));
+            }
+            _ => wait(client)?,
+        }
+    }
+}
+
+/// Ends a ready job as asked and waits for its end.
+fn finish(client: &mut Client, job: &str, then: Then) -> Outcome {
+    match then {
+        Then::Stay => return Ok(()),
+        Then::Pivot => client.execute("job-complete", &json!({"id": job}))?,
+        Then::Copy => client.execute("block-job-cancel", &json!({"device": job}))?,
+    };
+    loop {
+        let all = jobs(client)?;
+        let Some(mine) = all.iter().find(|j| j["id"] == job) else { return Ok(()) };
+        if mine["status"] == "concluded" {
+            let error = mine.get("error").map(text);
+            client.execute("job-dismiss", &json!({"id": job}))?;
+            return error.map_or(Ok(()), |e| {
+                Err(format!("the job failed at its end: {e}\n  The source is still served."))
+            });
+        }
+        wait(client)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_become_protocol_nodes() {
+        assert_eq!(protocol("a/b.img").map(|v| v["filename"].clone()), Ok(json!("a/b.img")));
+        let unix = protocol("nbd+unix:///disk?socket=/run/x.sock").expect("a good address");
+        assert_eq!(
+            unix,
+            json!({"driver": "nbd", "server": {"type": "unix", "path": "/run/x.sock"}, "export": "disk"})
+        );
+        let tcp = protocol("nbd://h:10/e").expect("a good address");
+        assert_eq!(
+            tcp,
+            json!({"driver": "nbd", "server": {"type": "inet", "host": "h", "port": "10"}, "export": "e"})
+        );
+        assert!(protocol("nbd+unix:///disk").is_err());
+    }
+}
