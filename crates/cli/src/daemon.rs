@@ -1,6 +1,7 @@
 //! A daemon of our own, for work on files that nobody serves. It ends when this value is dropped.
 
-use crate::{Outcome, qmp::Client};
+use crate::Outcome;
+use qmpclient::Client;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -8,11 +8,11 @@
 
 mod daemon;
 mod mirror;
-mod qmp;
 mod status;
 mod watch;
 
 use clap::{Args, Parser, Subcommand};
+use qmpclient::{Client, Outcome};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -62,9 +62,6 @@ struct CancelArgs {
     force: bool,
 }
 
-/// What a command ends with: nothing, or a sentence for the human (with what to do next, where that is known).
-type Outcome<T = ()> = Result<T, String>;
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli.command) {
@@ -79,14 +76,14 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Outcome {
     match command {
         Command::Mirror(args) => mirror::run(&args),
-        Command::Status(args) => status::run(&mut qmp::Client::connect(&args.socket)?),
+        Command::Status(args) => status::run(&mut Client::connect(&args.socket)?),
         Command::Watch(args) => watch::run(&args),
         Command::Complete(args) => {
-            let mut client = qmp::Client::connect(&args.socket.socket)?;
+            let mut client = Client::connect(&args.socket.socket)?;
             client.execute("job-complete", &serde_json::json!({"id": args.job})).map(drop)
         }
         Command::Cancel(args) => {
-            let mut client = qmp::Client::connect(&args.job.socket.socket)?;
+            let mut client = Client::connect(&args.job.socket.socket)?;
             client
                 .execute(
                     "block-job-cancel",

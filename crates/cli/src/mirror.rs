@@ -1,8 +1,9 @@
 //! `liveblk mirror SRC DST`: against a running daemon (SRC and DST are node names, or DST a file), or on two files.
 
 use crate::watch::{View, jobs, text, wait};
-use crate::{Outcome, daemon::OwnDaemon, qmp::Client};
+use crate::{Outcome, daemon::OwnDaemon};
 use clap::{Args, ValueEnum};
+use qmpclient::Client;
 use serde_json::{Value, json};
 use std::io::Read;
 use std::path::{Path, PathBuf};

@@ -1,8 +1,9 @@
 //! What a running daemon has: disks, exports, jobs.
 
+use crate::Outcome;
 use crate::watch::{facts, jobs, number, text};
-use crate::{Outcome, qmp::Client};
 use indicatif::HumanBytes;
+use qmpclient::Client;
 use serde_json::{Value, json};
 
 pub(crate) fn run(client: &mut Client) -> Outcome {

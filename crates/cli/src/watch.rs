@@ -1,8 +1,9 @@
 //! Progress of jobs, live: phase, bytes, rates, and whether and why a job will not get ready.
 
-use crate::{Outcome, SocketArgs, qmp::Client};
+use crate::{Outcome, SocketArgs};
 use clap::Args;
 use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressStyle};
+use qmpclient::Client;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -9,6 +9,8 @@ const LAYERS: &[(&str, u32)] = &[
     // `block` is nouns without I/O; `env` speaks in them, so it stands one step lower than in DESIGN's drawing
     // (docs/decisions/0001-block-below-env.md).
     ("block", 0),
+    // std and serde_json only; for the human's command and for chores
+    ("qmpclient", 0),
     ("env", 1),
     ("bitmap", 1),
     ("nbd", 1),

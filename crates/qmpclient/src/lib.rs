@@ -1,6 +1,9 @@
-//! A small QMP client: one command at a time, events kept in the order they came.
+//! A small blocking QMP client: one command at a time, events kept in the order they came.
+//!
+//! What can happen: nobody listens, another client holds the monitor, the daemon dies in the middle. What must stay true:
+//! no call waits for ever, a partial line survives a time-out, and every error says what to do next.
+#![forbid(unsafe_code)]
 
-use crate::Outcome;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
@@ -11,8 +14,11 @@ use std::time::{Duration, Instant};
 /// How long a daemon may take to answer a command before the human is told.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
+/// What a call ends with: a value, or a sentence for a human.
+pub type Outcome<T = ()> = Result<T, String>;
+
 /// A negotiated connection.
-pub(crate) struct Client {
+pub struct Client {
     reader: BufReader<UnixStream>,
     line: String,
     events: VecDeque<Value>,
@@ -21,7 +27,7 @@ pub(crate) struct Client {
 
 impl Client {
     /// Connects and negotiates.
-    pub(crate) fn connect(path: &Path) -> Outcome<Client> {
+    pub fn connect(path: &Path) -> Outcome<Client> {
         let stream = UnixStream::connect(path).map_err(|e| {
             format!(
                 "no daemon answers at {}: {e}\n  Start one with: liveblkd --chardev socket,id=c,path={},server=on,wait=off \
@@ -56,7 +62,7 @@ impl Client {
     }
 
     /// Runs a command and gives its return value. An error names the command and what the daemon said.
-    pub(crate) fn execute(&mut self, command: &str, arguments: &Value) -> Outcome<Value> {
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> Outcome<Value> {
         self.next_id += 1;
         let id = self.next_id;
         let request = json!({"execute": command, "arguments": arguments, "id": id});
@@ -83,7 +89,7 @@ impl Client {
     }
 
     /// The next event, waiting up to `limit`.
-    pub(crate) fn event(&mut self, limit: Duration) -> Outcome<Option<Value>> {
+    pub fn event(&mut self, limit: Duration) -> Outcome<Option<Value>> {
         if let Some(e) = self.events.pop_front() {
             return Ok(Some(e));
         }

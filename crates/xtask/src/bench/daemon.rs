@@ -1,0 +1,66 @@
+//! A daemon under measurement: started with one command line on either side, its processor time read from /proc.
+
+use super::Side;
+use crate::shell::{Outcome, fail};
+use qmpclient::Client;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+pub(super) struct Daemon {
+    child: Child,
+    qmp: PathBuf,
+}
+
+impl Daemon {
+    /// Starts with `arguments`, and a monitor on `DIR/qmp-SIDE.sock`.
+    pub(super) fn start(side: Side, dir: &std::path::Path, arguments: &[String]) -> Outcome<Daemon> {
+        let qmp = dir.join(format!("qmp-{side:?}.sock"));
+        let _ = std::fs::remove_file(&qmp);
+        let child = Command::new(side.program())
+            .args(arguments)
+            .args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", qmp.display())])
+            .args(["--monitor", "chardev=q"])
+            .stdin(Stdio::null())
+            .spawn()
+            .map_err(|e| format!("cannot start {}: {e}", side.program().display()))?;
+        let mut daemon = Daemon { child, qmp };
+        let begin = Instant::now();
+        while !daemon.qmp.exists() {
+            if let Ok(Some(status)) = daemon.child.try_wait() {
+                return fail(format!("{side:?} ended at once: {status}"));
+            }
+            if begin.elapsed() > Duration::from_secs(20) {
+                return fail(format!("{side:?} did not start"));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(daemon)
+    }
+
+    pub(super) fn client(&self) -> Outcome<Client> {
+        Client::connect(&self.qmp)
+    }
+
+    /// Seconds of processor time used so far (all threads, user and system).
+    pub(super) fn cpu(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
+        // After the command name in parentheses: state is field 3; utime and stime are 14 and 15, in ticks of 10 ms.
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let ticks = |i: usize| fields.get(i).and_then(|f| f.parse::<f64>().ok()).unwrap_or(0.0);
+        (ticks(11) + ticks(12)) / 100.0
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").arg(self.child.id().to_string()).status();
+        let begin = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if begin.elapsed() > Duration::from_secs(10) {
+                let _ = self.child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}

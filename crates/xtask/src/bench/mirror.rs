@@ -1,0 +1,168 @@
+//! Mirrors: time to READY for each pair, and what a client feels meanwhile in each mode.
+
+use super::daemon::Daemon;
+use super::nbd::{Load, finish, make_image, number, order, serving, socket};
+use super::table::{Better, Figures, heading, row};
+use super::{Options, Side};
+use crate::shell::{self, Outcome, fail};
+use qmpclient::Client;
+use serde_json::{Value, json};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A job that is not ready after this is reported as such.
+const READY_LIMIT: Duration = Duration::from_secs(60);
+
+pub(super) fn measure(options: &Options) -> Outcome {
+    heading("Mirror, full, nobody writing (time from start to READY)");
+    for (name, source, target) in [
+        ("mirror raw to raw", "raw", "raw"),
+        ("mirror qcow2 to raw", "qcow2", "raw"),
+        ("mirror qcow2 with backing to qcow2", "overlay", "qcow2"),
+        ("mirror raw to NBD", "raw", "nbd"),
+    ] {
+        if options.wants(name) {
+            throughput(options, name, source, target)?;
+        }
+    }
+    heading("A client at full speed, depth 16, while a mirror runs");
+    for mode in ["background", "write-blocking"] {
+        let name = format!("mirror {mode}, client randwrite");
+        if options.wants(&name) {
+            latency(options, &name, mode)?;
+        }
+    }
+    Ok(())
+}
+
+fn source(options: &Options, side: Side, kind: &str) -> Outcome<(String, String)> {
+    let name = format!("source-{side:?}");
+    if kind != "overlay" {
+        return Ok((kind.to_owned(), make_image(options, kind, &name, true)?));
+    }
+    let base = make_image(options, "qcow2", &format!("base-{side:?}"), true)?;
+    let file = options.path(&name);
+    let _ = std::fs::remove_file(&file);
+    shell::output(
+        Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &file]),
+    )?;
+    let half = options.image_mib / 2;
+    shell::output(Command::new("qemu-io").args([
+        "-f",
+        "qcow2",
+        "-c",
+        &format!("write -q -P 0x77 0 {half}M"),
+        &file,
+    ]))?;
+    Ok(("qcow2".to_owned(), file))
+}
+
+/// A target that the daemon under test opens as node `t`; for NBD, with the server that serves it.
+fn target(options: &Options, side: Side, kind: &str, client: &mut Client) -> Outcome<Option<Child>> {
+    let format = if kind == "nbd" { "raw" } else { kind };
+    let file = make_image(options, format, &format!("target-{side:?}"), false)?;
+    if kind != "nbd" {
+        let file = json!({"driver": "file", "filename": file, "discard": "unmap"});
+        client.execute(
+            "blockdev-add",
+            &json!({"driver": kind, "node-name": "t", "discard": "unmap", "file": file}),
+        )?;
+        return Ok(None);
+    }
+    let socket = options.path(&format!("peer-{side:?}.sock"));
+    let _ = std::fs::remove_file(&socket);
+    let child = Command::new("qemu-nbd")
+        .args(["-t", "-f", "raw", "-e", "8", "-x", "t", "-k", &socket, &file])
+        .stdin(Stdio::null())
+        .spawn()
+        .map_err(|e| format!("cannot start qemu-nbd: {e}"))?;
+    while !std::path::Path::new(&socket).exists() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let server = json!({"type": "unix", "path": socket});
+    client.execute(
+        "blockdev-add",
+        &json!({"driver": "nbd", "node-name": "t", "server": server, "export": "t"}),
+    )?;
+    Ok(Some(child))
+}
+
+/// Starts a mirror and waits until it is ready; seconds.
+fn until_ready(client: &mut Client, extra: &Value) -> Outcome<Option<f64>> {
+    let mut job = json!({"job-id": "m", "device": "d", "target": "t", "sync": "full"});
+    if let (Some(job), Some(extra)) = (job.as_object_mut(), extra.as_object()) {
+        job.extend(extra.clone());
+    }
+    let begin = Instant::now();
+    client.execute("blockdev-mirror", &job)?;
+    while begin.elapsed() < READY_LIMIT {
+        let Some(event) = client.event(Duration::from_millis(500))? else { continue };
+        match event["event"].as_str() {
+            Some("BLOCK_JOB_READY") => return Ok(Some(begin.elapsed().as_secs_f64())),
+            Some("BLOCK_JOB_COMPLETED") => return fail(format!("the mirror failed: {}", event["data"])),
+            _ => {}
+        }
+    }
+    Ok(None)
+}
+
+fn throughput(options: &Options, name: &str, from: &str, to: &str) -> Outcome {
+    let (mut rate, mut cpu) = <(Figures, Figures)>::default();
+    for round in 0..options.rounds {
+        for side in order(round) {
+            let (format, file) = source(options, side, from)?;
+            let daemon = Daemon::start(side, &options.dir, &serving(options, side, &format, &file))?;
+            let mut client = daemon.client()?;
+            let peer = target(options, side, to, &mut client)?;
+            let before = daemon.cpu();
+            let seconds = until_ready(&mut client, &json!({}))?;
+            let used = daemon.cpu() - before;
+            client.execute("job-cancel", &json!({"id": "m"}))?;
+            if let Some(s) = seconds {
+                rate.add(side, options.image_mib as f64 / s);
+                cpu.add(side, used * 1024.0 / options.image_mib as f64);
+            }
+            drop((client, daemon));
+            end(peer);
+        }
+    }
+    row(name, "MiB/s", Better::Higher, &rate);
+    row("", "CPU s/GiB", Better::Lower, &cpu);
+    Ok(())
+}
+
+fn end(peer: Option<Child>) {
+    if let Some(mut p) = peer {
+        let _ = p.kill();
+        let _ = p.wait();
+    }
+}
+
+fn latency(options: &Options, name: &str, mode: &str) -> Outcome {
+    let (mut ready, mut iops, mut p99, mut missed) = <(Figures, Figures, Figures, u32)>::default();
+    for round in 0..options.rounds {
+        for side in order(round) {
+            let (format, file) = source(options, side, "qcow2")?;
+            let daemon = Daemon::start(side, &options.dir, &serving(options, side, &format, &file))?;
+            let mut client = daemon.client()?;
+            target(options, side, "qcow2", &mut client)?;
+            let load = Load { op: "randwrite", block: 4096, depth: 16, connections: 1, seconds: 3.0 };
+            let running = load.start(&socket(options, side))?;
+            std::thread::sleep(Duration::from_millis(300));
+            match until_ready(&mut client, &json!({"copy-mode": mode}))? {
+                Some(s) => ready.add(side, s),
+                None => missed += 1,
+            }
+            let result = finish(running)?;
+            iops.add(side, number(&result, "iops"));
+            p99.add(side, number(&result, "p99_us"));
+        }
+    }
+    row(name, "READY s", Better::Lower, &ready);
+    row("", "client IOPS", Better::Higher, &iops);
+    row("", "client p99", Better::Lower, &p99);
+    if missed > 0 {
+        println!("{:<46} {missed} runs were not ready within {} s", "", READY_LIMIT.as_secs());
+    }
+    Ok(())
+}

@@ -1,0 +1,113 @@
+//! liveblkd against qemu-storage-daemon, side by side in one run.
+//!
+//! What must stay true: both get the same command line, the same images and the same load; they take turns within a round,
+//! and who goes first alternates; every load stamps its blocks and checks what it reads (`nbdload --verify`); what is
+//! printed is medians with spread, and ratios. A do-nothing server (`nbdideal`) shows what the load client could see.
+//! Machines differ and are noisy: ratios are the result, not absolute numbers.
+
+mod daemon;
+mod mirror;
+mod nbd;
+mod table;
+
+use crate::setup;
+use crate::shell::{self, Outcome, fail};
+use std::path::PathBuf;
+
+/// What is measured against what.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Side {
+    /// The reference.
+    Qsd,
+    /// Ours.
+    Liveblk,
+}
+
+pub(super) const SIDES: [Side; 2] = [Side::Qsd, Side::Liveblk];
+
+impl Side {
+    fn program(self) -> PathBuf {
+        match self {
+            Side::Qsd => PathBuf::from("qemu-storage-daemon"),
+            Side::Liveblk => shell::target().join("release/liveblkd"),
+        }
+    }
+}
+
+/// How much to do.
+pub(super) struct Options {
+    pub(super) rounds: usize,
+    /// Seconds of one load.
+    pub(super) seconds: f64,
+    /// MiB in an image.
+    pub(super) image_mib: u64,
+    /// Only cases whose name has this word.
+    pub(super) only: Option<String>,
+    /// Where images lie; tmpfs unless told otherwise, so that the daemons and not the disk are measured.
+    pub(super) dir: PathBuf,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Outcome<Options> {
+        let mut o = Options {
+            rounds: 5,
+            seconds: 1.0,
+            image_mib: 256,
+            only: None,
+            dir: PathBuf::from(format!("/dev/shm/liveblk-bench-{}", std::process::id())),
+        };
+        let mut args = args.iter();
+        while let Some(a) = args.next() {
+            let mut value = || args.next().ok_or(format!("{a} needs a value"));
+            match a.as_str() {
+                "--quick" => (o.rounds, o.seconds) = (3, 0.5),
+                "--rounds" => o.rounds = value()?.parse().map_err(|e| format!("--rounds: {e}"))?,
+                "--seconds" => o.seconds = value()?.parse().map_err(|e| format!("--seconds: {e}"))?,
+                "--only" => o.only = Some(value()?.clone()),
+                "--dir" => o.dir = PathBuf::from(value()?).join("liveblk-bench"),
+                other => {
+                    return fail(format!(
+                        "no such option: {other} (--quick, --rounds N, --seconds S, --only WORD, --dir D)"
+                    ));
+                }
+            }
+        }
+        Ok(o)
+    }
+
+    pub(super) fn wants(&self, case: &str) -> bool {
+        self.only.as_ref().is_none_or(|w| case.contains(w.as_str()))
+    }
+
+    pub(super) fn path(&self, name: &str) -> String {
+        self.dir.join(name).display().to_string()
+    }
+}
+
+pub(crate) fn run(args: &[String]) -> Outcome {
+    let options = Options::parse(args)?;
+    setup::ready()?;
+    shell::cargo(&["build", "--quiet", "--release", "--package", "daemon", "--package", "nbdload"])?;
+    std::fs::create_dir_all(&options.dir)
+        .map_err(|e| format!("cannot make {}: {e}", options.dir.display()))?;
+    let outcome = measure(&options);
+    let _ = std::fs::remove_dir_all(&options.dir);
+    outcome
+}
+
+fn measure(options: &Options) -> Outcome {
+    println!(
+        "liveblkd against {} on {} ({} rounds of {} s, images of {} MiB in {})",
+        shell::output(std::process::Command::new("qemu-storage-daemon").arg("--version"))?
+            .lines()
+            .next()
+            .unwrap_or_default(),
+        shell::output(std::process::Command::new("uname").arg("-sr"))?.trim(),
+        options.rounds,
+        options.seconds,
+        options.image_mib,
+        options.dir.display()
+    );
+    nbd::measure(options)?;
+    mirror::measure(options)
+}

@@ -1,0 +1,151 @@
+//! Loads over NBD: small random and large sequential requests, at several depths and numbers of connections.
+
+use super::daemon::Daemon;
+use super::table::{Better, Figures, heading, row};
+use super::{Options, SIDES, Side};
+use crate::shell::{self, Outcome};
+use serde_json::Value;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// One load.
+#[derive(Clone)]
+pub(super) struct Load {
+    pub(super) op: &'static str,
+    pub(super) block: u64,
+    pub(super) depth: u32,
+    pub(super) connections: u32,
+    pub(super) seconds: f64,
+}
+
+impl Load {
+    fn name(&self, image: &str) -> String {
+        format!("{image} {} {} KiB, depth {} x {}", self.op, self.block / 1024, self.depth, self.connections)
+    }
+
+    /// Starts the load against a unix socket.
+    pub(super) fn start(&self, socket: &str) -> Outcome<std::process::Child> {
+        Command::new(shell::target().join("release/nbdload"))
+            .args(["--socket", socket, "--export", "d", "--op", self.op, "--verify"])
+            .args(["--bs", &self.block.to_string(), "--depth", &self.depth.to_string()])
+            .args(["--conns", &self.connections.to_string(), "--seconds", &self.seconds.to_string()])
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|e| format!("cannot start nbdload: {e}"))
+    }
+
+    pub(super) fn run(&self, socket: &str) -> Outcome<Value> {
+        finish(self.start(socket)?)
+    }
+}
+
+/// The JSON figures of a load that has ended.
+pub(super) fn finish(child: std::process::Child) -> Outcome<Value> {
+    let output = child.wait_with_output().map_err(|e| format!("nbdload: {e}"))?;
+    if !output.status.success() {
+        return Err(format!("nbdload ended with {}: a request failed or data was wrong", output.status));
+    }
+    serde_json::from_slice(&output.stdout).map_err(|e| format!("nbdload printed no JSON: {e}"))
+}
+
+pub(super) fn number(v: &Value, name: &str) -> f64 {
+    v[name].as_f64().unwrap_or(0.0)
+}
+
+/// The command line that serves one image as export `d`.
+pub(super) fn serving(options: &Options, side: Side, format: &str, file: &str) -> Vec<String> {
+    let socket = socket(options, side);
+    let _ = std::fs::remove_file(&socket);
+    [
+        "--blockdev",
+        &format!("driver={format},node-name=d,discard=unmap,file.driver=file,file.node-name=f,file.filename={file},file.discard=unmap"),
+        "--nbd-server",
+        &format!("addr.type=unix,addr.path={socket}"),
+        "--export",
+        "type=nbd,id=e,node-name=d,name=d,writable=on",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+pub(super) fn socket(options: &Options, side: Side) -> String {
+    options.path(&format!("nbd-{side:?}.sock"))
+}
+
+/// Which side goes first in a round.
+pub(super) fn order(round: usize) -> [Side; 2] {
+    if round.is_multiple_of(2) { SIDES } else { [SIDES[1], SIDES[0]] }
+}
+
+pub(super) fn make_image(options: &Options, format: &str, name: &str, full: bool) -> Outcome<String> {
+    let file = options.path(name);
+    let size = format!("{}M", options.image_mib);
+    let _ = std::fs::remove_file(&file);
+    shell::output(Command::new("qemu-img").args(["create", "-q", "-f", format, &file, &size]))?;
+    if full {
+        shell::output(Command::new("qemu-io").args([
+            "-f",
+            format,
+            "-c",
+            &format!("write -q -P 0x5a 0 {size}"),
+            &file,
+        ]))?;
+    }
+    Ok(file)
+}
+
+pub(super) fn measure(options: &Options) -> Outcome {
+    heading("NBD (images in memory, stamped and checked)");
+    let small =
+        |op, depth, connections| Load { op, block: 4096, depth, connections, seconds: options.seconds };
+    let mut cases = Vec::new();
+    for format in ["raw", "qcow2"] {
+        for (depth, connections) in [(1, 1), (16, 1), (16, 4), (64, 1), (64, 4)] {
+            cases.push((format, true, small("randread", depth, connections)));
+            cases.push((format, true, small("randwrite", depth, connections)));
+        }
+        for op in ["seqread", "seqwrite"] {
+            cases.push((format, true, Load { block: 1 << 20, ..small(op, 4, 1) }));
+        }
+    }
+    cases.push(("qcow2", false, small("randwrite", 1, 1)));
+    cases.push(("qcow2", false, small("randwrite", 16, 1)));
+    for (format, full, load) in cases {
+        let name = load.name(if full { format } else { "qcow2, empty:" });
+        if options.wants(&name) {
+            compare(options, &name, format, full, &load)?;
+        }
+    }
+    Ok(())
+}
+
+fn compare(options: &Options, name: &str, format: &str, full: bool, load: &Load) -> Outcome {
+    let (mut iops, mut rate, mut cpu, mut p50, mut p99) =
+        <(Figures, Figures, Figures, Figures, Figures)>::default();
+    for round in 0..options.rounds {
+        for side in order(round) {
+            let file = make_image(options, format, &format!("image-{side:?}"), full)?;
+            let daemon = Daemon::start(side, &options.dir, &serving(options, side, format, &file))?;
+            // Nobody is charged for start-up.
+            std::thread::sleep(Duration::from_millis(50));
+            let before = daemon.cpu();
+            let result = load.run(&socket(options, side))?;
+            let used = daemon.cpu() - before;
+            let requests = number(&result, "requests").max(1.0);
+            iops.add(side, number(&result, "iops"));
+            rate.add(side, number(&result, "mib_per_s"));
+            cpu.add(side, used * 1e6 / requests);
+            p50.add(side, number(&result, "p50_us"));
+            p99.add(side, number(&result, "p99_us"));
+        }
+    }
+    if load.block > 65536 {
+        row(name, "MiB/s", Better::Higher, &rate);
+    } else {
+        row(name, "IOPS", Better::Higher, &iops);
+        row("", "CPU us/req", Better::Lower, &cpu);
+        row("", "p50 us", Better::Lower, &p50);
+        row("", "p99 us", Better::Lower, &p99);
+    }
+    Ok(())
+}
