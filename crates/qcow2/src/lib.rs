@@ -1,2 +1,5 @@
-#![forbid(unsafe_code)]
 //! The qcow2 image format.
+#![forbid(unsafe_code)]
+
+pub mod header;
+pub mod types;
