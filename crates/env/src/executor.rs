@@ -71,6 +71,7 @@ impl Wake for TaskWaker {
 
 struct Slot {
     generation: u64,
+    group: u32,
     /// `None` while the task is being polled.
     task: Option<Task>,
     waker: Arc<TaskWaker>,
@@ -87,16 +88,21 @@ struct TaskState {
 pub(crate) struct Tasks {
     slots: RefCell<Slab<Slot>>,
     generation: Cell<u64>,
+    /// Which groups have been ended (index: group); no task starts in those.
+    ended_groups: RefCell<Vec<bool>>,
     remote: Arc<Remote>,
 }
 
 /// Starts tasks; part of every [`Env`].
 #[derive(Clone)]
-pub(crate) struct Spawner(Rc<Tasks>);
+pub(crate) struct Spawner {
+    tasks: Rc<Tasks>,
+    group: u32,
+}
 
 impl Spawner {
     pub(crate) fn spawn(&self, name: &'static str, task: Task) -> TaskHandle {
-        let tasks = &self.0;
+        let tasks = &self.tasks;
         let generation = tasks.generation.get();
         tasks.generation.set(generation + 1);
         let state = Rc::new(TaskState {
@@ -105,13 +111,25 @@ impl Spawner {
             cancelled: Cell::new(false),
             ended: Notify::new(),
         });
+        if tasks.ended_groups.borrow().get(self.group as usize).is_some_and(|ended| *ended) {
+            drop(task);
+            state.done.set(true);
+            return TaskHandle { tasks: Rc::downgrade(tasks), index: usize::MAX, generation, state };
+        }
         let waker = {
             let mut slots = tasks.slots.borrow_mut();
             let entry = slots.vacant_entry();
             let index = entry.key();
             let queued = AtomicBool::new(false);
             let waker = Arc::new(TaskWaker { index, generation, queued, remote: tasks.remote.clone() });
-            entry.insert(Slot { generation, task: Some(task), waker: waker.clone(), state: state.clone() });
+            let (waker_of_slot, group) = (waker.clone(), self.group);
+            entry.insert(Slot {
+                generation,
+                group,
+                task: Some(task),
+                waker: waker_of_slot,
+                state: state.clone(),
+            });
             waker
         };
         let handle = TaskHandle { tasks: Rc::downgrade(tasks), index: waker.index, generation, state };
@@ -158,6 +176,37 @@ impl TaskHandle {
         if let Some(tasks) = self.tasks.upgrade() {
             tasks.end(self.index, self.generation, false);
         }
+    }
+}
+
+/// All tasks that were started through one [`Executor::env_over`].
+pub struct TaskGroup {
+    tasks: Weak<Tasks>,
+    group: u32,
+}
+
+impl TaskGroup {
+    /// Drops every task of the group where it waits, in the order of their slots; a task that ends its own group is
+    /// dropped after its current poll. What the group starts afterwards is dropped at once.
+    pub fn end(&self) {
+        let Some(tasks) = self.tasks.upgrade() else { return };
+        tasks.ended_groups.borrow_mut()[self.group as usize] = true;
+        let members: Vec<(usize, u64, Rc<TaskState>)> = {
+            let slots = tasks.slots.borrow();
+            let mine = slots.iter().filter(|(_, s)| s.group == self.group);
+            mine.map(|(i, s)| (i, s.generation, s.state.clone())).collect()
+        };
+        for (index, generation, state) in members {
+            state.cancelled.set(true);
+            tasks.end(index, generation, false);
+        }
+    }
+
+    /// Names of tasks of the group that have not ended.
+    pub fn waiting(&self) -> Vec<&'static str> {
+        let Some(tasks) = self.tasks.upgrade() else { return Vec::new() };
+        let slots = tasks.slots.borrow();
+        slots.iter().filter(|(_, s)| s.group == self.group).map(|(_, s)| s.state.name).collect()
     }
 }
 
@@ -223,13 +272,30 @@ impl Executor {
         let id = NEXT_EXECUTOR.fetch_add(1, Ordering::Relaxed);
         let remote =
             Arc::new(Remote { executor: id, queue: Mutex::new(Vec::new()), signal: backend.waker() });
-        let tasks = Rc::new(Tasks { slots: RefCell::new(Slab::new()), generation: Cell::new(1), remote });
+        let tasks = Rc::new(Tasks {
+            slots: RefCell::new(Slab::new()),
+            generation: Cell::new(1),
+            ended_groups: RefCell::new(vec![false]),
+            remote,
+        });
         Executor { backend, tasks, id }
     }
 
     /// The handle for code that runs here.
     pub fn env(&self) -> Env {
-        Env::new(self.backend.clone(), Spawner(self.tasks.clone()))
+        Env::new(self.backend.clone(), Spawner { tasks: self.tasks.clone(), group: 0 })
+    }
+
+    /// A handle over another backend, whose tasks form a group of their own that can be ended at once: how the
+    /// simulator runs several processes, each with its own files and sockets, on one executor, and kills them.
+    pub fn env_over(&self, backend: Rc<dyn Backend>) -> (Env, TaskGroup) {
+        let group = {
+            let mut groups = self.tasks.ended_groups.borrow_mut();
+            groups.push(false);
+            (groups.len() - 1) as u32
+        };
+        let env = Env::new(backend, Spawner { tasks: self.tasks.clone(), group });
+        (env, TaskGroup { tasks: Rc::downgrade(&self.tasks), group })
     }
 
     /// Runs until `main` ends, and gives its result. Other tasks may remain; they go on in the next `run`, and are
@@ -251,7 +317,7 @@ impl Executor {
         let result = Rc::new(RefCell::new(None));
         let out = result.clone();
         // tasks woken while no executor ran here are in the remote queue
-        Spawner(self.tasks.clone()).spawn(
+        Spawner { tasks: self.tasks.clone(), group: 0 }.spawn(
             "main",
             Box::pin(async move {
                 let value = main.await;

@@ -19,7 +19,7 @@ pub mod os;
 pub mod sync;
 
 pub use backend::{Backend, Turn};
-pub use executor::{Executor, Mailbox, MailboxSender, Stuck, TaskHandle};
+pub use executor::{Executor, Mailbox, MailboxSender, Stuck, TaskGroup, TaskHandle};
 pub use file::{Existing, File, FileInfo, FileKind, LockRange, OpenMode, Punch};
 pub use net::{Address, Credentials, Listener, Stream};
 
