@@ -45,6 +45,10 @@ pub trait Backend: 'static {
     fn turn(&self, wait: bool) -> Turn;
     /// A handle with which any thread ends a waiting [`Backend::turn`].
     fn waker(&self) -> std::sync::Arc<dyn Fn() + Send + Sync>;
+    /// The backend itself, for functions that exist in one kind of world only (signals).
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        None
+    }
     /// See [`Env::is_simulated`](crate::Env::is_simulated).
     fn is_simulated(&self) -> bool {
         false

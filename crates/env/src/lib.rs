@@ -42,6 +42,10 @@ impl Env {
         Env { backend, tasks }
     }
 
+    pub(crate) fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
     /// Monotonic time since some fixed instant. Read once per loop turn, so cheap; fine enough for rates and time-outs.
     pub fn now(&self) -> Duration {
         self.backend.now()

@@ -1,0 +1,294 @@
+//! Operations under way: what is asked of the kernel, the memory it uses meanwhile, and who waits.
+//!
+//! What can happen: an operation completes while its future waits; its future is dropped first, and then the slot keeps memory
+//! and descriptor until the kernel (or the helper thread) has done with them. What must stay true: memory that a request
+//! points to is owned by the request's slot from before it is submitted until after it has completed; a slot number is not
+//! used again before that.
+
+use super::Core;
+use super::buffers::Buf;
+use super::sys::{self, again, as_completion};
+use crate::sync::Notify;
+use block::Data;
+use bytes::BytesMut;
+use io_uring::{opcode, squeue, types};
+use slab::Slab;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+/// An open descriptor, shared by the object that uses it and the operations under way. Closed when the last is gone.
+pub(super) struct Handle {
+    fd: OwnedFd,
+    orphans: Cell<usize>,
+    landed: Notify,
+}
+
+impl Handle {
+    pub(super) fn new(fd: OwnedFd) -> Rc<Handle> {
+        Rc::new(Handle { fd, orphans: Cell::new(0), landed: Notify::new() })
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Waits until all changes whose futures were dropped have been made or have failed.
+    pub(super) async fn settle(&self) {
+        while self.orphans.get() > 0 {
+            self.landed.wait().await;
+        }
+    }
+}
+
+/// Memory that a request uses.
+pub(super) enum Memory {
+    /// None.
+    None,
+    /// Filled by the kernel.
+    Buf(Buf),
+    /// Read by the kernel: a rope, and the list of its pieces if there is more than one.
+    Rope(Data, #[allow(dead_code, reason = "the kernel reads it")] Vec<libc::iovec>),
+    /// Filled by the kernel, behind what is there.
+    Chunk(BytesMut),
+}
+
+/// What the kernel or a helper thread is asked. Pointers lead into the slot's [`Memory`].
+#[derive(Clone, Copy)]
+pub(super) enum Request {
+    Read { fd: RawFd, ptr: *mut u8, len: u32, offset: u64 },
+    Write { fd: RawFd, ptr: *const u8, len: u32, offset: u64 },
+    WriteV { fd: RawFd, list: *const libc::iovec, count: u32, offset: u64 },
+    Sync { fd: RawFd },
+    Fallocate { fd: RawFd, mode: i32, start: u64, len: u64 },
+    SetLen { fd: RawFd, len: u64 },
+    Copy { from: RawFd, from_offset: u64, to: RawFd, to_offset: u64, len: u32 },
+    Device { fd: RawFd, zero: bool, start: u64, len: u64 },
+    Receive { fd: RawFd, ptr: *mut u8, len: u32 },
+    Poll { fd: RawFd, events: u32 },
+}
+
+// SAFETY: the pointers lead to memory that the operation's slot owns until the operation has completed, and only the thread
+// that carries the request out uses them meanwhile.
+unsafe impl Send for Request {}
+
+impl Request {
+    /// As an entry for the ring; `None` if the ring has no such operation.
+    pub(super) fn entry(&self) -> Option<squeue::Entry> {
+        Some(match *self {
+            Request::Read { fd, ptr, len, offset } => {
+                opcode::Read::new(types::Fd(fd), ptr, len).offset(offset).build()
+            }
+            Request::Write { fd, ptr, len, offset } => {
+                opcode::Write::new(types::Fd(fd), ptr, len).offset(offset).build()
+            }
+            Request::WriteV { fd, list, count, offset } => {
+                opcode::Writev::new(types::Fd(fd), list, count).offset(offset).build()
+            }
+            Request::Sync { fd } => {
+                opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build()
+            }
+            Request::Fallocate { fd, mode, start, len } => {
+                opcode::Fallocate::new(types::Fd(fd), len).offset(start).mode(mode).build()
+            }
+            Request::Receive { fd, ptr, len } => opcode::Recv::new(types::Fd(fd), ptr, len).build(),
+            Request::Poll { fd, events } => opcode::PollAdd::new(types::Fd(fd), events).build(),
+            // newer than the kernels we want to run on, or not there at all
+            Request::SetLen { .. } | Request::Copy { .. } | Request::Device { .. } => return None,
+        })
+    }
+
+    /// Carries the request out on this thread, waiting as long as it takes.
+    pub(super) fn run(self) -> i32 {
+        // SAFETY (all calls below): pointers lead to memory that the operation's slot owns until this has returned, with
+        // at least the given length; descriptors are kept open by the same slot.
+        as_completion(match self {
+            Request::Read { fd, ptr, len, offset } => {
+                // SAFETY: see above.
+                again(|| unsafe { libc::pread(fd, ptr.cast(), len as usize, offset as i64) } as i64)
+            }
+            Request::Write { fd, ptr, len, offset } => {
+                // SAFETY: see above.
+                again(|| unsafe { libc::pwrite(fd, ptr.cast(), len as usize, offset as i64) } as i64)
+            }
+            Request::WriteV { fd, list, count, offset } => {
+                // SAFETY: see above.
+                again(|| unsafe { libc::pwritev(fd, list, count as i32, offset as i64) } as i64)
+            }
+            // SAFETY: no pointers.
+            Request::Sync { fd } => again(|| i64::from(unsafe { libc::fdatasync(fd) })),
+            Request::Fallocate { fd, mode, start, len } => {
+                // SAFETY: no pointers.
+                again(|| i64::from(unsafe { libc::fallocate(fd, mode, start as i64, len as i64) }))
+            }
+            // SAFETY: no pointers.
+            Request::SetLen { fd, len } => again(|| i64::from(unsafe { libc::ftruncate(fd, len as i64) })),
+            Request::Copy { from, from_offset, to, to_offset, len } => again(|| {
+                let (mut a, mut b) = (from_offset as i64, to_offset as i64);
+                // SAFETY: the two offsets are valid for the call.
+                unsafe { libc::copy_file_range(from, &raw mut a, to, &raw mut b, len as usize, 0) as i64 }
+            }),
+            Request::Device { fd, zero, start, len } => sys::device_range(fd, zero, start, len),
+            Request::Receive { .. } | Request::Poll { .. } => Err(libc::EINVAL),
+        })
+    }
+}
+
+enum Stage {
+    Waiting(Option<Waker>),
+    Done(i32),
+    /// The future is gone; with `true` the operation changes the file, and [`Handle::settle`] waits for it.
+    Orphan(bool),
+}
+
+struct Slot {
+    stage: Stage,
+    memory: Memory,
+    handle: Option<Rc<Handle>>,
+    /// A second descriptor in use (the source of a copy).
+    _other: Option<Rc<Handle>>,
+}
+
+/// All operations under way on one thread.
+#[derive(Default)]
+pub(super) struct Slots {
+    table: RefCell<Slab<Slot>>,
+}
+
+impl Slots {
+    pub(super) fn insert(
+        &self,
+        memory: Memory,
+        handle: Option<Rc<Handle>>,
+        other: Option<Rc<Handle>>,
+    ) -> usize {
+        let stage = Stage::Waiting(None);
+        self.table.borrow_mut().insert(Slot { stage, memory, handle, _other: other })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.table.borrow().len()
+    }
+
+    /// Notes an operation's result.
+    pub(super) fn complete(&self, key: usize, result: i32) {
+        let (waker, dead) = {
+            let mut table = self.table.borrow_mut();
+            let Some(slot) = table.get_mut(key) else { return };
+            match &mut slot.stage {
+                Stage::Waiting(w) => {
+                    let w = w.take();
+                    slot.stage = Stage::Done(result);
+                    (w, None)
+                }
+                Stage::Done(_) => (None, None),
+                Stage::Orphan(_) => (None, Some(table.remove(key))),
+            }
+        };
+        if let Some(w) = waker {
+            w.wake();
+        }
+        if let Some(slot) = dead
+            && let (Stage::Orphan(true), Some(h)) = (&slot.stage, &slot.handle)
+        {
+            h.orphans.set(h.orphans.get() - 1);
+            if h.orphans.get() == 0 {
+                h.landed.notify_all();
+            }
+        }
+    }
+
+    fn poll(&self, key: usize, cx: &mut Context<'_>) -> Poll<(i32, Memory)> {
+        let mut table = self.table.borrow_mut();
+        match table.get_mut(key).map(|s| &mut s.stage) {
+            Some(Stage::Done(result)) => {
+                let result = *result;
+                let slot = table.remove(key);
+                drop(table);
+                Poll::Ready((result, slot.memory))
+            }
+            Some(Stage::Waiting(waker)) => {
+                match waker {
+                    Some(w) if w.will_wake(cx.waker()) => {}
+                    _ => *waker = Some(cx.waker().clone()),
+                }
+                Poll::Pending
+            }
+            // polled after it was ready: a defect of the caller, answered as a cancelled operation
+            _ => Poll::Ready((-libc::ECANCELED, Memory::None)),
+        }
+    }
+
+    /// The future is gone. Whether the operation is still under way.
+    fn abandon(&self, key: usize, changes: bool) -> bool {
+        let mut table = self.table.borrow_mut();
+        let Some(slot) = table.get_mut(key) else { return false };
+        if let Stage::Done(_) = slot.stage {
+            let slot = table.remove(key);
+            drop(table);
+            drop(slot);
+            return false;
+        }
+        if let (true, Some(h)) = (changes, &slot.handle) {
+            h.orphans.set(h.orphans.get() + 1);
+        }
+        let old = std::mem::replace(&mut slot.stage, Stage::Orphan(changes));
+        drop(table);
+        drop(old);
+        true
+    }
+
+    /// For shutting down: forgets everything without freeing memory that the kernel may still use.
+    pub(super) fn leak(&self) {
+        std::mem::forget(std::mem::take(&mut *self.table.borrow_mut()));
+    }
+}
+
+/// What happens to an operation whose future is dropped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum OnDrop {
+    /// It runs to its end unnoticed.
+    Finish,
+    /// It runs to its end, and `settle` waits for that: it changes a file.
+    Settle,
+    /// It is called off.
+    Cancel,
+}
+
+/// An operation under way: its result (a negative errno on failure) and its memory.
+pub(super) struct Op {
+    pub(super) core: Rc<Core>,
+    pub(super) key: usize,
+    pub(super) on_drop: OnDrop,
+    pub(super) ended: bool,
+}
+
+impl Future for Op {
+    type Output = (i32, Memory);
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<(i32, Memory)> {
+        let result = self.core.slots.poll(self.key, cx);
+        if result.is_ready() {
+            self.ended = true;
+        }
+        result
+    }
+}
+
+impl Drop for Op {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let running = self.core.slots.abandon(self.key, self.on_drop == OnDrop::Settle);
+        if running && self.on_drop == OnDrop::Cancel {
+            self.core.cancel(self.key);
+        }
+    }
+}
