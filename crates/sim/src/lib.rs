@@ -1,2 +1,32 @@
+//! The simulated world: disks, network, clock, faults, crashes, and the oracles that watch a run.
+//!
+//! The production code of the daemon runs here unchanged over another [`env::Backend`]: everything it sees of the outside
+//! comes from a [`Machine`] (time, chance, what happens when), a [`Host`] (a disk that survives its processes) and a [`Net`]. A
+//! run is a function of its seed. What must stay true: nothing here reads a real clock, an address or a hash order; a
+//! fault model promises nothing that real disks and sockets do not (reference/reliability.md 7.1).
+//!
+//! | to change | open |
+//! |---|---|
+//! | what a disk keeps in a crash | `inode.rs`, `image.rs` |
+//! | what goes wrong, how often | `faults.rs`, `net.rs` |
+//! | time, order of tasks, the trace | `machine.rs` |
+//! | crash states from a log | `log.rs` |
 #![forbid(unsafe_code)]
-//! The simulated world: disk, network, clock, faults, oracles.
+
+mod faults;
+mod file;
+mod host;
+mod image;
+mod inode;
+mod log;
+mod machine;
+mod net;
+mod rng;
+
+pub use faults::{Fault, OPS, Op, Profile, Rule};
+pub use host::{Host, Process, SimBackend};
+pub use image::{BLOCK, Effect, Image, MAX_EXTENTS};
+pub use log::{CrashPoints, EXHAUSTIVE, Entry, Log};
+pub use machine::Machine;
+pub use net::{Net, NetProfile};
+pub use rng::Rng;
