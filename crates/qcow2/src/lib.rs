@@ -1,5 +1,7 @@
 //! The qcow2 image format.
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod header;
+pub mod storage;
 pub mod types;
