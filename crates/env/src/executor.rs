@@ -37,8 +37,17 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 struct Remote {
     executor: u64,
-    queue: Mutex<Vec<Arc<TaskWaker>>>,
+    queue: Mutex<RemoteQueue>,
+    /// Whether the queue may hold something: saves taking the lock between any two polls.
+    any: AtomicBool,
     signal: Arc<dyn Fn() + Send + Sync>,
+}
+
+#[derive(Default)]
+struct RemoteQueue {
+    woken: Vec<Arc<TaskWaker>>,
+    /// The executor is gone. Keeping its wakers would keep the queue itself alive for ever.
+    closed: bool,
 }
 
 struct TaskWaker {
@@ -50,9 +59,20 @@ struct TaskWaker {
 
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
-        if self.queued.swap(true, Ordering::AcqRel) {
-            return;
+        if !self.queued.swap(true, Ordering::AcqRel) {
+            self.enqueue();
         }
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if !self.queued.swap(true, Ordering::AcqRel) {
+            self.clone().enqueue();
+        }
+    }
+}
+
+impl TaskWaker {
+    fn enqueue(self: Arc<Self>) {
         if HERE.get() == self.remote.executor {
             READY.with_borrow_mut(|r| r.push_back(self));
             return;
@@ -60,8 +80,12 @@ impl Wake for TaskWaker {
         let remote = self.remote.clone();
         let first = {
             let mut q = lock(&remote.queue);
-            q.push(self);
-            q.len() == 1
+            if q.closed {
+                return;
+            }
+            q.woken.push(self);
+            remote.any.store(true, Ordering::Release);
+            q.woken.len() == 1
         };
         if first {
             (remote.signal)();
@@ -74,7 +98,6 @@ struct Slot {
     group: u32,
     /// `None` while the task is being polled.
     task: Option<Task>,
-    waker: Arc<TaskWaker>,
     state: Rc<TaskState>,
 }
 
@@ -122,19 +145,12 @@ impl Spawner {
             let index = entry.key();
             let queued = AtomicBool::new(false);
             let waker = Arc::new(TaskWaker { index, generation, queued, remote: tasks.remote.clone() });
-            let (waker_of_slot, group) = (waker.clone(), self.group);
-            entry.insert(Slot {
-                generation,
-                group,
-                task: Some(task),
-                waker: waker_of_slot,
-                state: state.clone(),
-            });
+            entry.insert(Slot { generation, group: self.group, task: Some(task), state: state.clone() });
             waker
         };
-        let handle = TaskHandle { tasks: Rc::downgrade(tasks), index: waker.index, generation, state };
+        let index = waker.index;
         waker.wake();
-        handle
+        TaskHandle { tasks: Rc::downgrade(tasks), index, generation, state }
     }
 
     pub(crate) fn mailbox<T: Send + 'static>(&self) -> (MailboxSender<T>, Mailbox<T>) {
@@ -230,25 +246,30 @@ impl Tasks {
         }
     }
 
-    fn poll(&self, waker: &Arc<TaskWaker>) {
+    fn poll(&self, waker: Arc<TaskWaker>) {
         waker.queued.store(false, Ordering::Release);
+        let (index, generation) = (waker.index, waker.generation);
         let taken = {
             let mut slots = self.slots.borrow_mut();
-            match slots.get_mut(waker.index) {
-                Some(s) if s.generation == waker.generation => {
-                    s.task.take().map(|t| (t, Waker::from(s.waker.clone()), s.state.clone()))
-                }
+            match slots.get_mut(index) {
+                Some(s) if s.generation == generation => s.task.take(),
                 _ => None,
             }
         };
-        let Some((mut task, task_waker, state)) = taken else { return };
-        let ended = task.as_mut().poll(&mut Context::from_waker(&task_waker)).is_ready();
-        if ended || state.cancelled.get() {
-            drop(task);
-            self.end(waker.index, waker.generation, true);
-        } else if let Some(s) = self.slots.borrow_mut().get_mut(waker.index) {
-            s.task = Some(task);
+        let Some(mut task) = taken else { return };
+        let waker = Waker::from(waker);
+        let ended = task.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
+        if !ended {
+            let mut slots = self.slots.borrow_mut();
+            if let Some(s) = slots.get_mut(index)
+                && !s.state.cancelled.get()
+            {
+                s.task = Some(task);
+                return;
+            }
         }
+        drop(task);
+        self.end(index, generation, true);
     }
 }
 
@@ -270,8 +291,9 @@ impl Executor {
     /// An executor over `backend`, for the current thread.
     pub fn new(backend: Rc<dyn Backend>) -> Executor {
         let id = NEXT_EXECUTOR.fetch_add(1, Ordering::Relaxed);
+        let queue = Mutex::new(RemoteQueue::default());
         let remote =
-            Arc::new(Remote { executor: id, queue: Mutex::new(Vec::new()), signal: backend.waker() });
+            Arc::new(Remote { executor: id, queue, any: AtomicBool::new(false), signal: backend.waker() });
         let tasks = Rc::new(Tasks {
             slots: RefCell::new(Slab::new()),
             generation: Cell::new(1),
@@ -312,8 +334,8 @@ impl Executor {
 
     /// Like [`Executor::run`], but says so when nothing can happen any more.
     pub fn try_run<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> Result<T, Stuck> {
-        let before = HERE.replace(self.id);
-        let outer = READY.take();
+        let _here =
+            Entered { remote: &self.tasks.remote, before: HERE.replace(self.id), outer: READY.take() };
         let result = Rc::new(RefCell::new(None));
         let out = result.clone();
         // tasks woken while no executor ran here are in the remote queue
@@ -324,21 +346,14 @@ impl Executor {
                 *out.borrow_mut() = Some(value);
             }),
         );
-        let outcome = loop {
+        loop {
             if let Some(v) = result.borrow_mut().take() {
-                break Ok(v);
+                return Ok(v);
             }
             if !self.turn(&result) {
-                break Err(Stuck { waiting: self.waiting() });
+                return Err(Stuck { waiting: self.waiting() });
             }
-        };
-        // what is still runnable stays so for the next run
-        let left = READY.replace(outer);
-        if !left.is_empty() {
-            lock(&self.tasks.remote.queue).extend(left);
         }
-        HERE.set(before);
-        outcome
     }
 
     /// Names of tasks that have not ended.
@@ -357,26 +372,48 @@ impl Executor {
             let pick = if ready == 1 { 0 } else { self.backend.pick(ready).min(ready - 1) };
             let next = READY.with_borrow_mut(|r| if pick == 0 { r.pop_front() } else { r.remove(pick) });
             if let Some(waker) = next {
-                self.tasks.poll(&waker);
+                self.tasks.poll(waker);
             }
             if result.borrow().is_some() {
                 return true;
             }
             left -= 1;
         }
-        let idle = READY.with_borrow(|r| r.is_empty()) && lock(&self.tasks.remote.queue).is_empty();
+        let idle = READY.with_borrow(|r| r.is_empty()) && !self.tasks.remote.any.load(Ordering::Acquire);
         self.backend.turn(idle) == Turn::Progress || READY.with_borrow(|r| !r.is_empty())
     }
 
     fn take_remote(&self) {
+        let remote = &self.tasks.remote;
+        if !remote.any.load(Ordering::Acquire) {
+            return;
+        }
         let woken = {
-            let mut q = lock(&self.tasks.remote.queue);
-            if q.is_empty() {
-                return;
-            }
-            std::mem::take(&mut *q)
+            let mut q = lock(&remote.queue);
+            remote.any.store(false, Ordering::Release);
+            std::mem::take(&mut q.woken)
         };
         READY.with_borrow_mut(|r| r.extend(woken));
+    }
+}
+
+/// This thread runs an executor; ends also by a panic in a task.
+struct Entered<'a> {
+    remote: &'a Remote,
+    before: u64,
+    outer: VecDeque<Arc<TaskWaker>>,
+}
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        HERE.set(self.before);
+        // what is still runnable stays so for the next run
+        let left = READY.replace(std::mem::take(&mut self.outer));
+        if !left.is_empty() {
+            let mut q = lock(&self.remote.queue);
+            q.woken.extend(left);
+            self.remote.any.store(true, Ordering::Release);
+        }
     }
 }
 
@@ -387,6 +424,11 @@ impl Drop for Executor {
             let slots = std::mem::take(&mut *self.tasks.slots.borrow_mut());
             drop(slots);
         }
+        let mut q = lock(&self.tasks.remote.queue);
+        q.closed = true;
+        let left = std::mem::take(&mut q.woken);
+        drop(q);
+        drop(left);
     }
 }
 

@@ -100,7 +100,12 @@ impl Future for Wait<'_> {
             self.done = true;
             return Poll::Ready(());
         }
-        *self.waiter.waker.borrow_mut() = Some(cx.waker().clone());
+        let mut waker = self.waiter.waker.borrow_mut();
+        match &mut *waker {
+            Some(w) if w.will_wake(cx.waker()) => {}
+            _ => *waker = Some(cx.waker().clone()),
+        }
+        drop(waker);
         Poll::Pending
     }
 }
@@ -119,16 +124,23 @@ impl Drop for Wait<'_> {
     }
 }
 
-/// Counts slots. Waiters get them in order; a large request is not overtaken by small ones.
+/// Counts slots. Waiters get them in order: a release hands slots to the one that waits longest, so that neither a
+/// newcomer nor a smaller request overtakes it.
 pub struct Semaphore {
     free: Cell<usize>,
-    queue: Notify,
+    queue: RefCell<VecDeque<Rc<Claim>>>,
+}
+
+struct Claim {
+    n: usize,
+    granted: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
 }
 
 impl Semaphore {
     /// `free` slots.
     pub const fn new(free: usize) -> Semaphore {
-        Semaphore { free: Cell::new(free), queue: Notify::new() }
+        Semaphore { free: Cell::new(free), queue: RefCell::new(VecDeque::new()) }
     }
 
     /// Slots free now.
@@ -136,39 +148,29 @@ impl Semaphore {
         self.free.get()
     }
 
-    /// Takes `n` slots, waiting in line. The permit gives them back when dropped.
+    /// Takes `n` slots, waiting in line. The permit gives them back when dropped. More than there ever are: waits for ever.
     pub async fn acquire(&self, n: usize) -> Permit<'_> {
-        if self.queue.waiting() > 0 || self.free.get() < n {
-            let mut turn = self.queue.wait();
-            loop {
-                turn.await;
-                if self.free.get() >= n {
-                    break;
-                }
-                // Woken, but not enough yet: first in line for the next release.
-                turn = self.wait_in_front();
+        if let Some(permit) = self.try_acquire(n) {
+            return permit;
+        }
+        let claim = Rc::new(Claim { n, granted: Cell::new(false), waker: RefCell::new(None) });
+        self.queue.borrow_mut().push_back(claim.clone());
+        let mut waiting = InLine { semaphore: self, claim, taken: false };
+        poll_fn(|cx| {
+            if waiting.claim.granted.get() {
+                return Poll::Ready(());
             }
-        }
-        self.free.set(self.free.get() - n);
-        if self.free.get() > 0 {
-            self.queue.notify_one();
-        }
+            *waiting.claim.waker.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        waiting.taken = true;
         Permit { semaphore: self, n }
-    }
-
-    fn wait_in_front(&self) -> Wait<'_> {
-        let wait = self.queue.wait();
-        let mut q = self.queue.waiters.borrow_mut();
-        if let Some(last) = q.pop_back() {
-            q.push_front(last);
-        }
-        drop(q);
-        wait
     }
 
     /// Takes `n` slots if they are free and nobody waits.
     pub fn try_acquire(&self, n: usize) -> Option<Permit<'_>> {
-        if self.queue.waiting() > 0 || self.free.get() < n {
+        if !self.queue.borrow().is_empty() || self.free.get() < n {
             return None;
         }
         self.free.set(self.free.get() - n);
@@ -178,7 +180,48 @@ impl Semaphore {
     /// Adds slots.
     pub fn release(&self, n: usize) {
         self.free.set(self.free.get() + n);
-        self.queue.notify_one();
+        self.hand_out();
+    }
+
+    fn hand_out(&self) {
+        loop {
+            let claim = {
+                let mut queue = self.queue.borrow_mut();
+                match queue.front() {
+                    Some(c) if c.n <= self.free.get() => queue.pop_front(),
+                    _ => return,
+                }
+            };
+            let Some(claim) = claim else { return };
+            self.free.set(self.free.get() - claim.n);
+            claim.granted.set(true);
+            let waker = claim.waker.borrow_mut().take();
+            if let Some(w) = waker {
+                w.wake();
+            }
+        }
+    }
+}
+
+/// A place in the line of a [`Semaphore`].
+struct InLine<'a> {
+    semaphore: &'a Semaphore,
+    claim: Rc<Claim>,
+    taken: bool,
+}
+
+impl Drop for InLine<'_> {
+    fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
+        if self.claim.granted.get() {
+            self.semaphore.release(self.claim.n);
+        } else {
+            self.semaphore.queue.borrow_mut().retain(|c| !Rc::ptr_eq(c, &self.claim));
+            // whoever stood behind may fit now
+            self.semaphore.hand_out();
+        }
     }
 }
 
