@@ -11,10 +11,12 @@
 //! | what goes wrong, how often | `faults.rs`, `net.rs` |
 //! | time, order of tasks, the trace | `machine.rs` |
 //! | crash states from a log | `log.rs` |
+//! | what a guest may see | `history.rs`, `stamp.rs` |
 #![forbid(unsafe_code)]
 
 mod faults;
 mod file;
+mod history;
 mod host;
 mod image;
 mod inode;
@@ -22,11 +24,14 @@ mod log;
 mod machine;
 mod net;
 mod rng;
+mod stamp;
 
 pub use faults::{Fault, OPS, Op, Profile, Rule};
+pub use history::{History, Moment, Record, What};
 pub use host::{Host, Process, SimBackend};
 pub use image::{BLOCK, Effect, Image, MAX_EXTENTS};
 pub use log::{CrashPoints, EXHAUSTIVE, Entry, Log};
 pub use machine::Machine;
 pub use net::{Net, NetProfile};
 pub use rng::Rng;
+pub use stamp::{Value, stamped, value_of, values_of};
