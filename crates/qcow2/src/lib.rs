@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod check;
+pub mod create;
 pub mod header;
 pub mod storage;
 pub mod types;
