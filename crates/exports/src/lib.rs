@@ -1,2 +1,14 @@
+//! Exports: nodes offered to clients outside. So far over NBD.
+//!
+//! The [`ExportRegistry`] knows all exports and the one NBD server of the process; `control` turns QMP commands into calls
+//! of it. Everything runs on the home thread of the disks. What must stay true: an export holds its node by an edge like
+//! any other user, so the graph may change under running clients; no byte of a client makes this crate panic.
 #![forbid(unsafe_code)]
-//! Exports: the NBD server.
+
+mod export;
+mod nbd_server;
+mod registry;
+
+pub use export::{Export, ExportInfo, NbdOptions};
+pub use nbd_server::{DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, ServerOptions};
+pub use registry::{DeleteMode, ExportRegistry};

@@ -1,0 +1,139 @@
+//! One export: a node offered to clients under a name.
+//!
+//! What can happen: clients come and go, the graph puts another node under the export's edge, the export is deleted
+//! while clients use it. What must stay true: the edge is held until the last request of the last client has ended.
+
+use env::sync::Notify;
+use graph::{Demand, Edge, Perms};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// What is asked of an NBD export; names as in QMP's `block-export-add`.
+#[derive(Clone, Debug, Default)]
+pub struct NbdOptions {
+    /// Export id.
+    pub id: String,
+    /// Name that clients ask for.
+    pub name: String,
+    /// Text for clients; may be empty.
+    pub description: String,
+    /// Whether clients may write.
+    pub writable: bool,
+    /// Whether each write is made durable before it is acknowledged.
+    pub writethrough: bool,
+    /// Whether the context `qemu:allocation-depth` is offered.
+    pub allocation_depth: bool,
+}
+
+/// What an export shows of itself in queries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// Export id.
+    pub id: String,
+    /// Kind of export (`nbd`).
+    pub kind: &'static str,
+    /// Name of the node that is exported now.
+    pub node_name: String,
+    /// Whether it has been told to go.
+    pub shutting_down: bool,
+}
+
+/// A node offered over NBD.
+pub struct Export {
+    options: NbdOptions,
+    edge: Rc<Edge>,
+    shutting_down: Cell<bool>,
+    clients: RefCell<BTreeMap<u64, Rc<dyn env::Stream>>>,
+    next_client: Cell<u64>,
+    pub(crate) idle: Notify,
+}
+
+/// A client's hold on an export.
+pub(crate) struct Attendance {
+    export: Rc<Export>,
+    key: u64,
+}
+
+impl Drop for Attendance {
+    fn drop(&mut self) {
+        self.export.clients.borrow_mut().remove(&self.key);
+        if self.export.clients.borrow().is_empty() {
+            self.export.idle.notify_all();
+        }
+    }
+}
+
+impl Export {
+    /// What an NBD export asks of its node.
+    pub fn demand(writable: bool) -> Demand {
+        let write = if writable { Perms::WRITE } else { Perms::NONE };
+        Demand { needs: Perms::CONSISTENT_READ.with(write), shares: Perms::ALL }
+    }
+
+    pub(crate) fn new(options: NbdOptions, edge: Rc<Edge>) -> Rc<Export> {
+        Rc::new(Export {
+            options,
+            edge,
+            shutting_down: Cell::new(false),
+            clients: RefCell::new(BTreeMap::new()),
+            next_client: Cell::new(0),
+            idle: Notify::new(),
+        })
+    }
+
+    pub(crate) fn options(&self) -> &NbdOptions {
+        &self.options
+    }
+    pub(crate) fn edge(&self) -> &Rc<Edge> {
+        &self.edge
+    }
+    pub(crate) fn writable(&self) -> bool {
+        self.options.writable
+    }
+    pub(crate) fn writethrough(&self) -> bool {
+        self.options.writethrough
+    }
+    /// Length now, in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        self.edge.len()
+    }
+    pub(crate) fn is_shutting_down(&self) -> bool {
+        self.shutting_down.get()
+    }
+
+    pub(crate) fn info(&self) -> ExportInfo {
+        ExportInfo {
+            id: self.options.id.clone(),
+            kind: "nbd",
+            node_name: self.edge.child().name().to_owned(),
+            shutting_down: self.shutting_down.get(),
+        }
+    }
+
+    /// Clients in their transmission phase.
+    pub fn clients(&self) -> usize {
+        self.clients.borrow().len()
+    }
+
+    pub(crate) fn attend(self: &Rc<Export>, stream: Rc<dyn env::Stream>) -> Attendance {
+        let key = self.next_client.get();
+        self.next_client.set(key + 1);
+        self.clients.borrow_mut().insert(key, stream);
+        Attendance { export: self.clone(), key }
+    }
+
+    /// From now on no client may come; those that are here are cut off.
+    pub(crate) fn close(&self) {
+        self.shutting_down.set(true);
+        let streams: Vec<_> = self.clients.borrow().values().cloned().collect();
+        streams.iter().for_each(|s| s.shutdown());
+    }
+
+    /// Waits until the last client's requests have ended.
+    pub(crate) async fn drained(&self) {
+        while self.clients() > 0 {
+            self.idle.wait().await;
+        }
+    }
+}

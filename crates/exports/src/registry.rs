@@ -1,0 +1,207 @@
+//! All exports of the process, and the NBD server they are reached through.
+//!
+//! What can happen: exports are added and deleted while clients use them; the server is started and stopped; a deletion
+//! waits for requests that hang, while everything else goes on. What must stay true: an id is free again exactly when
+//! `deleted` was called for it; a name is free as soon as its export was told to go.
+
+use crate::export::{Export, ExportInfo, NbdOptions};
+use crate::nbd_server::{NbdServer, ServerOptions};
+use block::{BlockError, ErrorKind, Result};
+use env::{Address, Env};
+use graph::Edge;
+use nbd::proto::MAX_STRING;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+/// How to delete an export.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DeleteMode {
+    /// Only without clients.
+    #[default]
+    Safe,
+    /// Clients are cut off.
+    Hard,
+}
+
+/// The exports by themselves, as the NBD server sees them.
+pub(crate) struct Exports {
+    /// Oldest first.
+    all: RefCell<Vec<Rc<Export>>>,
+    multi_conn: Cell<bool>,
+}
+
+impl Exports {
+    /// The export that clients reach by `name`.
+    pub(crate) fn find(&self, name: &str) -> Option<Rc<Export>> {
+        self.all.borrow().iter().find(|e| !e.is_shutting_down() && e.options().name == name).cloned()
+    }
+    pub(crate) fn each(&self, mut f: impl FnMut(&Export)) {
+        self.all.borrow().iter().filter(|e| !e.is_shutting_down()).for_each(|e| f(e));
+    }
+    pub(crate) fn multi_conn(&self) -> bool {
+        self.multi_conn.get()
+    }
+    fn by_id(&self, id: &str) -> Option<Rc<Export>> {
+        self.all.borrow().iter().find(|e| e.options().id == id).cloned()
+    }
+}
+
+/// Exports and the server.
+pub struct ExportRegistry {
+    env: Env,
+    exports: Rc<Exports>,
+    server: RefCell<Option<NbdServer>>,
+    /// A server is being started or stopped.
+    busy: Cell<bool>,
+    deleted: Rc<dyn Fn(&str)>,
+}
+
+impl ExportRegistry {
+    /// No exports, no server. `deleted` is called with an export's id when it is gone (QMP's `BLOCK_EXPORT_DELETED`);
+    /// the export's edge has been dropped by then.
+    pub fn new(env: &Env, deleted: impl Fn(&str) + 'static) -> Rc<ExportRegistry> {
+        Rc::new(ExportRegistry {
+            env: env.clone(),
+            exports: Rc::new(Exports { all: RefCell::new(Vec::new()), multi_conn: Cell::new(true) }),
+            server: RefCell::new(None),
+            busy: Cell::new(false),
+            deleted: Rc::new(deleted),
+        })
+    }
+
+    /// Starts the server; there can be one.
+    pub async fn start_server(&self, options: &ServerOptions) -> Result<()> {
+        if self.server.borrow().is_some() || self.busy.replace(true) {
+            return Err(BlockError::new(ErrorKind::Busy, "NBD server already running"));
+        }
+        let started = NbdServer::start(&self.env, options, &self.exports).await;
+        self.busy.set(false);
+        let server = started?;
+        self.exports.multi_conn.set(server.multi_conn());
+        *self.server.borrow_mut() = Some(server);
+        Ok(())
+    }
+
+    /// Where the server listens, with the port that was picked.
+    pub fn server_address(&self) -> Option<Address> {
+        self.server.borrow().as_ref().map(NbdServer::address)
+    }
+
+    /// Clients connected now, in any phase.
+    pub fn connections(&self) -> usize {
+        self.server.borrow().as_ref().map_or(0, NbdServer::clients)
+    }
+
+    /// Stops the server: every NBD export is deleted, newest first, and every client cut off.
+    pub async fn stop_server(&self) -> Result<()> {
+        let Some(server) = self.server.borrow_mut().take() else {
+            return Err(BlockError::invalid("NBD server not running"));
+        };
+        self.busy.set(true);
+        let all: Vec<_> = self.exports.all.borrow().iter().rev().cloned().collect();
+        all.iter().for_each(|e| e.close());
+        server.stop().await;
+        for e in all {
+            finish(&self.exports, e, &self.deleted).await;
+        }
+        self.busy.set(false);
+        Ok(())
+    }
+
+    /// What can be said against a new NBD export before its node is looked for.
+    pub fn check_id(&self, id: &str) -> Result<()> {
+        let mut chars = id.chars();
+        let first = chars.next().is_some_and(|c| c.is_ascii_alphabetic());
+        if !first || !chars.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c)) {
+            return Err(BlockError::invalid("Invalid block export id"));
+        }
+        if self.exports.by_id(id).is_some() {
+            let message = format!("Block export id '{id}' is already in use");
+            return Err(BlockError::new(ErrorKind::Busy, message));
+        }
+        Ok(())
+    }
+
+    /// What can be said against a new NBD export when its node is known.
+    pub fn check_nbd(&self, o: &NbdOptions, node_writable: bool) -> Result<()> {
+        self.check_id(&o.id)?;
+        if o.writable && !node_writable {
+            return Err(BlockError::new(ErrorKind::ReadOnly, "Cannot export read-only node as writable"));
+        }
+        if self.server.borrow().is_none() {
+            return Err(BlockError::invalid("NBD server not running"));
+        }
+        for (what, text) in [("export name", &o.name), ("description", &o.description)] {
+            if text.len() > MAX_STRING {
+                return Err(BlockError::invalid(format!("{what} '{text}' too long")));
+            }
+        }
+        if self.exports.find(&o.name).is_some() {
+            let message = format!("NBD server already has export named '{}'", o.name);
+            return Err(BlockError::new(ErrorKind::Busy, message));
+        }
+        Ok(())
+    }
+
+    /// Offers the node behind `edge` (held with [`Export::demand`]) over NBD. Checks as [`ExportRegistry::check_nbd`].
+    pub fn add_nbd(&self, options: NbdOptions, edge: Rc<Edge>, node_writable: bool) -> Result<()> {
+        self.check_nbd(&options, node_writable)?;
+        self.exports.all.borrow_mut().push(Export::new(options, edge));
+        Ok(())
+    }
+
+    /// All exports, newest first.
+    pub fn query(&self) -> Vec<ExportInfo> {
+        self.exports.all.borrow().iter().rev().map(|e| e.info()).collect()
+    }
+
+    /// Begins to delete an export. Without clients it is gone when this returns; else when `deleted` is called.
+    pub fn delete(&self, id: &str, mode: DeleteMode) -> Result<()> {
+        let Some(export) = self.exports.by_id(id) else {
+            return Err(BlockError::new(ErrorKind::NotFound, format!("Export '{id}' is not found")));
+        };
+        if export.is_shutting_down() {
+            return Err(BlockError::new(ErrorKind::Busy, format!("Export '{id}' is already shutting down")));
+        }
+        if mode == DeleteMode::Safe && export.clients() > 0 {
+            let hint = "Use mode='hard' to force client disconnect";
+            return Err(
+                BlockError::new(ErrorKind::Busy, format!("export '{id}' still in use")).with_hint(hint)
+            );
+        }
+        export.close();
+        if export.clients() == 0 {
+            remove(&self.exports, export, &*self.deleted);
+        } else {
+            let (exports, deleted) = (self.exports.clone(), self.deleted.clone());
+            self.env.spawn("nbd export end", async move { finish(&exports, export, &deleted).await });
+        }
+        Ok(())
+    }
+
+    /// Deletes all exports and stops the server, for the end of the process.
+    pub async fn shut_down(&self) {
+        let _ = self.stop_server().await;
+        let left: Vec<_> = self.exports.all.borrow().iter().rev().cloned().collect();
+        for e in left {
+            e.close();
+            finish(&self.exports, e, &self.deleted).await;
+        }
+    }
+}
+
+async fn finish(exports: &Exports, export: Rc<Export>, deleted: &Rc<dyn Fn(&str)>) {
+    export.drained().await;
+    remove(exports, export, &**deleted);
+}
+
+fn remove(exports: &Exports, export: Rc<Export>, deleted: &dyn Fn(&str)) {
+    let id = export.options().id.clone();
+    let before = exports.all.borrow().len();
+    exports.all.borrow_mut().retain(|e| !Rc::ptr_eq(e, &export));
+    if exports.all.borrow().len() < before {
+        // The edge first: whoever hears of the deletion may use the node.
+        drop(export);
+        deleted(&id);
+    }
+}
