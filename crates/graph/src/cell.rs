@@ -11,6 +11,10 @@ pub struct NodeCell {
 }
 
 impl NodeCell {
+    /// A node that is in no graph: for tools that work on one image, and for tests.
+    pub fn loose(name: &str, node: Rc<dyn Node>) -> Rc<NodeCell> {
+        Rc::new(NodeCell { name: name.to_owned(), node })
+    }
     /// Node name, unique in the graph (`#blockNNN` where the daemon invented it).
     pub fn name(&self) -> &str {
         &self.name

@@ -47,6 +47,11 @@ pub struct Edge {
 }
 
 impl Edge {
+    /// An edge onto a node that is in no graph, with no demand: for tools that work on one image, and for tests.
+    pub fn loose(name: &str, role: Role, parent: Parent, child: Rc<NodeCell>) -> Rc<Edge> {
+        let demand = Cell::new(Demand::NOTHING);
+        Rc::new(Edge { name: name.to_owned(), role, parent, child: RefCell::new(child), demand })
+    }
     /// The node at the lower end, now. It may change whenever the caller waits without being inside a request.
     pub fn child(&self) -> Rc<NodeCell> {
         self.child.borrow().clone()
