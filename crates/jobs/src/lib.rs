@@ -1,2 +1,6 @@
+//! Jobs: work on disks that runs for long, is steered by a client, and ends with a change of the graph or without.
 #![forbid(unsafe_code)]
-//! Jobs: states, registry, control, mirror, create.
+
+pub mod state;
+
+pub use state::{State, Verb};
