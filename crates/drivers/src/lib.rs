@@ -1,2 +1,4 @@
 #![forbid(unsafe_code)]
 //! Protocol, format and filter drivers other than qcow2.
+
+pub mod filters;

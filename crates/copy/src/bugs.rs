@@ -1,0 +1,73 @@
+//! Bugs planted on purpose, to test the tests: each re-creates a real defect of this kind of program. Without the
+//! feature `planted-bugs` none of this exists in the code.
+
+/// A defect that can be switched on for the current thread.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bug {
+    /// Copies and guest writes of the same bytes do not wait for one another.
+    NoRangeLock,
+    /// The dirty bit is cleared after the source was read instead of before.
+    ClearAfterRead,
+    /// A guest write marks its range dirty before it is done, and not after.
+    MarkBeforeWrite,
+    /// In sync is reported while copies are in flight.
+    ReadyInFlight,
+    /// A soft cancel ends like a completion.
+    CancelCompletes,
+    /// A slot of the window is counted only once the copy runs.
+    SlotCountedLate,
+    /// Zeroes at the end of the disk are not copied.
+    ZeroTailSkipped,
+    /// A failed copy does not become dirty again.
+    FailureForgotten,
+    /// A failed synchronous write does not become dirty again.
+    ActiveFailureForgotten,
+    /// The source is not frozen while the rest is copied for completion.
+    NoDrain,
+    /// The target is taken as synchronous while older unsynchronous writes are still in flight.
+    SyncedTooEarly,
+    /// A partly written granule is taken as clean.
+    PartialGranuleClean,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: [Bug; 12] = [
+        Bug::NoRangeLock,
+        Bug::ClearAfterRead,
+        Bug::MarkBeforeWrite,
+        Bug::ReadyInFlight,
+        Bug::CancelCompletes,
+        Bug::SlotCountedLate,
+        Bug::ZeroTailSkipped,
+        Bug::FailureForgotten,
+        Bug::ActiveFailureForgotten,
+        Bug::NoDrain,
+        Bug::SyncedTooEarly,
+        Bug::PartialGranuleClean,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+thread_local! {
+    static CHOSEN: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
+
+/// Switches one defect on for this thread, or all off.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(bug: Option<Bug>) {
+    CHOSEN.set(bug);
+}
+
+/// Whether `bug` is switched on.
+#[cfg(feature = "planted-bugs")]
+pub fn planted(bug: Bug) -> bool {
+    CHOSEN.get() == Some(bug)
+}
+
+/// Never: this build has no planted bugs.
+#[cfg(not(feature = "planted-bugs"))]
+#[inline(always)]
+pub const fn planted(_: Bug) -> bool {
+    false
+}

@@ -1,0 +1,328 @@
+//! The copy loop: take dirty work, look at extents, copy inside a window, count, limit the rate, apply the error policy.
+//!
+//! What can happen: anything in any order: guest writes, failures on either side, a pause, another speed, cancellation
+//! (the engine is dropped: its copies end, their ranges become dirty again, nothing waits). What must stay true:
+//! * A slot is taken before a copy exists, and given back when it is gone, whatever ended it.
+//! * Two copies never overlap; a copy never waits for another.
+//! * Each copy is a task of its own, so that the executor gives guest requests their turn in between.
+//! * See [`Work`] for the order of dirty bits, locks and reads.
+
+use crate::bugs::{Bug, planted};
+use crate::piece::{Ended, Outcome, PieceTask, Shared};
+use crate::policy::{Action, Control, Next, Policy, Standing};
+use crate::ranges::Owner;
+use crate::status::status;
+use crate::window::{MAX_PIECE, MAX_ZERO_PIECE, Window};
+use crate::work::Work;
+use block::{Extent, Kind, Result, Span};
+use env::TaskHandle;
+use env::sync::Queue;
+use graph::Edge;
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+/// First wait before a failed request is tried again under `ignore`; doubles up to [`RETRY_MAX`], so that a permanent
+/// error costs no processor and no flood of events.
+const RETRY_FIRST: Duration = Duration::from_millis(10);
+/// Longest wait between two tries under `ignore`.
+const RETRY_MAX: Duration = Duration::from_secs(1);
+/// Places in conflict with guest requests that are looked past in one search for work.
+const MAX_SKIPS: u32 = 64;
+/// Longest sleep without a look around: rates are sampled, and policies that depend on time are asked again.
+const LOOK_AROUND: Duration = Duration::from_millis(500);
+/// How much of the disk is asked about at once, to find large runs of zeroes.
+const HINT_SPAN: u64 = 1 << 30;
+
+/// Copies from one edge to another what [`Work`] says is dirty.
+pub struct Engine {
+    shared: Rc<Shared>,
+    control: Rc<dyn Control>,
+    window: Window,
+    outcomes: Rc<Queue<Ended>>,
+    tasks: Vec<TaskHandle>,
+    cursor: u64,
+    /// What the source held when last asked; only for the choice of pieces, never for what is done with them.
+    hints: Vec<Extent>,
+    hinting: bool,
+    retry: Option<(Duration, Duration)>,
+}
+
+/// What a search for work found.
+enum Found {
+    Piece(Span),
+    /// All that is dirty is in use by guest requests; this is the first such granule.
+    Contended(Span),
+    Nothing,
+}
+
+impl Engine {
+    /// An engine that has at most `buffer` bytes in flight.
+    pub fn new(
+        work: Rc<Work>,
+        source: Rc<Edge>,
+        target: Rc<Edge>,
+        policy: Rc<dyn Policy>,
+        control: Rc<dyn Control>,
+        buffer: u64,
+    ) -> Engine {
+        let transfer = [source.limits().max_transfer, target.limits().max_transfer];
+        let max_transfer = transfer.into_iter().filter(|t| *t > 0).min().unwrap_or(0);
+        let window = Window::new(buffer, work.granularity(), max_transfer);
+        Engine {
+            shared: Rc::new(Shared { work, source, target, policy }),
+            control,
+            window,
+            outcomes: Rc::new(Queue::new()),
+            tasks: Vec::new(),
+            cursor: 0,
+            hints: Vec::new(),
+            hinting: false,
+            retry: None,
+        }
+    }
+
+    /// Copies until the policy says [`Next::Done`] (then nothing is in flight) or an error is to be reported.
+    pub async fn run(&mut self) -> Result<()> {
+        loop {
+            // made before the looks below, so that nothing that happens after them is missed
+            let shared = self.shared.clone();
+            let control = self.control.clone();
+            let (woken, changed) = (shared.work.wake.wait(), control.changed().wait());
+            let now = shared.work.env.now();
+            shared.work.meter.tick(now);
+            while let Some(ended) = self.outcomes.try_pop() {
+                self.take_in(ended, now);
+            }
+            let failed = shared.work.failure.borrow_mut().take();
+            if let Some(error) = failed {
+                self.settle().await;
+                return Err(error);
+            }
+            if control.pause_wanted() {
+                self.settle().await;
+                control.park().await;
+                self.retry = None;
+                continue;
+            }
+            self.window.set_speed(control.speed(), now);
+            let standing = self.standing(now);
+            if shared.policy.pass_over(standing) == Next::Done {
+                if !planted(Bug::ReadyInFlight) {
+                    self.settle().await;
+                }
+                if shared.work.failure.borrow().is_some() || control.pause_wanted() {
+                    continue;
+                }
+                return Ok(());
+            }
+            let wait_until = match self.start(now) {
+                Ok(()) => {
+                    shared.work.env.yield_now().await;
+                    continue;
+                }
+                Err(until) => until,
+            };
+            control.set_idle(shared.work.copies.get() == 0);
+            let nap = wait_until.map_or(LOOK_AROUND, |t| t.saturating_sub(now)).min(LOOK_AROUND);
+            let timer = shared.work.env.sleep(nap);
+            let outcomes = self.outcomes.clone();
+            let ended = first_of(async { outcomes.pop().await }, woken, changed, timer).await;
+            control.set_idle(false);
+            if let Some(ended) = ended {
+                self.take_in(ended, self.shared.work.env.now());
+            }
+        }
+    }
+
+    /// Where things stand.
+    fn standing(&self, now: Duration) -> Standing {
+        let work = &self.shared.work;
+        let dirty = work.dirty_bytes();
+        let idle = work.copies.get() == 0 || planted(Bug::ReadyInFlight);
+        Standing {
+            dirty,
+            copying: work.copying.get(),
+            clean: dirty == 0 && idle && self.window.not_before(now).is_none(),
+        }
+    }
+
+    /// Starts one piece; `Err` says that there is nothing to start, perhaps until a time.
+    fn start(&mut self, now: Duration) -> Result<(), Option<Duration>> {
+        let work = self.shared.work.clone();
+        if let Some((until, _)) = self.retry
+            && until > now
+        {
+            return Err(Some(until));
+        }
+        if let Some(until) = self.window.not_before(now) {
+            return Err(Some(until));
+        }
+        let active = work.guest_active();
+        if !self.window.has_room(work.copies.get(), work.copying.get(), active) {
+            return Err(None);
+        }
+        let dirty = work.dirty_bytes();
+        let most = self.window.piece(dirty, active);
+        self.ask_ahead(dirty, most);
+        let (at, waits) = match self.find(most) {
+            Found::Nothing => return Err(None),
+            Found::Piece(at) => (at, false),
+            Found::Contended(at) => (at, true),
+        };
+        let bulk = !waits && at.len > work.granularity();
+        let lock = work.locks.request(at, Owner::Copy { bulk });
+        self.window.pay(at.len.min(most), now);
+        let task = PieceTask::new(self.shared.clone(), at, lock, self.outcomes.clone());
+        self.tasks.retain(|t| !t.is_done());
+        self.tasks.push(work.env.spawn("copy", task.run()));
+        self.cursor = at.end();
+        Ok(())
+    }
+
+    /// The next dirty piece after the cursor that nobody has locked.
+    fn find(&self, most: u64) -> Found {
+        let work = &self.shared.work;
+        let dirty = work.dirty.borrow();
+        let (len, g) = (dirty.len(), dirty.granularity());
+        let mut contended = None;
+        let mut skips = 0;
+        for part in [Span::between(self.cursor.min(len), len), Span::new(0, self.cursor.min(len))] {
+            let mut from = part.start;
+            while let Some(start) = dirty.next_dirty(from)
+                && start < part.end()
+            {
+                let start = start & !(g - 1);
+                let most = self.zero_ahead(start).map_or(most, |run| run.max(most));
+                let Some(at) = dirty.next_area(Span::between(start, len), most) else { break };
+                let Some((other, owner)) = work.locks.conflict(&at) else { return Found::Piece(at) };
+                let free = Span::between(at.start, other.start & !(g - 1));
+                if !free.is_empty() {
+                    return Found::Piece(free);
+                }
+                if owner == Owner::Guest && contended.is_none() {
+                    contended = Some(Span::new(at.start, at.len.min(g)));
+                }
+                skips += 1;
+                if skips > MAX_SKIPS {
+                    break;
+                }
+                from = other.end().next_multiple_of(g).max(at.start + g);
+            }
+        }
+        // Waiting in line is for when there is nothing else: then the copy gets its turn among the guest's requests.
+        let free_of_copies = |at: &Span| !matches!(work.locks.conflict(at), Some((_, Owner::Copy { .. })));
+        contended.filter(free_of_copies).map_or(Found::Nothing, Found::Contended)
+    }
+
+    /// How far the source is known to have been zero from `at` on, in whole granules.
+    fn zero_ahead(&self, at: u64) -> Option<u64> {
+        let e = self.hints.iter().find(|e| e.span.contains_offset(at))?;
+        let run = (e.span.end() - at).min(MAX_ZERO_PIECE) & !(self.shared.work.granularity() - 1);
+        (e.kind == Kind::Zero && run > 0).then_some(run)
+    }
+
+    /// Far from in sync, asks what the source holds around the cursor, without waiting for the answer.
+    fn ask_ahead(&mut self, dirty: u64, most: u64) {
+        if self.hinting || dirty < 8 * most.max(MAX_PIECE) {
+            return;
+        }
+        let known = self.hints.iter().any(|e| e.span.contains_offset(self.cursor));
+        let len = self.shared.work.len();
+        let next = self.shared.work.dirty.borrow().next_dirty(self.cursor % len.max(1));
+        let Some(from) = next.filter(|_| !known) else { return };
+        self.hinting = true;
+        let (source, outcomes) = (self.shared.source.clone(), self.outcomes.clone());
+        let at = Span::between(from, len.min(from + HINT_SPAN));
+        self.tasks.push(self.shared.work.env.spawn("copy hint", async move {
+            let found = status(&source, at).await.unwrap_or_default();
+            outcomes.push(Ended { outcome: Outcome::Hint(found), took: Duration::ZERO });
+        }));
+    }
+
+    fn take_in(&mut self, ended: Ended, now: Duration) {
+        match ended.outcome {
+            Outcome::Hint(found) => {
+                self.hinting = false;
+                self.hints = found;
+            }
+            Outcome::Copied => {
+                self.window.took(ended.took);
+                self.retry = None;
+            }
+            Outcome::Failed(side, error) => match self.control.failed(side, &error) {
+                Action::Report => {
+                    self.shared.work.failure.borrow_mut().get_or_insert(error);
+                }
+                Action::Stop => {}
+                Action::Ignore => {
+                    let wait = self.retry.map_or(RETRY_FIRST, |(_, w)| (w * 2).min(RETRY_MAX));
+                    self.retry = Some((now + wait, wait));
+                }
+            },
+        }
+    }
+
+    /// Waits until no copy is in flight.
+    async fn settle(&mut self) {
+        while self.shared.work.copies.get() > 0 {
+            let Some(ended) = self.outcomes.pop().await else { return };
+            self.take_in(ended, self.shared.work.env.now());
+        }
+        while let Some(ended) = self.outcomes.try_pop() {
+            self.take_in(ended, self.shared.work.env.now());
+        }
+    }
+
+    /// Flushes the target, under the error policy: tries again after a stop or under `ignore`.
+    pub async fn flush_target(&mut self) -> Result<()> {
+        let mut wait = RETRY_FIRST;
+        loop {
+            let Err(error) = self.shared.target.flush().await else { return Ok(()) };
+            match self.control.failed(crate::Side::Target, &error) {
+                Action::Report => return Err(error),
+                Action::Stop => {}
+                Action::Ignore => {
+                    self.shared.work.env.sleep(wait).await;
+                    wait = (wait * 2).min(RETRY_MAX);
+                }
+            }
+            if self.control.pause_wanted() {
+                self.control.park().await;
+            }
+        }
+    }
+
+    /// What it copies between, and what is known of the work.
+    pub fn work(&self) -> &Rc<Work> {
+        &self.shared.work
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(TaskHandle::cancel);
+    }
+}
+
+/// The outcome if it comes first; `None` when one of the others does.
+async fn first_of(
+    outcome: impl Future<Output = Option<Ended>>,
+    a: impl Future<Output = ()>,
+    b: impl Future<Output = ()>,
+    timer: impl Future<Output = ()>,
+) -> Option<Ended> {
+    let mut outcome = pin!(outcome);
+    let (a, b, timer) = (pin!(a), pin!(b), pin!(timer));
+    let mut others: [Pin<&mut dyn Future<Output = ()>>; 3] = [a, b, timer];
+    std::future::poll_fn(move |cx| {
+        if let Poll::Ready(o) = outcome.as_mut().poll(cx) {
+            return Poll::Ready(o);
+        }
+        let any = others.iter_mut().any(|f| f.as_mut().poll(cx).is_ready());
+        if any { Poll::Ready(None) } else { Poll::Pending }
+    })
+    .await
+}

@@ -1,0 +1,203 @@
+//! One piece of the copy: take its dirty bits, look at the source, bring it to the target.
+
+use crate::bugs::{Bug, planted};
+use crate::policy::{Fate, Policy, Side};
+use crate::ranges::RangeTicket;
+use crate::status::status_all;
+use crate::window::MAX_PIECE;
+use crate::work::Work;
+use block::{BlockError, Extent, ReqFlags, Span};
+use env::sync::Queue;
+use graph::Edge;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// What all pieces of an engine need.
+pub(crate) struct Shared {
+    pub(crate) work: Rc<Work>,
+    pub(crate) source: Rc<Edge>,
+    pub(crate) target: Rc<Edge>,
+    pub(crate) policy: Rc<dyn Policy>,
+}
+
+/// How a task of the engine ended.
+pub(crate) enum Outcome {
+    /// All that was dirty in the piece is on the target.
+    Copied,
+    /// A request failed; what was not copied is dirty again.
+    Failed(Side, BlockError),
+    /// What the source holds.
+    Hint(Vec<Extent>),
+}
+
+/// An outcome, and how long it took.
+pub(crate) struct Ended {
+    pub(crate) outcome: Outcome,
+    pub(crate) took: Duration,
+}
+
+/// A copy about to run. Counts as in flight from its making on.
+pub(crate) struct PieceTask {
+    slot: Slot,
+    at: Span,
+    lock: RangeTicket,
+    outcomes: Rc<Queue<Ended>>,
+}
+
+/// A slot of the window; given back on drop.
+struct Slot {
+    shared: Rc<Shared>,
+    counted: bool,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        let work = &self.shared.work;
+        if self.counted {
+            work.copies.set(work.copies.get() - 1);
+        }
+        if work.copies.get() == 0 {
+            work.wake.notify_all();
+        }
+    }
+}
+
+/// A range taken out of the dirty bitmap; what is left of it becomes dirty again on drop.
+struct Unfinished<'a> {
+    work: &'a Work,
+    left: Span,
+}
+
+impl<'a> Unfinished<'a> {
+    fn new(work: &'a Work, at: Span) -> Unfinished<'a> {
+        work.copying.set(work.copying.get() + at.len);
+        Unfinished { work, left: at }
+    }
+
+    /// The first `bytes` are done.
+    fn advance(&mut self, bytes: u64) {
+        let work = self.work;
+        let (done, left) = self.left.split_at(bytes);
+        work.copying.set(work.copying.get() - done.len);
+        work.done.set(work.done.get() + done.len);
+        work.meter.copied(done.len);
+        self.left = left;
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if !self.left.is_empty() {
+            self.work.copying.set(self.work.copying.get() - self.left.len);
+            if !planted(Bug::FailureForgotten) {
+                self.work.mark(self.left);
+            }
+        }
+    }
+}
+
+impl PieceTask {
+    /// A copy of what is dirty in `at`, once `lock` is held.
+    pub(crate) fn new(
+        shared: Rc<Shared>,
+        at: Span,
+        lock: RangeTicket,
+        outcomes: Rc<Queue<Ended>>,
+    ) -> PieceTask {
+        let counted = !planted(Bug::SlotCountedLate);
+        if counted {
+            shared.work.copies.set(shared.work.copies.get() + 1);
+        }
+        PieceTask { slot: Slot { shared, counted }, at, lock, outcomes }
+    }
+
+    /// Runs it; the outcome goes to the queue.
+    pub(crate) async fn run(self) {
+        let PieceTask { mut slot, at, mut lock, outcomes } = self;
+        let shared = slot.shared.clone();
+        lock.held().await;
+        if !slot.counted {
+            shared.work.copies.set(shared.work.copies.get() + 1);
+            slot.counted = true;
+        }
+        let begun = shared.work.env.now();
+        let outcome = match shared.copy_dirty(at).await {
+            Ok(()) => Outcome::Copied,
+            Err((side, error)) => Outcome::Failed(side, error),
+        };
+        drop(lock);
+        let took = shared.work.env.now().saturating_sub(begun);
+        // the outcome first, then the slot: whoever sees no copies in flight has all their outcomes
+        outcomes.push(Ended { outcome, took });
+        drop(slot);
+    }
+}
+
+type Failure = (Side, BlockError);
+
+impl Shared {
+    async fn copy_dirty(&self, at: Span) -> Result<(), Failure> {
+        // Another piece or the guest may have cleaned some of it while this one waited for its lock.
+        let areas: Vec<Span> = self.work.dirty.borrow().areas(at, 0).collect();
+        let mut taken: Vec<Unfinished<'_>> = areas
+            .iter()
+            .map(|area| {
+                if !planted(Bug::ClearAfterRead) {
+                    self.work.dirty.borrow_mut().clear(*area);
+                }
+                Unfinished::new(&self.work, *area)
+            })
+            .collect();
+        for unfinished in &mut taken {
+            self.copy_area(unfinished).await?;
+        }
+        Ok(())
+    }
+
+    async fn copy_area(&self, unfinished: &mut Unfinished<'_>) -> Result<(), Failure> {
+        let area = unfinished.left;
+        let extents = status_all(&self.source, area).await.map_err(|e| (Side::Source, e))?;
+        for e in extents {
+            let mut left = e.span.intersect(&area);
+            while !left.is_empty() {
+                let fate = self.policy.fate(&e);
+                let (step, rest) = left.split_at(if fate == Fate::Copy { MAX_PIECE } else { left.len });
+                match fate {
+                    Fate::Copy => self.copy(step).await?,
+                    Fate::Zero => self.zero(step).await?,
+                    Fate::Skip => {}
+                }
+                unfinished.advance(step.len);
+                left = rest;
+            }
+        }
+        Ok(())
+    }
+
+    async fn copy(&self, at: Span) -> Result<(), Failure> {
+        let data = self.source.read(at).await.map_err(|e| (Side::Source, e))?;
+        if planted(Bug::ClearAfterRead) {
+            self.work.dirty.borrow_mut().clear(at);
+        }
+        // one turn for guests between the two halves
+        self.work.env.yield_now().await;
+        self.work.target_written(at);
+        self.target.write(at.start, data, ReqFlags::NONE).await.map_err(|e| (Side::Target, e))
+    }
+
+    async fn zero(&self, at: Span) -> Result<(), Failure> {
+        if planted(Bug::ClearAfterRead) {
+            self.work.dirty.borrow_mut().clear(at);
+        }
+        if planted(Bug::ZeroTailSkipped) && at.end() == self.work.len() {
+            return Ok(());
+        }
+        if self.work.target_is_zero(at) {
+            return Ok(());
+        }
+        let flags = ReqFlags { may_unmap: true, ..ReqFlags::NONE };
+        self.target.zero(at, flags).await.map_err(|e| (Side::Target, e))?;
+        self.work.target_zeroed(at);
+        Ok(())
+    }
+}

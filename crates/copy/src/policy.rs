@@ -1,0 +1,128 @@
+//! What differs between the users of the engine, and what the engine asks of whoever runs it.
+
+use block::{BlockError, Extent, Kind, Span};
+use env::sync::Notify;
+use std::future::Future;
+use std::pin::Pin;
+
+/// What is done about a guest's write (zero request, discard) before the guest is answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnWrite {
+    /// Nothing: the copy does not care.
+    Pass,
+    /// It is done when the source has it; the range is to be copied again.
+    MarkDirty,
+    /// It is done when source and target have it.
+    WriteBoth,
+}
+
+/// What becomes of an extent of the source.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fate {
+    /// Its bytes are copied.
+    Copy,
+    /// The target is made to read as zero there, giving the space back where it can.
+    Zero,
+    /// Nothing is done.
+    Skip,
+}
+
+/// What the engine does when it has looked for work.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Next {
+    /// Go on: copy what is dirty, wait for more.
+    Again,
+    /// Let what is in flight end, and return to the caller.
+    Done,
+}
+
+/// Where the engine stands, for [`Policy::pass_over`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Standing {
+    /// Bytes marked dirty.
+    pub dirty: u64,
+    /// Bytes being copied now.
+    pub copying: u64,
+    /// Nothing dirty, nothing in flight, no debt to the rate limit.
+    pub clean: bool,
+}
+
+/// What makes a job that job. The first question, what is dirty at the start, is answered by the caller with the
+/// helpers of [`first`](crate::first); the fifth, what the graph is afterwards, by the job's plan.
+pub trait Policy {
+    /// What to do with a guest's write of `at`.
+    fn guest_write(&self, at: Span) -> OnWrite;
+    /// Whether what a guest reads is written to the target as well, where that is still dirty.
+    fn copy_reads(&self) -> bool {
+        false
+    }
+    /// What becomes of this piece of the source.
+    fn fate(&self, extent: &Extent) -> Fate {
+        if extent.kind == Kind::Data { Fate::Copy } else { Fate::Zero }
+    }
+    /// Whether to go on.
+    fn pass_over(&self, standing: Standing) -> Next;
+}
+
+/// On which side a request failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Side {
+    /// Reading.
+    Source,
+    /// Writing.
+    Target,
+}
+
+/// What to do about a failed request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Action {
+    /// End with this error.
+    Report,
+    /// Try again (after a while).
+    Ignore,
+    /// Rest until told to go on, then try again.
+    Stop,
+}
+
+/// What a user chose to do about errors of one side (QMP: BlockdevOnError; `auto` is `Enospc`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnError {
+    /// The job fails.
+    #[default]
+    Report,
+    /// Retry until it works.
+    Ignore,
+    /// Rest on a full disk, fail otherwise.
+    Enospc,
+    /// Rest.
+    Stop,
+}
+
+impl OnError {
+    /// What that means for `error`.
+    pub fn action(self, error: &BlockError) -> Action {
+        match self {
+            OnError::Report => Action::Report,
+            OnError::Ignore => Action::Ignore,
+            OnError::Stop => Action::Stop,
+            OnError::Enospc if error.errno() == BlockError::ENOSPC => Action::Stop,
+            OnError::Enospc => Action::Report,
+        }
+    }
+}
+
+/// How whoever runs the engine steers it. One implementation: a job.
+pub trait Control {
+    /// Whether the engine should rest.
+    fn pause_wanted(&self) -> bool;
+    /// Rests: nothing is in flight; ends when it may go on.
+    fn park(&self) -> Pin<Box<dyn Future<Output = ()> + '_>>;
+    /// Limit of background copying in bytes per second; 0 for none.
+    fn speed(&self) -> u64;
+    /// A request failed: announces it and says what to do. Called once per failed request.
+    fn failed(&self, side: Side, error: &BlockError) -> Action;
+    /// Notified when any of the answers above may have changed.
+    fn changed(&self) -> &Notify;
+    /// Tells whether the engine is waiting with nothing in flight (so that a pause takes effect at once).
+    fn set_idle(&self, idle: bool);
+}

@@ -1,0 +1,363 @@
+//! What happens to a guest's request while its disk is being copied.
+//!
+//! See [`Work`](crate::Work) for what must stay true. Three ways through:
+//! * *loose*: source only, then the range is marked dirty. Background mode; and in the synchronous modes, before the
+//!   copy is in sync, where a large copy of the same bytes is in flight: waiting for it would cost the client
+//!   milliseconds and gain nothing, since the disk is not in sync anyway.
+//! * *both*: under the range lock, source and target at the same time. Granules that are dirty and only partly
+//!   written stay dirty and are left to the copy; granules wholly written become clean before the target is touched.
+//! * *give up*: the copy was called off while this request waited for the target; it ends as soon as the source has it.
+//!
+//! A failing target never fails a guest's request: the range becomes dirty again and the engine is told.
+
+use crate::bugs::{Bug, planted};
+use crate::policy::{Action, Control, OnWrite, Policy, Side};
+use crate::ranges::Owner;
+use crate::work::Work;
+use block::{BlockError, Data, Io, Kind, ReqFlags, Result, Span};
+use drivers::filters::mirror_top::Tap;
+use env::sync::race;
+use graph::Edge;
+use std::future::Future;
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+use std::time::Duration;
+
+/// Longest that a guest write is held back at once by the throttling policy, so that a wrong estimate cannot hang a
+/// guest.
+const MAX_THROTTLE: Duration = Duration::from_millis(500);
+
+/// The tap of one copy.
+pub struct CopyTap {
+    work: Rc<Work>,
+    target: Rc<Edge>,
+    policy: Rc<dyn Policy>,
+    control: Rc<dyn Control>,
+}
+
+/// What a guest asks for, other than reading.
+enum Change {
+    Write(Data, ReqFlags),
+    Zero(ReqFlags),
+    Discard,
+}
+
+/// Marks a range dirty when dropped: after the source has the write, whether it worked, failed or was called off.
+struct Loose<'a> {
+    work: &'a Work,
+    at: Span,
+}
+
+impl<'a> Loose<'a> {
+    fn new(work: &'a Work, at: Span) -> Loose<'a> {
+        work.loose.set(work.loose.get() + 1);
+        if planted(Bug::MarkBeforeWrite) {
+            work.mark_guest(at);
+        }
+        Loose { work, at }
+    }
+}
+
+impl Drop for Loose<'_> {
+    fn drop(&mut self) {
+        if !planted(Bug::MarkBeforeWrite) {
+            self.work.mark_guest(self.at);
+        }
+        self.work.loose.set(self.work.loose.get() - 1);
+        if self.work.loose.get() == 0 {
+            self.work.wake.notify_all();
+        }
+    }
+}
+
+/// Marks a range dirty when dropped, unless told that the target has it.
+struct Unsure<'a> {
+    work: &'a Work,
+    at: Span,
+    settled: bool,
+}
+
+impl Drop for Unsure<'_> {
+    fn drop(&mut self) {
+        if !self.settled && !planted(Bug::ActiveFailureForgotten) {
+            self.work.mark_guest(self.at);
+        }
+    }
+}
+
+impl CopyTap {
+    /// A tap that keeps `target` in step as `policy` says, and tells `control` of failures.
+    pub fn new(
+        work: Rc<Work>,
+        target: Rc<Edge>,
+        policy: Rc<dyn Policy>,
+        control: Rc<dyn Control>,
+    ) -> Rc<CopyTap> {
+        Rc::new(CopyTap { work, target, policy, control })
+    }
+
+    async fn change(&self, source: &Edge, at: Span, change: Change) -> Result<()> {
+        if at.is_empty() {
+            return apply(source, at, change).await;
+        }
+        self.work.guest_seen();
+        self.throttle(at.len).await;
+        match self.policy.guest_write(at) {
+            OnWrite::Pass => apply(source, at, change).await,
+            OnWrite::MarkDirty => self.loose(source, at, change).await,
+            OnWrite::WriteBoth if self.work.let_go.get() => self.loose(source, at, change).await,
+            OnWrite::WriteBoth => {
+                // a large copy in flight means not in sync: do not wait for it
+                if self.work.locks.bulk_copy_overlaps(&at) {
+                    self.loose(source, at, change).await
+                } else {
+                    self.both(source, at, change).await
+                }
+            }
+        }
+    }
+
+    async fn loose(&self, source: &Edge, at: Span, change: Change) -> Result<()> {
+        let _mark = Loose::new(&self.work, at);
+        apply(source, at, change).await
+    }
+
+    async fn both(&self, source: &Edge, at: Span, change: Change) -> Result<()> {
+        let mut lock = self.work.locks.request(at, Owner::Guest);
+        if self.or_let_go(lock.held()).await.is_none() {
+            drop(lock);
+            return self.loose(source, at, change).await;
+        }
+        let mut unsure = Unsure { work: &self.work, at, settled: false };
+        if let Change::Discard = change {
+            source.discard(at).await?;
+            unsure.settled = self.follow_discard(source, at).await;
+            return Ok(());
+        }
+        let parts = self.parts_for_target(at);
+        self.work.dirty.borrow_mut().clear(at);
+        let to_target = async {
+            for part in &parts {
+                self.work.target_written(*part);
+                let piece = match &change {
+                    Change::Write(data, flags) => {
+                        let from = usize::try_from(part.start - at.start).unwrap_or(usize::MAX);
+                        let len = usize::try_from(part.len).unwrap_or(usize::MAX);
+                        Change::Write(data.slice(from, len), *flags)
+                    }
+                    Change::Zero(flags) => Change::Zero(ReqFlags { no_fallback: false, ..*flags }),
+                    Change::Discard => Change::Discard,
+                };
+                apply(&self.target, *part, piece).await?;
+            }
+            Ok(())
+        };
+        let to_source = apply(source, at, change.share());
+        let (on_source, on_target) = self.join(to_source, to_target).await;
+        match on_target {
+            Some(Ok(())) => {
+                // A failed source write leaves unknown bytes there: then nobody knows whether they are equal.
+                unsure.settled = on_source.is_ok();
+                let bytes: u64 = parts.iter().map(|p| p.len).sum();
+                self.work.done.set(self.work.done.get() + bytes);
+                self.work.meter.copied(bytes);
+            }
+            Some(Err(e)) => self.target_failed(e),
+            None => {}
+        }
+        on_source
+    }
+
+    /// The pieces of `at` that the target gets now: all but the parts of dirty granules that `at` covers only partly.
+    fn parts_for_target(&self, at: Span) -> Vec<Span> {
+        let dirty = self.work.dirty.borrow();
+        let whole = Span::new(0, dirty.len());
+        let edge = |offset: u64| {
+            let granule = Span::new(offset, 1).align_out(dirty.granularity()).intersect(&whole);
+            let partial = !at.contains(&granule) && !planted(Bug::PartialGranuleClean);
+            (partial && dirty.get(offset)).then_some(granule)
+        };
+        let mut left = at;
+        if let Some(head) = edge(at.start) {
+            left = Span::between(head.end(), left.end());
+        }
+        if !left.is_empty()
+            && let Some(tail) = edge(at.end() - 1)
+        {
+            left = Span::between(left.start, tail.start.max(left.start));
+        }
+        if left.is_empty() { Vec::new() } else { vec![left] }
+    }
+
+    /// The guest no longer needs `at`. What the source reads as now may have changed (zeroes) or not (the discard was
+    /// ignored): the target follows where it reads as zero, the rest is compared by copying. Whether all is done.
+    async fn follow_discard(&self, source: &Edge, at: Span) -> bool {
+        let Ok(extents) = crate::status::status_all(source, at).await else { return false };
+        self.work.dirty.borrow_mut().clear(at);
+        for e in &extents {
+            if e.kind == Kind::Data {
+                self.work.mark_guest(e.span);
+                continue;
+            }
+            let flags = ReqFlags { may_unmap: true, ..ReqFlags::NONE };
+            self.work.target_written(e.span);
+            match self.or_let_go(self.target.zero(e.span, flags)).await {
+                Some(Ok(())) => self.work.target_zeroed(e.span),
+                Some(Err(error)) => {
+                    self.target_failed(error);
+                    return false;
+                }
+                None => return false,
+            }
+        }
+        true
+    }
+
+    async fn read(&self, source: &Edge, at: Span) -> Result<Data> {
+        self.work.guest_seen();
+        if !self.policy.copy_reads() || !self.dirty_inside(at) || self.work.let_go.get() {
+            return source.read(at).await;
+        }
+        let mut lock = self.work.locks.request(at, Owner::Guest);
+        if self.or_let_go(lock.held()).await.is_none() {
+            drop(lock);
+            return source.read(at).await;
+        }
+        // The bit is cleared before the read, so that a write that comes meanwhile is not lost.
+        let areas = self.whole_dirty_areas(at);
+        let mut unsure: Vec<Unsure<'_>> = areas
+            .iter()
+            .map(|a| {
+                self.work.dirty.borrow_mut().clear(*a);
+                Unsure { work: &self.work, at: *a, settled: false }
+            })
+            .collect();
+        let data = source.read(at).await?;
+        for (area, unsure) in areas.iter().zip(&mut unsure) {
+            let from = usize::try_from(area.start - at.start).unwrap_or(usize::MAX);
+            let piece = data.slice(from, usize::try_from(area.len).unwrap_or(usize::MAX));
+            self.work.target_written(*area);
+            match self.or_let_go(self.target.write(area.start, piece, ReqFlags::NONE)).await {
+                Some(Ok(())) => {
+                    unsure.settled = true;
+                    self.work.done.set(self.work.done.get() + area.len);
+                    self.work.meter.copied(area.len);
+                }
+                Some(Err(e)) => {
+                    self.target_failed(e);
+                    break;
+                }
+                None => break,
+            }
+        }
+        drop(unsure);
+        Ok(data)
+    }
+
+    fn dirty_inside(&self, at: Span) -> bool {
+        self.work.dirty.borrow().next_area(at, 0).is_some()
+    }
+
+    /// Dirty granules wholly inside `at`, as runs.
+    fn whole_dirty_areas(&self, at: Span) -> Vec<Span> {
+        let dirty = self.work.dirty.borrow();
+        let g = dirty.granularity();
+        let end = if at.end() == dirty.len() { at.end() } else { at.end() & !(g - 1) };
+        dirty.areas(Span::between(at.start.next_multiple_of(g), end), 0).collect()
+    }
+
+    fn target_failed(&self, error: BlockError) {
+        if self.control.failed(Side::Target, &error) == Action::Report {
+            self.work.fail(error);
+        }
+    }
+
+    /// `fut`'s result, or `None` once the copy is called off.
+    async fn or_let_go<T>(&self, fut: impl Future<Output = T>) -> Option<T> {
+        let gone = self.work.let_go_wake.wait();
+        if self.work.let_go.get() {
+            return None;
+        }
+        race(fut, gone).await
+    }
+
+    /// Both at the same time; waiting for the target ends when the copy is called off.
+    async fn join(
+        &self,
+        source: impl Future<Output = Result<()>>,
+        target: impl Future<Output = Result<()>>,
+    ) -> (Result<()>, Option<Result<()>>) {
+        let (mut source, mut target) = (pin!(source), pin!(self.or_let_go(target)));
+        let (mut s, mut t) = (None, None);
+        std::future::poll_fn(move |cx| {
+            if s.is_none()
+                && let Poll::Ready(r) = source.as_mut().poll(cx)
+            {
+                s = Some(r);
+            }
+            if t.is_none()
+                && let Poll::Ready(r) = target.as_mut().poll(cx)
+            {
+                t = Some(r);
+            }
+            match (s.take(), t.take()) {
+                (Some(a), Some(b)) => Poll::Ready((a, b)),
+                (a, b) => {
+                    (s, t) = (a, b);
+                    Poll::Pending
+                }
+            }
+        })
+        .await
+    }
+
+    /// Holds a guest write back if the user chose to slow the guest to the speed of the copy.
+    async fn throttle(&self, bytes: u64) {
+        let limit = self.work.guest_limit.get();
+        if limit == 0 {
+            return;
+        }
+        let now = self.work.env.now();
+        let owed = self.work.guest_owes_until.get().max(now);
+        let cost = Duration::from_secs_f64(bytes as f64 / limit as f64);
+        self.work.guest_owes_until.set((owed + cost).min(now + MAX_THROTTLE));
+        if owed > now {
+            self.work.env.sleep(owed - now).await;
+        }
+    }
+}
+
+impl Change {
+    /// The same change for another receiver; bytes are shared, not copied.
+    fn share(&self) -> Change {
+        match self {
+            Change::Write(d, f) => Change::Write(d.clone(), *f),
+            Change::Zero(f) => Change::Zero(*f),
+            Change::Discard => Change::Discard,
+        }
+    }
+}
+
+async fn apply(edge: &Edge, at: Span, change: Change) -> Result<()> {
+    match change {
+        Change::Write(data, flags) => edge.write(at.start, data, flags).await,
+        Change::Zero(flags) => edge.zero(at, flags).await,
+        Change::Discard => edge.discard(at).await,
+    }
+}
+
+impl Tap for CopyTap {
+    fn read<'a>(&'a self, source: &'a Edge, at: Span) -> Io<'a, Data> {
+        Box::pin(self.read(source, at))
+    }
+    fn write<'a>(&'a self, source: &'a Edge, at: Span, data: Data, flags: ReqFlags) -> Io<'a> {
+        Box::pin(self.change(source, at, Change::Write(data, flags)))
+    }
+    fn zero<'a>(&'a self, source: &'a Edge, at: Span, flags: ReqFlags) -> Io<'a> {
+        Box::pin(self.change(source, at, Change::Zero(flags)))
+    }
+    fn discard<'a>(&'a self, source: &'a Edge, at: Span) -> Io<'a> {
+        Box::pin(self.change(source, at, Change::Discard))
+    }
+}

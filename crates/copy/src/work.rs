@@ -1,0 +1,206 @@
+//! What the engine and the guest's requests share: which bytes are dirty, which are locked, what is in flight.
+//!
+//! What must stay true (the whole correctness of a mirror is in these lines):
+//! * A dirty bit is cleared *before* the source is read for it, and set again before the range lock is given back if
+//!   the copy fails or is called off.
+//! * A guest write that does not reach the target marks its range dirty *after* the source has it and before the guest
+//!   is answered, also when it fails or is called off (it may have changed something).
+//! * A guest write that does reach the target holds the range lock from before the source is touched until both have
+//!   it, so no copy of older bytes can land after it.
+//! * A range counts as synchronous only while nothing is dirty, no copy and no unsynchronous write is in flight.
+
+use crate::RangeLocks;
+use crate::bugs::{Bug, planted};
+use crate::stats::Meter;
+use bitmap::Bitmap;
+use block::{BlockError, Result, Span};
+use env::Env;
+use env::sync::Notify;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How long after a guest's last request the guest still counts as active: then copies are kept short.
+const GUEST_RECENT: Duration = Duration::from_millis(20);
+
+/// Shared between one engine and the tap in front of its source.
+pub struct Work {
+    pub(crate) env: Env,
+    pub(crate) dirty: RefCell<Bitmap>,
+    pub(crate) locks: Rc<RangeLocks>,
+    /// Which granules of the target are known to read as zero, if that is known of any.
+    pub(crate) target_zero: RefCell<Option<Bitmap>>,
+    /// Bytes taken out of `dirty` and not yet on the target.
+    pub(crate) copying: Cell<u64>,
+    /// Copies in flight.
+    pub(crate) copies: Cell<u32>,
+    /// Guest writes in flight that will mark their range dirty.
+    pub(crate) loose: Cell<u32>,
+    /// Bytes brought to the target.
+    pub(crate) done: Cell<u64>,
+    pub(crate) wake: Notify,
+    /// Failed synchronous writes, for the engine to act on.
+    pub(crate) failure: RefCell<Option<BlockError>>,
+    /// Ends waits for the target in guest requests: the copy is being called off.
+    pub(crate) let_go: Cell<bool>,
+    pub(crate) let_go_wake: Notify,
+    /// Bytes per second that guest writes are slowed to (0: not).
+    pub(crate) guest_limit: Cell<u64>,
+    pub(crate) guest_owes_until: Cell<Duration>,
+    last_guest: Cell<Duration>,
+    /// Rates.
+    pub(crate) meter: Meter,
+}
+
+impl Work {
+    /// For a disk of `len` bytes; nothing is dirty.
+    pub fn new(env: Env, len: u64, granularity: u64) -> Result<Rc<Work>> {
+        let now = env.now();
+        Ok(Rc::new(Work {
+            dirty: RefCell::new(Bitmap::new(len, granularity)?),
+            env,
+            locks: RangeLocks::new(),
+            target_zero: RefCell::new(None),
+            copying: Cell::new(0),
+            copies: Cell::new(0),
+            loose: Cell::new(0),
+            done: Cell::new(0),
+            wake: Notify::new(),
+            failure: RefCell::new(None),
+            let_go: Cell::new(false),
+            let_go_wake: Notify::new(),
+            guest_limit: Cell::new(0),
+            guest_owes_until: Cell::new(Duration::ZERO),
+            last_guest: Cell::new(Duration::ZERO),
+            meter: Meter::new(now),
+        }))
+    }
+
+    /// Bytes of the disk.
+    pub fn len(&self) -> u64 {
+        self.dirty.borrow().len()
+    }
+
+    /// Whether the disk has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Bytes per dirty bit.
+    pub fn granularity(&self) -> u64 {
+        self.dirty.borrow().granularity()
+    }
+
+    /// Marks `at` as to be copied.
+    pub fn mark(&self, at: Span) {
+        let clean_before = {
+            let mut d = self.dirty.borrow_mut();
+            let was = d.is_empty();
+            d.set(at);
+            was && !d.is_empty()
+        };
+        if clean_before {
+            self.wake.notify_all();
+        }
+    }
+
+    /// Marks what a guest changed; counted for the dirty rate.
+    pub(crate) fn mark_guest(&self, at: Span) {
+        let before = self.dirty.borrow().count();
+        self.mark(at);
+        self.meter.dirtied(self.dirty.borrow().count() - before);
+    }
+
+    /// Bytes still to be copied, with what is being copied.
+    pub fn remaining(&self) -> u64 {
+        self.dirty.borrow().dirty_bytes() + self.copying.get()
+    }
+
+    /// Bytes marked dirty now.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.dirty.borrow().dirty_bytes()
+    }
+
+    /// Bytes brought to the target so far.
+    pub fn done(&self) -> u64 {
+        self.done.get()
+    }
+
+    /// Whether source and target are equal but for requests that have not been answered: nothing dirty, nothing being
+    /// copied, no guest write under way that will be marked later.
+    pub fn in_sync(&self) -> bool {
+        let idle = self.copies.get() == 0 && self.loose.get() == 0 && self.copying.get() == 0;
+        self.dirty.borrow().is_empty() && (idle || planted(Bug::SyncedTooEarly))
+    }
+
+    /// Rates and totals.
+    pub fn meter(&self) -> &Meter {
+        &self.meter
+    }
+
+    /// Makes guest requests that wait for the target stop waiting: from now on the target is given up. Not undone.
+    pub fn give_up_target(&self) {
+        self.let_go.set(true);
+        self.let_go_wake.notify_all();
+    }
+
+    /// Slows guest writes to `bytes_per_second` (0: not at all).
+    pub fn limit_guest(&self, bytes_per_second: u64) {
+        self.guest_limit.set(bytes_per_second);
+    }
+
+    /// The limit set by [`Work::limit_guest`].
+    pub fn guest_limit(&self) -> u64 {
+        self.guest_limit.get()
+    }
+
+    /// All of the target is known to read as zero.
+    pub fn assume_target_zero(&self) -> Result<()> {
+        let mut zero = Bitmap::new(self.len(), self.granularity())?;
+        zero.set_all();
+        *self.target_zero.borrow_mut() = Some(zero);
+        Ok(())
+    }
+
+    pub(crate) fn target_is_zero(&self, at: Span) -> bool {
+        let zero = self.target_zero.borrow();
+        zero.as_ref().is_some_and(|z| {
+            at.end() <= z.len() && z.get(at.start) && z.next_clean(at.start).is_none_or(|c| c >= at.end())
+        })
+    }
+
+    /// Something other than zeroes may be in `at` of the target from now on.
+    pub(crate) fn target_written(&self, at: Span) {
+        if let Some(z) = self.target_zero.borrow_mut().as_mut() {
+            let whole = at.align_out(z.granularity());
+            z.clear(whole);
+        }
+    }
+
+    /// `at` of the target has been made zero.
+    pub(crate) fn target_zeroed(&self, at: Span) {
+        if let Some(z) = self.target_zero.borrow_mut().as_mut() {
+            let inner = if at.end() >= z.len() {
+                Span::between(at.start.next_multiple_of(z.granularity()), z.len())
+            } else {
+                at.align_in(z.granularity())
+            };
+            z.set(inner);
+        }
+    }
+
+    pub(crate) fn guest_seen(&self) {
+        self.last_guest.set(self.env.now());
+    }
+
+    /// Whether a guest made a request just now.
+    pub(crate) fn guest_active(&self) -> bool {
+        let last = self.last_guest.get();
+        last > Duration::ZERO && self.env.now().saturating_sub(last) < GUEST_RECENT
+    }
+
+    pub(crate) fn fail(&self, error: BlockError) {
+        self.failure.borrow_mut().get_or_insert(error);
+        self.wake.notify_all();
+    }
+}

@@ -1,0 +1,3 @@
+//! Filters: nodes in front of another node, of the same length.
+
+pub mod mirror_top;
