@@ -12,7 +12,7 @@
 
 use crate::stamp::Value;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// A moment: a counter that goes up with each start and end of an operation.
@@ -59,6 +59,19 @@ pub struct History {
     epoch: Cell<usize>,
     /// What each sector held then; absent: zero.
     initial: RefCell<BTreeMap<u64, Value>>,
+    /// After a kill: what else a power loss may bring back as long as nothing was flushed since.
+    older: RefCell<BTreeMap<u64, BTreeSet<Value>>>,
+}
+
+/// How an epoch ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Crash {
+    /// The host lost its power: only what was flushed is sure to be there, and what is there is durable.
+    PowerLoss,
+    /// The daemon was killed and held things that only a flush writes (metadata of a format).
+    Kill,
+    /// The daemon was killed, but everything it had answered was in the hands of the host (a raw image).
+    KillWriteThrough,
 }
 
 /// Operations on one sector in one epoch.
@@ -237,28 +250,29 @@ impl History {
             || s.zeroes.iter().any(|(z_start, z_end, _)| *z_start < end && !replaced(*z_end))
     }
 
-    /// The disk crashed (power loss, or its daemon was killed and held unwritten metadata) and `found` is what it holds
-    /// now. Checks the epoch, and that `found` is allowed: in each sector a write that began, and that no write which a
-    /// completed flush covers certainly came after. A new epoch begins with `found`.
-    pub fn crash(&self, found: &[Value]) -> Result<(), String> {
-        self.crash_after(found, true)
-    }
-
-    /// As [`History::crash`] for storage without a cache of its own over a host that lives on (a raw image, killed
-    /// daemon): every answered write counts as flushed.
-    pub fn crash_write_through(&self, found: &[Value]) -> Result<(), String> {
-        self.crash_after(found, false)
-    }
-
-    fn crash_after(&self, found: &[Value], needs_flush: bool) -> Result<(), String> {
+    /// The disk crashed and `found` is what it holds now. Checks the epoch, and that `found` is allowed: in each sector a
+    /// write that began, and that no write which is sure to be there certainly came after. A new epoch begins with
+    /// `found`.
+    pub fn crash(&self, found: &[Value], how: Crash) -> Result<(), String> {
         self.check()?;
         let sectors = self.by_sector();
-        let flushed_until = if needs_flush { self.last_flush_start() } else { NEVER };
+        let last_flush = self.last_flush_start();
+        let sure = if how == Crash::KillWriteThrough { NEVER } else { last_flush };
         let empty = Sector::default();
+        let mut older = BTreeMap::new();
         for (number, value) in (0..).zip(found) {
             let s = sectors.get(&number).unwrap_or(&empty);
-            self.survivor_is_legal(number, s, *value, flushed_until)?;
+            if !self.survivors(number, s, sure).contains(value) {
+                return Err(format!(
+                    "sector {number}: after the crash ({how:?}) it holds {value:?}; sure to be there: {:?}",
+                    s.writes.iter().filter(|w| w.2 < sure).map(|w| w.0).collect::<Vec<_>>()
+                ));
+            }
+            if how != Crash::PowerLoss {
+                older.insert(number, self.survivors(number, s, last_flush));
+            }
         }
+        *self.older.borrow_mut() = older;
         *self.initial.borrow_mut() = (0..).zip(found.iter().copied()).collect();
         self.epoch.set(self.len());
         Ok(())
@@ -271,34 +285,33 @@ impl History {
         flushes.map(|r| r.start).max().unwrap_or(0)
     }
 
-    fn survivor_is_legal(
-        &self,
-        number: u64,
-        s: &Sector,
-        found: Value,
-        flushed_until: Moment,
-    ) -> Result<(), String> {
-        let initial = self.initial_of(number);
-        // (value, start, end): what may have survived
+    /// What a sector may hold after a crash, if all that ended before `sure` is sure to be there.
+    fn survivors(&self, number: u64, s: &Sector, sure: Moment) -> BTreeSet<Value> {
         let mut possible: Vec<(Value, Moment)> =
             s.writes.iter().map(|(n, _, end)| (Value::Write(*n), *end)).collect();
         possible.extend(s.zeroes.iter().map(|(_, end, _)| (Value::Zero, *end)));
-        possible.push((initial, 0));
-        // what certainly survived, or something later did
-        let mut durable: Vec<(Moment, Moment)> =
-            s.writes.iter().map(|(_, start, end)| (*start, *end)).collect();
-        durable.extend(s.zeroes.iter().filter(|z| z.2).map(|(start, end, _)| (*start, *end)));
-        durable.retain(|(_, end)| *end < flushed_until);
-        let legal = possible
+        possible.push((self.initial_of(number), 0));
+        let certain = s.zeroes.iter().filter(|z| z.2).map(|(start, end, _)| (*start, *end));
+        let there: Vec<Moment> = s
+            .writes
             .iter()
-            .any(|(value, end)| *value == found && !durable.iter().any(|(start, _)| end < start));
-        if legal {
-            return Ok(());
+            .map(|(_, start, end)| (*start, *end))
+            .chain(certain)
+            .filter(|(_, end)| *end < sure)
+            .map(|(start, _)| start)
+            .collect();
+        let mut values: BTreeSet<Value> = possible
+            .into_iter()
+            .filter(|(_, end)| !there.iter().any(|start| end < start))
+            .map(|(value, _)| value)
+            .collect();
+        // nothing was flushed since the kill before: the time before it may come back
+        if sure == 0
+            && let Some(older) = self.older.borrow().get(&number)
+        {
+            values.extend(older);
         }
-        Err(format!(
-            "sector {number}: after the crash it holds {found:?}; answered and flushed: {:?}",
-            s.writes.iter().filter(|w| w.2 < flushed_until).map(|w| w.0).collect::<Vec<_>>()
-        ))
+        values
     }
 
     /// Whether `values` (of the whole disk, from sector 0) can be the disk at one instant between `from` and `to`: each
@@ -465,7 +478,7 @@ mod tests {
             h.check().unwrap_or_else(|e| panic!("seed {seed}: {e}"));
             let now = h.tick();
             h.one_instant(&disk, now, now).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
-            h.crash_write_through(&disk).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            h.crash(&disk, Crash::KillWriteThrough).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         }
     }
 
@@ -564,18 +577,37 @@ mod tests {
             (h, old, kept, loose, unanswered)
         };
         let (_, old, kept, loose, unanswered) = history();
-        let ok = |a, b| history().0.crash(&[Value::Write(a), Value::Write(b)]);
+        let ok = |a, b| history().0.crash(&[Value::Write(a), Value::Write(b)], Crash::PowerLoss);
         assert!(ok(kept, old).is_ok());
         assert!(ok(loose, unanswered).is_ok());
         assert!(ok(old, old).is_err(), "replaced by a flushed write");
-        assert!(history().0.crash(&[Value::Zero, Value::Write(old)]).is_err(), "flushed data lost");
-        let raw = history().0.crash_write_through(&[Value::Write(kept), Value::Write(old)]);
+        assert!(
+            history().0.crash(&[Value::Zero, Value::Write(old)], Crash::Kill).is_err(),
+            "flushed data lost"
+        );
+        let raw = history().0.crash(&[Value::Write(kept), Value::Write(old)], Crash::KillWriteThrough);
         assert!(raw.is_err(), "a kill alone loses no answered write");
         let (h, ..) = history();
-        h.crash(&[Value::Write(kept), Value::Write(old)]).unwrap();
+        h.crash(&[Value::Write(kept), Value::Write(old)], Crash::PowerLoss).unwrap();
         let r = h.begin(1, What::Read(Vec::new()), 0..1);
         h.end_read(r, vec![Value::Write(loose)]);
         assert!(h.check().is_err(), "the lost write does not come back");
+    }
+
+    #[test]
+    fn a_kill_makes_nothing_durable() {
+        let history = || {
+            let h = History::new();
+            let w = h.begin(1, What::Write, 0..1);
+            h.end(w);
+            h.crash(&[Value::Write(w)], Crash::KillWriteThrough).unwrap();
+            h
+        };
+        assert!(history().crash(&[Value::Zero], Crash::PowerLoss).is_ok(), "it was never flushed");
+        let h = history();
+        let f = h.begin(1, What::Flush, 0..0);
+        h.end(f);
+        assert!(h.crash(&[Value::Zero], Crash::PowerLoss).is_err(), "flushed by the next life");
     }
 
     #[test]

@@ -19,8 +19,8 @@ struct InFlight {
     process: u32,
     handle: u64,
     issued_at: usize,
-    /// Parts of it have landed already: what is left.
-    effect: Effect,
+    /// What of it has not landed yet.
+    left: Vec<Effect>,
     /// Its future is gone; somebody may wait for it in `settle`.
     orphan: bool,
 }
@@ -107,14 +107,16 @@ impl Inode {
         self.next_change.set(id + 1);
         let mut s = self.state.borrow_mut();
         let issued_at = s.log.as_ref().map_or(0, |l| l.entries.len());
-        s.in_flight.insert(id, InFlight { process, handle, issued_at, effect, orphan: false });
+        s.in_flight.insert(id, InFlight { process, handle, issued_at, left: vec![effect], orphan: false });
         id
     }
 
     /// The change lands whole. False if it is not in flight any more (its process was killed, the power failed).
     pub(crate) fn land(&self, id: u64) -> bool {
         let Some(f) = self.state.borrow_mut().in_flight.remove(&id) else { return false };
-        self.state.borrow_mut().commit(f.effect, f.issued_at);
+        for part in f.left {
+            self.state.borrow_mut().commit(part, f.issued_at);
+        }
         self.landed.notify_all();
         true
     }
@@ -122,9 +124,15 @@ impl Inode {
     /// Part of the change lands now; the rest stays in flight.
     pub(crate) fn land_part(&self, id: u64, rng: &mut Rng) {
         let mut s = self.state.borrow_mut();
-        let Some(f) = s.in_flight.get(&id) else { return };
-        let (effect, issued_at) = (f.effect.clone(), f.issued_at);
-        for part in tear(&effect, rng) {
+        let Some(f) = s.in_flight.get_mut(&id) else { return };
+        let issued_at = f.issued_at;
+        let mut landing = Vec::new();
+        for effect in std::mem::take(&mut f.left) {
+            let (now, later) = tear(&effect, rng);
+            landing.extend(now);
+            f.left.extend(later);
+        }
+        for part in landing {
             s.commit(part, issued_at);
         }
     }
@@ -206,12 +214,12 @@ impl Inode {
         s.first_pending += pending.len() as u64;
         // Some losses keep nearly all, some nearly nothing.
         let keep = *rng.choose(&[0.0, 0.1, 0.5, 0.9, 1.0]);
-        for effect in pending.iter().chain(in_flight.values().map(|f| &f.effect)) {
+        for effect in pending.iter().chain(in_flight.values().flat_map(|f| &f.left)) {
             let mut image = std::mem::take(&mut s.durable);
             if rng.chance(keep) {
                 image.apply(effect);
             } else if rng.chance(0.2) {
-                tear(effect, rng).iter().for_each(|e| image.apply(e));
+                tear(effect, rng).0.iter().for_each(|e| image.apply(e));
             }
             s.durable = image;
         }

@@ -11,27 +11,39 @@
 //! | what goes wrong, how often | `faults.rs`, `net.rs` |
 //! | time, order of tasks, the trace | `machine.rs` |
 //! | crash states from a log | `log.rs` |
+//! | what guests do | `guest.rs`, `nbd_disk.rs` |
+//! | running many seeds | `runner.rs`, `bin/simulate.rs` |
 //! | what a guest may see | `history.rs`, `stamp.rs` |
 #![forbid(unsafe_code)]
 
 mod faults;
 mod file;
+mod guest;
 mod history;
 mod host;
 mod image;
 mod inode;
 mod log;
 mod machine;
+mod nbd_disk;
 mod net;
 mod rng;
+pub mod runner;
+pub mod scenario;
 mod stamp;
+mod verdict;
+mod world;
 
 pub use faults::{Fault, OPS, Op, Profile, Rule};
-pub use history::{History, Moment, Record, What};
+pub use guest::{Dial, Disk, Guest, Habits, read_all};
+pub use history::{Crash, History, Moment, Record, What};
 pub use host::{Host, Process, SimBackend};
 pub use image::{BLOCK, Effect, Image, MAX_EXTENTS};
 pub use log::{CrashPoints, EXHAUSTIVE, Entry, Log};
 pub use machine::Machine;
+pub use nbd_disk::NbdDisk;
 pub use net::{Net, NetProfile};
 pub use rng::Rng;
 pub use stamp::{Value, stamped, value_of, values_of};
+pub use verdict::Verdict;
+pub use world::World;

@@ -145,23 +145,22 @@ impl CrashPoints<'_> {
 }
 
 /// Applies a drawn subset of the sectors of `effect`: a prefix, a suffix, or any.
-pub(crate) fn apply_torn(image: &mut Image, effect: &Effect, rng: &mut Rng) {
-    for part in tear(effect, rng) {
+fn apply_torn(image: &mut Image, effect: &Effect, rng: &mut Rng) {
+    for part in tear(effect, rng).0 {
         image.apply(&part);
     }
 }
 
-pub(crate) fn tear(effect: &Effect, rng: &mut Rng) -> Vec<Effect> {
+/// A drawn subset of the sectors of `effect`, and the rest.
+pub(crate) fn tear(effect: &Effect, rng: &mut Rng) -> (Vec<Effect>, Vec<Effect>) {
     let sectors = effect.sectors().max(1);
-    let cut = rng.below(sectors + 1);
-    match rng.below(3) {
-        0 => effect.torn(|i| i < cut),
-        1 => effect.torn(|i| i >= cut),
-        _ => {
-            let bits = rng.draw();
-            effect.torn(|i| (bits >> (i % 64)) & 1 == 1)
-        }
-    }
+    let (cut, kind, bits) = (rng.below(sectors + 1), rng.below(3), rng.draw());
+    let kept = |i: u64| match kind {
+        0 => i < cut,
+        1 => i >= cut,
+        _ => (bits >> (i % 64)) & 1 == 1,
+    };
+    (effect.torn(kept), effect.torn(|i| !kept(i)))
 }
 
 #[cfg(test)]

@@ -121,7 +121,7 @@ fn a_dropped_write_still_lands_and_settle_waits_for_it() {
 #[test]
 fn power_loss_keeps_what_a_barrier_covered_and_any_part_of_the_rest() {
     let mut seen = std::collections::BTreeSet::new();
-    for seed in 0..300 {
+    for seed in 0..1500 {
         let b = bench(seed, Profile::calm());
         b.host.install("/d", Image::from_bytes(&[0; 8192]));
         let (env, p) = b.start();

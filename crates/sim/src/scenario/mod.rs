@@ -1,0 +1,3 @@
+//! What is played in a simulated world, and watched.
+
+pub mod storage;
