@@ -61,7 +61,7 @@ fn main() {
         executor.run(files(env.clone()));
     }
     if has("sockets") {
-        executor.run(sockets(env.clone()));
+        executor.run(sockets(env));
     }
 }
 

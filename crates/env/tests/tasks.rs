@@ -137,8 +137,7 @@ fn tasks_left_runnable_go_on_in_the_next_run() {
         });
     });
     let before = n.get();
-    let env3 = env.clone();
-    executor.run(async move { env3.sleep(Duration::from_millis(1)).await });
+    executor.run(async move { env.sleep(Duration::from_millis(1)).await });
     assert!(n.get() > before + 10);
 }
 
@@ -195,36 +194,41 @@ impl<F: Future<Output = ()>> AwaitOrDrop for F {}
 
 #[test]
 fn letters_from_other_threads_wake_a_sleeping_loop() {
-    each(|env| async move {
-        const THREADS: usize = 4;
-        const EACH: usize = 5000;
-        let (sender, mailbox) = env.mailbox::<(usize, usize)>();
-        let threads: Vec<_> = (0..THREADS)
-            .map(|t| {
-                let sender = sender.clone();
-                std::thread::spawn(move || {
-                    for i in 0..EACH {
-                        sender.send((t, i)).unwrap();
-                        if i % 97 == 0 {
-                            // lets the reader go to sleep now and then
-                            std::thread::sleep(Duration::from_micros(50));
-                        }
+    each(letters);
+    // with polling before sleeping
+    let poll = Duration::from_micros(40);
+    MODES.into_iter().for_each(|io| run_in(OsConfig { io, poll, ..OsConfig::default() }, letters));
+}
+
+async fn letters(env: Env) {
+    const THREADS: usize = 4;
+    const EACH: usize = 5000;
+    let (sender, mailbox) = env.mailbox::<(usize, usize)>();
+    let threads: Vec<_> = (0..THREADS)
+        .map(|t| {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                for i in 0..EACH {
+                    sender.send((t, i)).unwrap();
+                    if i % 97 == 0 {
+                        // lets the reader go to sleep now and then
+                        std::thread::sleep(Duration::from_micros(50));
                     }
-                })
+                }
             })
-            .collect();
-        drop(sender);
-        let mut next = [0; THREADS];
-        while let Some((t, i)) = mailbox.recv().await {
-            assert_eq!(next[t], i);
-            next[t] += 1;
-        }
-        assert_eq!(next, [EACH; THREADS]);
-        threads.into_iter().for_each(|t| t.join().unwrap());
-        let (sender, mailbox) = env.mailbox::<u8>();
-        drop(mailbox);
-        assert_eq!(sender.send(3), Err(3));
-    });
+        })
+        .collect();
+    drop(sender);
+    let mut next = [0; THREADS];
+    while let Some((t, i)) = mailbox.recv().await {
+        assert_eq!(next[t], i);
+        next[t] += 1;
+    }
+    assert_eq!(next, [EACH; THREADS]);
+    threads.into_iter().for_each(|t| t.join().unwrap());
+    let (sender, mailbox) = env.mailbox::<u8>();
+    drop(mailbox);
+    assert_eq!(sender.send(3), Err(3));
 }
 
 #[test]

@@ -2,8 +2,7 @@
 //!
 //! What can happen: fewer bytes than asked (the rest is asked for again; at the end of the file the rest reads as zero), a file
 //! system without RWF_NOWAIT (learned once), a cache that misses (the next tries are skipped for a while), a future that is
-//! dropped while the kernel works (see `op`). Buffered writes on ext4 have no RWF_NOWAIT and always go to the ring, which
-//! hands them to its worker threads.
+//! dropped while the kernel works (see `op`), a file system that makes writers wait (see [`Patience`]).
 
 use super::buffers::Buf;
 use super::op::{Handle, Memory, OnDrop, Request};
@@ -15,6 +14,7 @@ use smallvec::SmallVec;
 use std::any::Any;
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Largest read or write in one request. Nothing above asks for more than a few MiB; a bound keeps a defect there from
 /// asking for all memory.
@@ -26,6 +26,8 @@ const IOV_MAX: usize = 1024;
 const INLINE_MAX: usize = 1 << 20;
 /// Longest pause in trying RWF_NOWAIT after it missed again and again.
 const MAX_PAUSE: u32 = 64;
+/// Writes up to this go to the page cache of ext4 on this thread; more is worth a worker, which can copy meanwhile.
+const WRITE_BACK_MAX: usize = 64 << 10;
 
 /// What was found out about a file when it was opened.
 #[derive(Clone, Copy)]
@@ -38,6 +40,47 @@ pub(super) struct Facts {
     /// Data is always in memory (tmpfs), so plain reads and writes never wait.
     pub(super) in_memory: bool,
     pub(super) threads: bool,
+    /// A buffered regular file of ext2/3/4: writes go to memory, but there is no RWF_NOWAIT for them.
+    pub(super) write_back: bool,
+}
+
+/// Whether to write to the page cache on this thread where the file system cannot promise not to wait.
+///
+/// Such a write is a memory copy (1-2 µs for 4 KiB, against 9 µs through a worker) until the kernel makes it wait: too much is
+/// dirty already, or the journal is full. So each one is timed; a slow one stops them for a while, and the workers, who
+/// may wait, take over. docs/decisions/inline-buffered-writes.md has the measurements.
+#[derive(Default)]
+struct Patience {
+    until: Cell<Duration>,
+    pause: Cell<Duration>,
+    quick: Cell<u32>,
+}
+
+impl Patience {
+    /// What no write to memory of [`WRITE_BACK_MAX`] takes.
+    const SLOW: Duration = Duration::from_micros(500);
+    const FIRST_PAUSE: Duration = Duration::from_millis(100);
+    const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+    /// So many quick writes in a row end the doubt.
+    const TRUSTED: u32 = 1000;
+
+    fn try_at(&self, now: Duration) -> bool {
+        now >= self.until.get()
+    }
+
+    fn note(&self, began: Duration, ended: Duration) {
+        if ended.saturating_sub(began) < Self::SLOW {
+            self.quick.set(self.quick.get().saturating_add(1));
+            if self.quick.get() == Self::TRUSTED {
+                self.pause.set(Duration::ZERO);
+            }
+            return;
+        }
+        let pause = (self.pause.get() * 2).clamp(Self::FIRST_PAUSE, Self::LONGEST_PAUSE);
+        self.pause.set(pause);
+        self.until.set(ended + pause);
+        self.quick.set(0);
+    }
 }
 
 /// Whether trying without waiting is worth it.
@@ -82,6 +125,7 @@ pub(super) struct OsFile {
     len: Cell<u64>,
     read_luck: Luck,
     write_luck: Luck,
+    patience: Patience,
     /// The file system has no FALLOC_FL_ZERO_RANGE.
     pub(super) no_zero_range: Cell<bool>,
 }
@@ -95,6 +139,7 @@ impl OsFile {
             len: Cell::new(len),
             read_luck: Luck::default(),
             write_luck: Luck::default(),
+            patience: Patience::default(),
             no_zero_range: Cell::new(false),
         }
     }
@@ -202,9 +247,24 @@ impl OsFile {
         let flags = match () {
             () if f.direct || f.threads => return Ok(0),
             () if f.in_memory && data.len() <= INLINE_MAX => 0,
-            () if !f.in_memory && self.write_luck.try_now() => libc::RWF_NOWAIT,
+            () if f.in_memory => return Ok(0),
+            () if f.write_back && data.len() <= WRITE_BACK_MAX => {
+                if !self.patience.try_at(self.core.timers.now()) {
+                    return Ok(0);
+                }
+                let began = sys::clock(libc::CLOCK_MONOTONIC);
+                let result = self.write_now(offset, data, 0);
+                self.patience.note(began, sys::clock(libc::CLOCK_MONOTONIC));
+                return result;
+            }
+            () if !f.write_back && self.write_luck.try_now() => libc::RWF_NOWAIT,
             () => return Ok(0),
         };
+        self.write_now(offset, data, flags)
+    }
+
+    /// Writes on this thread; how many bytes. With RWF_NOWAIT in `flags` it may stop early.
+    fn write_now(&self, offset: u64, data: &Data, flags: i32) -> Result<usize> {
         let mut done = 0;
         while done < data.len() {
             let mut list: SmallVec<[libc::iovec; 8]> = SmallVec::new();
@@ -421,5 +481,46 @@ impl OsFile {
             }
             Err(e) => Err(BlockError::from_errno(e)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_write_stops_writing_here_for_a_while() {
+        let (ms, us) = (Duration::from_millis, Duration::from_micros);
+        let p = Patience::default();
+        assert!(p.try_at(ms(0)));
+        p.note(ms(10), ms(10) + us(50));
+        assert!(p.try_at(ms(11)));
+        p.note(ms(20), ms(25));
+        assert!(!p.try_at(ms(124)) && p.try_at(ms(125)));
+        p.note(ms(200), ms(210));
+        assert!(!p.try_at(ms(409)) && p.try_at(ms(410)), "twice as long");
+        (0..Patience::TRUSTED).for_each(|_| p.note(ms(500), ms(500)));
+        p.note(ms(600), ms(601));
+        assert!(p.try_at(ms(701)), "trusted again: a short pause");
+        (0..20).for_each(|_| p.note(ms(1000), ms(1001)));
+        assert!(p.try_at(ms(1001) + Patience::LONGEST_PAUSE));
+    }
+
+    #[test]
+    fn a_cold_cache_is_tried_less_and_less() {
+        let luck = Luck::default();
+        let mut tried = 0;
+        for _ in 0..2000 {
+            if luck.try_now() {
+                tried += 1;
+                luck.note(Err(libc::EAGAIN));
+            }
+        }
+        assert!((20..120).contains(&tried), "{tried}");
+        luck.note(Ok(1));
+        luck.pause.set(0);
+        assert!(luck.try_now());
+        luck.note(Err(libc::EOPNOTSUPP));
+        assert!(!luck.try_now());
     }
 }

@@ -223,20 +223,22 @@ impl Core {
         self.timers.advance(sys::clock(libc::CLOCK_MONOTONIC))
     }
 
-    /// One look at the kernel; how many operations completed.
-    fn collect(&self, wait: Option<Option<Duration>>) -> usize {
+    /// One look at the kernel; whether anything happened.
+    fn collect(&self, wait: Option<Option<Duration>>) -> bool {
         let mut batch = std::mem::take(&mut *self.batch.borrow_mut());
         match &self.driver {
             Driver::Ring(ring) => ring.turn(wait, &mut batch),
             Driver::Poller(p) => p.turn(wait, &mut batch),
         }
+        // before looking at what came back: a ring of the bell after that look must not be forgotten
+        let rung = self.bell.awake();
         self.returns.collect(&mut batch);
-        let n = batch.len();
+        let any = rung || !batch.is_empty();
         for (key, result) in batch.drain(..) {
             self.slots.complete(key, result);
         }
         *self.batch.borrow_mut() = batch;
-        n
+        any
     }
 
     fn turn(&self, wait: bool) {
@@ -254,7 +256,6 @@ impl Core {
         } else {
             self.collect(None);
         }
-        self.bell.awake();
         self.tick();
     }
 
@@ -262,7 +263,7 @@ impl Core {
     fn poll_for_a_while(&self) -> bool {
         let until = self.timers.now() + self.poll;
         loop {
-            if self.collect(None) > 0 || self.tick() {
+            if self.collect(None) || self.tick() {
                 return true;
             }
             if self.timers.now() >= until {

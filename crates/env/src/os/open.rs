@@ -13,6 +13,8 @@ use std::rc::Rc;
 
 /// `f_type` of tmpfs, where data is always in memory (linux/magic.h).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// `f_type` of ext2, ext3 and ext4.
+const EXT_MAGIC: i64 = 0xef53;
 /// `f_type` of ramfs.
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
 
@@ -53,7 +55,7 @@ fn open_now(name: &CString, mode: OpenMode) -> Result<(OwnedFd, Option<Facts>, u
         _ => return Ok((fd, None, 0)),
     };
     let len = if kind == FileKind::BlockDevice { sys::device_len(raw)? } else { st.st_size.max(0) as u64 };
-    let in_memory = kind == FileKind::Regular && on_tmpfs(raw);
+    let magic = if kind == FileKind::Regular { file_system(raw) } else { 0 };
     let (alignment, memory) = if mode.direct { direct_alignment(raw, kind)? } else { (1, 1) };
     let facts = Facts {
         kind,
@@ -61,18 +63,20 @@ fn open_now(name: &CString, mode: OpenMode) -> Result<(OwnedFd, Option<Facts>, u
         direct: mode.direct,
         alignment,
         memory_alignment: memory,
-        in_memory,
+        in_memory: magic == TMPFS_MAGIC || magic == RAMFS_MAGIC,
         threads: mode.threads,
+        write_back: magic == EXT_MAGIC && !mode.direct,
     };
     Ok((fd, Some(facts), len))
 }
 
-fn on_tmpfs(fd: RawFd) -> bool {
+/// The kind of file system; 0 if unknown.
+fn file_system(fd: RawFd) -> i64 {
     // SAFETY: statfs is plain data for which all zeroes is valid.
     let mut fs: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: the pointer is valid for the call.
     let ok = unsafe { libc::fstatfs(fd, &raw mut fs) } == 0;
-    ok && (fs.f_type == TMPFS_MAGIC || fs.f_type == RAMFS_MAGIC)
+    if ok { fs.f_type } else { 0 }
 }
 
 /// Alignment that direct I/O needs of offsets and lengths, and of memory: from `statx` where the file system tells, from

@@ -42,8 +42,9 @@ impl Bell {
         self.state.compare_exchange(RUNNING, SLEEPING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 
-    /// After the home thread slept, or was told not to.
-    pub(super) fn awake(&self) {
-        self.state.store(RUNNING, Ordering::SeqCst);
+    /// After the home thread slept, and *before* it looks at what the wakers made visible: a bell that rings between the
+    /// look and this would be forgotten. Whether somebody rang.
+    pub(super) fn awake(&self) -> bool {
+        self.state.swap(RUNNING, Ordering::SeqCst) == NOTIFIED
     }
 }
