@@ -1,2 +1,19 @@
-#![forbid(unsafe_code)]
 //! The QMP control protocol: sessions, dispatch, commands, events.
+//!
+//! What can happen: several clients send commands at once, clients vanish, the daemon is told to end. What must stay true:
+//! this crate checks arguments and calls; graph, jobs and exports do the work and decide. One command is one struct under
+//! `commands/`. The whole daemon is a [`Daemon`] value over an [`env::Env`], so the simulator runs it as it is.
+#![forbid(unsafe_code)]
+
+mod chardev;
+mod commands;
+mod daemon;
+mod error;
+mod events;
+mod object;
+mod outbox;
+mod session;
+
+pub use chardev::ChardevSpec;
+pub use daemon::Daemon;
+pub use error::{Class, QmpError, Reply};

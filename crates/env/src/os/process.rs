@@ -60,7 +60,7 @@ pub struct Detached {
     parent: OwnedFd,
 }
 
-/// Goes into the background: two forks, a new session, the root directory. The original process waits for
+/// Goes into the background: two forks, a new session. The original process waits for
 /// [`Detached::ready`] and then exits with status 0, or with 1 if the daemon ends first. Returns in the daemon.
 ///
 /// # Errors
@@ -90,7 +90,6 @@ pub fn daemonize() -> Result<Detached> {
         // SAFETY: as above.
         unsafe { libc::_exit(0) }
     }
-    std::env::set_current_dir("/")?;
     Ok(Detached { parent: tell })
 }
 
@@ -102,8 +101,10 @@ fn fork() -> Result<bool> {
 }
 
 impl Detached {
-    /// All is set up: gives up the terminal, and lets the original process exit with success.
+    /// All is set up (paths given relative to the working directory have been used): goes to the root directory, gives up
+    /// the terminal, and lets the original process exit with success.
     pub fn ready(self) -> Result<()> {
+        std::env::set_current_dir("/")?;
         let null = File::options().read(true).write(true).open("/dev/null")?;
         for fd in 0..3 {
             // SAFETY: no pointers; both descriptors are open.

@@ -1,0 +1,52 @@
+//! The commands, one struct each: its arguments as QMP names them, and what it does.
+//!
+//! Before a command runs, its arguments have passed the schema ([`qapi::Schema::check_json`]); what is left to it is what the
+//! schema cannot say, and calling the part of the daemon that does the work.
+
+mod object;
+mod protocol;
+
+use crate::Daemon;
+use crate::error::{QmpError, Reply};
+use qapi::{Map, Value};
+use serde::de::DeserializeOwned;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+
+/// A command: its arguments, and what it does.
+pub(crate) trait Command: DeserializeOwned + 'static {
+    /// Its name on the wire.
+    const NAME: &'static str;
+    /// Executes it.
+    fn run(self, daemon: Rc<Daemon>) -> impl Future<Output = Reply>;
+}
+
+type Running = Pin<Box<dyn Future<Output = Reply>>>;
+
+/// A row of the table of commands.
+#[derive(Clone, Copy)]
+pub(crate) struct Entry {
+    pub(crate) name: &'static str,
+    pub(crate) run: fn(Rc<Daemon>, Map<String, Value>) -> Running,
+}
+
+const fn entry<C: Command>() -> Entry {
+    Entry {
+        name: C::NAME,
+        run: |daemon, arguments| {
+            Box::pin(async move {
+                // The schema has accepted them; a failure here is a command that disagrees with its schema.
+                let command: C = qapi::from_value(Value::Object(arguments))
+                    .map_err(|e| QmpError::generic(e.to_string()))?;
+                command.run(daemon).await
+            })
+        },
+    }
+}
+
+/// Every command, by family.
+pub(crate) const TABLE: &[&[Entry]] = &[protocol::COMMANDS, object::COMMANDS];
+
+/// Every event that may be emitted.
+pub(crate) const EVENTS: &[&str] = &[];

@@ -1,0 +1,192 @@
+//! The daemon's state, and its end.
+
+use crate::chardev::{ChardevSpec, Chardevs};
+use crate::commands::{EVENTS, Entry, TABLE};
+use crate::error::{Class, QmpError, Reply};
+use crate::events::Events;
+use crate::object::Objects;
+use crate::session::Session;
+use env::sync::Notify;
+use env::{Env, Stream};
+use qapi::{Map, Schema, Value, json};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// How far the end has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Running,
+    Ending,
+    Ended,
+}
+
+/// Everything of one daemon. Lives on one thread; all that is held here is reached through `Rc`.
+pub struct Daemon {
+    env: Env,
+    package: String,
+    schema: Schema,
+    commands: BTreeMap<&'static str, Entry>,
+    events: Rc<Events>,
+    objects: Objects,
+    chardevs: Chardevs,
+    sessions: RefCell<Vec<Rc<Session>>>,
+    session_left: Notify,
+    phase: Cell<Phase>,
+    phase_changed: Notify,
+}
+
+/// A session's place in the list; leaves it when dropped.
+pub(crate) struct Seat {
+    daemon: Rc<Daemon>,
+    session: Rc<Session>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.daemon.sessions.borrow_mut().retain(|s| !Rc::ptr_eq(s, &self.session));
+        self.daemon.session_left.notify_all();
+    }
+}
+
+impl Daemon {
+    /// A daemon without nodes, exports, jobs or monitors. `package` is what it calls itself to clients.
+    pub fn new(env: &Env, package: &str) -> Rc<Daemon> {
+        let entries = || TABLE.iter().flat_map(|family| family.iter());
+        let names: Vec<&str> = entries().map(|e| e.name).collect();
+        Rc::new(Daemon {
+            env: env.clone(),
+            package: package.to_owned(),
+            schema: Schema::new(&names, EVENTS),
+            commands: entries().map(|e| (e.name, *e)).collect(),
+            events: Events::new(env),
+            objects: Objects::default(),
+            chardevs: Chardevs::default(),
+            sessions: RefCell::new(Vec::new()),
+            session_left: Notify::new(),
+            phase: Cell::new(Phase::Running),
+            phase_changed: Notify::new(),
+        })
+    }
+
+    /// The daemon's door to the outside.
+    pub fn env(&self) -> &Env {
+        &self.env
+    }
+
+    /// Commands, types, and what checks arguments.
+    pub fn schema(&self) -> &Schema {
+        &self.schema
+    }
+
+    pub(crate) fn events(&self) -> &Rc<Events> {
+        &self.events
+    }
+    pub(crate) fn objects(&self) -> &Objects {
+        &self.objects
+    }
+    pub(crate) fn chardevs(&self) -> &Chardevs {
+        &self.chardevs
+    }
+    pub(crate) fn knows(&self, command: &str) -> bool {
+        self.commands.contains_key(command)
+    }
+    pub(crate) fn command_names(&self) -> impl Iterator<Item = &'static str> {
+        self.commands.keys().copied()
+    }
+
+    /// `query-version`: clients look at the numbers to know which interface they have, which is the reference's.
+    pub(crate) fn version(&self) -> Value {
+        json!({"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": self.package})
+    }
+
+    /// Runs a command with JSON arguments that nothing has looked at yet.
+    pub async fn execute(self: &Rc<Self>, command: &str, arguments: Map<String, Value>) -> Reply {
+        let checked = self.schema.check_json(command, arguments).map_err(QmpError::generic)?;
+        self.run(command, checked).await
+    }
+
+    /// Runs a command with arguments that have passed the schema (of the command, or of the command-line option that
+    /// stands for it).
+    pub async fn run(self: &Rc<Self>, command: &str, checked: Map<String, Value>) -> Reply {
+        let Some(entry) = self.commands.get(command) else {
+            let desc = format!("The command {command} has not been found");
+            return Err(QmpError::of(Class::CommandNotFound, desc));
+        };
+        if self.phase.get() != Phase::Running && command != "quit" {
+            return Err(QmpError::generic("The daemon is ending"));
+        }
+        (entry.run)(self.clone(), checked).await
+    }
+
+    /// Makes a character device.
+    pub async fn add_chardev(&self, spec: ChardevSpec) -> Result<(), QmpError> {
+        self.chardevs.add(&self.env, spec).await
+    }
+
+    /// Whether there is a character device of that name.
+    pub fn check_chardev(&self, id: &str) -> Result<(), QmpError> {
+        self.chardevs.check(id)
+    }
+
+    /// Starts a monitor on a character device: its clients are served one after another, until the daemon ends.
+    pub fn add_monitor(self: &Rc<Self>, chardev: &str, pretty: bool) -> Result<(), QmpError> {
+        let device = self.chardevs.take(chardev)?;
+        let daemon = self.clone();
+        self.env.spawn("monitor", async move {
+            while let Some(stream) = device.client(&daemon.env).await {
+                daemon.session(stream, pretty).await;
+                device.left();
+                if daemon.has_ended() {
+                    return;
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Serves one QMP client until it leaves or the daemon ends.
+    pub async fn session(self: &Rc<Self>, stream: Rc<dyn Stream>, pretty: bool) {
+        Session::serve(self, stream, pretty).await;
+    }
+
+    pub(crate) fn join(self: &Rc<Self>, session: &Rc<Session>) -> Seat {
+        self.sessions.borrow_mut().push(session.clone());
+        Seat { daemon: self.clone(), session: session.clone() }
+    }
+
+    /// Closes exports, cancels jobs and closes nodes, in that order; what happens is told by events. Done once: a second
+    /// caller waits for the first.
+    pub async fn shut_down(&self) {
+        if self.phase.get() == Phase::Running {
+            self.phase.set(Phase::Ending);
+            self.phase.set(Phase::Ended);
+            self.phase_changed.notify_all();
+        }
+        while self.phase.get() != Phase::Ended {
+            self.phase_changed.wait().await;
+        }
+    }
+
+    /// Completes when [`Daemon::shut_down`] is done.
+    pub async fn has_shut_down(&self) {
+        while !self.has_ended() {
+            self.phase_changed.wait().await;
+        }
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.phase.get() == Phase::Ended
+    }
+
+    /// Waits until [`Daemon::shut_down`] is done, lets every client have what was still to be sent to it, and removes
+    /// what was made in the file system. The last thing before the process ends.
+    pub async fn ended(&self) {
+        self.has_shut_down().await;
+        self.sessions.borrow().iter().for_each(|s| s.end());
+        while !self.sessions.borrow().is_empty() {
+            self.session_left.wait().await;
+        }
+        self.chardevs.clean_up(&self.env).await;
+    }
+}

@@ -1,0 +1,66 @@
+//! What `--help` and its relatives print.
+
+/// The version text. The first line has QSD's form, which management programs parse.
+pub(crate) fn version() -> String {
+    format!(
+        "liveblkd version 10.0.2 (liveblk {})\nStorage daemon with the interface of qemu-storage-daemon 10.0.2",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+/// `--help`.
+pub(crate) const USAGE: &str = "\
+Usage: liveblkd [options]
+Serves disk images, and works on them while they are in use. Options take effect in the order given.
+
+  -h, --help             show this text and exit
+  -V, --version          show the version and exit
+  -T, --trace <pattern>  accepted for compatibility; there are no trace events yet
+
+  --blockdev [driver=]<driver>[,node-name=<name>][,read-only=on|off][,auto-read-only=on|off]
+             [,discard=ignore|unmap][,detect-zeroes=on|off|unmap][,force-share=on|off]
+             [,cache.direct=on|off][,cache.no-flush=on|off][,<option of the driver>=<value>...]
+  --blockdev <JSON object>
+                         open a node. Drivers: file, host_device, nbd, null-co, qcow2, raw
+
+  --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>][,handshake-max-seconds=<n>]
+  --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,...]
+                         start the NBD server
+
+  --export [type=]nbd,id=<id>,node-name=<node>[,name=<export name>][,writable=on|off]
+           [,description=<text>][,writethrough=on|off]
+                         offer a node over NBD (after --nbd-server)
+
+  --chardev socket,id=<id>,path=<path>[,server=on|off][,wait=on|off]
+  --chardev socket,id=<id>,host=<host>,port=<port>[,server=on|off][,wait=on|off]
+  --chardev socket,id=<id>,fd=<number>[,server=on|off]
+  --chardev stdio,id=<id>
+                         where a monitor finds its clients
+
+  --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
+                         speak QMP on a chardev
+
+  --object iothread,id=<id>[,<property>=<value>...]
+  --object help          list the types of objects
+                         create an object
+
+  --daemonize            go into the background once all options have taken effect
+  --pidfile <path>       write the process number to a file once all options have taken effect
+";
+
+/// `--object help`.
+pub(crate) const OBJECTS: &str = "List of user creatable objects:\n  iothread\n";
+
+/// `--object iothread,help`.
+pub(crate) const IOTHREAD: &str = "\
+iothread options:
+  aio-max-batch=<int>
+  poll-grow=<int>
+  poll-max-ns=<int>
+  poll-shrink=<int>
+  thread-pool-max=<int>
+  thread-pool-min=<int>
+";
+
+/// `--chardev help`.
+pub(crate) const CHARDEVS: &str = "Available chardev backend types: \n  null\n  socket\n  stdio\n";
