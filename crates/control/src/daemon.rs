@@ -8,6 +8,7 @@ use crate::object::Objects;
 use crate::session::Session;
 use env::sync::Notify;
 use env::{Env, Stream};
+use exports::ExportRegistry;
 use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -28,6 +29,7 @@ pub struct Daemon {
     schema: Schema,
     commands: BTreeMap<&'static str, Entry>,
     events: Rc<Events>,
+    exports: Rc<ExportRegistry>,
     objects: Objects,
     chardevs: Chardevs,
     sessions: RefCell<Vec<Rc<Session>>>,
@@ -54,12 +56,17 @@ impl Daemon {
     pub fn new(env: &Env, package: &str) -> Rc<Daemon> {
         let entries = || TABLE.iter().flat_map(|family| family.iter());
         let names: Vec<&str> = entries().map(|e| e.name).collect();
+        let events = Events::new(env);
         Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),
             schema: Schema::new(&names, EVENTS),
             commands: entries().map(|e| (e.name, *e)).collect(),
-            events: Events::new(env),
+            exports: ExportRegistry::new(env, {
+                let events = events.clone();
+                move |id| events.emit("BLOCK_EXPORT_DELETED", json!({"id": id}))
+            }),
+            events,
             objects: Objects::default(),
             chardevs: Chardevs::default(),
             sessions: RefCell::new(Vec::new()),
@@ -81,6 +88,9 @@ impl Daemon {
 
     pub(crate) fn events(&self) -> &Rc<Events> {
         &self.events
+    }
+    pub(crate) fn exports(&self) -> &ExportRegistry {
+        &self.exports
     }
     pub(crate) fn objects(&self) -> &Objects {
         &self.objects
@@ -160,6 +170,7 @@ impl Daemon {
     pub async fn shut_down(&self) {
         if self.phase.get() == Phase::Running {
             self.phase.set(Phase::Ending);
+            self.exports.shut_down().await;
             self.phase.set(Phase::Ended);
             self.phase_changed.notify_all();
         }

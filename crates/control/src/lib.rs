@@ -5,6 +5,7 @@
 //! `commands/`. The whole daemon is a [`Daemon`] value over an [`env::Env`], so the simulator runs it as it is.
 #![forbid(unsafe_code)]
 
+mod address;
 mod chardev;
 mod commands;
 mod daemon;

@@ -3,6 +3,7 @@
 //! Before a command runs, its arguments have passed the schema ([`qapi::Schema::check_json`]); what is left to it is what the
 //! schema cannot say, and calling the part of the daemon that does the work.
 
+mod export;
 mod object;
 mod protocol;
 
@@ -46,7 +47,7 @@ const fn entry<C: Command>() -> Entry {
 }
 
 /// Every command, by family.
-pub(crate) const TABLE: &[&[Entry]] = &[protocol::COMMANDS, object::COMMANDS];
+pub(crate) const TABLE: &[&[Entry]] = &[protocol::COMMANDS, export::COMMANDS, object::COMMANDS];
 
 /// Every event that may be emitted.
-pub(crate) const EVENTS: &[&str] = &[];
+pub(crate) const EVENTS: &[&str] = &["BLOCK_EXPORT_DELETED"];
