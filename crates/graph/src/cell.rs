@@ -1,41 +1,458 @@
-//! A node in its place: name, options that every driver has, parents, dirty bitmaps, blockers.
+//! A node in its place: name, options that every driver has, parents, dirty bitmaps, blockers; and what is done to each
+//! request before and after the driver sees it.
+//!
+//! What must stay true: the driver sees only requests inside its limits; an unaligned write excludes every other write to
+//! the blocks it modifies; a change is in every enabled bitmap before it is acknowledged, also if it failed or its
+//! future was dropped.
 
-use crate::Node;
-use block::{Data, ReqFlags, Result, Span};
-use std::rc::Rc;
+use crate::ranges::RangeLocks;
+use crate::tree::Reaper;
+use crate::{Edge, Node};
+use bitmap::DirtyBitmap;
+use block::{BlockError, Data, ErrorKind, Extent, Prealloc, ReqFlags, Result, Span};
+use std::cell::{Cell, RefCell};
+use std::rc::{Rc, Weak};
+
+/// What to do with written zeroes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DetectZeroes {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Store them as zeroes, not as data.
+    On,
+    /// The same, and give the space back (needs `discard=unmap`).
+    Unmap,
+}
+
+/// Options that every node has.
+#[derive(Clone, Debug, Default)]
+pub struct NodeOptions {
+    /// Node name; invented where missing.
+    pub name: Option<String>,
+    /// Not for writing.
+    pub read_only: bool,
+    /// Opened read-only because writing was refused; turns read-write when somebody needs it.
+    pub auto_read_only: bool,
+    /// See [`DetectZeroes`].
+    pub detect_zeroes: DetectZeroes,
+    /// Discards are passed to the driver (`discard=unmap`).
+    pub discard: bool,
+    /// Added by the monitor: stays until it is removed by name.
+    pub monitor_owned: bool,
+    /// Tolerates other users of the same image, whatever they do.
+    pub force_share: bool,
+    /// `cache.direct`, for queries.
+    pub cache_direct: bool,
+    /// `cache.no-flush`: flushes end here.
+    pub cache_no_flush: bool,
+}
+
+/// Counters of one node, since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Reads done, and their bytes.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes done (data and zeroes).
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Highest byte written, plus one.
+    pub highest_written: u64,
+}
 
 /// A node with all that the graph knows of it.
 pub struct NodeCell {
     name: String,
+    id: u64,
     node: Rc<dyn Node>,
+    options: RefCell<NodeOptions>,
+    writable: Cell<bool>,
+    monitor_owned: Cell<bool>,
+    pub(crate) parents: RefCell<Vec<Weak<Edge>>>,
+    bitmaps: RefCell<Vec<Rc<DirtyBitmap>>>,
+    blockers: RefCell<Vec<(u64, String)>>,
+    next_blocker: Cell<u64>,
+    covered_by: RefCell<Option<Weak<NodeCell>>>,
+    ranges: RangeLocks,
+    counters: Cell<Counters>,
+    write_threshold: Cell<u64>,
+    threshold_hit: RefCell<Option<ThresholdHook>>,
+    reaper: Weak<Reaper>,
+}
+
+/// Called once with (bytes beyond, threshold) when a write reaches beyond the threshold.
+type ThresholdHook = Rc<dyn Fn(u64, u64)>;
+
+/// Keeps a node from being changed by others; dropping it lifts the block.
+pub struct Blocker {
+    cell: Weak<NodeCell>,
+    key: u64,
+}
+
+impl Drop for Blocker {
+    fn drop(&mut self) {
+        if let Some(cell) = self.cell.upgrade() {
+            cell.blockers.borrow_mut().retain(|(k, _)| *k != self.key);
+        }
+    }
+}
+
+/// Marks a span in all bitmaps when it goes out of scope: at the end, on failure, and when a future is dropped.
+struct Change<'a> {
+    cell: &'a NodeCell,
+    span: Span,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.cell.bitmaps.borrow().iter().for_each(|b| b.record(self.span));
+    }
 }
 
 impl NodeCell {
-    /// A node that is in no graph: for tools that work on one image, and for tests.
-    pub fn loose(name: &str, node: Rc<dyn Node>) -> Rc<NodeCell> {
-        Rc::new(NodeCell { name: name.to_owned(), node })
+    pub(crate) fn new(
+        id: u64,
+        name: String,
+        node: Rc<dyn Node>,
+        options: NodeOptions,
+        reaper: Weak<Reaper>,
+    ) -> NodeCell {
+        NodeCell {
+            name,
+            id,
+            node,
+            writable: Cell::new(!options.read_only),
+            monitor_owned: Cell::new(options.monitor_owned),
+            options: RefCell::new(options),
+            parents: RefCell::default(),
+            bitmaps: RefCell::default(),
+            blockers: RefCell::default(),
+            next_blocker: Cell::new(0),
+            covered_by: RefCell::new(None),
+            ranges: RangeLocks::new(),
+            counters: Cell::default(),
+            write_threshold: Cell::new(0),
+            threshold_hit: RefCell::new(None),
+            reaper,
+        }
     }
+
     /// Node name, unique in the graph (`#blockNNN` where the daemon invented it).
     pub fn name(&self) -> &str {
         &self.name
     }
+
+    /// A number that no other node of the graph has or had; grows with time.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// The driver.
     pub fn node(&self) -> &Rc<dyn Node> {
         &self.node
     }
+
+    /// Options as they are now.
+    pub fn options(&self) -> NodeOptions {
+        self.options.borrow().clone()
+    }
+
+    /// Whether writes are possible now.
+    pub fn is_writable(&self) -> bool {
+        self.writable.get()
+    }
+
+    pub(crate) fn set_writable(&self, on: bool) {
+        self.writable.set(on);
+        self.options.borrow_mut().read_only = !on;
+    }
+
+    /// Whether the node stays until the monitor removes it.
+    pub fn is_monitor_owned(&self) -> bool {
+        self.monitor_owned.get()
+    }
+
+    /// The monitor takes or gives up the node.
+    pub fn set_monitor_owned(&self, owned: bool) {
+        self.monitor_owned.set(owned);
+    }
+
+    /// Edges onto this node, oldest first.
+    pub fn parents(&self) -> Vec<Rc<Edge>> {
+        self.parents.borrow().iter().filter_map(Weak::upgrade).collect()
+    }
+
+    pub(crate) fn lost_parent(&self) {
+        self.parents.borrow_mut().retain(|p| p.strong_count() > 0);
+        if let Some(reaper) = self.reaper.upgrade() {
+            reaper.look_at(self.id);
+        }
+    }
+
+    /// The job's filter in front of this node, if any: whoever attaches by this node's name gets the filter, so that no
+    /// write passes a running job by.
+    pub fn cover(&self) -> Option<Rc<NodeCell>> {
+        self.covered_by.borrow().as_ref().and_then(Weak::upgrade)
+    }
+
+    pub(crate) fn set_cover(&self, filter: Option<&Rc<NodeCell>>) {
+        *self.covered_by.borrow_mut() = filter.map(Rc::downgrade);
+    }
+
+    /// Keeps other operations away, with QSD's sentence: `block device is in use by block job: mirror`.
+    pub fn block(self: &Rc<Self>, reason: &str) -> Blocker {
+        let key = self.next_blocker.get();
+        self.next_blocker.set(key + 1);
+        self.blockers.borrow_mut().push((key, reason.to_owned()));
+        Blocker { cell: Rc::downgrade(self), key }
+    }
+
+    /// Fails with `Node 'N' is busy: REASON` if somebody blocks the node.
+    pub fn check_not_blocked(&self) -> Result<()> {
+        match self.blockers.borrow().first() {
+            None => Ok(()),
+            Some((_, reason)) => {
+                Err(BlockError::new(ErrorKind::Busy, format!("Node '{}' is busy: {reason}", self.name)))
+            }
+        }
+    }
+
+    /// Bitmaps of this node, oldest first.
+    pub fn bitmaps(&self) -> Vec<Rc<DirtyBitmap>> {
+        self.bitmaps.borrow().clone()
+    }
+
+    /// The bitmap called `name`.
+    pub fn find_bitmap(&self, name: &str) -> Option<Rc<DirtyBitmap>> {
+        self.bitmaps.borrow().iter().find(|b| b.name() == Some(name)).cloned()
+    }
+
+    /// Adds a bitmap; from now on it records.
+    pub fn add_bitmap(&self, bitmap: Rc<DirtyBitmap>) {
+        self.bitmaps.borrow_mut().push(bitmap);
+    }
+
+    /// Takes a bitmap away.
+    pub fn remove_bitmap(&self, bitmap: &Rc<DirtyBitmap>) {
+        self.bitmaps.borrow_mut().retain(|b| !Rc::ptr_eq(b, bitmap));
+    }
+
+    /// Counters since the node was opened.
+    pub fn counters(&self) -> Counters {
+        self.counters.get()
+    }
+
+    /// The write threshold in bytes; 0 is off.
+    pub fn write_threshold(&self) -> u64 {
+        self.write_threshold.get()
+    }
+
+    /// Calls `hit(bytes beyond, threshold)` once, at the first write that reaches beyond `bytes`; 0 turns it off.
+    pub fn set_write_threshold(&self, bytes: u64, hit: impl Fn(u64, u64) + 'static) {
+        self.write_threshold.set(bytes);
+        *self.threshold_hit.borrow_mut() = (bytes > 0).then(|| Rc::new(hit) as ThresholdHook);
+    }
+
+    /// The layer below: what a filter is in front of, else the backing node.
+    pub fn below(&self) -> Option<Rc<NodeCell>> {
+        self.node.filtered().or_else(|| self.node.backing()).map(|e| e.child())
+    }
+
     pub(crate) async fn read(&self, at: Span) -> Result<Data> {
-        self.node.read(at).await
+        let limits = self.node.limits();
+        let data = if at.is_aligned(limits.request_alignment) && within(at.len, limits.max_transfer) {
+            self.node.read(at).await?
+        } else {
+            self.read_reshaped(at, limits.request_alignment, limits.max_transfer).await?
+        };
+        let mut c = self.counters.get();
+        c.reads += 1;
+        c.read_bytes += at.len;
+        self.counters.set(c);
+        Ok(data)
     }
+
+    /// Reads whole blocks in pieces the driver takes, and cuts.
+    async fn read_reshaped(&self, at: Span, align: u64, max: u64) -> Result<Data> {
+        let outer = at.align_out(align);
+        let mut data = Data::empty();
+        let mut left = outer;
+        while !left.is_empty() {
+            let (now, rest) = left.split_at(piece(max, align, left.len));
+            data.append(self.node.read(now).await?);
+            left = rest;
+        }
+        Ok(data.slice((at.start - outer.start) as usize, at.len as usize))
+    }
+
     pub(crate) async fn write(&self, offset: u64, data: Data, flags: ReqFlags) -> Result<()> {
-        self.node.write(Span::new(offset, data.len() as u64), data, flags).await
+        let at = Span::new(offset, data.len() as u64);
+        self.check_writable()?;
+        let _change = (!flags.unchanged).then(|| Change { cell: self, span: at });
+        self.count_write(at);
+        let (detect, discard) = {
+            let o = self.options.borrow();
+            (o.detect_zeroes, o.discard)
+        };
+        if detect != DetectZeroes::Off && !flags.compressed && data.is_zero() {
+            let may_unmap = detect == DetectZeroes::Unmap && discard;
+            return self.zero_reshaped(at, ReqFlags { may_unmap, ..flags }).await;
+        }
+        let limits = self.node.limits();
+        let align = limits.request_alignment;
+        if align == 1 && within(at.len, limits.max_transfer) {
+            return self.node.write(at, data, flags).await;
+        }
+        self.write_reshaped(at, data, flags, align, limits.max_transfer).await
     }
+
+    async fn write_reshaped(
+        &self,
+        at: Span,
+        data: Data,
+        flags: ReqFlags,
+        align: u64,
+        max: u64,
+    ) -> Result<()> {
+        let aligned = at.is_aligned(align) || flags.compressed;
+        let outer = if aligned { at } else { at.align_out(align) };
+        let _lock = self.ranges.lock(outer, !aligned).await;
+        let data = if aligned { data } else { self.filled(at, outer, data).await? };
+        let mut left = outer;
+        while !left.is_empty() {
+            let (now, rest) = left.split_at(piece(max, align, left.len));
+            let part = data.slice((now.start - outer.start) as usize, now.len as usize);
+            self.node.write(now, part, flags).await?;
+            left = rest;
+        }
+        Ok(())
+    }
+
+    /// `data` with what is around it in its blocks.
+    async fn filled(&self, at: Span, outer: Span, data: Data) -> Result<Data> {
+        let mut whole = Data::empty();
+        let (head, tail) = (Span::between(outer.start, at.start), Span::between(at.end(), outer.end()));
+        if !head.is_empty() {
+            whole.append(self.read_reshaped(head, self.node.limits().request_alignment, 0).await?);
+        }
+        whole.append(data);
+        if !tail.is_empty() {
+            whole.append(self.read_reshaped(tail, self.node.limits().request_alignment, 0).await?);
+        }
+        Ok(whole)
+    }
+
     pub(crate) async fn zero(&self, at: Span, flags: ReqFlags) -> Result<()> {
-        self.node.zero(at, flags).await
+        self.check_writable()?;
+        let _change = (!flags.unchanged).then(|| Change { cell: self, span: at });
+        self.count_write(at);
+        let may_unmap = flags.may_unmap && self.options.borrow().discard;
+        self.zero_reshaped(at, ReqFlags { may_unmap, ..flags }).await
     }
+
+    async fn zero_reshaped(&self, at: Span, flags: ReqFlags) -> Result<()> {
+        let limits = self.node.limits();
+        let align = limits.request_alignment;
+        if align == 1 {
+            return self.node.zero(at, flags).await;
+        }
+        let inner = at.align_in(align);
+        if inner.is_empty() {
+            return self
+                .write_reshaped(at, Data::zeroes(at.len as usize), flags, align, limits.max_transfer)
+                .await;
+        }
+        let (head, tail) = (Span::between(at.start, inner.start), Span::between(inner.end(), at.end()));
+        for edge in [head, tail].into_iter().filter(|s| !s.is_empty()) {
+            let zeroes = Data::zeroes(edge.len as usize);
+            self.write_reshaped(edge, zeroes, flags, align, limits.max_transfer).await?;
+        }
+        let _lock = self.ranges.lock(inner, false).await;
+        self.node.zero(inner, flags).await
+    }
+
     pub(crate) async fn discard(&self, at: Span) -> Result<()> {
-        self.node.discard(at).await
+        self.check_writable()?;
+        let _change = Change { cell: self, span: at };
+        if !self.options.borrow().discard {
+            return Ok(());
+        }
+        let inner = at.align_in(self.node.limits().request_alignment);
+        if inner.is_empty() {
+            return Ok(());
+        }
+        let _lock = self.ranges.lock(inner, false).await;
+        self.node.discard(inner).await
     }
+
+    pub(crate) async fn extents(&self, at: Span) -> Result<Vec<Extent>> {
+        if at.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.node.extents(at).await
+    }
+
     pub(crate) async fn flush(&self) -> Result<()> {
+        if self.options.borrow().cache_no_flush {
+            return Ok(());
+        }
         self.node.flush().await
     }
+
+    pub(crate) async fn resize(&self, len: u64, prealloc: Prealloc) -> Result<()> {
+        self.check_writable()?;
+        self.node.resize(len, prealloc).await?;
+        for bitmap in self.bitmaps() {
+            bitmap.resize(self.node.len())?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn copy_to(&self, at: Span, to: &NodeCell, to_offset: u64) -> Result<u64> {
+        to.check_writable()?;
+        let span = Span::new(to_offset, at.len);
+        let align = self.node.limits().request_alignment.max(to.node.limits().request_alignment);
+        if !at.is_aligned(align) || !span.is_aligned(align) {
+            return Err(BlockError::unsupported("copy offload of unaligned ranges"));
+        }
+        let _change = Change { cell: to, span };
+        let _lock = to.ranges.lock(span, false).await;
+        let copied = self.node.copy_to(at, &*to.node, to_offset).await?;
+        to.count_write(Span::new(to_offset, copied));
+        Ok(copied)
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.writable.get() {
+            return Ok(());
+        }
+        Err(BlockError::new(ErrorKind::ReadOnly, format!("Node '{}' is read-only", self.name)))
+    }
+
+    fn count_write(&self, at: Span) {
+        let mut c = self.counters.get();
+        c.writes += 1;
+        c.written_bytes += at.len;
+        c.highest_written = c.highest_written.max(at.end());
+        self.counters.set(c);
+        let threshold = self.write_threshold.get();
+        if threshold > 0 && at.end() > threshold {
+            self.write_threshold.set(0);
+            if let Some(hit) = self.threshold_hit.take() {
+                hit(at.end() - threshold, threshold);
+            }
+        }
+    }
+}
+
+fn within(len: u64, max: u64) -> bool {
+    max == 0 || len <= max
+}
+
+/// The next piece of `left` bytes that a driver with this maximum takes.
+fn piece(max: u64, align: u64, left: u64) -> u64 {
+    if max == 0 { left } else { left.min((max & !(align - 1)).max(align)) }
 }

@@ -1,15 +1,16 @@
 //! The border between a parent and a node: every request crosses it, and it is checked here.
 
 use crate::cell::NodeCell;
-use crate::perm::Demand;
-use block::{Data, Extent, Limits, ReqFlags, Result, Span};
+use crate::gate::{Gate, Gated};
+use crate::perm::{Demand, Perms};
+use block::{BlockError, Data, ErrorKind, Extent, Limits, ReqFlags, Result, Span};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 /// What an edge is for; decides walks and messages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// A format's or filter's main child, holding metadata (and data).
+    /// A format's main child, holding metadata (and data).
     Primary,
     /// Data of a format with an external data file.
     Data,
@@ -26,75 +27,235 @@ pub enum Role {
 /// Who is at the upper end of an edge.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Parent {
-    /// Not yet known (the node above is still being opened) or a node: its name once it is in the graph.
+    /// A node: its name once it is in the graph, nothing while it is being opened.
     Node(RefCell<Option<String>>),
-    /// A job, by id (messages: "block job 'ID'"; QMP graph type `block-job`).
+    /// A job, by id (QMP graph type `block-job`).
     Job(String),
-    /// An export or another user without a name (messages: "an unnamed block device").
+    /// An export or another user without a name of its own (QMP graph type `block-backend`).
     Backend(String),
 }
 
-/// A parent's hold on a node.
+impl Parent {
+    /// A node that is being opened.
+    pub const fn opening() -> Parent {
+        Parent::Node(RefCell::new(None))
+    }
+}
+
+/// A parent's hold on a node. Dropping the last `Rc` lets go of the node.
 pub struct Edge {
-    /// Name in the graph (`file`, `backing`, `root`, `main node`, `source`, `target`).
-    pub name: String,
-    /// What it is for.
-    pub role: Role,
-    /// Who holds it.
-    pub parent: Parent,
-    pub(crate) child: RefCell<Rc<NodeCell>>,
-    pub(crate) demand: Cell<Demand>,
+    name: String,
+    role: Role,
+    parent: Parent,
+    id: u64,
+    child: RefCell<Rc<NodeCell>>,
+    demand: Cell<Demand>,
+    gate: Gate,
+}
+
+impl Gated for Edge {
+    fn gate(&self) -> &Gate {
+        &self.gate
+    }
 }
 
 impl Edge {
-    /// An edge onto a node that is in no graph, with no demand: for tools that work on one image, and for tests.
-    pub fn loose(name: &str, role: Role, parent: Parent, child: Rc<NodeCell>) -> Rc<Edge> {
-        let demand = Cell::new(Demand::NOTHING);
-        Rc::new(Edge { name: name.to_owned(), role, parent, child: RefCell::new(child), demand })
+    pub(crate) fn new(
+        id: u64,
+        child: Rc<NodeCell>,
+        name: &str,
+        role: Role,
+        parent: Parent,
+        demand: Demand,
+    ) -> Rc<Edge> {
+        Rc::new(Edge {
+            name: name.to_owned(),
+            role,
+            parent,
+            id,
+            child: RefCell::new(child),
+            demand: Cell::new(demand),
+            gate: Gate::new(),
+        })
     }
+
+    /// Name in the graph (`file`, `backing`, `root`, `main node`, `source`, `target`).
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it is for.
+    pub fn role(&self) -> Role {
+        self.role
+    }
+
+    /// Who holds it.
+    pub fn parent(&self) -> &Parent {
+        &self.parent
+    }
+
+    /// A number that no other edge of the graph has or had.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The name of the parent node, if the parent is a node in the graph.
+    pub fn parent_node(&self) -> Option<String> {
+        match &self.parent {
+            Parent::Node(name) => name.borrow().clone(),
+            _ => None,
+        }
+    }
+
     /// The node at the lower end, now. It may change whenever the caller waits without being inside a request.
     pub fn child(&self) -> Rc<NodeCell> {
         self.child.borrow().clone()
     }
+
+    pub(crate) fn point_at(&self, child: Rc<NodeCell>) {
+        let old = self.child.replace(child);
+        drop(old);
+    }
+
     /// What this edge asks for now.
     pub fn demand(&self) -> Demand {
         self.demand.get()
     }
+
+    pub(crate) fn set_demand(&self, demand: Demand) {
+        self.demand.set(demand);
+    }
+
+    /// Requests inside.
+    pub fn in_flight(&self) -> usize {
+        self.gate.inside()
+    }
+
     /// Virtual length of the child in bytes.
     pub fn len(&self) -> u64 {
         self.child.borrow().node().len()
     }
+
     /// Whether the child has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Limits of the child as the parent sees them: requests of any alignment are taken (read-modify-write is done
-    /// here), so `request_alignment` is only a hint.
+
+    /// Limits of the child. Requests of any alignment and length are taken (read-modify-write and splitting are done
+    /// below this edge), so they are hints for speed.
     pub fn limits(&self) -> Limits {
         self.child.borrow().node().limits()
     }
+
     /// Reads exactly `at`; bytes past the end of the node are an error (`OutOfRange`).
     pub async fn read(&self, at: Span) -> Result<Data> {
-        self.child().read(at).await
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, at, "read")?;
+        let data = child.read(at).await?;
+        debug_assert_eq!(data.len() as u64, at.len, "node {} gave another length", child.name());
+        Ok(data)
     }
+
     /// Writes `data` at `offset`.
     pub async fn write(&self, offset: u64, data: Data, flags: ReqFlags) -> Result<()> {
-        self.child().write(offset, data, flags).await
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, Span::new(offset, data.len() as u64), "write")?;
+        self.check_write(&child, flags)?;
+        child.write(offset, data, flags).await
     }
+
     /// Makes `at` read as zero.
     pub async fn zero(&self, at: Span, flags: ReqFlags) -> Result<()> {
-        self.child().zero(at, flags).await
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, at, "write zeroes")?;
+        self.check_write(&child, flags)?;
+        child.zero(at, flags).await
     }
-    /// The bytes are not needed any more.
+
+    /// The bytes are not needed any more. Does nothing where the node's option `discard` is `ignore`.
     pub async fn discard(&self, at: Span) -> Result<()> {
-        self.child().discard(at).await
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, at, "discard")?;
+        self.check_write(&child, ReqFlags::NONE)?;
+        child.discard(at).await
     }
-    /// What the child layer says of `at`: non-empty for a non-empty span, starting at its start, perhaps not to its end.
+
+    /// What the child layer alone says of `at`: non-empty for a non-empty span, from its start, perhaps not to its end.
     pub async fn extents(&self, at: Span) -> Result<Vec<Extent>> {
-        self.child().node().extents(at).await
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, at, "block status")?;
+        child.extents(at).await
     }
+
+    /// What the whole chain says of `at`; see [`crate::walk::status`].
+    pub async fn status(&self, at: Span) -> Result<Vec<crate::walk::ChainExtent>> {
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, at, "block status")?;
+        crate::walk::status(&child, at, None).await
+    }
+
     /// Everything completed before is on stable storage after.
     pub async fn flush(&self) -> Result<()> {
+        let _pass = self.gate.enter().await;
         self.child().flush().await
+    }
+
+    /// Changes the length of the child. The edge needs the permission `resize`.
+    pub async fn resize(&self, len: u64, prealloc: block::Prealloc) -> Result<()> {
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        if !self.demand.get().needs.has(Perms::RESIZE) {
+            return Err(self.lacks(&child, "resize"));
+        }
+        child.resize(len, prealloc).await
+    }
+
+    /// Copies inside the host from this edge's node to that of `to`: the bytes copied (at least one), or `Unsupported`
+    /// where the two cannot. Both spans must be inside.
+    pub async fn copy_to(&self, at: Span, to: &Edge, to_offset: u64) -> Result<u64> {
+        let _pass = self.gate.enter().await;
+        let _other = to.gate.enter().await;
+        let (from, onto) = (self.child(), to.child());
+        self.check(&from, at, "read")?;
+        to.check(&onto, Span::new(to_offset, at.len), "write")?;
+        to.check_write(&onto, ReqFlags::NONE)?;
+        from.copy_to(at, &onto, to_offset).await
+    }
+
+    fn check(&self, child: &NodeCell, at: Span, what: &str) -> Result<()> {
+        let len = child.node().len();
+        if at.end() <= len {
+            return Ok(());
+        }
+        let errno = if what.starts_with("write") { BlockError::ENOSPC } else { BlockError::EINVAL };
+        let message = format!("{what} at {at} is outside node '{}' of {len} bytes", child.name());
+        Err(BlockError::new(ErrorKind::OutOfRange, message).with_errno(errno))
+    }
+
+    fn check_write(&self, child: &NodeCell, flags: ReqFlags) -> Result<()> {
+        let needs = self.demand.get().needs;
+        if needs.has(Perms::WRITE) || (flags.unchanged && needs.has(Perms::WRITE_UNCHANGED)) {
+            return Ok(());
+        }
+        Err(self.lacks(child, "write"))
+    }
+
+    fn lacks(&self, child: &NodeCell, what: &str) -> BlockError {
+        BlockError::new(
+            ErrorKind::ReadOnly,
+            format!("the user of node '{}' as '{}' has no {what} permission", child.name(), self.name),
+        )
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        self.child.borrow().lost_parent();
     }
 }

@@ -14,10 +14,18 @@
 
 mod cell;
 mod edge;
+pub mod gate;
 pub mod node;
 pub mod perm;
+mod plan;
+pub mod ranges;
+pub mod shape;
+mod tree;
+pub mod walk;
 
-pub use cell::NodeCell;
+pub use cell::{Blocker, Counters, DetectZeroes, NodeCell, NodeOptions};
 pub use edge::{Edge, Parent, Role};
-pub use node::{Node, NodeDetails};
+pub use node::{Fact, Node, NodeDetails};
 pub use perm::{Demand, Perms};
+pub use plan::{Plan, Step};
+pub use tree::{Graph, MAX_NODE_NAME, Quiesced, WeakGraph};

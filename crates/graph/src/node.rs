@@ -81,6 +81,17 @@ pub trait Node: 'static {
             )))
         })
     }
+    /// Takes whatever the host needs for the demands `above` of all parents together (image locks), keeping what is
+    /// held for the present ones. Fails where another process is in the way. Called before the graph changes.
+    fn acquire(&self, above: Demand) -> Io<'_> {
+        let _ = above;
+        Box::pin(async { Ok(()) })
+    }
+    /// Gives back what [`Node::acquire`] took beyond the needs of `above`.
+    fn release(&self, above: Demand) -> Io<'_> {
+        let _ = above;
+        Box::pin(async { Ok(()) })
+    }
     /// Turns the node read-write or read-only (image header marks, host file mode). Called while no write is running.
     fn set_writable(&self, writable: bool) -> Io<'_>;
     /// Writes back what is cached and marks the image clean; the last call before the node is dropped. Called with
@@ -122,8 +133,8 @@ pub trait Node: 'static {
             Err(block::BlockError::unsupported(format!("driver '{driver}' cannot be emptied")))
         })
     }
-    /// Copies inside the host from this node to `to` (same driver underneath), returning the bytes copied; `Unsupported`
-    /// where it cannot. Protocol drivers only.
+    /// Copies inside the host from this node to `to`, returning the bytes copied (at least one, perhaps fewer than
+    /// asked); `Unsupported` where it cannot. Protocol drivers, and formats that store bytes plainly.
     fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
         let _ = (at, to, to_offset);
         Box::pin(async { Err(block::BlockError::unsupported("no copy offload")) })

@@ -1,0 +1,102 @@
+//! A change of the graph as data: it can be printed, checked as a whole, and refused as a whole.
+
+use crate::cell::NodeCell;
+use crate::edge::Edge;
+use crate::perm::Demand;
+use std::rc::Rc;
+
+/// One step of a [`Plan`].
+#[derive(Clone)]
+pub enum Step {
+    /// Points an edge at another node.
+    Point {
+        /// The edge.
+        edge: Rc<Edge>,
+        /// Its new child.
+        to: Rc<NodeCell>,
+    },
+    /// Points all edges onto `from` at `to`, but those in `except` and those of `to` itself and of nodes below `to`.
+    MoveParents {
+        /// The node that loses its parents.
+        from: Rc<NodeCell>,
+        /// The node that gets them.
+        to: Rc<NodeCell>,
+        /// Edges that stay.
+        except: Vec<Rc<Edge>>,
+    },
+    /// Gives a copy-on-write format another layer below, or none. The edge is made by [`crate::Graph::attach_exact`].
+    SetBacking {
+        /// The format.
+        node: Rc<NodeCell>,
+        /// The edge it gets.
+        edge: Option<Rc<Edge>>,
+    },
+    /// Turns a node read-write or read-only.
+    Writable {
+        /// The node.
+        node: Rc<NodeCell>,
+        /// Whether writes are possible afterwards.
+        on: bool,
+    },
+    /// Changes what an edge held by a job or export asks for.
+    Ask {
+        /// The edge.
+        edge: Rc<Edge>,
+        /// Its new demand.
+        demand: Demand,
+    },
+    /// From now on whoever attaches to `node` by name gets `filter` (or the node itself again).
+    Cover {
+        /// The node.
+        node: Rc<NodeCell>,
+        /// The filter in front of it.
+        filter: Option<Rc<NodeCell>>,
+    },
+}
+
+/// Steps that happen together or not at all.
+#[derive(Clone, Default)]
+pub struct Plan {
+    /// In order; later ones see the effect of earlier ones.
+    pub steps: Vec<Step>,
+}
+
+impl Plan {
+    /// Nothing to do.
+    pub fn new() -> Plan {
+        Plan::default()
+    }
+
+    /// The plan with one more step.
+    #[must_use]
+    pub fn then(mut self, step: Step) -> Plan {
+        self.steps.push(step);
+        self
+    }
+}
+
+impl std::fmt::Debug for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Step::Point { edge, to } => write!(f, "point {}#{} at {}", edge.name(), edge.id(), to.name()),
+            Step::MoveParents { from, to, .. } => {
+                write!(f, "move parents of {} to {}", from.name(), to.name())
+            }
+            Step::SetBacking { node, edge } => {
+                let child = edge.as_ref().map(|e| e.child().name().to_owned());
+                write!(f, "backing of {} becomes {child:?}", node.name())
+            }
+            Step::Writable { node, on } => write!(f, "{} writable: {on}", node.name()),
+            Step::Ask { edge, demand } => write!(f, "{}#{} asks {demand:?}", edge.name(), edge.id()),
+            Step::Cover { node, filter } => {
+                write!(f, "{} covered by {:?}", node.name(), filter.as_ref().map(|c| c.name().to_owned()))
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.steps).finish()
+    }
+}

@@ -1,0 +1,575 @@
+//! All nodes of a home thread, and the one place where edges change.
+//!
+//! What can happen: nodes come and go, parents attach and detach, plans move edges, while requests run on all of them.
+//! What must stay true: changes happen one after another; each is checked on its result before anything is touched, and
+//! everything that can fail (locks on the host, turning an image read-write) happens before the first swap; a swap
+//! happens only with nobody inside the touched edges. Gates are closed from the top down, so that a request inside an
+//! upper edge can still pass the lower ones and finish. A node that lost its last parent and is nobody's is closed.
+
+use crate::cell::{NodeCell, NodeOptions};
+use crate::edge::{Edge, Parent, Role};
+use crate::gate::Closed;
+use crate::node::Node;
+use crate::perm::Demand;
+use crate::plan::{Plan, Step};
+use crate::shape::{Resolved, Shape, ShapeEdge, ShapeNode};
+use block::{BlockError, ErrorKind, Result};
+use env::Env;
+use env::sync::{Notify, Semaphore};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::{Rc, Weak};
+
+/// Longest node name in bytes (QSD's limit).
+pub const MAX_NODE_NAME: usize = 31;
+
+/// Nodes that lost a parent and may have to go.
+pub(crate) struct Reaper {
+    look: RefCell<BTreeSet<u64>>,
+    called: Notify,
+}
+
+impl Reaper {
+    pub(crate) fn look_at(&self, id: u64) {
+        self.look.borrow_mut().insert(id);
+        self.called.notify_all();
+    }
+}
+
+/// The graph of one home thread.
+pub struct Graph {
+    env: Env,
+    nodes: RefCell<BTreeMap<u64, Rc<NodeCell>>>,
+    next_id: Cell<u64>,
+    next_edge: Cell<u64>,
+    next_auto: Cell<u64>,
+    changing: Semaphore,
+    reaper: Rc<Reaper>,
+}
+
+/// A graph as data, with the way back to its nodes and edges.
+struct Snapshot {
+    shape: Shape,
+    cells: Vec<Rc<NodeCell>>,
+    edges: Vec<Rc<Edge>>,
+}
+
+/// What a plan changes, step by step.
+#[derive(Default)]
+struct Changes {
+    /// Edge id: its new child.
+    child: BTreeMap<u64, (Rc<Edge>, Rc<NodeCell>)>,
+    demand: BTreeMap<u64, (Rc<Edge>, Demand)>,
+    writable: BTreeMap<u64, (Rc<NodeCell>, bool)>,
+    backing: BTreeMap<u64, (Rc<NodeCell>, Option<Rc<Edge>>)>,
+    cover: Vec<(Rc<NodeCell>, Option<Rc<NodeCell>>)>,
+}
+
+impl Changes {
+    fn child_of(&self, edge: &Rc<Edge>) -> Rc<NodeCell> {
+        self.child.get(&edge.id()).map_or_else(|| edge.child(), |(_, c)| c.clone())
+    }
+
+    fn edges_of(&self, cell: &Rc<NodeCell>) -> Vec<Rc<Edge>> {
+        let mut edges = cell.node().edges();
+        if let Some((_, backing)) = self.backing.get(&cell.id()) {
+            edges.retain(|e| e.role() != Role::Backing);
+            edges.extend(backing.clone());
+        }
+        edges
+    }
+}
+
+impl Graph {
+    /// An empty graph. Starts a task that closes nodes nobody uses any more.
+    pub fn new(env: &Env) -> Rc<Graph> {
+        let graph = Rc::new(Graph {
+            env: env.clone(),
+            nodes: RefCell::default(),
+            next_id: Cell::new(1),
+            next_edge: Cell::new(1),
+            next_auto: Cell::new(1),
+            changing: Semaphore::new(1),
+            reaper: Rc::new(Reaper { look: RefCell::default(), called: Notify::new() }),
+        });
+        let (weak, reaper) = (Rc::downgrade(&graph), graph.reaper.clone());
+        env.spawn("reaper", async move {
+            loop {
+                if reaper.look.borrow().is_empty() {
+                    reaper.called.wait().await;
+                }
+                let Some(graph) = weak.upgrade() else { return };
+                let turn = graph.changing.acquire(1).await;
+                graph.reap().await;
+                drop(turn);
+            }
+        });
+        graph
+    }
+
+    /// The door to the outside.
+    pub fn env(&self) -> &Env {
+        &self.env
+    }
+
+    /// The node of this name.
+    pub fn find(&self, name: &str) -> Option<Rc<NodeCell>> {
+        self.nodes.borrow().values().find(|c| c.name() == name).cloned()
+    }
+
+    /// All nodes, oldest first.
+    pub fn nodes(&self) -> Vec<Rc<NodeCell>> {
+        self.nodes.borrow().values().cloned().collect()
+    }
+
+    /// Whether a new node may have this name: a letter, then letters, digits, `-`, `.`, `_`; at most 31; not in use.
+    pub fn check_name(&self, name: &str) -> Result<()> {
+        let letters = name.starts_with(|c: char| c.is_ascii_alphabetic());
+        let rest = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
+        if !letters || !rest {
+            return Err(BlockError::invalid(format!("Invalid node-name: '{name}'")));
+        }
+        if name.len() > MAX_NODE_NAME {
+            return Err(BlockError::invalid("Node name too long"));
+        }
+        if self.find(name).is_some() {
+            let message = format!("Duplicate nodes with node-name='{name}'");
+            return Err(BlockError::new(ErrorKind::Busy, message));
+        }
+        Ok(())
+    }
+
+    /// A name for a node that was given none: `#blockNNN`.
+    pub fn invent_name(&self) -> String {
+        let n = self.next_auto.get();
+        self.next_auto.set(n + 1);
+        format!("#block{n:03}")
+    }
+
+    /// Puts a node into the graph. Its edges were made by [`Graph::attach`] before; their demands become what the node
+    /// wants now. On an error nothing has changed, and the node is the caller's to close.
+    pub async fn add(&self, mut options: NodeOptions, node: Rc<dyn Node>) -> Result<Rc<NodeCell>> {
+        let _turn = self.changing.acquire(1).await;
+        let name = match options.name.take() {
+            Some(n) => n,
+            None => self.invent_name(),
+        };
+        if !name.starts_with('#') {
+            self.check_name(&name)?;
+        }
+        options.name = Some(name.clone());
+        let id = self.next_id.get();
+        self.next_id.set(id + 1);
+        for edge in node.edges() {
+            if let Parent::Node(parent) = edge.parent() {
+                *parent.borrow_mut() = Some(name.clone());
+            }
+        }
+        let cell = Rc::new(NodeCell::new(id, name, node, options, Rc::downgrade(&self.reaper)));
+        self.nodes.borrow_mut().insert(id, cell.clone());
+        match self.settle_demands(&Changes::default()).await {
+            Ok(()) => Ok(cell),
+            Err(e) => {
+                self.nodes.borrow_mut().remove(&id);
+                Err(e)
+            }
+        }
+    }
+
+    /// Makes `parent` a user of `child`, or of the job's filter in front of it, if there is one: whoever comes while a job
+    /// runs must not pass the job by.
+    pub async fn attach(
+        &self,
+        child: &Rc<NodeCell>,
+        name: &str,
+        role: Role,
+        parent: Parent,
+        demand: Demand,
+    ) -> Result<Rc<Edge>> {
+        let mut child = child.clone();
+        while let Some(filter) = child.cover() {
+            child = filter;
+        }
+        self.attach_exact(&child, name, role, parent, demand).await
+    }
+
+    /// Makes `parent` a user of exactly `child`. Dropping the edge ends that.
+    pub async fn attach_exact(
+        &self,
+        child: &Rc<NodeCell>,
+        name: &str,
+        role: Role,
+        parent: Parent,
+        demand: Demand,
+    ) -> Result<Rc<Edge>> {
+        let _turn = self.changing.acquire(1).await;
+        let id = self.next_edge.get();
+        self.next_edge.set(id + 1);
+        let edge = Edge::new(id, child.clone(), name, role, parent, demand);
+        child.parents.borrow_mut().push(Rc::downgrade(&edge));
+        self.settle_demands(&Changes::default()).await?;
+        Ok(edge)
+    }
+
+    /// Changes what an edge that is held by no node asks for.
+    pub async fn ask(&self, edge: &Rc<Edge>, demand: Demand) -> Result<()> {
+        self.apply(Plan::new().then(Step::Ask { edge: edge.clone(), demand })).await
+    }
+
+    /// Closes and removes a node that nobody uses, and the nodes that only it used.
+    pub async fn remove(&self, cell: &Rc<NodeCell>) -> Result<()> {
+        let _turn = self.changing.acquire(1).await;
+        if !cell.parents().is_empty() {
+            return Err(BlockError::new(ErrorKind::Busy, format!("Node {} is in use", cell.name())));
+        }
+        let closed = self.close(cell).await;
+        self.reap().await;
+        closed
+    }
+
+    /// Waits until nodes that nobody uses any more are closed.
+    pub async fn settle(&self) {
+        let _turn = self.changing.acquire(1).await;
+        self.reap().await;
+    }
+
+    /// Closes every node, parents first. Nobody may hold edges any more but nodes. The first error is given, all are
+    /// closed.
+    pub async fn close_all(&self) -> Result<()> {
+        let _turn = self.changing.acquire(1).await;
+        let mut outcome = Ok(());
+        loop {
+            let next = self.nodes.borrow().values().rev().find(|c| c.parents().is_empty()).cloned();
+            let Some(cell) = next else { break };
+            if let Err(e) = self.close(&cell).await {
+                outcome = outcome.and(Err(e));
+            }
+        }
+        outcome
+    }
+
+    async fn close(&self, cell: &Rc<NodeCell>) -> Result<()> {
+        self.nodes.borrow_mut().remove(&cell.id());
+        let closed = cell.node().close().await;
+        cell.node().release(Demand::NOTHING).await?;
+        closed
+    }
+
+    /// Closes nodes that lost their last parent, and lets others give back what nobody needs any more.
+    async fn reap(&self) {
+        loop {
+            let looked_at = std::mem::take(&mut *self.reaper.look.borrow_mut());
+            if looked_at.is_empty() {
+                return;
+            }
+            for id in looked_at {
+                let cell = self.nodes.borrow().get(&id).cloned();
+                if let Some(cell) = cell.filter(|c| c.parents().is_empty() && !c.is_monitor_owned()) {
+                    // Nobody is left to be told of an error; what was flushed is safe, the rest nobody asked for.
+                    let _ = self.close(&cell).await;
+                }
+            }
+            // Demands only shrink when parents go, so this cannot fail.
+            let _ = self.settle_demands(&Changes::default()).await;
+        }
+    }
+
+    /// Carries out a plan, or leaves everything as it was.
+    pub async fn apply(&self, plan: Plan) -> Result<()> {
+        let _turn = self.changing.acquire(1).await;
+        let changes = self.expand(plan);
+        let snapshot = self.snapshot(&changes)?;
+        let (snapshot, resolved) = resolve(snapshot)?;
+        self.acquire(&snapshot, &resolved).await?;
+        let turned = match self.turn_writable(&changes, true).await {
+            Ok(turned) => turned,
+            Err(e) => return Err(self.undo(&snapshot, &[], e).await),
+        };
+        let gates = self.close_gates(&changes, &snapshot, &resolved).await;
+        if let Err(e) = self.turn_writable(&changes, false).await {
+            drop(gates);
+            return Err(self.undo(&snapshot, &turned, e).await);
+        }
+        self.swap(&changes);
+        commit(&snapshot);
+        drop(gates);
+        self.release(&snapshot, &resolved).await?;
+        drop((snapshot, changes));
+        self.reap().await;
+        Ok(())
+    }
+
+    /// Computes all demands anew, checks them, and brings nodes and edges in line.
+    async fn settle_demands(&self, changes: &Changes) -> Result<()> {
+        let (snapshot, resolved) = resolve(self.snapshot(changes)?)?;
+        self.acquire(&snapshot, &resolved).await?;
+        commit(&snapshot);
+        self.release(&snapshot, &resolved).await
+    }
+
+    fn expand(&self, plan: Plan) -> Changes {
+        let mut c = Changes::default();
+        for step in plan.steps {
+            match step {
+                Step::Point { edge, to } => {
+                    c.child.insert(edge.id(), (edge, to));
+                }
+                Step::MoveParents { from, to, except } => {
+                    let below = self.reachable(&c, &to);
+                    let moving: Vec<Rc<Edge>> = self
+                        .all_edges()
+                        .into_iter()
+                        .filter(|e| c.child_of(e).id() == from.id())
+                        .filter(|e| !except.iter().any(|x| x.id() == e.id()))
+                        .filter(|e| !below.contains(&e.id()))
+                        .collect();
+                    c.child.extend(moving.into_iter().map(|e| (e.id(), (e, to.clone()))));
+                }
+                Step::SetBacking { node, edge } => {
+                    c.backing.insert(node.id(), (node, edge));
+                }
+                Step::Writable { node, on } => {
+                    c.writable.insert(node.id(), (node, on));
+                }
+                Step::Ask { edge, demand } => {
+                    c.demand.insert(edge.id(), (edge, demand));
+                }
+                Step::Cover { node, filter } => c.cover.push((node, filter)),
+            }
+        }
+        c
+    }
+
+    /// Ids of all edges of `cell` and of nodes below it.
+    fn reachable(&self, changes: &Changes, cell: &Rc<NodeCell>) -> BTreeSet<u64> {
+        let (mut found, mut todo) = (BTreeSet::new(), vec![cell.clone()]);
+        while let Some(cell) = todo.pop() {
+            for edge in changes.edges_of(&cell) {
+                if found.insert(edge.id()) {
+                    todo.push(changes.child_of(&edge));
+                }
+            }
+        }
+        found
+    }
+
+    fn all_edges(&self) -> Vec<Rc<Edge>> {
+        let mut edges: Vec<Rc<Edge>> = self.nodes.borrow().values().flat_map(|c| c.parents()).collect();
+        edges.sort_by_key(|e| e.id());
+        edges
+    }
+
+    fn snapshot(&self, changes: &Changes) -> Result<Snapshot> {
+        let cells = self.nodes();
+        let index: BTreeMap<u64, usize> = cells.iter().enumerate().map(|(i, c)| (c.id(), i)).collect();
+        let mut edges = self.all_edges();
+        for (_, new) in changes.backing.values() {
+            edges.extend(
+                new.iter().filter(|n| !edges.iter().any(|e| e.id() == n.id())).cloned().collect::<Vec<_>>(),
+            );
+        }
+        let mut holder = BTreeMap::new();
+        let mut dropped = BTreeSet::new();
+        for (i, cell) in cells.iter().enumerate() {
+            let after = changes.edges_of(cell);
+            after.iter().for_each(|e| {
+                holder.insert(e.id(), i);
+            });
+            dropped.extend(
+                cell.node().edges().iter().map(|e| e.id()).filter(|id| !after.iter().any(|e| e.id() == *id)),
+            );
+        }
+        edges.retain(|e| !dropped.contains(&e.id()));
+        let nodes = cells
+            .iter()
+            .map(|c| ShapeNode {
+                name: c.name().to_owned(),
+                writable: changes.writable.get(&c.id()).map_or(c.is_writable(), |(_, on)| *on),
+            })
+            .collect();
+        let mut shape = Shape { nodes, edges: Vec::with_capacity(edges.len()) };
+        for edge in &edges {
+            let child = changes.child_of(edge);
+            let Some(&at) = index.get(&child.id()) else {
+                return Err(BlockError::invalid(format!(
+                    "node '{}' is not in the graph any more",
+                    child.name()
+                )));
+            };
+            let demand = changes.demand.get(&edge.id()).map_or_else(|| edge.demand(), |(_, d)| *d);
+            shape.edges.push(ShapeEdge {
+                name: edge.name().to_owned(),
+                parent: holder.get(&edge.id()).copied(),
+                label: label(edge),
+                child: at,
+                demand,
+            });
+        }
+        Ok(Snapshot { shape, cells, edges })
+    }
+
+    /// Lets every node take what its new demands need of the host.
+    async fn acquire(&self, snapshot: &Snapshot, resolved: &Resolved) -> Result<()> {
+        for (i, cell) in snapshot.cells.iter().enumerate() {
+            if let Err(e) = cell.node().acquire(resolved.above[i]).await {
+                self.release_present(&snapshot.cells[..=i]).await;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    async fn release(&self, snapshot: &Snapshot, resolved: &Resolved) -> Result<()> {
+        for (i, cell) in snapshot.cells.iter().enumerate() {
+            cell.node().release(resolved.above[i]).await?;
+        }
+        Ok(())
+    }
+
+    /// Back to what the edges ask for now.
+    async fn release_present(&self, cells: &[Rc<NodeCell>]) {
+        for cell in cells {
+            let above = cell.parents().iter().fold(Demand::NOTHING, |all, e| all.and(e.demand()));
+            // Giving back is best effort: what stays locked is given back when the file is closed.
+            let _ = cell.node().release(above).await;
+        }
+    }
+
+    async fn undo(&self, snapshot: &Snapshot, turned: &[Rc<NodeCell>], why: BlockError) -> BlockError {
+        for cell in turned {
+            if cell.node().set_writable(false).await.is_ok() {
+                cell.set_writable(false);
+            }
+        }
+        self.release_present(&snapshot.cells).await;
+        why
+    }
+
+    async fn turn_writable(&self, changes: &Changes, on: bool) -> Result<Vec<Rc<NodeCell>>> {
+        let mut turned: Vec<Rc<NodeCell>> = Vec::new();
+        for (cell, _) in changes.writable.values().filter(|(c, want)| *want == on && c.is_writable() != on) {
+            if let Err(e) = cell.node().set_writable(on).await {
+                for done in &turned {
+                    if done.node().set_writable(!on).await.is_ok() {
+                        done.set_writable(!on);
+                    }
+                }
+                return Err(e);
+            }
+            cell.set_writable(on);
+            turned.push(cell.clone());
+        }
+        Ok(turned)
+    }
+
+    /// Closes, from the top down, the gates of all edges that move or lie directly above a node whose backing changes or
+    /// that turns read-only.
+    async fn close_gates(
+        &self,
+        changes: &Changes,
+        snapshot: &Snapshot,
+        resolved: &Resolved,
+    ) -> Vec<Closed<Edge>> {
+        let mut touched: BTreeMap<u64, Rc<Edge>> =
+            changes.child.iter().map(|(id, (e, _))| (*id, e.clone())).collect();
+        let quiet = changes.backing.values().map(|(c, _)| c);
+        let read_only = changes.writable.values().filter(|(_, on)| !on).map(|(c, _)| c);
+        for cell in quiet.chain(read_only) {
+            touched.extend(cell.parents().into_iter().map(|e| (e.id(), e)));
+        }
+        let rank = |edge: &Rc<Edge>| {
+            let at = snapshot.edges.iter().position(|e| e.id() == edge.id());
+            let parent = at.and_then(|i| snapshot.shape.edges[i].parent);
+            parent.and_then(|p| resolved.order.iter().position(|n| *n == p)).map_or(0, |r| r + 1)
+        };
+        let mut ordered: Vec<(usize, Rc<Edge>)> = touched.into_values().map(|e| (rank(&e), e)).collect();
+        ordered.sort_by_key(|(r, e)| (*r, e.id()));
+        let mut closed = Vec::with_capacity(ordered.len());
+        for (_, edge) in ordered {
+            closed.push(Closed::close(edge).await);
+        }
+        closed
+    }
+
+    /// Nothing here can fail or wait.
+    fn swap(&self, changes: &Changes) {
+        for (edge, to) in changes.child.values() {
+            let from = edge.child();
+            if from.id() == to.id() {
+                continue;
+            }
+            from.parents.borrow_mut().retain(|p| p.upgrade().is_none_or(|e| e.id() != edge.id()));
+            to.parents.borrow_mut().push(Rc::downgrade(edge));
+            edge.point_at(to.clone());
+            from.lost_parent();
+        }
+        for (cell, backing) in changes.backing.values() {
+            if let Some(edge) = backing
+                && let Parent::Node(name) = edge.parent()
+            {
+                *name.borrow_mut() = Some(cell.name().to_owned());
+            }
+            cell.node().set_backing(backing.clone());
+        }
+        for (cell, filter) in &changes.cover {
+            cell.set_cover(filter.as_ref());
+        }
+    }
+
+    /// Keeps all requests of `cell`'s parents out and waits until those inside have ended; they go on when the value is
+    /// dropped. Parents that attach meanwhile are not kept out: attach to a covered node instead.
+    pub async fn quiesce(&self, cell: &Rc<NodeCell>, except: &[Rc<Edge>]) -> Quiesced {
+        let mut gates = Vec::new();
+        for edge in cell.parents() {
+            if !except.iter().any(|e| e.id() == edge.id()) {
+                gates.push(Closed::close(edge).await);
+            }
+        }
+        Quiesced { gates }
+    }
+}
+
+/// Closed gates; see [`Graph::quiesce`].
+pub struct Quiesced {
+    gates: Vec<Closed<Edge>>,
+}
+
+impl Quiesced {
+    /// How many edges are kept quiet.
+    pub fn edges(&self) -> usize {
+        self.gates.len()
+    }
+}
+
+fn resolve(mut snapshot: Snapshot) -> Result<(Snapshot, Resolved)> {
+    let edges = snapshot.edges.clone();
+    let cells = snapshot.cells.clone();
+    let holders: Vec<Option<usize>> = snapshot.shape.edges.iter().map(|e| e.parent).collect();
+    let resolved = snapshot.shape.resolve(|e, above, writable| match holders[e] {
+        Some(parent) => cells[parent].node().wants(&edges[e], above, writable),
+        None => edges[e].demand(),
+    })?;
+    Ok((snapshot, resolved))
+}
+
+fn commit(snapshot: &Snapshot) {
+    snapshot.edges.iter().zip(&snapshot.shape.edges).for_each(|(e, s)| e.set_demand(s.demand));
+}
+
+fn label(edge: &Edge) -> String {
+    match edge.parent() {
+        Parent::Node(name) => format!("node '{}'", name.borrow().as_deref().unwrap_or_default()),
+        Parent::Job(id) => format!("block job '{id}'"),
+        Parent::Backend(_) => "an unnamed block device".to_owned(),
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // The reaper's task ends at its next look.
+        self.reaper.called.notify_all();
+    }
+}
+
+/// A weak handle, for hooks that must not keep the graph alive.
+pub type WeakGraph = Weak<Graph>;

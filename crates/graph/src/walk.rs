@@ -1,0 +1,146 @@
+//! Walks over chains: filters and copy-on-write layers from the top down.
+//!
+//! What must stay true: a walk never holds anything while it waits; lengths differ between layers, and what lies past the
+//! end of a lower layer reads as zero; every walk is bounded by the number of layers times the extents it is given.
+
+use crate::cell::NodeCell;
+use block::{Extent, Kind, Result, Span};
+use std::rc::Rc;
+
+/// One run of equal status over a chain.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ChainExtent {
+    /// Where, in guest coordinates.
+    pub span: Span,
+    /// [`Kind::Data`], [`Kind::Zero`], or [`Kind::Unallocated`]: no layer of the walk says anything (it reads as zero if
+    /// the walk went to the bottom).
+    pub kind: Kind,
+    /// The layer that decided: 1 is the top (filters do not count); 0 where none did.
+    pub depth: u32,
+}
+
+impl ChainExtent {
+    /// Whether the run reads as zero, for a walk that went to the bottom.
+    pub fn reads_zero(&self) -> bool {
+        self.kind != Kind::Data
+    }
+
+    fn push(list: &mut Vec<ChainExtent>, next: ChainExtent) {
+        if next.span.is_empty() {
+            return;
+        }
+        match list.last_mut() {
+            Some(last)
+                if last.kind == next.kind
+                    && last.depth == next.depth
+                    && last.span.end() == next.span.start =>
+            {
+                last.span.len += next.span.len;
+            }
+            _ => list.push(next),
+        }
+    }
+}
+
+/// The nodes from `top` down: `top` itself, what it filters or has as backing, and so on.
+pub fn chain(top: &Rc<NodeCell>) -> Vec<Rc<NodeCell>> {
+    let mut all = vec![top.clone()];
+    let mut at = top.below();
+    while let Some(cell) = at {
+        at = cell.below();
+        all.push(cell);
+    }
+    all
+}
+
+/// `cell`, or what lies behind the filters in front.
+pub fn skip_filters(cell: &Rc<NodeCell>) -> Rc<NodeCell> {
+    let mut at = cell.clone();
+    while let Some(edge) = at.node().filtered() {
+        at = edge.child();
+    }
+    at
+}
+
+/// Whether `node` is `top` or in the chain below it.
+pub fn contains(top: &Rc<NodeCell>, node: &Rc<NodeCell>) -> bool {
+    chain(top).iter().any(|c| c.id() == node.id())
+}
+
+/// Whether no other node uses `cell` (exports and jobs may): QSD's "root block node".
+pub fn is_root(cell: &NodeCell) -> bool {
+    cell.parents().iter().all(|e| e.parent_node().is_none())
+}
+
+/// What the chain from `top` down to, not including, `base` says of `at`, from its start and perhaps not to its end, but
+/// never nothing.
+pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -> Result<Vec<ChainExtent>> {
+    let mut out = Vec::new();
+    // Runs that still have to be looked up, nearest last; bounded: each look splits one run into finitely many.
+    let mut todo = vec![(top.clone(), at, 1u32)];
+    while let Some((cell, span, depth)) = todo.pop() {
+        if span.is_empty() {
+            continue;
+        }
+        if base.is_some_and(|b| b.id() == cell.id()) {
+            ChainExtent::push(&mut out, ChainExtent { span, kind: Kind::Unallocated, depth: 0 });
+            continue;
+        }
+        if let Some(edge) = cell.node().filtered() {
+            todo.push((edge.child(), span, depth));
+            continue;
+        }
+        let len = cell.node().len();
+        if span.start >= len {
+            ChainExtent::push(&mut out, ChainExtent { span, kind: Kind::Zero, depth });
+            continue;
+        }
+        let inside = span.intersect(&Span::between(0, len));
+        let found = cell.extents(inside).await?;
+        let covered = found.last().map_or(inside.start, |e| e.span.end());
+        if covered < inside.end() {
+            // The layer stopped early; the remainder is asked for after what it said is decided.
+            todo.push((cell.clone(), Span::between(covered, span.end()), depth));
+        } else if span.end() > len {
+            todo.push((cell.clone(), Span::between(len, span.end()), depth));
+        }
+        push_found(&cell, &found, depth, &mut out, &mut todo);
+        if out.len() >= MAX_RUNS {
+            // What is out is complete from the start of `at`; the caller asks again from its end.
+            break;
+        }
+    }
+    Ok(out)
+}
+
+/// Runs after which a walk stops; the caller asks again for the rest.
+const MAX_RUNS: usize = 1024;
+
+/// Decided runs go out if nothing before them is undecided; everything else is stacked in order.
+fn push_found(
+    cell: &Rc<NodeCell>,
+    found: &[Extent],
+    depth: u32,
+    out: &mut Vec<ChainExtent>,
+    todo: &mut Vec<(Rc<NodeCell>, Span, u32)>,
+) {
+    let undecided = found.iter().position(|e| e.kind == Kind::Unallocated).unwrap_or(found.len());
+    for e in &found[..undecided] {
+        ChainExtent::push(out, ChainExtent { span: e.span, kind: e.kind, depth });
+    }
+    let below = cell.below();
+    if let Some(first) = found.get(undecided) {
+        // Everything behind the undecided run is asked again after it; formats answer that from their caches.
+        if let Some(last) = found.last()
+            && last.span.end() > first.span.end()
+        {
+            todo.push((cell.clone(), Span::between(first.span.end(), last.span.end()), depth));
+        }
+        match below {
+            Some(below) => todo.push((below, first.span, depth + 1)),
+            None => {
+                ChainExtent::push(out, ChainExtent { span: first.span, kind: Kind::Unallocated, depth: 0 })
+            }
+        }
+    }
+}
