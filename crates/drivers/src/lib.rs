@@ -1,4 +1,11 @@
-#![forbid(unsafe_code)]
 //! Protocol, format and filter drivers other than qcow2.
+//!
+//! A driver gets plain option structs and edges to its children; it knows nothing of JSON, jobs or exports. The edge above
+//! it has checked bounds, alignment and permission, so a driver only carries requests out.
+#![forbid(unsafe_code)]
 
+pub mod file;
 pub mod filters;
+mod locks;
+pub mod null;
+pub mod raw;

@@ -1,0 +1,359 @@
+//! `file` and `host_device`: a disk is what a file or block device of the host holds.
+//!
+//! What can happen: the host refuses writing, a file system cannot punch holes, another process uses the image, the mode is
+//! changed while the node is in use. What must stay true: image locks cover what the parents ask for at every moment; a range
+//! that was to become zero reads as zero whatever the file system can; the length seen here is that of the file.
+
+use crate::locks::ImageLocks;
+use block::{BlockError, Data, ErrorKind, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
+use env::{Env, Existing, File, FileInfo, FileKind, OpenMode, Punch};
+use graph::{Demand, Edge, Node, NodeDetails};
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+/// Zeroes written in one go where the host has nothing better.
+const ZERO_WRITE: u64 = 2 << 20;
+
+/// Whether image locks are taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Locking {
+    /// Where the host can.
+    #[default]
+    Auto,
+    /// Always; an error where the host cannot.
+    On,
+    /// Never.
+    Off,
+}
+
+/// How to open a file.
+#[derive(Clone, Debug, Default)]
+pub struct FileOptions {
+    /// Path of the file or device.
+    pub filename: String,
+    /// `host_device` instead of `file`.
+    pub device: bool,
+    /// Not for writing.
+    pub read_only: bool,
+    /// Open read-only if writing is refused.
+    pub auto_read_only: bool,
+    /// `cache.direct`: past the page cache.
+    pub direct: bool,
+    /// `aio=threads`.
+    pub threads: bool,
+    /// See [`Locking`].
+    pub locking: Locking,
+}
+
+/// An open file or device.
+pub struct FileNode {
+    env: Env,
+    path: PathBuf,
+    driver: &'static str,
+    mode: Cell<OpenMode>,
+    file: RefCell<Rc<dyn File>>,
+    facts: FileInfo,
+    locks: Option<ImageLocks>,
+    len: Cell<u64>,
+}
+
+impl FileNode {
+    /// Opens; also says whether the node ended up read-only.
+    pub async fn open(env: &Env, options: &FileOptions) -> Result<(Rc<FileNode>, bool)> {
+        let path = PathBuf::from(&options.filename);
+        let mut mode = OpenMode {
+            write: !options.read_only,
+            direct: options.direct,
+            existing: Existing::Open,
+            threads: options.threads,
+        };
+        let named = |e: BlockError| e.context(format_args!("Could not open '{}'", options.filename));
+        let file = match env.open(&path, mode).await {
+            Err(e) if options.auto_read_only && mode.write && refused_writing(&e) => {
+                mode.write = false;
+                env.open(&path, mode).await.map_err(named)?
+            }
+            other => other.map_err(named)?,
+        };
+        let facts = file.info().await.map_err(named)?;
+        check_kind(options, &facts)?;
+        let locks = match options.locking {
+            Locking::Off => None,
+            Locking::On => Some(ImageLocks::default()),
+            // A file system without locks (some network ones) says so at the first question.
+            Locking::Auto => {
+                let probe = env::LockRange { start: 100, len: 1, exclusive: false };
+                file.can_lock(probe).await.is_ok().then(ImageLocks::default)
+            }
+        };
+        let node = FileNode {
+            env: env.clone(),
+            path,
+            driver: if options.device { "host_device" } else { "file" },
+            mode: Cell::new(mode),
+            len: Cell::new(facts.len),
+            file: RefCell::new(file),
+            facts,
+            locks,
+        };
+        Ok((Rc::new(node), !mode.write))
+    }
+
+    /// Device and inode: the identity of the file, whatever it is called.
+    pub fn identity(&self) -> (u64, u64) {
+        (self.facts.device, self.facts.inode)
+    }
+
+    fn file(&self) -> Rc<dyn File> {
+        self.file.borrow().clone()
+    }
+
+    async fn write_zeroes(&self, file: &Rc<dyn File>, at: Span) -> Result<()> {
+        let mut left = at;
+        while !left.is_empty() {
+            let (now, rest) = left.split_at(ZERO_WRITE);
+            file.write(now.start, Data::zeroes(now.len as usize)).await?;
+            left = rest;
+        }
+        Ok(())
+    }
+
+    async fn zero_now(&self, at: Span, flags: ReqFlags) -> Result<()> {
+        let file = self.file();
+        let unsupported = |e: &BlockError| e.kind() == ErrorKind::Unsupported;
+        let how = if flags.may_unmap { Punch::Release } else { Punch::Keep };
+        let mut done = file.zero(at, how).await;
+        if how == Punch::Keep && done.as_ref().is_err_and(unsupported) && self.facts.kind == FileKind::Regular
+        {
+            // tmpfs cannot zero a range in place, but it can release it and take it again.
+            done = file.zero(at, Punch::Release).await;
+            if done.is_ok() {
+                match file.allocate(at).await {
+                    Err(e) if !unsupported(&e) => return Err(e),
+                    _ => {}
+                }
+            }
+        }
+        match done {
+            Err(e) if unsupported(&e) && !flags.no_fallback => self.write_zeroes(&file, at).await,
+            other => other,
+        }
+    }
+
+    async fn resize_now(&self, len: u64, prealloc: Prealloc) -> Result<()> {
+        if self.facts.kind != FileKind::Regular {
+            if len <= self.len.get() && prealloc == Prealloc::Off {
+                return Ok(());
+            }
+            return Err(BlockError::unsupported("a device cannot be made longer here")
+                .with_hint("grow the device itself, then open it again"));
+        }
+        let (file, old) = (self.file(), self.len.get());
+        match prealloc {
+            Prealloc::Metadata => {
+                return Err(BlockError::unsupported("Unsupported preallocation mode 'metadata'"));
+            }
+            _ if len < old && prealloc != Prealloc::Off => {
+                return Err(BlockError::unsupported("Preallocation can't be used for shrinking files"));
+            }
+            Prealloc::Off => file.set_len(len).await?,
+            Prealloc::Falloc if len > old => file.allocate(Span::between(old, len)).await?,
+            Prealloc::Full if len > old => {
+                let written = self.write_zeroes(&file, Span::between(old, len)).await;
+                if let Err(e) = written {
+                    // What was added half-way is not left behind.
+                    file.set_len(old).await?;
+                    return Err(e);
+                }
+            }
+            Prealloc::Falloc | Prealloc::Full => {}
+        }
+        self.len.set(len);
+        Ok(())
+    }
+
+    async fn reopen(&self, writable: bool) -> Result<()> {
+        let mode = OpenMode { write: writable, ..self.mode.get() };
+        if mode.write == self.mode.get().write {
+            return Ok(());
+        }
+        let named =
+            |e: BlockError| e.context(format_args!("Could not reopen file '{}'", self.path.display()));
+        let file = self.env.open(&self.path, mode).await.map_err(named)?;
+        let facts = file.info().await.map_err(named)?;
+        if (facts.device, facts.inode) != self.identity() {
+            return Err(BlockError::new(
+                ErrorKind::Busy,
+                format!("'{}' is another file than the one that was opened", self.path.display()),
+            ));
+        }
+        if let Some(locks) = &self.locks {
+            locks.copy_to(&*file).await?;
+        }
+        let old = self.file.replace(file);
+        self.mode.set(mode);
+        old.settle().await
+    }
+}
+
+fn refused_writing(e: &BlockError) -> bool {
+    matches!(e.errno(), BlockError::EACCES | BlockError::EROFS | BlockError::EPERM)
+}
+
+fn check_kind(options: &FileOptions, facts: &FileInfo) -> Result<()> {
+    let name = &options.filename;
+    match (options.device, facts.kind) {
+        (true, FileKind::Regular) => Err(BlockError::invalid(format!(
+            "'host_device' driver requires '{name}' to be either a character or block device"
+        ))),
+        (false, FileKind::BlockDevice | FileKind::CharDevice) => {
+            Err(BlockError::invalid(format!("'file' driver requires '{name}' to be a regular file"))
+                .with_hint("use the driver host_device"))
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Node for FileNode {
+    fn driver(&self) -> &'static str {
+        self.driver
+    }
+    fn len(&self) -> u64 {
+        self.len.get()
+    }
+    fn limits(&self) -> Limits {
+        let align = if self.mode.get().direct { self.facts.alignment.max(1) } else { 1 };
+        Limits {
+            request_alignment: align,
+            memory_alignment: align,
+            efficient_zero: true,
+            ..Limits::default()
+        }
+    }
+    fn edges(&self) -> Vec<Rc<Edge>> {
+        Vec::new()
+    }
+    fn wants(&self, _: &Edge, _: Demand, _: bool) -> Demand {
+        Demand::NOTHING
+    }
+    fn read(&self, at: Span) -> Io<'_, Data> {
+        let file = self.file();
+        Box::pin(async move { file.read(at).await })
+    }
+    fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
+        let file = self.file();
+        Box::pin(async move {
+            file.write(at.start, data).await?;
+            if at.end() > self.len.get() {
+                self.len.set(at.end());
+            }
+            if flags.fua { file.barrier().await } else { Ok(()) }
+        })
+    }
+    fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
+        Box::pin(async move {
+            self.zero_now(at, flags).await?;
+            if flags.fua { self.file().barrier().await } else { Ok(()) }
+        })
+    }
+    fn discard(&self, at: Span) -> Io<'_> {
+        Box::pin(async move {
+            match self.file().discard(at).await {
+                // A hint that the file system does not take is no error.
+                Err(e) if e.kind() == ErrorKind::Unsupported => Ok(()),
+                other => other,
+            }
+        })
+    }
+    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
+        let file = self.file();
+        Box::pin(async move {
+            let mut found = file.extents(at).await?;
+            for e in &mut found {
+                e.host = Some(e.span.start);
+            }
+            Ok(found)
+        })
+    }
+    fn flush(&self) -> Io<'_> {
+        let file = self.file();
+        Box::pin(async move { file.barrier().await })
+    }
+    fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
+        Box::pin(self.resize_now(len, prealloc))
+    }
+    fn acquire(&self, above: Demand) -> Io<'_> {
+        Box::pin(async move {
+            match &self.locks {
+                Some(locks) => locks.acquire(&*self.file(), above, &self.path.display().to_string()).await,
+                None => Ok(()),
+            }
+        })
+    }
+    fn release(&self, above: Demand) -> Io<'_> {
+        Box::pin(async move {
+            match &self.locks {
+                Some(locks) => locks.release(&*self.file(), above).await,
+                None => Ok(()),
+            }
+        })
+    }
+    fn set_writable(&self, writable: bool) -> Io<'_> {
+        Box::pin(self.reopen(writable))
+    }
+    fn close(&self) -> Io<'_> {
+        let file = self.file();
+        Box::pin(async move { file.settle().await })
+    }
+    fn details(&self) -> Io<'_, NodeDetails> {
+        let file = self.file();
+        Box::pin(async move {
+            let facts = file.info().await?;
+            Ok(NodeDetails {
+                filename: self.path.display().to_string(),
+                actual_size: Some(facts.allocated),
+                ..NodeDetails::default()
+            })
+        })
+    }
+    fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
+        let (from, target) = (self.file(), to.as_any().downcast_ref::<FileNode>());
+        Box::pin(async move {
+            let Some(target) = target else {
+                return Err(BlockError::unsupported("no copy offload to this driver"));
+            };
+            from.copy_to(at, &target.file(), to_offset).await
+        })
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// Makes an empty file of `len` bytes (QMP `blockdev-create`, driver `file`). An existing file is truncated, unless somebody
+/// uses it.
+pub async fn create(env: &Env, filename: &str, len: u64, prealloc: Prealloc) -> Result<()> {
+    let path = Path::new(filename);
+    let named = |e: BlockError| e.context(format_args!("Could not create '{filename}'"));
+    // Opened without truncation first: the lock tells whether that would destroy a disk in use.
+    let mode = OpenMode { write: true, ..OpenMode::default() };
+    if let Err(e) = env.open(path, mode).await {
+        if e.errno() != BlockError::ENOENT {
+            return Err(named(e));
+        }
+        env.open(path, OpenMode { existing: Existing::CreateNew, ..mode }).await.map_err(named)?;
+    }
+    let options = FileOptions { filename: filename.to_owned(), ..FileOptions::default() };
+    let (node, _) = FileNode::open(env, &options).await?;
+    let alone = Demand {
+        needs: graph::Perms::WRITE.with(graph::Perms::RESIZE),
+        shares: graph::Perms::ALL.without(graph::Perms::WRITE).without(graph::Perms::RESIZE),
+    };
+    node.acquire(alone).await?;
+    node.resize_now(0, Prealloc::Off).await.map_err(named)?;
+    let made = node.resize_now(len, prealloc).await.map_err(|e| named(e.context("Could not resize file")));
+    node.release(Demand::NOTHING).await?;
+    made
+}

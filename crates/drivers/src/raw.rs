@@ -1,0 +1,129 @@
+//! `raw`: the bytes of the node below, or a window of them (`offset`, `size`).
+
+use block::{BlockError, Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
+use graph::{Demand, Edge, Node, NodeDetails, Perms};
+use std::any::Any;
+use std::rc::Rc;
+
+/// A raw disk.
+pub struct RawNode {
+    file: Rc<Edge>,
+    offset: u64,
+    size: Option<u64>,
+}
+
+impl RawNode {
+    /// A window of `size` bytes (default: to the end) at `offset` of the child behind `file`.
+    pub fn open(file: Rc<Edge>, offset: u64, size: Option<u64>) -> block::Result<Rc<RawNode>> {
+        let len = file.len();
+        if offset > len {
+            return Err(BlockError::invalid(format!(
+                "Offset ({offset}) must be less than or equal to the size of the containing file ({len})"
+            )));
+        }
+        if size.is_some_and(|s| s > len - offset) {
+            return Err(BlockError::invalid(format!(
+                "The sum of offset ({offset}) and size ({}) has to be smaller or equal to the actual size of the \
+                 containing file ({len})",
+                size.unwrap_or_default()
+            )));
+        }
+        Ok(Rc::new(RawNode { file, offset, size }))
+    }
+
+    fn window(&self) -> bool {
+        self.offset > 0 || self.size.is_some()
+    }
+}
+
+impl Node for RawNode {
+    fn driver(&self) -> &'static str {
+        "raw"
+    }
+    fn len(&self) -> u64 {
+        self.size.unwrap_or_else(|| self.file.len().saturating_sub(self.offset))
+    }
+    fn limits(&self) -> Limits {
+        // Unaligned requests are reshaped below, by the edge to the file: here every byte can be addressed.
+        Limits { request_alignment: 1, ..self.file.limits() }
+    }
+    fn edges(&self) -> Vec<Rc<Edge>> {
+        vec![self.file.clone()]
+    }
+    fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
+        if !self.window() {
+            return above;
+        }
+        // Other windows of the same file may be resized away under us.
+        Demand { needs: above.needs, shares: above.shares.without(Perms::RESIZE) }
+    }
+    fn read(&self, at: Span) -> Io<'_, Data> {
+        Box::pin(self.file.read(at.shifted(self.offset)))
+    }
+    fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
+        Box::pin(self.file.write(at.start + self.offset, data, flags))
+    }
+    fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
+        Box::pin(self.file.zero(at.shifted(self.offset), flags))
+    }
+    fn discard(&self, at: Span) -> Io<'_> {
+        Box::pin(self.file.discard(at.shifted(self.offset)))
+    }
+    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
+        Box::pin(async move {
+            let mut found = self.file.extents(at.shifted(self.offset)).await?;
+            for e in &mut found {
+                e.span.start -= self.offset;
+            }
+            Ok(found)
+        })
+    }
+    fn flush(&self) -> Io<'_> {
+        Box::pin(self.file.flush())
+    }
+    fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
+        Box::pin(async move {
+            if self.size.is_some() {
+                return Err(BlockError::unsupported("Cannot resize fixed-size raw disks"));
+            }
+            let whole = len
+                .checked_add(self.offset)
+                .ok_or_else(|| BlockError::invalid("Disk size too large for the chosen offset"))?;
+            self.file.resize(whole, prealloc).await
+        })
+    }
+    fn set_writable(&self, _: bool) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn close(&self) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn details(&self) -> Io<'_, NodeDetails> {
+        Box::pin(async move {
+            let below = self.file.child().node().details().await?;
+            let filename = if self.window() {
+                let size = self.size.map(|s| format!(", \"size\": {s}")).unwrap_or_default();
+                let file = format!("{{\"driver\": \"file\", \"filename\": {:?}}}", below.filename);
+                format!("json:{{\"driver\": \"raw\", \"offset\": {}{size}, \"file\": {file}}}", self.offset)
+            } else {
+                below.filename.clone()
+            };
+            Ok(NodeDetails { filename, actual_size: below.actual_size, ..NodeDetails::default() })
+        })
+    }
+    fn primary(&self) -> Option<Rc<Edge>> {
+        Some(self.file.clone())
+    }
+    fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
+        let target = to.as_any().downcast_ref::<RawNode>();
+        Box::pin(async move {
+            let Some(target) = target else {
+                return Err(BlockError::unsupported("no copy offload to this driver"));
+            };
+            self.file.copy_to(at.shifted(self.offset), &target.file, to_offset + target.offset).await
+        })
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
