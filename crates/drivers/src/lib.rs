@@ -7,5 +7,6 @@
 pub mod file;
 pub mod filters;
 mod locks;
+pub mod nbd_client;
 pub mod null;
 pub mod raw;

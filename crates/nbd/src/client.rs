@@ -133,7 +133,8 @@ impl ClientHandshake {
         if let Some(m) = inbox.peek::<8>().map(u64::from_be_bytes)
             && m != MAGIC
         {
-            return broken(format_args!("its greeting starts with {m:#018x}: this is no NBD server"));
+            let e = BlockError::corrupt(format!("Bad initial magic received: {m:#018x}"));
+            return Err(e.with_errno(BlockError::EINVAL).with_hint("This is not an NBD server"));
         }
         let Some(b) = inbox.peek::<16>() else { return Ok(false) };
         let mut f = Fields::new(&b[8..]);
@@ -354,6 +355,12 @@ impl ClientHandshake {
 }
 
 fn refusal(option: u32, kind: u32, text: &str, export: &str) -> BlockError {
+    if kind == rep::ERR_UNKNOWN && option == opt::GO {
+        let e = BlockError::new(ErrorKind::NotFound, "Requested export not available");
+        return e.with_hint(format!(
+            "The NBD server has no export named '{export}'; list them with nbdinfo --list"
+        ));
+    }
     let (why, error) = match kind {
         rep::ERR_UNSUP => ("is not supported by the server", ErrorKind::Unsupported),
         rep::ERR_POLICY => ("is denied by the server", ErrorKind::Permission),

@@ -1,0 +1,305 @@
+//! One connection to a server: many requests in flight, each answered in any order.
+//!
+//! Two tasks belong to a link. The writer sends all requests that were made since its last send, gathered; the reader
+//! gives answers to whoever waits. What can happen: the server goes away or breaks the protocol (then every request in
+//! flight fails as *lost*, and the link is over); a caller stops waiting (its answer is still read, then dropped).
+//! What must stay true: a cookie is not used again while the server may still answer it; nothing the server sends makes
+//! us hold more than what was asked for.
+
+use super::handshake;
+use block::{BlockError, Data, ErrorKind, Result, Span};
+use env::sync::{Notify, OneshotSender, Semaphore, oneshot};
+use env::{Address, Env, Stream};
+use nbd::{
+    Answer, ClientWants, Cmd, Expected, Inbox, Mode, Negotiated, Outbox, ReadAssembly, Reply, ReplyParser,
+    StatusExtent, encode_request,
+};
+use slab::Slab;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+/// Requests in flight on one link. Servers of others take 16 or 64 at a time; more only waits in the socket.
+const WINDOW: usize = 64;
+/// Bytes taken in one receive.
+const RECEIVE: usize = 256 << 10;
+/// Pieces of a receive shorter than this are copied rather than kept.
+const COPY_BELOW: usize = 512;
+
+/// Why a call failed.
+pub(super) enum Failure {
+    /// The link is gone; the request may or may not have been done.
+    Lost(BlockError),
+    /// The server says no, or cannot be trusted with this request.
+    Refused(BlockError),
+}
+
+/// What a call brought.
+pub(super) enum Outcome {
+    /// Success without content.
+    Done,
+    /// The bytes of a read.
+    Data(Data),
+    /// The extents of a block status, from the start of its span.
+    Status(Vec<StatusExtent>),
+}
+
+enum Content {
+    Plain,
+    Read(ReadAssembly),
+    Status(Option<Vec<StatusExtent>>),
+}
+
+struct Flight {
+    generation: u32,
+    answer: Answer,
+    content: Content,
+    error: Option<BlockError>,
+    done: OneshotSender<Result<Outcome, Failure>>,
+}
+
+#[derive(Default)]
+struct Table {
+    flights: Slab<Flight>,
+    generation: u32,
+}
+
+fn index_of(cookie: u64) -> usize {
+    (cookie & 0xffff_ffff) as usize
+}
+
+impl Expected for Table {
+    fn lookup(&self, cookie: u64) -> Option<Answer> {
+        let f = self.flights.get(index_of(cookie))?;
+        (u64::from(f.generation) == cookie >> 32).then_some(f.answer)
+    }
+}
+
+/// A connection in its transmission phase.
+pub(super) struct Link {
+    stream: Rc<dyn Stream>,
+    negotiated: Negotiated,
+    table: RefCell<Table>,
+    out: RefCell<Outbox>,
+    queued: Notify,
+    window: Semaphore,
+    broken: RefCell<Option<BlockError>>,
+    over: Notify,
+    /// The server has answered at least once.
+    proved: Cell<bool>,
+}
+
+impl Link {
+    /// Connects, shakes hands and starts the two tasks.
+    pub(super) async fn connect(env: &Env, to: &Address, wants: ClientWants) -> Result<Rc<Link>> {
+        let stream = env.connect(to).await.map_err(|e| {
+            let said = e.message().to_owned();
+            e.with_message(format!("Failed to connect to '{to}': {said}"))
+        })?;
+        let mut inbox = Inbox::new();
+        let negotiated = handshake::enter(env, &*stream, &mut inbox, wants).await?;
+        let link = Rc::new(Link {
+            stream,
+            negotiated,
+            table: RefCell::default(),
+            out: RefCell::default(),
+            queued: Notify::new(),
+            window: Semaphore::new(WINDOW),
+            broken: RefCell::new(None),
+            over: Notify::new(),
+            proved: Cell::new(false),
+        });
+        let (reader, writer) = (link.clone(), link.clone());
+        env.spawn("nbd client reader", async move { reader.read_replies(inbox).await });
+        env.spawn("nbd client writer", async move { writer.write_requests().await });
+        Ok(link)
+    }
+
+    pub(super) fn negotiated(&self) -> &Negotiated {
+        &self.negotiated
+    }
+
+    /// Whether requests can be made.
+    pub(super) fn is_up(&self) -> bool {
+        self.broken.borrow().is_none()
+    }
+
+    /// Requests in flight or waiting for a place.
+    pub(super) fn load(&self) -> usize {
+        self.table.borrow().flights.len()
+    }
+
+    /// Whether the server has ever answered a request here.
+    pub(super) fn has_answered(&self) -> bool {
+        self.proved.get()
+    }
+
+    /// Waits until the link is over.
+    pub(super) async fn over(&self) {
+        while self.is_up() {
+            self.over.wait().await;
+        }
+    }
+
+    fn mode(&self) -> Mode {
+        self.negotiated.mode
+    }
+
+    /// Makes a request and waits for its answer.
+    pub(super) async fn call(
+        &self,
+        cmd: Cmd,
+        flags: u16,
+        span: Span,
+        payload: Data,
+    ) -> Result<Outcome, Failure> {
+        // The place is given back when the server has answered, even if nobody waits by then.
+        self.window.acquire(1).await.forget();
+        if let Some(e) = &*self.broken.borrow() {
+            self.window.release(1);
+            return Err(Failure::Lost(e.clone()));
+        }
+        let (answer, content) = match cmd {
+            Cmd::Read => (Answer::Read(span), Content::Read(ReadAssembly::new(span))),
+            Cmd::BlockStatus => (Answer::Status(span), Content::Status(None)),
+            _ => (Answer::Plain, Content::Plain),
+        };
+        let (done, answered) = oneshot();
+        let cookie = {
+            let mut table = self.table.borrow_mut();
+            table.generation = table.generation.wrapping_add(1);
+            let generation = table.generation;
+            let index = table.flights.insert(Flight { generation, answer, content, error: None, done });
+            u64::from(generation) << 32 | index as u64
+        };
+        encode_request(&mut self.out.borrow_mut(), self.mode(), cmd, flags, cookie, span, payload);
+        self.queued.notify_one();
+        match answered.await {
+            Some(r) => r,
+            None => Err(Failure::Lost(lost("connection closed"))),
+        }
+    }
+
+    /// Says good-bye and hangs up.
+    pub(super) async fn leave(&self) {
+        let mut bye = Outbox::new();
+        encode_request(&mut bye, self.mode(), Cmd::Disconnect, 0, 0, Span::new(0, 0), Data::empty());
+        if self.is_up() && self.out.borrow().is_empty() && self.load() == 0 {
+            let _ = self.stream.send(bye.take()).await;
+        }
+        self.fail(&lost("connection closed"));
+    }
+
+    /// Ends the link: everything in flight is lost.
+    pub(super) fn fail(&self, why: &BlockError) {
+        if self.broken.borrow().is_some() {
+            return;
+        }
+        *self.broken.borrow_mut() = Some(why.clone());
+        let flights = std::mem::take(&mut self.table.borrow_mut().flights);
+        for (_, f) in flights {
+            self.window.release(1);
+            f.done.send(Err(Failure::Lost(why.clone())));
+        }
+        self.out.borrow_mut().take();
+        self.stream.shutdown();
+        self.queued.notify_all();
+        self.over.notify_all();
+    }
+
+    async fn write_requests(&self) {
+        while self.is_up() {
+            let data = self.out.borrow_mut().take();
+            if data.is_empty() {
+                self.queued.wait().await;
+            } else if let Err(e) = self.stream.send(data).await {
+                self.fail(&lost(e.message()));
+            }
+        }
+    }
+
+    async fn read_replies(&self, mut inbox: Inbox) {
+        let mut parser = ReplyParser::new(self.mode());
+        loop {
+            if let Err(e) = self.take_replies(&mut parser, &mut inbox) {
+                return self.fail(&e);
+            }
+            let max = RECEIVE.max(parser.wanted(&inbox));
+            match self.stream.recv(max).await {
+                Ok(piece) if !piece.is_empty() => inbox.push(piece, COPY_BELOW),
+                Ok(_) => return self.fail(&lost("the server hung up")),
+                Err(e) => return self.fail(&lost(e.message())),
+            }
+        }
+    }
+
+    fn take_replies(&self, parser: &mut ReplyParser, inbox: &mut Inbox) -> Result<()> {
+        loop {
+            let reply = parser.next(inbox, &*self.table.borrow())?;
+            match reply {
+                Some(reply) => self.apply(reply)?,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn apply(&self, reply: Reply) -> Result<()> {
+        self.proved.set(true);
+        let (cookie, last) = match &reply {
+            Reply::Data { cookie, last, .. }
+            | Reply::Hole { cookie, last, .. }
+            | Reply::Status { cookie, last, .. }
+            | Reply::Error { cookie, last, .. } => (*cookie, *last),
+            Reply::Done { cookie } => (*cookie, true),
+        };
+        let mut table = self.table.borrow_mut();
+        let Some(flight) = table.flights.get_mut(index_of(cookie)) else {
+            return Err(BlockError::corrupt("NBD server broke the protocol: a reply to nothing"));
+        };
+        flight.take(reply, &self.negotiated)?;
+        if !last {
+            return Ok(());
+        }
+        let flight = table.flights.remove(index_of(cookie));
+        drop(table);
+        self.window.release(1);
+        flight.finish();
+        Ok(())
+    }
+}
+
+impl Flight {
+    fn take(&mut self, reply: Reply, negotiated: &Negotiated) -> Result<()> {
+        match (reply, &mut self.content) {
+            (Reply::Data { offset, data, .. }, Content::Read(read)) => read.data(offset, data),
+            (Reply::Hole { hole, .. }, Content::Read(read)) => read.hole(hole),
+            (Reply::Status { context, extents, .. }, Content::Status(status)) => {
+                if status.is_some() || !negotiated.contexts.iter().any(|(id, _)| *id == context) {
+                    let what = format!("block status of context {context} out of turn");
+                    return Err(BlockError::corrupt(format!("NBD server broke the protocol: {what}")));
+                }
+                *status = Some(extents);
+                Ok(())
+            }
+            (Reply::Error { error, .. }, _) => {
+                self.error.get_or_insert(error);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn finish(self) {
+        let outcome = match (self.error, self.content) {
+            (Some(e), _) => Err(e),
+            (None, Content::Plain) => Ok(Outcome::Done),
+            (None, Content::Read(read)) => read.finish().map(Outcome::Data),
+            (None, Content::Status(Some(s))) => Ok(Outcome::Status(s)),
+            (None, Content::Status(None)) => Err(BlockError::corrupt("NBD server sent no extents")),
+        };
+        self.done.send(outcome.map_err(Failure::Refused));
+    }
+}
+
+fn lost(why: &str) -> BlockError {
+    BlockError::new(ErrorKind::Disconnected, format!("Connection to NBD server lost: {why}"))
+}

@@ -1,0 +1,235 @@
+//! All links to one export, kept up and replaced as they are lost.
+//!
+//! What can happen: the server restarts (requests wait for it as long as `reconnect-delay` says, and are sent again), it
+//! comes back with another disk (refused: nobody may write there), it takes only some of the connections we want (the
+//! others go on trying in the background). What must stay true: a request ends at the latest `reconnect-delay` after its
+//! link was lost and no other is up; attempts to connect are never closer than the pause of [`FIRST_PAUSE`] unless the
+//! link before had worked.
+
+use super::link::{Failure, Link, Outcome};
+use super::{FILL, NbdOptions};
+use block::{BlockError, Data, ErrorKind, Result, Span};
+use env::Env;
+use env::sync::{Notify, race};
+use nbd::proto::flag;
+use nbd::{ClientWants, Cmd, Mode, Negotiated};
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Pause before the second attempt to connect; doubled for each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Longest pause between attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// The links of one node.
+pub(super) struct Pool {
+    env: Env,
+    options: NbdOptions,
+    negotiated: Negotiated,
+    links: RefCell<Vec<Option<Rc<Link>>>>,
+    /// When the last link was lost, while there is none.
+    dark_since: Cell<Option<Duration>>,
+    /// A link came up, or the pool closed.
+    changed: Notify,
+    closing: Notify,
+    closed: Cell<bool>,
+}
+
+fn wants(o: &NbdOptions) -> ClientWants {
+    let context = o.x_dirty_bitmap.clone().unwrap_or_else(|| "base:allocation".to_owned());
+    ClientWants { export: o.export.clone(), mode: Mode::Extended, contexts: vec![context] }
+}
+
+impl Pool {
+    /// Connects for the first time, trying as long as `open-timeout` says.
+    pub(super) async fn open(env: &Env, options: NbdOptions) -> Result<Rc<Pool>> {
+        let end = env.now() + Duration::from_secs(u64::from(options.open_timeout));
+        let mut pause = FIRST_PAUSE;
+        let first = loop {
+            match Link::connect(env, &options.server, wants(&options)).await {
+                Ok(link) => break link,
+                Err(e) if env.now() >= end => return Err(e),
+                Err(_) => {
+                    env.sleep(pause.min(end.saturating_sub(env.now()))).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+            }
+        };
+        let negotiated = first.negotiated().clone();
+        let several = negotiated.flags & flag::CAN_MULTI_CONN != 0;
+        let count = if several { options.connections.max(1) } else { 1 };
+        let mut links = vec![None; count as usize];
+        links[0] = Some(first.clone());
+        let pool = Rc::new(Pool {
+            env: env.clone(),
+            options,
+            negotiated,
+            links: RefCell::new(links),
+            dark_since: Cell::new(None),
+            changed: Notify::new(),
+            closing: Notify::new(),
+            closed: Cell::new(false),
+        });
+        for place in 0..count as usize {
+            let (keeper, first) = (pool.clone(), if place == 0 { Some(first.clone()) } else { None });
+            env.spawn("nbd client keeper", async move { keeper.keep(place, first).await });
+        }
+        Ok(pool)
+    }
+
+    pub(super) fn negotiated(&self) -> &Negotiated {
+        &self.negotiated
+    }
+    pub(super) fn options(&self) -> &NbdOptions {
+        &self.options
+    }
+
+    /// Keeps one place filled until the pool closes.
+    async fn keep(&self, place: usize, mut link: Option<Rc<Link>>) {
+        let mut pause = FIRST_PAUSE;
+        while !self.closed.get() {
+            match link.take() {
+                Some(l) => {
+                    l.over().await;
+                    self.lose(place);
+                    if l.has_answered() {
+                        pause = FIRST_PAUSE;
+                        link = self.connect().await;
+                    }
+                }
+                None => link = self.connect().await,
+            }
+            match &link {
+                Some(l) if !self.closed.get() => self.install(place, l),
+                Some(l) => l.leave().await,
+                None => {
+                    self.unless_closed(self.env.sleep(pause)).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        }
+    }
+
+    /// What `doing` gives, or `None` as soon as the pool is closed.
+    async fn unless_closed<T>(&self, doing: impl Future<Output = T>) -> Option<T> {
+        let closing = self.closing.wait();
+        if self.closed.get() {
+            return None;
+        }
+        race(doing, closing).await
+    }
+
+    async fn connect(&self) -> Option<Rc<Link>> {
+        let connecting = Box::pin(Link::connect(&self.env, &self.options.server, wants(&self.options)));
+        let link = self.unless_closed(connecting).await?.ok()?;
+        if let Err(e) = self.same_export(link.negotiated()) {
+            link.fail(&e);
+            return None;
+        }
+        Some(link)
+    }
+
+    /// Whether what a later connection found is the disk that was opened.
+    fn same_export(&self, now: &Negotiated) -> Result<()> {
+        let was = &self.negotiated;
+        let needed = flag::SEND_FLUSH
+            | flag::SEND_FUA
+            | flag::SEND_TRIM
+            | flag::SEND_WRITE_ZEROES
+            | flag::SEND_FAST_ZERO;
+        let weaker = was.flags & needed & !now.flags != 0 || now.flags & !was.flags & flag::READ_ONLY != 0;
+        let contexts = was.contexts.len() <= now.contexts.len();
+        if now.size != was.size
+            || now.min_block > was.min_block
+            || now.max_block < was.max_block
+            || weaker
+            || !contexts
+        {
+            return Err(BlockError::corrupt("NBD server came back with another export"));
+        }
+        Ok(())
+    }
+
+    fn install(&self, place: usize, link: &Rc<Link>) {
+        self.links.borrow_mut()[place] = Some(link.clone());
+        self.dark_since.set(None);
+        self.changed.notify_all();
+    }
+
+    fn lose(&self, place: usize) {
+        self.links.borrow_mut()[place] = None;
+        if self.pick().is_none() && self.dark_since.get().is_none() {
+            self.dark_since.set(Some(self.env.now()));
+        }
+    }
+
+    /// The first link with little to do, so that requests gather on few links; else the one with least.
+    fn pick(&self) -> Option<Rc<Link>> {
+        let links = self.links.borrow();
+        let up = || links.iter().flatten().filter(|l| l.is_up());
+        up().find(|l| l.load() < FILL).or_else(|| up().min_by_key(|l| l.load())).cloned()
+    }
+
+    /// Makes a request on some link, again on another if that is lost.
+    pub(super) async fn call(&self, cmd: Cmd, flags: u16, span: Span, payload: Data) -> Result<Outcome> {
+        let delay = Duration::from_secs(u64::from(self.options.reconnect_delay));
+        let mut deadline = None;
+        let mut attempts = 0;
+        let mut last = None;
+        loop {
+            if let Some(link) = self.pick() {
+                attempts += 1;
+                match link.call(cmd, flags, span, payload.clone()).await {
+                    Ok(outcome) => return Ok(outcome),
+                    Err(Failure::Refused(e)) => return Err(e),
+                    // A server that breaks the protocol would do so again.
+                    Err(Failure::Lost(e)) if e.kind() == ErrorKind::Corrupt => return Err(e),
+                    Err(Failure::Lost(e)) => last = Some(e),
+                }
+            }
+            if self.closed.get() {
+                return Err(BlockError::new(ErrorKind::Disconnected, "NBD client is closed"));
+            }
+            let now = self.env.now();
+            let end = *deadline.get_or_insert(self.dark_since.get().unwrap_or(now) + delay);
+            let changed = self.changed.wait();
+            if self.pick().is_some() && (attempts <= self.links.borrow().len() || now < end) {
+                continue;
+            }
+            if now >= end {
+                let e =
+                    last.unwrap_or_else(|| BlockError::new(ErrorKind::Io, "Connection to NBD server lost"));
+                return Err(e.with_errno(BlockError::EIO));
+            }
+            self.env.timeout(end - now, changed).await;
+        }
+    }
+
+    /// Hangs up everywhere. Requests that wait fail.
+    pub(super) async fn close(&self) {
+        self.stop();
+        let links: Vec<_> = self.links.borrow_mut().iter_mut().filter_map(Option::take).collect();
+        for l in links {
+            l.leave().await;
+        }
+    }
+
+    /// Hangs up at once, without good-bye.
+    pub(super) fn abandon(&self) {
+        if self.closed.get() {
+            return;
+        }
+        self.stop();
+        for l in self.links.borrow().iter().flatten() {
+            l.fail(&BlockError::new(ErrorKind::Disconnected, "NBD client is closed"));
+        }
+    }
+
+    fn stop(&self) {
+        self.closed.set(true);
+        self.closing.notify_all();
+        self.changed.notify_all();
+    }
+}
