@@ -274,21 +274,21 @@ fn deletion_safe_and_hard() {
         assert_eq!(e.message(), "export 'e' still in use");
         let e = s.registry.delete("x", HARD).unwrap_err();
         assert_eq!(e.message(), "Export 'x' is not found");
-        s.registry.add_nbd(options("e2", "other"), s.node.edge("n2"), true).unwrap();
+        s.registry.add_nbd(options("e2", "other"), s.edge().await, true).unwrap();
         for (id, name, message) in [
             ("e", "z", "Block export id 'e' is already in use"),
             ("0", "z", "Invalid block export id"),
             ("e3", "d", "NBD server already has export named 'd'"),
         ] {
-            let e = s.registry.add_nbd(options(id, name), s.node.edge("n"), true).unwrap_err();
+            let e = s.registry.add_nbd(options(id, name), s.edge().await, true).unwrap_err();
             assert_eq!(e.message(), message);
         }
-        let e = s.registry.add_nbd(options("e3", &"x".repeat(4097)), s.node.edge("n"), true).unwrap_err();
+        let e = s.registry.add_nbd(options("e3", &"x".repeat(4097)), s.edge().await, true).unwrap_err();
         assert!(e.message().ends_with("x' too long"));
-        let e = s.registry.add_nbd(options("e3", "z"), s.node.edge("n"), false).unwrap_err();
+        let e = s.registry.add_nbd(options("e3", "z"), s.edge().await, false).unwrap_err();
         assert_eq!(e.message(), "Cannot export read-only node as writable");
         let ids: Vec<_> = s.registry.query().into_iter().map(|i| (i.id, i.node_name)).collect();
-        assert_eq!(ids, [("e2".into(), "n2".to_owned()), ("e".into(), "node".to_owned())], "newest first");
+        assert_eq!(ids, [("e2".into(), "node".to_owned()), ("e".into(), "node".to_owned())], "newest first");
         s.node.delay.set(Duration::from_millis(300));
     });
     s.write_all(&request(Mode::Simple, Cmd::Write, 1, Span::new(0, 512), vec![3; 512].into())).unwrap();
@@ -298,7 +298,7 @@ fn deletion_safe_and_hard() {
         assert!(s.deleted.borrow().is_empty(), "a request still runs");
         assert!(s.registry.query()[1].shutting_down);
         assert!(
-            s.registry.add_nbd(options("e", "d"), s.node.edge("n"), true).is_err(),
+            s.registry.add_nbd(options("e", "d"), s.edge().await, true).is_err(),
             "the id is still taken"
         );
     });
@@ -307,7 +307,7 @@ fn deletion_safe_and_hard() {
     assert_eq!(std::fs::read(dir.path("disk")).unwrap()[..512], [3; 512], "and its last write was done");
     server.call(|s| async move {
         s.node.delay.set(Duration::ZERO);
-        s.registry.add_nbd(options("e", "d"), s.node.edge("n"), true).unwrap();
+        s.registry.add_nbd(options("e", "d"), s.edge().await, true).unwrap();
     });
     works(&dir);
     server.call(|s| async move {
@@ -315,7 +315,7 @@ fn deletion_safe_and_hard() {
         assert_eq!(*s.deleted.borrow(), ["e", "e", "e2"], "newest first");
         assert!(s.registry.query().is_empty());
         assert_eq!(s.registry.stop_server().await.unwrap_err().message(), "NBD server not running");
-        let e = s.registry.add_nbd(options("e", "d"), s.node.edge("n"), true).unwrap_err();
+        let e = s.registry.add_nbd(options("e", "d"), s.edge().await, true).unwrap_err();
         assert_eq!(e.message(), "NBD server not running");
     });
 }

@@ -2,11 +2,9 @@
 
 use super::session::Session;
 use crate::export::Export;
-use block::{Kind, Limits, Result, Span};
-use graph::Edge;
+use block::{BlockError, Limits, Result, Span};
 use nbd::StatusExtent;
 use nbd::proto::{MAX_PAYLOAD, MAX_STATUS_EXTENTS, PREFERRED_BLOCK, state};
-use std::rc::Rc;
 
 /// Id of `base:allocation`: always offered.
 const ALLOCATION: u32 = 0;
@@ -38,12 +36,17 @@ pub(super) async fn query(
     let mut lists: Vec<(u32, Extents)> = contexts.iter().map(|id| (*id, Extents::new(limit))).collect();
     let mut left = span;
     while !left.is_empty() && lists.iter().any(|(_, l)| !l.full) {
-        let runs = layers(s.export().edge(), left).await?;
+        let runs = s.export().edge().status(left).await?;
+        let before = left;
         for run in runs {
+            let allocation = if run.reads_zero() { state::HOLE | state::ZERO } else { 0 };
             for (id, list) in &mut lists {
-                list.push(run.len, if *id == ALLOCATION { run.state() } else { run.depth });
+                list.push(run.span.len, if *id == ALLOCATION { allocation } else { u64::from(run.depth) });
             }
-            left = left.split_at(run.len).1;
+            left = left.split_at(run.span.len).1;
+        }
+        if left == before {
+            return Err(BlockError::corrupt("a disk says nothing of a part of itself"));
         }
     }
     Ok(lists.into_iter().map(|(id, l)| (id, l.list)).collect())
@@ -70,58 +73,5 @@ impl Extents {
             _ if count == self.limit => self.full = true,
             _ => self.list.push(StatusExtent { len, flags }),
         }
-    }
-}
-
-/// A run of a chain: which layer says what.
-#[derive(Clone, Copy)]
-struct Run {
-    len: u64,
-    kind: Kind,
-    /// 1 for the top layer; 0 if no layer says anything.
-    depth: u64,
-}
-
-impl Run {
-    fn state(&self) -> u64 {
-        match self.kind {
-            Kind::Data => 0,
-            Kind::Zero | Kind::Unallocated => state::HOLE | state::ZERO,
-        }
-    }
-}
-
-/// The runs of `span` through the chain below `edge`, from its start on, perhaps not to its end.
-async fn layers(edge: &Rc<Edge>, span: Span) -> Result<Vec<Run>> {
-    let (mut edge, mut depth) = (edge.clone(), 1);
-    let mut span = span;
-    loop {
-        let node = edge.child().node().clone();
-        if let Some(below) = node.filtered() {
-            edge = below;
-            continue;
-        }
-        if span.start >= node.len() {
-            return Ok(vec![Run { len: span.len, kind: Kind::Zero, depth: 0 }]);
-        }
-        span = Span::between(span.start, span.end().min(node.len()));
-        let extents = edge.extents(span).await?;
-        let mut runs = Vec::with_capacity(extents.len());
-        for e in &extents {
-            if e.kind == Kind::Unallocated && node.backing().is_some() {
-                break;
-            }
-            let d = if e.kind == Kind::Unallocated { 0 } else { depth };
-            runs.push(Run { len: e.span.len, kind: e.kind, depth: d });
-        }
-        if !runs.is_empty() || extents.is_empty() {
-            return Ok(runs);
-        }
-        span = extents[0].span;
-        match node.backing() {
-            Some(below) => edge = below,
-            None => return Ok(runs),
-        }
-        depth += 1;
     }
 }

@@ -4,7 +4,7 @@
 use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Span};
 use env::{File, OpenMode, Punch};
 use exports::{DeleteMode, Export, ExportRegistry, NbdOptions, ServerOptions};
-use graph::{Demand, Edge, Node, NodeCell, NodeDetails, Parent, Role};
+use graph::{Demand, Edge, Graph, Node, NodeCell, NodeDetails, NodeOptions, Parent, Role};
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -36,10 +36,6 @@ impl Plain {
             fail: Cell::default(),
             flushes: Cell::default(),
         })
-    }
-
-    pub fn edge(self: &Rc<Self>, name: &str) -> Rc<Edge> {
-        Edge::loose("root", Role::Root, Parent::Backend("export".into()), NodeCell::loose(name, self.clone()))
     }
 
     async fn trouble(&self) -> block::Result<()> {
@@ -178,9 +174,23 @@ impl Drop for Dir {
 /// What runs on the server's thread.
 pub struct Served {
     pub env: env::Env,
+    pub graph: Rc<Graph>,
     pub registry: Rc<ExportRegistry>,
     pub node: Rc<Plain>,
+    pub cell: Rc<NodeCell>,
     pub deleted: Rc<RefCell<Vec<String>>>,
+}
+
+pub async fn attach(graph: &Graph, cell: &Rc<NodeCell>, writable: bool) -> Rc<Edge> {
+    let parent = Parent::Backend("export".into());
+    graph.attach(cell, "root", Role::Root, parent, Export::demand(writable)).await.unwrap()
+}
+
+impl Served {
+    /// Another user of the node.
+    pub async fn edge(&self) -> Rc<Edge> {
+        attach(&self.graph, &self.cell, true).await
+    }
 }
 
 type Order = Box<dyn FnOnce(Rc<Served>) -> std::pin::Pin<Box<dyn Future<Output = ()>>> + Send>;
@@ -210,9 +220,14 @@ impl Server {
                 let registry =
                     ExportRegistry::new(&env, move |id: &str| log.borrow_mut().push(id.to_owned()));
                 registry.start_server(&server).await.unwrap();
-                registry.add_nbd(export, node.edge("node"), true).unwrap();
+                let graph = Graph::new(&env);
+                let options =
+                    NodeOptions { name: Some("node".into()), discard: true, ..NodeOptions::default() };
+                let cell = graph.add(options, node.clone()).await.unwrap();
+                let edge = attach(&graph, &cell, export.writable).await;
+                registry.add_nbd(export, edge, true).unwrap();
                 let (orders, inbox) = env.mailbox::<Order>();
-                let served = Rc::new(Served { env: env.clone(), registry, node, deleted });
+                let served = Rc::new(Served { env: env.clone(), graph, registry, node, cell, deleted });
                 ready.send(orders).unwrap();
                 while let Some(order) = inbox.recv().await {
                     order(served.clone()).await;
@@ -248,10 +263,6 @@ impl Drop for Server {
             ended.unwrap();
         }
     }
-}
-
-pub fn demand() -> Demand {
-    Export::demand(true)
 }
 
 pub const HARD: DeleteMode = DeleteMode::Hard;
