@@ -154,6 +154,10 @@ fn copies_inside_the_host() {
         assert_eq!(b.read(Span::new(50_000, len)).await.unwrap().to_vec(), pattern(1000, len as usize));
         assert_eq!(b.len_hint(), 50_000 + len);
         assert_eq!(a.copy_to(Span::new(300_000, 10), &b, 0).await.unwrap(), 0, "nothing past the end");
+        let other = Dir::new(if dir.path("").starts_with("/dev/shm") { "/var/tmp" } else { "/dev/shm" });
+        let c = create(&env, &other, "c").await;
+        let e = a.copy_to(Span::new(0, 10), &c, 0).await.unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported, "not across file systems");
     });
 }
 

@@ -1,12 +1,17 @@
-//! Detaching, pid files and signals. No test harness: it starts threads, and `daemonize` must come before any.
+//! Detaching, pid files, signals, standard input and output, io_uring forbidden. No test harness: it starts threads, and
+//! `daemonize` must come before any.
 //!
-//! Without arguments (or as the test runners call it) it runs itself as `daemon DIR` and looks from outside.
+//! Without arguments (or as the test runners call it) it runs itself as `daemon DIR` and so on and looks from outside.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use block::{Data, Span};
 use env::os::process::{PidFile, daemonize, read_file};
-use env::os::{IoMode, OsConfig, SIGHUP, SIGTERM, SIGUSR1, signals, start};
+use env::os::{IoMode, OsConfig, SIGHUP, SIGTERM, SIGUSR1, signals, start, try_start};
+use env::{Address, Existing, OpenMode};
+use std::fs::File;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 fn main() {
@@ -23,10 +28,15 @@ fn main() {
             let _detached = daemonize().unwrap();
             std::process::exit(3);
         }
+        [verb, io] if verb == "echo" => echo(io),
+        [verb] if verb == "forbidden" => without_ring(),
+        [verb] if verb == "which" => println!("{}", which()),
         _ => {
             for io in ["uring", "threads"] {
                 outside(io);
+                stdio(io);
             }
+            fallback();
             refuses_with_threads();
             println!("process ... ok");
         }
@@ -36,8 +46,7 @@ fn main() {
 fn daemon(dir: &Path, io: &str) {
     let detached = daemonize().unwrap();
     let pid_file = PidFile::create(&dir.join("pid")).unwrap();
-    let io = if io == "uring" { IoMode::Uring } else { IoMode::Threads };
-    let executor = start(OsConfig { io, ..OsConfig::default() });
+    let executor = start(config(io));
     let env = executor.env();
     let signals = signals(&env, &[SIGTERM, SIGHUP, SIGUSR1]).unwrap();
     detached.ready().unwrap();
@@ -113,4 +122,117 @@ fn refuses_with_threads() {
     assert!(limit >= 1024);
     let old = env::os::process::umask(0o077);
     assert_eq!(env::os::process::umask(old), 0o077);
+}
+
+fn config(io: &str) -> OsConfig {
+    let io = if io == "uring" { IoMode::Uring } else { IoMode::Threads };
+    OsConfig { io, ..OsConfig::default() }
+}
+
+/// Copies standard input to standard output, line ends and all, until it ends or says "quit".
+fn echo(io: &str) {
+    let executor = start(config(io));
+    let env = executor.env();
+    executor.run(async move {
+        let s = env.connect(&Address::Stdio).await.unwrap();
+        assert_eq!(s.peer(), None);
+        loop {
+            let got = s.recv(1000).await.unwrap();
+            if got.is_empty() || &got[..] == b"quit" {
+                s.shutdown();
+                assert!(s.recv(1).await.unwrap().is_empty());
+                return;
+            }
+            s.send(Data::from(got)).await.unwrap();
+        }
+    });
+}
+
+fn stdio(io: &str) {
+    let me = || {
+        let mut c = Command::new(std::env::current_exe().unwrap());
+        c.args(["echo", io]);
+        c
+    };
+    // pipes, more than one holds
+    let mut child = me().stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let (mut to, mut from) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let sent: Vec<u8> = (0..300_000u32).map(|i| (i * 7) as u8).collect();
+    let all = sent.clone();
+    let writer = std::thread::spawn(move || to.write_all(&all).unwrap());
+    let mut got = Vec::new();
+    from.read_to_end(&mut got).unwrap();
+    writer.join().unwrap();
+    assert!(got == sent && child.wait().unwrap().success());
+    // files and devices, which poll knows nothing about
+    let path = format!("/dev/shm/liveblk-stdio-{}", std::process::id());
+    std::fs::write(&path, &sent).unwrap();
+    let out = me().stdin(File::open(&path).unwrap()).output().unwrap();
+    assert!(out.status.success() && out.stdout == sent);
+    let to_file = File::create(format!("{path}.out")).unwrap();
+    assert!(me().stdin(File::open(&path).unwrap()).stdout(to_file).status().unwrap().success());
+    assert_eq!(std::fs::read(format!("{path}.out")).unwrap(), sent);
+    assert!(me().stdin(Stdio::null()).stdout(Stdio::null()).status().unwrap().success());
+    // ends by itself while the other side holds the pipe open
+    let mut child = me().stdin(Stdio::piped()).spawn().unwrap();
+    let mut to = child.stdin.take().unwrap();
+    to.write_all(b"quit").unwrap();
+    assert!(child.wait().unwrap().success());
+    std::fs::remove_file(&path).unwrap();
+    std::fs::remove_file(format!("{path}.out")).unwrap();
+}
+
+/// Which mode "auto" has chosen: only a ring has a descriptor of that kind.
+fn which() -> &'static str {
+    let executor = start(OsConfig::default());
+    let env = executor.env();
+    executor.run(async move {
+        let dir = PathBuf::from("/dev/shm");
+        let path = dir.join(format!("liveblk-which-{}", std::process::id()));
+        let create = OpenMode { write: true, existing: Existing::CreateTruncate, ..OpenMode::default() };
+        let f = env.open(&path, create).await.unwrap();
+        f.write(0, Data::from(vec![5; 3 << 20])).await.unwrap();
+        assert_eq!(f.read(Span::new(3 << 20 >> 1, 2)).await.unwrap().to_vec(), [5, 5]);
+        env.remove(&path).await.unwrap();
+    });
+    let ring = std::fs::read_dir("/proc/self/fd").unwrap().any(|e| {
+        let to = std::fs::read_link(e.unwrap().path()).unwrap_or_default();
+        to.to_string_lossy().contains("io_uring")
+    });
+    if ring { "uring" } else { "threads" }
+}
+
+fn fallback() {
+    let me = std::env::current_exe().unwrap();
+    let run = |verb: &str, var: Option<&str>| {
+        let mut c = Command::new(&me);
+        c.arg(verb).env_remove("LIVEBLK_IO").envs(var.map(|v| ("LIVEBLK_IO", v)));
+        let out = c.output().unwrap();
+        assert!(out.status.success(), "{verb}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap().trim().to_owned()
+    };
+    assert_eq!(run("which", None), "uring");
+    assert_eq!(run("which", Some("threads")), "threads");
+    assert_eq!(run("which", Some("uring")), "uring");
+    assert_eq!(run("forbidden", None), "threads");
+}
+
+/// As in a container: a system-call filter answers io_uring_setup with EPERM.
+fn without_ring() {
+    const LOAD_NUMBER: libc::sock_filter = libc::sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 };
+    let program = [
+        LOAD_NUMBER,
+        libc::sock_filter { code: 0x15, jt: 0, jf: 1, k: libc::SYS_io_uring_setup as u32 },
+        libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ERRNO | libc::EPERM as u32 },
+        libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ALLOW },
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_ptr().cast_mut() };
+    // SAFETY: the filter is valid for the call; both calls change only this process.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const filter), 0);
+    }
+    let refused = try_start(config("uring")).err().unwrap();
+    assert_eq!(refused.errno(), libc::EPERM);
+    println!("{}", which());
 }
