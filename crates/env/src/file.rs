@@ -24,7 +24,8 @@ pub struct OpenMode {
     pub direct: bool,
     /// Creation.
     pub existing: Existing,
-    /// Do I/O on pool threads even where io_uring works (`aio=threads`).
+    /// What would wait is done by pool threads even where io_uring works (`aio=threads`). What would not is done at once
+    /// in both cases.
     pub threads: bool,
 }
 

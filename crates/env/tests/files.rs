@@ -45,6 +45,26 @@ fn what_is_written_is_read_and_past_the_end_is_zero() {
 }
 
 #[test]
+fn pool_threads_can_be_asked_for() {
+    each(|env, dir| async move {
+        let f = env.open(&dir.path("t"), OpenMode { threads: true, ..CREATE }).await.unwrap();
+        for direct in [false, true] {
+            let f = match direct {
+                false => f.clone(),
+                true => {
+                    let mode = OpenMode { threads: true, direct, write: true, ..OpenMode::default() };
+                    env.open(&dir.path("t"), mode).await.unwrap()
+                }
+            };
+            let rope: Data = pattern(1, 2 << 20).chunks(8192).map(Data::copy_from).collect();
+            f.write(8192, rope.clone()).await.unwrap();
+            f.barrier().await.unwrap();
+            assert_eq!(f.read(Span::new(8192, 2 << 20)).await.unwrap(), rope);
+        }
+    });
+}
+
+#[test]
 fn a_rope_of_thousands_of_parts_is_written_in_order() {
     each(|env, dir| async move {
         let f = create(&env, &dir, "rope").await;

@@ -4,7 +4,7 @@
 //! Without arguments (or as the test runners call it) it runs itself as `daemon DIR` and so on and looks from outside.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use block::{Data, Span};
+use block::{Data, ErrorKind, Span};
 use env::os::process::{PidFile, daemonize, read_file};
 use env::os::{IoMode, OsConfig, SIGHUP, SIGTERM, SIGUSR1, signals, start, try_start};
 use env::{Address, Existing, OpenMode};
@@ -29,6 +29,7 @@ fn main() {
             std::process::exit(3);
         }
         [verb, io] if verb == "echo" => echo(io),
+        [verb, dir] if verb == "full" => full(Path::new(dir)),
         [verb] if verb == "forbidden" => without_ring(),
         [verb] if verb == "which" => println!("{}", which()),
         _ => {
@@ -37,6 +38,7 @@ fn main() {
                 stdio(io);
             }
             fallback();
+            full_file_system();
             refuses_with_threads();
             println!("process ... ok");
         }
@@ -235,4 +237,42 @@ fn without_ring() {
     let refused = try_start(config("uring")).err().unwrap();
     assert_eq!(refused.errno(), libc::EPERM);
     println!("{}", which());
+}
+
+/// Runs `full` on a tmpfs of 1 MiB in a name space of its own, for which no privilege is needed.
+fn full_file_system() {
+    let dir = format!("/dev/shm/liveblk-full-{}", std::process::id());
+    std::fs::create_dir(&dir).unwrap();
+    let script = format!("mount -t tmpfs -o size=1m none {dir} && exec \"$0\" full {dir}");
+    let me = std::env::current_exe().unwrap();
+    let status = Command::new("unshare").args(["-rm", "sh", "-c", &script]).arg(me).status().unwrap();
+    assert!(status.success());
+    std::fs::remove_dir(&dir).unwrap();
+}
+
+fn full(dir: &Path) {
+    for io in ["uring", "threads"] {
+        let path = dir.join(io);
+        let executor = start(config(io));
+        let env = executor.env();
+        executor.run(async move {
+            let create = OpenMode { write: true, existing: Existing::CreateTruncate, ..OpenMode::default() };
+            let f = env.open(&path, create).await.unwrap();
+            for len in [1000 << 10, 3 << 20] {
+                f.write(0, Data::from(vec![1; 900 << 10])).await.unwrap();
+                // a part fits
+                let e = f.write(900 << 10, Data::from(vec![2; len])).await.unwrap_err();
+                assert_eq!(e.kind(), ErrorKind::NoSpace);
+                assert_eq!(f.read(Span::new(900 << 10, 4)).await.unwrap().to_vec(), [2; 4]);
+                let e = f.allocate(Span::new(0, 8 << 20)).await.unwrap_err();
+                assert_eq!(e.kind(), ErrorKind::NoSpace);
+                // room again: it goes on
+                f.zero(Span::new(0, 900 << 10), env::Punch::Release).await.unwrap();
+                f.write(0, Data::from(vec![3; 800 << 10])).await.unwrap();
+                assert_eq!(f.read(Span::new(799 << 10, 4)).await.unwrap().to_vec(), [3; 4]);
+                f.set_len(0).await.unwrap();
+            }
+        });
+        std::fs::remove_file(dir.join(io)).unwrap();
+    }
 }

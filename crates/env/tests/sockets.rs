@@ -148,6 +148,57 @@ fn a_stale_socket_is_replaced_a_live_one_is_not() {
 }
 
 #[test]
+fn what_is_dropped_while_it_waits_is_closed_at_once() {
+    each(|env, dir| async move {
+        let tcp = Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
+        for at in [Address::Unix(dir.path("s")), tcp] {
+            let listener = env.listen(&at).await.unwrap();
+            let address = listener.address();
+            let task = env.spawn("accept", async move {
+                let s = listener.accept().await.unwrap();
+                assert!(s.recv(1).await.is_err() || std::future::pending::<bool>().await);
+            });
+            env.sleep(Duration::from_millis(1)).await;
+            task.cancel();
+            // no turn of the loop in between
+            let again = env.listen(&address).await.unwrap();
+            let mut peer = match &address {
+                Address::Unix(p) => Peer::Unix(std::os::unix::net::UnixStream::connect(p).unwrap()),
+                Address::Tcp { port, .. } => {
+                    Peer::Tcp(std::net::TcpStream::connect(("127.0.0.1", *port)).unwrap())
+                }
+                _ => unreachable!(),
+            };
+            let s = again.accept().await.unwrap();
+            assert!(env.timeout(Duration::from_millis(1), s.recv(1)).await.is_none());
+            drop(s);
+            assert_eq!(peer.read(), 0, "the end, with the receive still under way");
+        }
+    });
+}
+
+enum Peer {
+    Unix(std::os::unix::net::UnixStream),
+    Tcp(std::net::TcpStream),
+}
+
+impl Peer {
+    fn read(&mut self) -> usize {
+        let mut b = [0];
+        match self {
+            Peer::Unix(s) => {
+                s.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                s.read(&mut b).unwrap()
+            }
+            Peer::Tcp(s) => {
+                s.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                s.read(&mut b).unwrap()
+            }
+        }
+    }
+}
+
+#[test]
 fn inherited_descriptors_become_streams_and_listeners() {
     each(|env, dir| async move {
         let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();

@@ -391,6 +391,33 @@ fn executors_give_their_descriptors_back() {
 }
 
 #[test]
+fn a_timer_for_the_end_of_time_does_not_keep_the_loop_busy() {
+    for io in MODES {
+        let executor = start(OsConfig { io, ..OsConfig::default() });
+        let env = executor.env();
+        executor.run(async move {
+            let (sender, mailbox) = env.mailbox::<()>();
+            env.spawn("for ever", env.sleep(Duration::MAX));
+            let thread = std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(60));
+                sender.send(()).unwrap();
+            });
+            let before = thread_cpu();
+            assert_eq!(mailbox.recv().await, Some(()));
+            assert!(thread_cpu() - before < Duration::from_millis(20));
+            thread.join().unwrap();
+        });
+    }
+}
+
+fn thread_cpu() -> Duration {
+    let mut ts = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is valid.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut ts) };
+    Duration::new(ts.tv_sec as u64, ts.tv_nsec as u32)
+}
+
+#[test]
 fn polling_before_sleeping_finds_completions_too() {
     run_in(
         OsConfig { io: IoMode::Uring, poll: Duration::from_micros(50), ..OsConfig::default() },

@@ -178,7 +178,7 @@ impl OsFile {
     fn read_inline(&self, buf: &mut Buf, want: usize, offset: u64) -> Result<bool> {
         let f = &self.facts;
         let flags = match () {
-            () if f.direct || f.threads => return Ok(false),
+            () if f.direct && !f.in_memory => return Ok(false),
             () if f.in_memory && want <= INLINE_MAX => 0,
             () if !f.in_memory && self.read_luck.try_now() => libc::RWF_NOWAIT,
             () => return Ok(false),
@@ -245,7 +245,7 @@ impl OsFile {
     fn write_inline(&self, offset: u64, data: &Data) -> Result<usize> {
         let f = &self.facts;
         let flags = match () {
-            () if f.direct || f.threads => return Ok(0),
+            () if f.direct && !f.in_memory => return Ok(0),
             () if f.in_memory && data.len() <= INLINE_MAX => 0,
             () if f.in_memory => return Ok(0),
             () if f.write_back && data.len() <= WRITE_BACK_MAX => {

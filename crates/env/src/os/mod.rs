@@ -251,7 +251,9 @@ impl Core {
             return;
         }
         if self.bell.may_sleep() {
-            let limit = self.timers.deadline().map(|at| at.saturating_sub(self.timers.now()));
+            // the kernel refuses times that its own type does not hold; waking once a day costs nothing
+            let day = Duration::from_secs(24 * 3600);
+            let limit = self.timers.deadline().map(|at| at.saturating_sub(self.timers.now()).min(day));
             self.collect(Some(limit));
         } else {
             self.collect(None);

@@ -260,6 +260,16 @@ impl Listening {
     }
 }
 
+impl Drop for Listening {
+    /// An accept that was called off holds the descriptor until the next loop turn; nobody shall connect meanwhile.
+    fn drop(&mut self) {
+        if !matches!(self.address, Address::Fd(_)) {
+            // SAFETY: no pointers.
+            unsafe { libc::shutdown(self.handle.fd(), libc::SHUT_RDWR) };
+        }
+    }
+}
+
 impl Listener for Listening {
     fn accept(&self) -> Io<'_, Rc<dyn Stream>> {
         Box::pin(self.next())

@@ -191,6 +191,15 @@ impl Socket {
     }
 }
 
+impl Drop for Socket {
+    /// A receive that is under way holds the descriptor until it has been called off; the peer shall not wait for that.
+    fn drop(&mut self) {
+        if self.incoming.get_mut().op.is_some() {
+            self.shutdown();
+        }
+    }
+}
+
 impl Stream for Socket {
     fn recv(&self, max: usize) -> Io<'_, Bytes> {
         Box::pin(self.receive(max))
