@@ -295,6 +295,25 @@ fn offloaded_work_comes_back_also_when_it_panics() {
 }
 
 #[test]
+fn results_that_come_while_the_loop_wakes_are_not_forgotten() {
+    each(|env| async move {
+        let tasks: Vec<_> = (0..3)
+            .map(|_| {
+                let env2 = env.clone();
+                env.spawn("hops", async move {
+                    for _ in 0..4000 {
+                        env2.offload(|| ()).await.unwrap();
+                    }
+                })
+            })
+            .collect();
+        for t in tasks {
+            t.join().await;
+        }
+    });
+}
+
+#[test]
 fn a_semaphore_serves_in_order_and_survives_dropped_waiters() {
     let s = Semaphore::new(2);
     let big = s.try_acquire(2).unwrap();
@@ -313,6 +332,10 @@ fn a_semaphore_serves_in_order_and_survives_dropped_waiters() {
     drop(got);
     let Poll::Ready(got) = poll_once(small.as_mut()) else { panic!("granted") };
     assert_eq!(s.available(), 1);
+    let mut large = Box::pin(s.acquire(2));
+    assert!(poll_once(large.as_mut()).is_pending());
+    assert!(s.try_acquire(1).is_none(), "somebody waits");
+    drop(large);
     got.forget();
     s.release(1);
     // a waiter that is dropped after it was granted gives its slots to the next

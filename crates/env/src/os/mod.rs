@@ -251,7 +251,7 @@ impl Core {
             return;
         }
         if self.bell.may_sleep() {
-            // the kernel refuses times that its own type does not hold; waking once a day costs nothing
+            // what the kernel makes of times beyond its own type differs; waking once a day costs nothing
             let day = Duration::from_secs(24 * 3600);
             let limit = self.timers.deadline().map(|at| at.saturating_sub(self.timers.now()).min(day));
             self.collect(Some(limit));
