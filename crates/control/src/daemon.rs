@@ -9,6 +9,7 @@ use crate::session::Session;
 use env::sync::Notify;
 use env::{Env, Stream};
 use exports::ExportRegistry;
+use graph::{Graph, NodeCell};
 use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -29,11 +30,14 @@ pub struct Daemon {
     schema: Schema,
     commands: BTreeMap<&'static str, Entry>,
     events: Rc<Events>,
+    graph: Rc<Graph>,
     exports: Rc<ExportRegistry>,
     objects: Objects,
     chardevs: Chardevs,
     sessions: RefCell<Vec<Rc<Session>>>,
     session_left: Notify,
+    /// What could not be written back at the end.
+    trouble: RefCell<Option<QmpError>>,
     phase: Cell<Phase>,
     phase_changed: Notify,
 }
@@ -62,6 +66,7 @@ impl Daemon {
             package: package.to_owned(),
             schema: Schema::new(&names, EVENTS),
             commands: entries().map(|e| (e.name, *e)).collect(),
+            graph: Graph::new(env),
             exports: ExportRegistry::new(env, {
                 let events = events.clone();
                 move |id| events.emit("BLOCK_EXPORT_DELETED", json!({"id": id}))
@@ -71,6 +76,7 @@ impl Daemon {
             chardevs: Chardevs::default(),
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
+            trouble: RefCell::new(None),
             phase: Cell::new(Phase::Running),
             phase_changed: Notify::new(),
         })
@@ -89,6 +95,23 @@ impl Daemon {
     pub(crate) fn events(&self) -> &Rc<Events> {
         &self.events
     }
+    pub(crate) fn graph(&self) -> &Rc<Graph> {
+        &self.graph
+    }
+
+    /// The node that a command means. Devices are nodes: a storage daemon has no guest devices.
+    pub(crate) fn find_node(
+        &self,
+        device: Option<&str>,
+        node: Option<&str>,
+    ) -> Result<Rc<NodeCell>, QmpError> {
+        let found = device.and_then(|d| self.graph.find(d)).or_else(|| node.and_then(|n| self.graph.find(n)));
+        found.ok_or_else(|| {
+            let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
+            QmpError::generic(format!("Cannot find device='{device}' nor node-name='{node}'"))
+        })
+    }
+
     pub(crate) fn exports(&self) -> &ExportRegistry {
         &self.exports
     }
@@ -171,6 +194,9 @@ impl Daemon {
         if self.phase.get() == Phase::Running {
             self.phase.set(Phase::Ending);
             self.exports.shut_down().await;
+            if let Err(e) = self.graph.close_all().await {
+                *self.trouble.borrow_mut() = Some(e.into());
+            }
             self.phase.set(Phase::Ended);
             self.phase_changed.notify_all();
         }
@@ -192,12 +218,16 @@ impl Daemon {
 
     /// Waits until [`Daemon::shut_down`] is done, lets every client have what was still to be sent to it, and removes
     /// what was made in the file system. The last thing before the process ends.
-    pub async fn ended(&self) {
+    ///
+    /// # Errors
+    /// The first thing that could not be written back when the nodes were closed.
+    pub async fn ended(&self) -> Result<(), QmpError> {
         self.has_shut_down().await;
         self.sessions.borrow().iter().for_each(|s| s.end());
         while !self.sessions.borrow().is_empty() {
             self.session_left.wait().await;
         }
         self.chardevs.clean_up(&self.env).await;
+        self.trouble.take().map_or(Ok(()), Err)
     }
 }

@@ -11,6 +11,7 @@ mod commands;
 mod daemon;
 mod error;
 mod events;
+mod info;
 mod object;
 mod outbox;
 mod session;

@@ -9,7 +9,7 @@ mod help;
 mod options;
 mod startup;
 
-use control::Daemon;
+use control::{Daemon, QmpError};
 use env::os::process::{self, Detached, PidFile};
 use env::os::{self, OsConfig};
 use env::sync::race;
@@ -77,7 +77,7 @@ async fn run(daemon: &Rc<Daemon>, given: &[Given], detached: Option<Detached>) -
         Some(Ok(None)) => return Ok(()),
         Some(Err(e)) => {
             daemon.shut_down().await;
-            daemon.ended().await;
+            say(daemon.ended().await);
             return Err(e);
         }
         None => None,
@@ -85,9 +85,16 @@ async fn run(daemon: &Rc<Daemon>, given: &[Given], detached: Option<Detached>) -
     if let Some(d) = detached {
         d.ready().map_err(|e| format!("cannot go into the background: {e}"))?;
     }
-    daemon.ended().await;
+    say(daemon.ended().await);
     drop(pid_file);
     Ok(())
+}
+
+/// What went wrong at the very end has nobody else to tell it to.
+fn say(end: Result<(), QmpError>) {
+    if let Err(e) = end {
+        eprintln!("liveblkd: while closing: {e}");
+    }
 }
 
 /// Applies the options. The outer `None`: an option asked for a text, and the process is done.

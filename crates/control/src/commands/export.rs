@@ -4,7 +4,11 @@ use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::address::LegacyAddress;
 use crate::error::{QmpError, Reply};
-use exports::{DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, ExportInfo, ServerOptions};
+use exports::{
+    DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export, ExportInfo, NbdOptions,
+    ServerOptions,
+};
+use graph::{NodeCell, Parent, Role};
 use qapi::{Value, json};
 use serde::Deserialize;
 use std::rc::Rc;
@@ -12,7 +16,9 @@ use std::rc::Rc;
 pub(super) const COMMANDS: &[Entry] = &[
     entry::<NbdServerStart>(),
     entry::<NbdServerStop>(),
+    entry::<NbdServerAdd>(),
     entry::<NbdServerRemove>(),
+    entry::<BlockExportAdd>(),
     entry::<BlockExportDel>(),
     entry::<QueryBlockExports>(),
 ];
@@ -55,6 +61,97 @@ impl Command for NbdServerStop {
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         daemon.exports().stop_server().await?;
         Ok(json!({}))
+    }
+}
+
+/// Offers a node to clients.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockExportAdd {
+    id: String,
+    node_name: String,
+    #[serde(default)]
+    writable: bool,
+    #[serde(default)]
+    writethrough: bool,
+    iothread: Option<String>,
+    name: Option<String>,
+    description: Option<String>,
+    bitmaps: Option<Vec<Value>>,
+    #[serde(default)]
+    allocation_depth: bool,
+}
+
+impl Command for BlockExportAdd {
+    const NAME: &'static str = "block-export-add";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        daemon.exports().check_id(&self.id)?;
+        let cell = daemon.find_node(None, Some(&self.node_name))?;
+        if let Some(id) = self.iothread.filter(|id| daemon.objects().find(id).is_none()) {
+            return Err(QmpError::generic(format!("iothread \"{id}\" not found")));
+        }
+        if let Some(first) = self.bitmaps.iter().flatten().next() {
+            let name = first.as_str().or(first["name"].as_str()).unwrap_or_default();
+            return Err(QmpError::generic(match cell.find_bitmap(name) {
+                None => format!("Bitmap '{name}' is not found"),
+                Some(_) => "Parameter 'bitmaps' is not supported by liveblkd yet".to_owned(),
+            }));
+        }
+        let options = NbdOptions {
+            id: self.id,
+            name: self.name.unwrap_or(self.node_name),
+            description: self.description.unwrap_or_default(),
+            writable: self.writable,
+            writethrough: self.writethrough,
+            allocation_depth: self.allocation_depth,
+        };
+        export(&daemon, &cell, options).await
+    }
+}
+
+async fn export(daemon: &Daemon, cell: &Rc<NodeCell>, options: NbdOptions) -> Reply {
+    let writable = cell.is_writable() || cell.options().auto_read_only;
+    daemon.exports().check_nbd(&options, writable)?;
+    let (demand, parent) = (Export::demand(options.writable), Parent::Backend(options.id.clone()));
+    let edge = daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?;
+    // while it waited, another monitor may have taken the id, or the server may have gone: checked once more
+    daemon.exports().add_nbd(options, edge, writable)?;
+    Ok(json!({}))
+}
+
+/// The older form of `block-export-add`.
+#[derive(Deserialize)]
+struct NbdServerAdd {
+    device: String,
+    name: Option<String>,
+    description: Option<String>,
+    #[serde(default)]
+    writable: bool,
+    bitmap: Option<String>,
+}
+
+impl Command for NbdServerAdd {
+    const NAME: &'static str = "nbd-server-add";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let cell = daemon.find_node(Some(&self.device), Some(&self.device))?;
+        if let Some(name) = self.bitmap {
+            return Err(QmpError::generic(match cell.find_bitmap(&name) {
+                None => format!("Bitmap '{name}' is not found"),
+                Some(_) => "Parameter 'bitmap' is not supported by liveblkd yet".to_owned(),
+            }));
+        }
+        let name = self.name.unwrap_or(self.device);
+        let options = NbdOptions {
+            id: name.clone(),
+            name,
+            description: self.description.unwrap_or_default(),
+            // this form turns a read-only node into a read-only export without a word
+            writable: self.writable && cell.is_writable(),
+            writethrough: false,
+            allocation_depth: false,
+        };
+        daemon.exports().check_id(&options.id)?;
+        export(&daemon, &cell, options).await
     }
 }
 

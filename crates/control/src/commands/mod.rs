@@ -4,8 +4,10 @@
 //! schema cannot say, and calling the part of the daemon that does the work.
 
 mod export;
+mod node;
 mod object;
 mod protocol;
+mod query;
 
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
@@ -47,7 +49,8 @@ const fn entry<C: Command>() -> Entry {
 }
 
 /// Every command, by family.
-pub(crate) const TABLE: &[&[Entry]] = &[protocol::COMMANDS, export::COMMANDS, object::COMMANDS];
+pub(crate) const TABLE: &[&[Entry]] =
+    &[protocol::COMMANDS, node::COMMANDS, query::COMMANDS, export::COMMANDS, object::COMMANDS];
 
 /// Every event that may be emitted.
 pub(crate) const EVENTS: &[&str] = &["BLOCK_EXPORT_DELETED"];

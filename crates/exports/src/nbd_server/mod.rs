@@ -79,7 +79,8 @@ impl NbdServer {
             let which = if o.tls_creds.is_some() { "tls-creds" } else { "tls-authz" };
             return Err(BlockError::unsupported(format!("Parameter '{which}' is not supported: no TLS yet")));
         }
-        let listener = env.listen(&o.address).await?;
+        let what = || format!("Failed to bind socket to {}", o.address);
+        let listener = env.listen(&o.address).await.map_err(|e| e.context(what()))?;
         let slots = (o.max_connections > 0).then(|| Semaphore::new(o.max_connections as usize));
         let clients =
             Rc::new(Clients { streams: RefCell::new(BTreeMap::new()), slots, none_left: Notify::new() });

@@ -1,0 +1,88 @@
+//! Nodes: add, remove, resize.
+
+use super::{Command, Entry, entry};
+use crate::Daemon;
+use crate::error::{QmpError, Reply};
+use block::Prealloc;
+use graph::{Demand, NodeCell, Parent, Perms, Role};
+use qapi::json;
+use serde::Deserialize;
+use std::rc::Rc;
+
+pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevDel>(), entry::<BlockResize>()];
+
+/// Removes a node that the monitor added.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockdevDel {
+    node_name: String,
+}
+
+impl Command for BlockdevDel {
+    const NAME: &'static str = "blockdev-del";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let name = &self.node_name;
+        let fail = |desc: String| Err(QmpError::generic(desc));
+        let Some(cell) = daemon.graph().find(name) else {
+            return fail(format!("Failed to find node with node-name='{name}'"));
+        };
+        check_free(&cell)?;
+        let parents = cell.parents();
+        if parents.iter().any(|e| !matches!(e.parent(), Parent::Node(_))) {
+            return fail(format!("Node {name} is in use"));
+        }
+        if !cell.is_monitor_owned() {
+            return fail(format!("Node {name} is not owned by the monitor"));
+        }
+        if !parents.is_empty() {
+            return fail(format!("Block device {name} is in use"));
+        }
+        drop(parents);
+        cell.set_monitor_owned(false);
+        daemon.graph().remove(&cell).await?;
+        Ok(json!({}))
+    }
+}
+
+/// That no job and no overlay keeps the node as it is.
+pub(super) fn check_free(cell: &NodeCell) -> Result<(), QmpError> {
+    cell.check_not_blocked()?;
+    match cell.parents().iter().find(|e| e.role() == Role::Backing) {
+        Some(edge) => Err(QmpError::generic(format!(
+            "Node '{}' is busy: node is used as backing hd of '{}'",
+            cell.name(),
+            edge.parent_node().unwrap_or_default()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Changes the length of a node.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockResize {
+    device: Option<String>,
+    node_name: Option<String>,
+    size: i64,
+}
+
+impl Command for BlockResize {
+    const NAME: &'static str = "block_resize";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let cell = daemon.find_node(self.device.as_deref(), self.node_name.as_deref())?;
+        let Ok(size) = u64::try_from(self.size) else {
+            return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
+        };
+        check_free(&cell)?;
+        let demand = Demand { needs: Perms::RESIZE, shares: Perms::ALL };
+        let parent = Parent::Backend("block_resize".into());
+        let edge = daemon.graph().attach_exact(&cell, "root", Role::Root, parent, demand).await?;
+        let quiet = daemon.graph().quiesce(&cell, std::slice::from_ref(&edge)).await;
+        let resized = edge.resize(size, Prealloc::Off).await;
+        drop(quiet);
+        drop(edge);
+        daemon.graph().settle().await;
+        resized?;
+        Ok(json!({}))
+    }
+}

@@ -1,0 +1,219 @@
+//! Nodes as QMP shows them: `BlockDeviceInfo`, `ImageInfo`, dirty bitmaps, counters.
+
+use crate::error::QmpError;
+use bitmap::DirtyBitmap;
+use graph::{DetectZeroes, Fact, NodeCell, NodeDetails};
+use qapi::{Map, Value, json};
+use std::future::Future;
+use std::path::Path;
+use std::pin::Pin;
+use std::rc::Rc;
+
+/// Layers that a nested `backing-image` may have: what bounds the recursion (and the answer, which is quadratic in it).
+const MAX_LAYERS: usize = 500;
+
+/// Limits of a throttled device, which a node is not: always 0, always there.
+const THROTTLE: [&str; 6] = ["iops_rd", "iops_wr", "iops", "bps_wr", "bps_rd", "bps"];
+
+/// One element of `query-named-block-nodes`. With `flat` without what is below.
+pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpError> {
+    let details = cell.node().details().await?;
+    let options = cell.options();
+    let mut out: Map<String, Value> = THROTTLE.iter().map(|k| ((*k).to_owned(), json!(0))).collect();
+    let detect_zeroes = match options.detect_zeroes {
+        DetectZeroes::Off => "off",
+        DetectZeroes::On => "on",
+        DetectZeroes::Unmap => "unmap",
+    };
+    out.insert("detect_zeroes".into(), json!(detect_zeroes));
+    out.insert("active".into(), json!(true));
+    let depth = if flat { 0 } else { backing_depth(cell) };
+    out.insert("image".into(), image(cell, &details, if flat { 0 } else { MAX_LAYERS }).await?);
+    // a node that turns read-write on demand counts as read-write
+    out.insert("ro".into(), json!(!cell.is_writable() && !options.auto_read_only));
+    out.insert("node-name".into(), json!(cell.name()));
+    out.insert("backing_file_depth".into(), json!(depth));
+    out.insert("drv".into(), json!(cell.node().driver()));
+    out.insert("write_threshold".into(), json!(cell.write_threshold()));
+    if let (Some(name), Some(_)) = (&details.backing_filename, cell.node().backing()) {
+        out.insert("backing_file".into(), json!(name));
+    }
+    let bitmaps = cell.bitmaps();
+    if !bitmaps.is_empty() {
+        out.insert("dirty-bitmaps".into(), bitmaps.iter().rev().map(bitmap).collect());
+    }
+    out.insert("encrypted".into(), json!(false));
+    let cache =
+        json!({"no-flush": options.cache_no_flush, "direct": options.cache_direct, "writeback": true});
+    out.insert("cache".into(), cache);
+    out.insert("file".into(), json!(details.filename));
+    Ok(Value::Object(out))
+}
+
+fn backing_depth(cell: &NodeCell) -> usize {
+    let mut depth = 0;
+    let mut at = cell.node().backing().map(|e| e.child());
+    while let Some(below) = at {
+        depth += 1;
+        at = below.node().backing().or_else(|| below.node().filtered()).map(|e| e.child());
+    }
+    depth
+}
+
+type Boxed<'a> = Pin<Box<dyn Future<Output = Result<Value, QmpError>> + 'a>>;
+
+/// `ImageInfo`, with up to `below` layers nested in it.
+fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> Boxed<'a> {
+    Box::pin(async move {
+        let driver = cell.node().driver();
+        let mut out = Map::new();
+        out.insert("virtual-size".into(), json!(cell.node().len()));
+        out.insert("filename".into(), json!(details.filename));
+        out.insert("format".into(), json!(driver));
+        if let Some(size) = details.cluster_size {
+            out.insert("cluster-size".into(), json!(size));
+        }
+        if let Some(size) = details.actual_size {
+            out.insert("actual-size".into(), json!(size));
+        }
+        if let Some(specific) = format_specific(driver, details) {
+            out.insert("format-specific".into(), specific);
+        }
+        if let Some(dirty) = details.dirty_flag {
+            out.insert("dirty-flag".into(), json!(dirty));
+        }
+        if let Some(true) = details.compressed {
+            out.insert("compressed".into(), json!(true));
+        }
+        if let Some(name) = &details.backing_filename {
+            out.insert("backing-filename".into(), json!(name));
+            out.insert("full-backing-filename".into(), json!(full_name(&details.filename, name)));
+            if let Some(format) = &details.backing_format {
+                out.insert("backing-filename-format".into(), json!(format));
+            }
+        }
+        if let (Some(edge), true) = (cell.node().backing(), below > 0) {
+            let child = edge.child();
+            let details = child.node().details().await?;
+            out.insert("backing-image".into(), image(&child, &details, below - 1).await?);
+        }
+        Ok(Value::Object(out))
+    })
+}
+
+/// A backing file's name as seen from the working directory: relative names are relative to the image.
+fn full_name(image: &str, backing: &str) -> String {
+    let protocol = backing.split_once(':').is_some_and(|(p, _)| !p.contains('/'));
+    let elsewhere = image.starts_with("json:") || image.contains("://");
+    match Path::new(image).parent() {
+        Some(dir) if !protocol && !elsewhere && !backing.starts_with('/') => {
+            dir.join(backing).to_string_lossy().into_owned()
+        }
+        _ => backing.to_owned(),
+    }
+}
+
+fn format_specific(driver: &str, details: &NodeDetails) -> Option<Value> {
+    let data: Map<String, Value> = details
+        .specific
+        .iter()
+        .map(|(name, fact)| {
+            let value = match fact {
+                Fact::Text(s) => json!(s),
+                Fact::Number(n) => json!(n),
+                Fact::Flag(b) => json!(b),
+            };
+            ((*name).to_owned(), value)
+        })
+        .collect();
+    match driver {
+        "file" | "host_device" => Some(json!({"type": "file", "data": data})),
+        _ if data.is_empty() => None,
+        driver => Some(json!({"type": driver, "data": data})),
+    }
+}
+
+fn bitmap(b: &Rc<DirtyBitmap>) -> Value {
+    let mut out = Map::new();
+    if let Some(name) = b.name() {
+        out.insert("name".into(), json!(name));
+    }
+    out.insert("recording".into(), json!(b.enabled()));
+    out.insert("persistent".into(), json!(b.persistent()));
+    if b.inconsistent() {
+        out.insert("inconsistent".into(), json!(true));
+    }
+    out.insert("busy".into(), json!(b.busy()));
+    let (granularity, count) = {
+        let bits = b.bits();
+        (bits.granularity(), bits.count())
+    };
+    out.insert("granularity".into(), json!(granularity));
+    out.insert("count".into(), json!(count));
+    Value::Object(out)
+}
+
+/// Counters that QSD keeps only for guest devices: always 0 for nodes, always there.
+const NO_STATS: [&str; 24] = [
+    "unmap_operations",
+    "unmap_merged",
+    "failed_zone_append_operations",
+    "flush_total_time_ns",
+    "wr_total_time_ns",
+    "failed_wr_operations",
+    "failed_rd_operations",
+    "wr_merged",
+    "failed_unmap_operations",
+    "zone_append_merged",
+    "failed_flush_operations",
+    "rd_total_time_ns",
+    "invalid_unmap_operations",
+    "flush_operations",
+    "unmap_bytes",
+    "rd_merged",
+    "unmap_total_time_ns",
+    "invalid_flush_operations",
+    "zone_append_total_time_ns",
+    "zone_append_operations",
+    "zone_append_bytes",
+    "invalid_zone_append_operations",
+    "invalid_wr_operations",
+    "invalid_rd_operations",
+];
+
+/// One element of `query-blockstats`: what the node has counted (QSD counts nothing but the highest offset for nodes).
+pub(crate) fn stats(cell: &Rc<NodeCell>) -> Value {
+    let c = cell.counters();
+    let mut stats: Map<String, Value> = NO_STATS.iter().map(|k| ((*k).to_owned(), json!(0))).collect();
+    stats.insert("timed_stats".into(), json!([]));
+    stats.insert("account_invalid".into(), json!(false));
+    stats.insert("account_failed".into(), json!(false));
+    stats.insert("wr_highest_offset".into(), json!(c.highest_written));
+    stats.insert("rd_operations".into(), json!(c.reads));
+    stats.insert("rd_bytes".into(), json!(c.read_bytes));
+    stats.insert("wr_operations".into(), json!(c.writes));
+    stats.insert("wr_bytes".into(), json!(c.written_bytes));
+    let mut out = Map::new();
+    out.insert("stats".into(), Value::Object(stats));
+    out.insert("node-name".into(), json!(cell.name()));
+    if let Some(edge) = cell.node().primary() {
+        out.insert("parent".into(), self::stats(&edge.child()));
+    }
+    if let Some(edge) = cell.node().backing() {
+        out.insert("backing".into(), self::stats(&edge.child()));
+    }
+    Value::Object(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::full_name;
+
+    #[test]
+    fn backing_names_are_relative_to_the_image() {
+        assert_eq!(full_name("a/b.qcow2", "c.raw"), "a/c.raw");
+        assert_eq!(full_name("b.qcow2", "c.raw"), "c.raw");
+        assert_eq!(full_name("/x/b.qcow2", "/c.raw"), "/c.raw");
+        assert_eq!(full_name("/x/b.qcow2", "nbd://h/e"), "nbd://h/e");
+    }
+}

@@ -1,0 +1,156 @@
+//! A liveblkd of our own in a directory of its own, and a QMP client.
+
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// A directory that goes when the value goes.
+pub struct Dir(pub PathBuf);
+
+impl Dir {
+    pub fn new() -> Dir {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("liveblkd-test-{}-{n}", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        Dir(path)
+    }
+
+    pub fn path(&self, name: &str) -> String {
+        self.0.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+pub fn program() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_liveblkd"))
+}
+
+/// Runs liveblkd to its end.
+pub fn run(dir: &Dir, arguments: &[&str]) -> Output {
+    program().args(arguments).current_dir(&dir.0).stdin(Stdio::null()).output().unwrap()
+}
+
+/// A running liveblkd with one monitor at `qmp.sock`.
+pub struct Daemon {
+    pub child: Child,
+    pub socket: PathBuf,
+}
+
+impl Daemon {
+    pub fn start(dir: &Dir, extra: &[&str]) -> Daemon {
+        let socket = dir.0.join("qmp.sock");
+        let chardev = format!("socket,id=c0,path={},server=on,wait=off", socket.display());
+        let child = program()
+            .args(["--chardev", &chardev, "--monitor", "c0"])
+            .args(extra)
+            .current_dir(&dir.0)
+            .spawn()
+            .unwrap();
+        Daemon { child, socket }
+    }
+
+    pub fn client(&self) -> Client {
+        let mut c = Client::connect(&self.socket);
+        c.command("qmp_capabilities", json!({})).unwrap();
+        c
+    }
+
+    pub fn wait(&mut self) -> ExitStatus {
+        let begin = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(begin.elapsed() < Duration::from_secs(20), "the daemon does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A QMP connection, not yet negotiated.
+pub struct Client {
+    pub stream: UnixStream,
+    buffer: Vec<u8>,
+    pub greeting: Value,
+    pub events: Vec<Value>,
+}
+
+impl Client {
+    pub fn connect(path: &Path) -> Client {
+        let begin = Instant::now();
+        let stream = loop {
+            match UnixStream::connect(path) {
+                Ok(s) => break s,
+                Err(e) => assert!(begin.elapsed() < Duration::from_secs(20), "{}: {e}", path.display()),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let mut c = Client { stream, buffer: Vec::new(), greeting: Value::Null, events: Vec::new() };
+        c.greeting = c.read().expect("a greeting");
+        c
+    }
+
+    /// The next message; `None` at the end of the stream.
+    pub fn read(&mut self) -> Option<Value> {
+        loop {
+            if let Some(at) = self.buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=at).collect();
+                assert!(line.ends_with(b"\r\n"));
+                return Some(serde_json::from_slice(&line).unwrap());
+            }
+            let mut piece = [0; 65536];
+            match self.stream.read(&mut piece).expect("an answer within 20 s") {
+                0 => return None,
+                n => self.buffer.extend_from_slice(&piece[..n]),
+            }
+        }
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).unwrap();
+    }
+
+    /// The next reply; events before it are kept.
+    pub fn reply(&mut self) -> Value {
+        loop {
+            let m = self.read().expect("a reply");
+            if m.get("event").is_none() {
+                return m;
+            }
+            self.events.push(m);
+        }
+    }
+
+    /// The return value, or the error's sentence.
+    pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value, String> {
+        self.send(json!({"execute": name, "arguments": arguments}).to_string().as_bytes());
+        let reply = self.reply();
+        match reply.get("error") {
+            None => Ok(reply["return"].clone()),
+            Some(e) => Err(e["desc"].as_str().unwrap().to_owned()),
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! The control connection of the built daemon: recorded conversations, monitors, slow and vanishing clients, the end.
+
+use crate::common::{Client, Daemon, Dir, program, run};
+use serde_json::json;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+#[test]
+fn qemus_own_client_library() {
+    let dir = Dir::new();
+    let daemon = Daemon::start(&dir, &["--object", "iothread,id=i0"]);
+    let script = r#"
+import asyncio, sys
+from qemu.qmp import QMPClient, ExecuteError
+async def main():
+    qmp = QMPClient('test')
+    await qmp.connect(sys.argv[1])
+    assert qmp.greeting.QMP.version['qemu'] == {'major': 10, 'minor': 0, 'micro': 2}
+    names = [c['name'] for c in await qmp.execute('query-commands')]
+    assert 'quit' in names and 'blockdev-reopen' not in names, names
+    schema = await qmp.execute('query-qmp-schema')
+    assert sorted(e['name'] for e in schema if e['meta-type'] == 'command') == sorted(names)
+    assert await qmp.execute('qom-list', {'path': '/objects'}) == [
+        {'name': 'type', 'type': 'string'}, {'name': 'i0', 'type': 'child<iothread>'}]
+    try:
+        await qmp.execute('object-del', {'id': 'nope'})
+        raise AssertionError('no error')
+    except ExecuteError as e:
+        assert e.error_class == 'GenericError' and str(e) == "object 'nope' not found", e
+    await qmp.execute('quit')
+    try:
+        await qmp.disconnect()
+    except EOFError:
+        pass  # the library says so when the daemon ends first, as it shall
+asyncio.run(main())
+"#;
+    let connect = Client::connect(&daemon.socket);
+    drop(connect);
+    let out = Command::new("python3").args(["-c", script]).arg(&daemon.socket).output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let mut daemon = daemon;
+    assert!(daemon.wait().success());
+}
+
+#[test]
+fn clients_come_one_after_another_and_negotiate_anew() {
+    let dir = Dir::new();
+    let daemon = Daemon::start(&dir, &[]);
+    let mut first = daemon.client();
+    let waiting = std::os::unix::net::UnixStream::connect(&daemon.socket).unwrap();
+    assert!(first.command("query-version", json!({})).is_ok());
+    drop(first);
+    // the one that waited is served now: it hears the greeting, then nothing else before it negotiates
+    drop(waiting);
+    let mut second = Client::connect(&daemon.socket);
+    assert_eq!(second.greeting["QMP"]["capabilities"], json!(["oob"]));
+    assert!(second.command("query-version", json!({})).unwrap_err().starts_with("Expecting capabilities"));
+}
+
+#[test]
+fn replies_keep_the_order_of_commands_in_one_write() {
+    let dir = Dir::new();
+    let daemon = Daemon::start(&dir, &[]);
+    let mut c = daemon.client();
+    let all: String = (0..500).map(|i| format!("{{'execute':'query-version','id':{i}}}")).collect();
+    c.send(all.as_bytes());
+    for i in 0..500 {
+        assert_eq!(c.reply()["id"], json!(i));
+    }
+}
+
+/// A client that sends and never reads is stopped by its own unread replies; others are served.
+#[test]
+fn a_client_that_does_not_read_harms_nobody() {
+    let dir = Dir::new();
+    let chardev = format!("socket,id=c1,path={},server=on,wait=off", dir.path("other.sock"));
+    let daemon = Daemon::start(&dir, &["--chardev", &chardev, "--monitor", "c1"]);
+    let mut deaf = daemon.client();
+    deaf.stream.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let ask = "{'execute':'query-qmp-schema'}".repeat(1000);
+    let stopped = (0..200).any(|_| std::io::Write::write_all(&mut deaf.stream, ask.as_bytes()).is_err());
+    assert!(stopped, "200,000 unread schemas were accepted");
+    let mut other = Client::connect(&dir.0.join("other.sock"));
+    other.command("qmp_capabilities", json!({})).unwrap();
+    assert!(other.command("query-version", json!({})).is_ok());
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.child.id())).unwrap();
+    let peak = status.lines().find(|l| l.starts_with("VmHWM")).unwrap();
+    let kib: u64 = peak.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(kib < 200 << 10, "{peak}");
+}
+
+#[test]
+fn a_signal_ends_it_like_quit() {
+    for signal in ["TERM", "INT", "HUP"] {
+        let dir = Dir::new();
+        let mut daemon = Daemon::start(&dir, &["--pidfile", &dir.path("pid")]);
+        let mut c = daemon.client();
+        let begin = std::time::Instant::now();
+        while std::fs::read_to_string(dir.path("pid")).ok() != Some(format!("{}\n", daemon.child.id())) {
+            assert!(begin.elapsed() < Duration::from_secs(10));
+        }
+        daemon.signal(signal);
+        assert_eq!(c.read(), None, "{signal}");
+        assert!(daemon.wait().success(), "{signal}");
+        assert!(!Path::new(&dir.path("pid")).exists());
+        assert!(!daemon.socket.exists());
+    }
+}
+
+#[test]
+fn quit_answers_before_the_connection_ends() {
+    let dir = Dir::new();
+    let mut daemon = Daemon::start(&dir, &[]);
+    let mut c = daemon.client();
+    c.send(b"{'execute':'quit','id':1}{'execute':'query-version'}");
+    assert_eq!(c.read(), Some(json!({"return": {}, "id": 1})));
+    assert_eq!(c.read(), None);
+    assert!(daemon.wait().success());
+    assert!(!daemon.socket.exists());
+}
+
+#[test]
+fn into_the_background_and_out_again() {
+    let dir = Dir::new();
+    let (pid_file, socket) = (dir.path("pid"), dir.path("q.sock"));
+    let out = run(
+        &dir,
+        &[
+            "--chardev",
+            "socket,id=c,path=q.sock,server=on,wait=off",
+            "--monitor",
+            "c",
+            "--pidfile",
+            "pid",
+            "--daemonize",
+        ],
+    );
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    // the parent returned only once all was set up
+    assert!(std::fs::read_to_string(&pid_file).unwrap().trim().parse::<u32>().is_ok());
+    let mut c = Client::connect(Path::new(&socket));
+    c.command("qmp_capabilities", json!({})).unwrap();
+    c.command("quit", json!({})).unwrap();
+    assert_eq!(c.read(), None);
+    let begin = std::time::Instant::now();
+    while Path::new(&pid_file).exists() || Path::new(&socket).exists() {
+        assert!(begin.elapsed() < Duration::from_secs(10), "files are left behind");
+    }
+}
+
+#[test]
+fn on_standard_input_and_output() {
+    let dir = Dir::new();
+    let mut child = program()
+        .args(["--chardev", "stdio,id=c", "--monitor", "c,pretty=on"])
+        .current_dir(&dir.0)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let input = b"{'execute':'qmp_capabilities'}{'execute':'quit','id':[]}";
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), input).unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success());
+    let text = String::from_utf8(out.stdout).unwrap();
+    let end = "{\n    \"return\": {\n    }\n}\r\n{\n    \"return\": {\n    },\n    \"id\": [\n    ]\n}\r\n";
+    assert!(text.starts_with("{\n    \"QMP\": {\n        \"version\": {\n"), "{text}");
+    assert!(text.ends_with(end), "{text}");
+}
