@@ -12,6 +12,7 @@
 //! * With the simulator below, a run depends on nothing but its seed: no real clock, no addresses, no hashing order.
 
 mod backend;
+pub mod bugs;
 mod executor;
 mod file;
 mod net;

@@ -4,6 +4,7 @@
 //! closed. What must stay true: a pass is given back on every path (it is a guard); while any closer holds the gate no
 //! pass is given; whoever waited longest enters first.
 
+use env::bugs::planted;
 use env::sync::Notify;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -90,7 +91,9 @@ impl<T: Gated> Closed<T> {
     pub async fn close(of: Rc<T>) -> Closed<T> {
         of.gate().shut();
         let closed = Closed(of);
-        closed.0.gate().emptied().await;
+        if !planted("graph: nobody waits for the gate") {
+            closed.0.gate().emptied().await;
+        }
         closed
     }
 

@@ -148,6 +148,15 @@ impl History {
         self.records.borrow()[number as usize].clone()
     }
 
+    /// Whether zeroes may be in the sector because of something that had not ended at `moment`.
+    pub fn zeroed_since(&self, sector: u64, moment: Moment) -> bool {
+        self.records.borrow().iter().any(|r| {
+            matches!(r.what, What::Zero | What::Discard)
+                && r.sectors.contains(&sector)
+                && r.end.is_none_or(|end| end > moment)
+        })
+    }
+
     /// Looks for an answer in the present epoch that no disk could have given; the first one found.
     pub fn check(&self) -> Result<(), String> {
         for (number, sector) in self.by_sector() {
@@ -254,6 +263,19 @@ impl History {
     /// write that began, and that no write which is sure to be there certainly came after. A new epoch begins with
     /// `found`.
     pub fn crash(&self, found: &[Value], how: Crash) -> Result<(), String> {
+        let older = self.judge_crash(found, how)?;
+        *self.older.borrow_mut() = older;
+        *self.initial.borrow_mut() = (0..).zip(found.iter().copied()).collect();
+        self.epoch.set(self.len());
+        Ok(())
+    }
+
+    /// As [`History::crash`], but the epoch goes on: what is there was only looked at.
+    pub fn crash_peek(&self, found: &[Value], how: Crash) -> Result<(), String> {
+        self.judge_crash(found, how).map(drop)
+    }
+
+    fn judge_crash(&self, found: &[Value], how: Crash) -> Result<BTreeMap<u64, BTreeSet<Value>>, String> {
         self.check()?;
         let sectors = self.by_sector();
         let last_flush = self.last_flush_start();
@@ -272,10 +294,7 @@ impl History {
                 older.insert(number, self.survivors(number, s, last_flush));
             }
         }
-        *self.older.borrow_mut() = older;
-        *self.initial.borrow_mut() = (0..).zip(found.iter().copied()).collect();
-        self.epoch.set(self.len());
-        Ok(())
+        Ok(older)
     }
 
     /// The start of the last flush that was answered with success: every write answered before it is durable.

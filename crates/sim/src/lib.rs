@@ -16,6 +16,7 @@
 //! | what a guest may see | `history.rs`, `stamp.rs` |
 #![forbid(unsafe_code)]
 
+mod boot;
 mod faults;
 mod file;
 mod guest;
@@ -25,8 +26,11 @@ mod image;
 mod inode;
 mod log;
 mod machine;
+mod manager;
 mod nbd_disk;
 mod net;
+#[cfg(feature = "planted-bugs")]
+pub mod planted;
 mod rng;
 pub mod runner;
 pub mod scenario;
@@ -34,6 +38,7 @@ mod stamp;
 mod verdict;
 mod world;
 
+pub use boot::Booted;
 pub use faults::{Fault, OPS, Op, Profile, Rule};
 pub use guest::{Dial, Disk, Guest, Habits, read_all};
 pub use history::{Crash, History, Moment, Record, What};
@@ -41,6 +46,7 @@ pub use host::{Host, Process, SimBackend};
 pub use image::{BLOCK, Effect, Image, MAX_EXTENTS};
 pub use log::{CrashPoints, EXHAUSTIVE, Entry, Log};
 pub use machine::Machine;
+pub use manager::{JobSeen, Manager, Refusal};
 pub use nbd_disk::NbdDisk;
 pub use net::{Net, NetProfile};
 pub use rng::Rng;

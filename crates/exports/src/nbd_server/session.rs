@@ -15,6 +15,7 @@ use crate::export::Export;
 use block::Io;
 use bytes::Bytes;
 use env::Stream;
+use env::bugs::planted;
 use futures_util::stream::{FuturesUnordered, Stream as _};
 use nbd::proto::{MAX_PAYLOAD, wire_error};
 use nbd::{Agreed, Cmd, Inbox, Mode, Outbox, ParseError, ReplyWriter, Request, RequestParser};
@@ -155,6 +156,11 @@ impl Pump<'_> {
     fn answer(&mut self, cookie: u64, offset: u64, outcome: Outcome) {
         if self.dead {
             return;
+        }
+        let mut cookie = cookie;
+        if planted("nbd: reply to the wrong request") {
+            // the answer goes to a request that still runs
+            cookie = self.running.iter().next().map_or(cookie, |r| r.cookie);
         }
         let (w, out) = (self.writer, &mut self.out);
         match outcome {

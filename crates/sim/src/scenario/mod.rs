@@ -1,3 +1,15 @@
 //! What is played in a simulated world, and watched.
 
+pub mod live;
+pub mod plan;
 pub mod storage;
+
+use crate::runner::Scenario;
+
+/// All scenarios, by the names that regressions are kept under.
+pub const SCENARIOS: [(&str, Scenario); 2] = [("storage", storage::honest), ("live", live::whole_daemon)];
+
+/// The scenario of that name.
+pub fn find(name: &str) -> Option<(&'static str, Scenario)> {
+    SCENARIOS.into_iter().find(|s| s.0 == name)
+}

@@ -1,0 +1,89 @@
+//! The whole daemon as a process of a simulated host.
+//!
+//! It is made as `liveblkd` makes it from its command line: a character device, a monitor on it, and everything else by QMP.
+
+use crate::history::History;
+use crate::{Manager, Process, Refusal, World};
+use control::{ChardevSpec, Daemon};
+use env::{Address, Env};
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+const MONITOR: &str = "/monitor";
+const NBD: &str = "/nbd";
+/// How long a daemon may take to come up or to end once nothing fails any more.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A daemon that runs.
+pub struct Booted {
+    /// Its process.
+    pub process: Process,
+    daemon: Rc<Daemon>,
+}
+
+/// Where its monitor listens.
+pub(crate) fn monitor() -> Address {
+    Address::Unix(PathBuf::from(MONITOR))
+}
+
+/// Where its NBD server listens, once started.
+pub(crate) fn nbd() -> Address {
+    Address::Unix(PathBuf::from(NBD))
+}
+
+impl Booted {
+    /// Starts a daemon with a monitor.
+    pub async fn start(world: &World) -> Option<Booted> {
+        let (env, process) = world.start();
+        let daemon = Daemon::new(&env, "sim");
+        let ready = async {
+            let text = format!("socket,id=monitor,path={MONITOR},server=on,wait=off");
+            let spec = ChardevSpec::parse(&text).map_err(|e| e.to_string())?;
+            daemon.add_chardev(spec).await.map_err(|e| e.to_string())?;
+            daemon.add_monitor("monitor", false).map_err(|e| e.to_string())
+        };
+        match world.within(&env, PATIENCE, "starting the daemon", ready).await? {
+            Ok(()) => Some(Booted { process, daemon }),
+            Err(e) => {
+                world.verdict().violation(format!("the daemon does not start: {e}"));
+                None
+            }
+        }
+    }
+
+    /// Connects a manager that runs as `env`.
+    pub async fn manage(
+        &self,
+        world: &World,
+        env: &Env,
+        history: &Rc<History>,
+    ) -> Result<Rc<Manager>, Refusal> {
+        Manager::connect(env, &monitor(), world.machine(), history, world.verdict()).await
+    }
+
+    /// The `addr` of its NBD server for `nbd-server-start`.
+    pub fn nbd_address() -> serde_json::Value {
+        serde_json::json!({"type": "unix", "data": {"path": NBD}})
+    }
+
+    /// Ends the daemon in order, as on SIGTERM. Everything it held must be given back.
+    pub async fn quit(self, world: &World, watch: &Env) {
+        let ending = async {
+            self.daemon.shut_down().await;
+            self.daemon.ended().await;
+        };
+        if world.within(watch, PATIENCE, "the end of the daemon", ending).await.is_none() {
+            return;
+        }
+        if self.process.open_files() > 0 {
+            world.verdict().violation(format!("{} files are open after the end", self.process.open_files()));
+        }
+        for path in world.host().list() {
+            if world.host().locks_held(&path) > 0 {
+                world.verdict().violation(format!("{path} is locked after the end"));
+            }
+        }
+        self.process.kill();
+    }
+}

@@ -1,0 +1,82 @@
+//! The test of the tests: defects switched on one at a time, each of which the simulation must find.
+//!
+//! What must stay true: with no defect switched on the same seeds are clean (the tests run those); a defect is searched for
+//! in the same scenario and the same seeds as any other.
+
+use crate::runner::run_one;
+use crate::scenario::live::whole_daemon;
+use copy::bugs::Bug;
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Defects outside the copy engine, by the names under which they stand in the code.
+pub const NAMED: &[&str] = &[
+    "graph: nobody waits for the gate",
+    "nbd: reply to the wrong request",
+    "nbd: flush answered before older writes",
+];
+
+/// One defect.
+#[derive(Clone, Copy, Debug)]
+enum Defect {
+    Copy(Bug),
+    Named(&'static str),
+}
+
+/// What became of the search for one defect.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Which.
+    pub bug: String,
+    /// The first seed that shows it.
+    pub seed: Option<u64>,
+    /// How.
+    pub violation: String,
+}
+
+fn plant(defect: Option<Defect>) {
+    let (copy, named) = match defect {
+        Some(Defect::Copy(bug)) => (Some(bug), None),
+        Some(Defect::Named(name)) => (None, Some(name)),
+        None => (None, None),
+    };
+    copy::bugs::plant(copy);
+    env::bugs::plant(named);
+}
+
+fn search(defect: Defect, seeds: Range<u64>) -> Found {
+    let bug = match defect {
+        Defect::Copy(bug) => format!("copy: {bug:?}"),
+        Defect::Named(name) => name.to_owned(),
+    };
+    plant(Some(defect));
+    let hit = seeds.into_iter().find_map(|s| run_one(whole_daemon, s, false).violation.map(|v| (s, v)));
+    plant(None);
+    let (seed, violation) = hit.map_or((None, String::new()), |(s, v)| (Some(s), v));
+    Found { bug, seed, violation }
+}
+
+/// Searches for every defect, `jobs` at a time.
+pub fn hunt(seeds: Range<u64>, jobs: usize) -> Vec<Found> {
+    let all: Vec<Defect> =
+        Bug::ALL.into_iter().map(Defect::Copy).chain(NAMED.iter().map(|n| Defect::Named(n))).collect();
+    let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let worker = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            let Some(defect) = all.get(i) else { return };
+            let f = search(*defect, seeds.clone());
+            found.lock().unwrap_or_else(|e| e.into_inner()).push((i, f));
+        }
+    };
+    std::thread::scope(|s| {
+        for _ in 1..jobs {
+            s.spawn(worker);
+        }
+        worker();
+    });
+    let mut found = found.into_inner().unwrap_or_else(|e| e.into_inner());
+    found.sort_by_key(|f| f.0);
+    found.into_iter().map(|f| f.1).collect()
+}
