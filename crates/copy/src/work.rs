@@ -133,6 +133,11 @@ impl Work {
         self.dirty.borrow().is_empty() && (idle || planted(Bug::SyncedTooEarly))
     }
 
+    /// Background copies in flight.
+    pub fn copies_in_flight(&self) -> u32 {
+        self.copies.get()
+    }
+
     /// Rates and totals.
     pub fn meter(&self) -> &Meter {
         &self.meter

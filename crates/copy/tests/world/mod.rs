@@ -1,0 +1,311 @@
+//! Two disks in memory that take their time, fail and hang as told, under the simulator's clock.
+#![allow(missing_docs, clippy::unwrap_used, unreachable_pub, dead_code)]
+
+use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Span};
+use copy::{Action, Control, Next, OnError, OnWrite, Policy, Side, Standing};
+use drivers::filters::mirror_top::MirrorTop;
+use env::Env;
+use env::sync::Notify;
+use graph::{Demand, Edge, Node, NodeCell, NodeDetails, Parent, Role};
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// A disk of bytes. Requests take random times and happen in pieces, so that overlap shows.
+pub struct Mem {
+    pub env: Env,
+    pub bytes: RefCell<Vec<u8>>,
+    /// Which 4 KiB blocks hold data.
+    pub data: RefCell<Vec<bool>>,
+    /// One request in so many fails with this errno (0: none).
+    pub fail_reads: Cell<(u64, i32)>,
+    pub fail_writes: Cell<(u64, i32)>,
+    pub fail_flush: Cell<(u64, i32)>,
+    /// Requests that write hang for ever.
+    pub hang: Cell<bool>,
+    /// Discards do nothing.
+    pub ignore_discard: bool,
+    pub efficient_zero: bool,
+    pub slow_us: Cell<u64>,
+    pub written: Cell<u64>,
+    pub flushes: Cell<u64>,
+    /// Writes (and zeroes) in flight.
+    pub busy: Cell<u32>,
+}
+
+pub const BLOCK: u64 = 4096;
+
+impl Mem {
+    pub fn new(env: &Env, len: u64) -> Rc<Mem> {
+        Rc::new(Mem {
+            env: env.clone(),
+            bytes: RefCell::new(vec![0; len as usize]),
+            data: RefCell::new(vec![false; len.div_ceil(BLOCK) as usize]),
+            fail_reads: Cell::new((0, 0)),
+            fail_writes: Cell::new((0, 0)),
+            fail_flush: Cell::new((0, 0)),
+            hang: Cell::new(false),
+            ignore_discard: env.random() % 2 == 0,
+            efficient_zero: false,
+            slow_us: Cell::new(200),
+            written: Cell::new(0),
+            flushes: Cell::new(0),
+            busy: Cell::new(0),
+        })
+    }
+
+    async fn pass_time(&self) {
+        let most = self.slow_us.get();
+        if most > 0 {
+            self.env.sleep(Duration::from_micros(self.env.random() % most)).await;
+        }
+    }
+
+    fn draw(&self, rule: &Cell<(u64, i32)>) -> block::Result<()> {
+        let (one_in, errno) = rule.get();
+        if one_in > 0 && self.env.random() % one_in == 0 {
+            return Err(BlockError::from_errno(errno));
+        }
+        Ok(())
+    }
+
+    pub fn put(&self, at: u64, bytes: &[u8], data: bool) {
+        let at = at as usize;
+        self.bytes.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
+        let span = Span::new(at as u64, bytes.len() as u64);
+        let blocks = if data { span.align_out(BLOCK) } else { span.align_in(BLOCK) };
+        for b in blocks.start / BLOCK..blocks.end() / BLOCK {
+            if let Some(d) = self.data.borrow_mut().get_mut(b as usize) {
+                *d = data;
+            }
+        }
+    }
+
+    /// In two steps, so that a reader in between sees half of it. A failing one may do half.
+    async fn change(&self, at: Span, bytes: Vec<u8>, data: bool) -> block::Result<()> {
+        self.busy.set(self.busy.get() + 1);
+        struct Leave<'a>(&'a Mem);
+        impl Drop for Leave<'_> {
+            fn drop(&mut self) {
+                self.0.busy.set(self.0.busy.get() - 1);
+            }
+        }
+        let _leave = Leave(self);
+        self.pass_time().await;
+        if self.hang.get() {
+            std::future::pending::<()>().await;
+        }
+        let half = bytes.len() / 2;
+        let verdict = self.draw(&self.fail_writes);
+        if verdict.is_err() && self.env.random() % 2 == 0 {
+            verdict?;
+            return Ok(());
+        }
+        self.put(at.start, &bytes[..half], data);
+        self.pass_time().await;
+        verdict?;
+        self.put(at.start + half as u64, &bytes[half..], data);
+        self.written.set(self.written.get() + at.len);
+        self.pass_time().await;
+        Ok(())
+    }
+}
+
+impl Node for Mem {
+    fn driver(&self) -> &'static str {
+        "mem"
+    }
+    fn len(&self) -> u64 {
+        self.bytes.borrow().len() as u64
+    }
+    fn limits(&self) -> Limits {
+        Limits { efficient_zero: self.efficient_zero, ..Limits::default() }
+    }
+    fn edges(&self) -> Vec<Rc<Edge>> {
+        Vec::new()
+    }
+    fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
+        above
+    }
+    fn read(&self, at: Span) -> Io<'_, Data> {
+        Box::pin(async move {
+            self.pass_time().await;
+            self.draw(&self.fail_reads)?;
+            let mut out = Vec::new();
+            let half = at.len / 2;
+            for part in [Span::new(at.start, half), Span::between(at.start + half, at.end())] {
+                let (a, b) = (part.start as usize, part.end() as usize);
+                out.extend_from_slice(&self.bytes.borrow()[a..b]);
+                self.pass_time().await;
+            }
+            Ok(Data::from(out))
+        })
+    }
+    fn write(&self, at: Span, data: Data, _: ReqFlags) -> Io<'_> {
+        Box::pin(async move { self.change(at, data.to_vec(), true).await })
+    }
+    fn zero(&self, at: Span, _: ReqFlags) -> Io<'_> {
+        Box::pin(async move { self.change(at, vec![0; at.len as usize], false).await })
+    }
+    fn discard(&self, at: Span) -> Io<'_> {
+        Box::pin(async move {
+            if self.ignore_discard {
+                return Ok(());
+            }
+            let inner = at.align_in(BLOCK);
+            self.change(inner, vec![0; inner.len as usize], false).await
+        })
+    }
+    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
+        Box::pin(async move {
+            self.pass_time().await;
+            let mut list = Vec::new();
+            for b in at.start / BLOCK..at.end().div_ceil(BLOCK) {
+                let kind = if self.data.borrow()[b as usize] { Kind::Data } else { Kind::Zero };
+                let span = Span::new(b * BLOCK, BLOCK).intersect(&at);
+                Extent::push_merged(&mut list, Extent::new(span, kind));
+                if list.len() > 7 {
+                    break;
+                }
+            }
+            Ok(list)
+        })
+    }
+    fn flush(&self) -> Io<'_> {
+        Box::pin(async move {
+            self.pass_time().await;
+            self.draw(&self.fail_flush)?;
+            self.flushes.set(self.flushes.get() + 1);
+            Ok(())
+        })
+    }
+    fn set_writable(&self, _: bool) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn close(&self) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn details(&self) -> Io<'_, NodeDetails> {
+        Box::pin(async { Ok(NodeDetails::default()) })
+    }
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}
+
+pub fn edge(name: &str, node: Rc<dyn Node>) -> Rc<Edge> {
+    let cell = NodeCell::loose(name, node);
+    Edge::loose(name, Role::Root, Parent::Job("test".into()), cell)
+}
+
+pub fn mirror_top(source: Rc<dyn Node>) -> Rc<MirrorTop> {
+    let cell = NodeCell::loose("source", source);
+    let e = Edge::loose("backing", Role::Filtered, Parent::Node(RefCell::new(None)), cell);
+    MirrorTop::new(e)
+}
+
+/// Steers an engine as a job would.
+pub struct Desk {
+    pub on_source: Cell<OnError>,
+    pub on_target: Cell<OnError>,
+    pub paused: Cell<bool>,
+    pub parked: Cell<bool>,
+    pub speed: Cell<u64>,
+    pub changed: Notify,
+    pub errors: RefCell<Vec<(Side, Action, i32)>>,
+    pub idle: Cell<bool>,
+}
+
+impl Desk {
+    pub fn new() -> Rc<Desk> {
+        Rc::new(Desk {
+            on_source: Cell::new(OnError::Report),
+            on_target: Cell::new(OnError::Report),
+            paused: Cell::new(false),
+            parked: Cell::new(false),
+            speed: Cell::new(0),
+            changed: Notify::new(),
+            errors: RefCell::default(),
+            idle: Cell::new(false),
+        })
+    }
+    pub fn pause(&self, on: bool) {
+        self.paused.set(on);
+        self.changed.notify_all();
+    }
+}
+
+impl Control for Desk {
+    fn pause_wanted(&self) -> bool {
+        self.paused.get()
+    }
+    fn park(&self) -> Pin<Box<dyn Future<Output = ()> + '_>> {
+        Box::pin(async {
+            self.parked.set(true);
+            loop {
+                let again = self.changed.wait();
+                if !self.paused.get() {
+                    break;
+                }
+                again.await;
+            }
+            self.parked.set(false);
+        })
+    }
+    fn speed(&self) -> u64 {
+        self.speed.get()
+    }
+    fn failed(&self, side: Side, error: &BlockError) -> Action {
+        let rule = if side == Side::Source { self.on_source.get() } else { self.on_target.get() };
+        let action = rule.action(error);
+        self.errors.borrow_mut().push((side, action, error.errno()));
+        if action == Action::Stop {
+            self.paused.set(true);
+            self.changed.notify_all();
+        }
+        action
+    }
+    fn changed(&self) -> &Notify {
+        &self.changed
+    }
+    fn set_idle(&self, idle: bool) {
+        self.idle.set(idle);
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    Background,
+    WriteBlocking,
+    ReadWriteBlocking,
+}
+
+/// A mirror's policy: until clean, or follow until told.
+pub struct Follow {
+    pub mode: Cell<Mode>,
+    pub until_clean: Cell<bool>,
+    pub stop: Cell<bool>,
+}
+
+impl Follow {
+    pub fn new(mode: Mode) -> Rc<Follow> {
+        Rc::new(Follow { mode: Cell::new(mode), until_clean: Cell::new(true), stop: Cell::new(false) })
+    }
+}
+
+impl Policy for Follow {
+    fn guest_write(&self, _: Span) -> OnWrite {
+        match self.mode.get() {
+            Mode::Background => OnWrite::MarkDirty,
+            _ => OnWrite::WriteBoth,
+        }
+    }
+    fn copy_reads(&self) -> bool {
+        self.mode.get() == Mode::ReadWriteBlocking
+    }
+    fn pass_over(&self, s: Standing) -> Next {
+        if self.stop.get() || (self.until_clean.get() && s.clean) { Next::Done } else { Next::Again }
+    }
+}
