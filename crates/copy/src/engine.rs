@@ -48,6 +48,7 @@ pub struct Engine {
     hints: Vec<Extent>,
     hinting: bool,
     retry: Option<(Duration, Duration)>,
+    leave_on_pause: bool,
 }
 
 /// What a search for work found.
@@ -81,10 +82,18 @@ impl Engine {
             hints: Vec::new(),
             hinting: false,
             retry: None,
+            leave_on_pause: false,
         }
     }
 
-    /// Copies until the policy says [`Next::Done`] (then nothing is in flight) or an error is to be reported.
+    /// Whether [`Engine::run`] and [`Engine::flush_target`] return instead of resting when a pause is wanted: for when
+    /// the guest is frozen and must not be kept so.
+    pub fn set_leave_on_pause(&mut self, on: bool) {
+        self.leave_on_pause = on;
+    }
+
+    /// Copies until the policy says [`Next::Done`] or, with [`Engine::set_leave_on_pause`], a pause is wanted (then
+    /// nothing is in flight), or an error is to be reported.
     pub async fn run(&mut self) -> Result<()> {
         loop {
             // made before the looks below, so that nothing that happens after them is missed
@@ -103,6 +112,9 @@ impl Engine {
             }
             if control.pause_wanted() {
                 self.settle().await;
+                if self.leave_on_pause {
+                    return Ok(());
+                }
                 control.park().await;
                 self.retry = None;
                 continue;
@@ -276,11 +288,11 @@ impl Engine {
         }
     }
 
-    /// Flushes the target, under the error policy: tries again after a stop or under `ignore`.
-    pub async fn flush_target(&mut self) -> Result<()> {
+    /// Flushes the target, under the error policy: tries again after a stop or under `ignore`. Whether it is flushed.
+    pub async fn flush_target(&mut self) -> Result<bool> {
         let mut wait = RETRY_FIRST;
         loop {
-            let Err(error) = self.shared.target.flush().await else { return Ok(()) };
+            let Err(error) = self.shared.target.flush().await else { return Ok(true) };
             match self.control.failed(crate::Side::Target, &error) {
                 Action::Report => return Err(error),
                 Action::Stop => {}
@@ -290,6 +302,9 @@ impl Engine {
                 }
             }
             if self.control.pause_wanted() {
+                if self.leave_on_pause {
+                    return Ok(false);
+                }
                 self.control.park().await;
             }
         }

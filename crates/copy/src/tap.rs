@@ -101,6 +101,9 @@ impl CopyTap {
         if at.is_empty() {
             return apply(source, at, change).await;
         }
+        if matches!(change, Change::Discard) && !source.child().options().discard {
+            return Ok(()); // ignored by the source: nothing changes
+        }
         self.work.guest_seen();
         self.throttle(at.len).await;
         match self.policy.guest_write(at) {

@@ -3,10 +3,9 @@
 
 use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Span};
 use copy::{Action, Control, Next, OnError, OnWrite, Policy, Side, Standing};
-use drivers::filters::mirror_top::MirrorTop;
 use env::Env;
 use env::sync::Notify;
-use graph::{Demand, Edge, Node, NodeCell, NodeDetails, Parent, Role};
+use graph::{Demand, Edge, Graph, Node, NodeDetails, NodeOptions, Parent, Perms, Role};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
@@ -195,15 +194,17 @@ impl Node for Mem {
     }
 }
 
-pub fn edge(name: &str, node: Rc<dyn Node>) -> Rc<Edge> {
-    let cell = NodeCell::loose(name, node);
-    Edge::loose(name, Role::Root, Parent::Job("test".into()), cell)
-}
-
-pub fn mirror_top(source: Rc<dyn Node>) -> Rc<MirrorTop> {
-    let cell = NodeCell::loose("source", source);
-    let e = Edge::loose("backing", Role::Filtered, Parent::Node(RefCell::new(None)), cell);
-    MirrorTop::new(e)
+/// A node in a graph, and an edge onto it that may do anything and lets others do anything.
+pub async fn edge(graph: &Graph, name: &str, node: Rc<dyn Node>) -> Rc<Edge> {
+    let cell = match graph.find(name) {
+        Some(cell) => cell,
+        None => {
+            let options = NodeOptions { name: Some(name.into()), discard: true, ..NodeOptions::default() };
+            graph.add(options, node).await.unwrap()
+        }
+    };
+    let demand = Demand { needs: Perms::CONSISTENT_READ.with(Perms::WRITE), shares: Perms::ALL };
+    graph.attach_exact(&cell, "test", Role::Root, Parent::Job("test".into()), demand).await.unwrap()
 }
 
 /// Steers an engine as a job would.
