@@ -215,7 +215,7 @@ mod tests {
         for _ in 0..20_000 {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let r = (x >> 33) as usize;
-            if live.len() > 12 || (r % 3 == 0 && !live.is_empty()) {
+            if live.len() > 12 || (r.is_multiple_of(3) && !live.is_empty()) {
                 live.remove(r % live.len());
             } else {
                 live.push(l.request(Span::new((r % 97) as u64, (r / 97 % 31) as u64), Owner::Guest));

@@ -62,7 +62,7 @@ async fn world(env: &Env, rng: &mut Rng, mode: Mode) -> Rc<World> {
     } else if rng.chance(0.7) {
         work.assume_target_zero().unwrap();
     }
-    if len % 4096 != 0 && rng.chance(0.5) {
+    if !len.is_multiple_of(4096) && rng.chance(0.5) {
         source.put(len - len % 4096, &vec![7; (len % 4096) as usize], true);
     }
     let top = MirrorTop::new(edge(&graph, "source", source.clone()).await);

@@ -1,6 +1,22 @@
 //! Jobs: work on disks that runs for long, is steered by a client, and ends with a change of the graph or without.
+//!
+//! [`Registry`] has all jobs and the verbs; [`Job`] is one of them; [`state`] says what may happen when; [`mirror`] and
+//! [`create`] are what jobs do. Events go to a [`Sink`]. No JSON and no QMP types here: `control` makes those.
 #![forbid(unsafe_code)]
 
+pub mod create;
+mod error;
+mod event;
+mod job;
+pub mod mirror;
+mod mirror_args;
+mod mirror_policy;
+mod registry;
 pub mod state;
 
+pub use error::JobError;
+pub use event::{Event, Kind, NoSink, Progress, Sink};
+pub use job::{Body, IoStatus, Job, Options};
+pub use mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
+pub use registry::{Group, MAX_JOBS, Registry};
 pub use state::{State, Verb};

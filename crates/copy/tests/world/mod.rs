@@ -46,7 +46,7 @@ impl Mem {
             fail_writes: Cell::new((0, 0)),
             fail_flush: Cell::new((0, 0)),
             hang: Cell::new(false),
-            ignore_discard: env.random() % 2 == 0,
+            ignore_discard: env.random().is_multiple_of(2),
             efficient_zero: false,
             slow_us: Cell::new(200),
             written: Cell::new(0),
@@ -64,7 +64,7 @@ impl Mem {
 
     fn draw(&self, rule: &Cell<(u64, i32)>) -> block::Result<()> {
         let (one_in, errno) = rule.get();
-        if one_in > 0 && self.env.random() % one_in == 0 {
+        if one_in > 0 && self.env.random().is_multiple_of(one_in) {
             return Err(BlockError::from_errno(errno));
         }
         Ok(())
@@ -98,7 +98,7 @@ impl Mem {
         }
         let half = bytes.len() / 2;
         let verdict = self.draw(&self.fail_writes);
-        if verdict.is_err() && self.env.random() % 2 == 0 {
+        if verdict.is_err() && self.env.random().is_multiple_of(2) {
             verdict?;
             return Ok(());
         }

@@ -1,0 +1,115 @@
+//! What jobs tell the world. `control` makes QMP events of it.
+
+use crate::state::State;
+use copy::{Action, Side};
+
+/// What a job does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Kind {
+    /// `blockdev-mirror`.
+    Mirror,
+    /// `blockdev-create`.
+    Create,
+}
+
+impl Kind {
+    /// The QMP name (JobType).
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Mirror => "mirror",
+            Kind::Create => "create",
+        }
+    }
+
+    /// Whether the `block-job-*` commands and `BLOCK_JOB_*` events know this kind.
+    pub const fn is_block_job(self) -> bool {
+        !matches!(self, Kind::Create)
+    }
+}
+
+/// How far a job is: what BLOCK_JOB_* events carry.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Progress {
+    /// All there is to do (`len`, `total-progress`).
+    pub total: u64,
+    /// What is done (`offset`, `current-progress`).
+    pub current: u64,
+}
+
+/// Something that happened to a job.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Event {
+    /// JOB_STATUS_CHANGE.
+    Status {
+        /// Job id.
+        id: String,
+        /// Its new state.
+        state: State,
+    },
+    /// BLOCK_JOB_READY.
+    Ready {
+        /// Job id.
+        id: String,
+        /// Kind of job.
+        kind: Kind,
+        /// How far it is.
+        progress: Progress,
+        /// Rate limit.
+        speed: u64,
+    },
+    /// BLOCK_JOB_PENDING.
+    Pending {
+        /// Job id.
+        id: String,
+        /// Kind of job.
+        kind: Kind,
+    },
+    /// BLOCK_JOB_COMPLETED.
+    Completed {
+        /// Job id.
+        id: String,
+        /// Kind of job.
+        kind: Kind,
+        /// How far it is.
+        progress: Progress,
+        /// Rate limit.
+        speed: u64,
+        /// What failed, if it failed.
+        error: Option<String>,
+    },
+    /// BLOCK_JOB_CANCELLED.
+    Cancelled {
+        /// Job id.
+        id: String,
+        /// Kind of job.
+        kind: Kind,
+        /// How far it is.
+        progress: Progress,
+        /// Rate limit.
+        speed: u64,
+    },
+    /// BLOCK_JOB_ERROR: a request failed.
+    Error {
+        /// Job id.
+        id: String,
+        /// `Source`: read, `Target`: write.
+        side: Side,
+        /// What is done about it.
+        action: Action,
+    },
+}
+
+/// Where events go. Called at the moment of the change; must not wait or call back.
+pub trait Sink {
+    /// Something happened.
+    fn event(&self, event: Event);
+}
+
+/// A sink that drops everything.
+pub struct NoSink;
+
+impl Sink for NoSink {
+    fn event(&self, _: Event) {}
+}

@@ -1,0 +1,393 @@
+//! One job: its state, what steers it, and how it ends.
+//!
+//! What can happen: verbs at any moment, failures that stop or end it, the engine resting or not. What must stay true:
+//! the state changes only along the table of [`State`]; each change is told once, in order; a job that was told to
+//! rest has nothing in flight before it says so; whatever ends a job, its body is told exactly once how.
+
+use crate::error::JobError;
+use crate::event::{Event, Kind, Progress};
+use crate::registry::{Group, Shared};
+use crate::state::{State, Verb};
+use block::{BlockError, Io, Result};
+use copy::{Action, Control, OnError, Side};
+use env::sync::Notify;
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+
+/// Whether failed requests stand out (QMP: io-status).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum IoStatus {
+    /// None since the last resume.
+    #[default]
+    Ok,
+    /// One failed.
+    Failed,
+    /// One failed for want of space.
+    NoSpace,
+}
+
+/// What a kind of job does; the rest is common to all.
+pub trait Body {
+    /// The work, up to where the graph may change. Dropped when the job is cancelled: it must leave nothing behind that
+    /// [`Body::finish`] does not clean up.
+    fn run<'a>(&'a self, job: &'a Rc<Job>) -> Io<'a>;
+    /// Changes the graph for success. An error makes the job fail.
+    fn prepare(&self) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    /// The last call: everything is given back. `success` says whether [`Body::prepare`] took effect.
+    fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
+        let _ = success;
+        Box::pin(async {})
+    }
+    /// How far the work is.
+    fn progress(&self) -> Progress;
+    /// Verb `complete`.
+    fn complete(&self, job: &Job) -> Result<()> {
+        Err(BlockError::invalid(format!("The active block job '{}' cannot be completed", job.id())))
+    }
+    /// Asked to end without a pivot but as a success; `false` if this job cannot do that now.
+    fn soft_cancel(&self) -> bool {
+        false
+    }
+    /// For queries and `change`.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// Options that all jobs have.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Change the graph without waiting for `finalize`.
+    pub auto_finalize: bool,
+    /// Vanish once concluded.
+    pub auto_dismiss: bool,
+    /// Rate limit in bytes per second, 0 for none.
+    pub speed: u64,
+    /// What to do about failed reads.
+    pub on_source_error: OnError,
+    /// What to do about failed writes.
+    pub on_target_error: OnError,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            auto_finalize: true,
+            auto_dismiss: true,
+            speed: 0,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+        }
+    }
+}
+
+/// A job.
+pub struct Job {
+    id: String,
+    kind: Kind,
+    options: Options,
+    state: Cell<State>,
+    body: RefCell<Option<Rc<dyn Body>>>,
+    pub(crate) group: RefCell<Rc<Group>>,
+    pub(crate) shared: Rc<Shared>,
+    user_paused: Cell<bool>,
+    idle: Cell<bool>,
+    /// At a pause point, with nothing in flight.
+    parked: Cell<bool>,
+    pub(crate) cancelled: Cell<bool>,
+    ending: Cell<bool>,
+    speed: Cell<u64>,
+    io_status: Cell<IoStatus>,
+    error: RefCell<Option<BlockError>>,
+    changed: Notify,
+    last_progress: Cell<Progress>,
+}
+
+impl Job {
+    pub(crate) fn new(
+        id: String,
+        kind: Kind,
+        options: Options,
+        group: Rc<Group>,
+        shared: Rc<Shared>,
+    ) -> Rc<Job> {
+        Rc::new(Job {
+            id,
+            kind,
+            options,
+            state: Cell::new(State::Undefined),
+            body: RefCell::new(None),
+            group: RefCell::new(group),
+            shared,
+            user_paused: Cell::new(false),
+            idle: Cell::new(false),
+            parked: Cell::new(false),
+            cancelled: Cell::new(false),
+            ending: Cell::new(false),
+            speed: Cell::new(options.speed),
+            io_status: Cell::new(IoStatus::Ok),
+            error: RefCell::new(None),
+            changed: Notify::new(),
+            last_progress: Cell::default(),
+        })
+    }
+
+    /// Job id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+    /// Kind of job.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+    /// Its options.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+    /// Where it is in its life.
+    pub fn state(&self) -> State {
+        self.state.get()
+    }
+    /// Why it failed (or that it was cancelled), once it is over.
+    pub fn error(&self) -> Option<BlockError> {
+        self.error.borrow().clone()
+    }
+    /// Rate limit in bytes per second, 0 for none.
+    pub fn speed(&self) -> u64 {
+        self.speed.get()
+    }
+    /// See [`IoStatus`]. Reset when the job ends.
+    pub fn io_status(&self) -> IoStatus {
+        self.io_status.get()
+    }
+    /// Whether a pause is in force: asked for by the user or after an error.
+    pub fn is_paused(&self) -> bool {
+        self.user_paused.get() && self.state.get() < State::Waiting
+    }
+    /// Whether the job is at work right now (racy by nature).
+    pub fn is_busy(&self) -> bool {
+        matches!(self.state.get(), State::Running | State::Ready) && !self.idle.get() && !self.parked.get()
+    }
+    /// How far the work is.
+    pub fn progress(&self) -> Progress {
+        let body = self.body.borrow().clone();
+        body.map_or(self.last_progress.get(), |b| b.progress())
+    }
+    /// What this kind of job does; gone once it is over.
+    pub fn body(&self) -> Option<Rc<dyn Body>> {
+        self.body.borrow().clone()
+    }
+    pub(crate) fn set_body(&self, body: Rc<dyn Body>) {
+        *self.body.borrow_mut() = Some(body);
+    }
+
+    pub(crate) fn accept(&self, verb: Verb) -> Result<(), JobError> {
+        if self.state.get().accepts(verb) {
+            return Ok(());
+        }
+        Err(JobError::refused(format!(
+            "Job '{}' in state '{}' cannot accept command verb '{}'",
+            self.id,
+            self.state.get(),
+            verb.name()
+        )))
+    }
+
+    pub(crate) fn set_state(&self, next: State) {
+        debug_assert!(self.state.get().may_become(next), "{}: {} -> {next}", self.id, self.state.get());
+        if next != self.state.replace(next) {
+            self.shared.tell(Event::Status { id: self.id.clone(), state: next });
+        }
+        self.changed.notify_all();
+    }
+
+    /// Announces READY: in sync for the first time.
+    pub(crate) fn set_ready(&self) {
+        self.set_state(State::Ready);
+        self.shared.tell(Event::Ready {
+            id: self.id.clone(),
+            kind: self.kind,
+            progress: self.progress(),
+            speed: self.speed.get(),
+        });
+    }
+
+    pub(crate) fn set_error(&self, error: BlockError) {
+        self.error.borrow_mut().get_or_insert(error);
+    }
+
+    /// Tells how it ended, drops the body, and goes to `concluded` (and on, if it is to vanish by itself).
+    pub(crate) fn conclude(self: &Rc<Job>) {
+        let progress = self.progress();
+        self.last_progress.set(progress);
+        self.io_status.set(IoStatus::Ok);
+        self.user_paused.set(false);
+        let body = self.body.take();
+        let (id, kind, speed) = (self.id.clone(), self.kind, self.speed.get());
+        if kind.is_block_job() {
+            let error = self.error.borrow().as_ref().map(|e| e.message().to_owned());
+            self.shared.tell(if self.cancelled.get() {
+                Event::Cancelled { id, kind, progress, speed }
+            } else {
+                Event::Completed { id, kind, progress, speed, error }
+            });
+        }
+        drop(body);
+        self.set_state(State::Concluded);
+        if self.options.auto_dismiss {
+            self.shared.forget(self);
+        }
+    }
+
+    pub(crate) fn pause(&self) -> Result<(), JobError> {
+        self.accept(Verb::Pause)?;
+        if self.user_paused.get() {
+            return Err(JobError::refused("Job is already paused"));
+        }
+        self.user_paused.set(true);
+        if self.idle.get()
+            && let Some(resting) = self.state.get().resting()
+        {
+            self.set_state(resting);
+        }
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    pub(crate) fn resume(&self) -> Result<(), JobError> {
+        if !self.user_paused.get() {
+            return Err(JobError::refused("Can't resume a job that was not paused"));
+        }
+        self.accept(Verb::Resume)?;
+        self.user_paused.set(false);
+        self.io_status.set(IoStatus::Ok);
+        self.leave_rest();
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Back from `paused` or `standby`, if it is there.
+    pub(crate) fn leave_rest(&self) {
+        if let Some(woken) = self.state.get().woken() {
+            self.set_state(woken);
+        }
+    }
+
+    pub(crate) fn set_speed(&self, speed: i64) -> Result<(), JobError> {
+        self.accept(Verb::SetSpeed)?;
+        let speed = u64::try_from(speed)
+            .map_err(|_| JobError::refused("Parameter 'speed' expects a non-negative value"))?;
+        self.speed.set(speed);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// A hard cancel: the work is dropped as soon as its task runs.
+    pub(crate) fn cancel_hard(&self) {
+        self.cancelled.set(true);
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn user_paused(&self) -> bool {
+        self.user_paused.get()
+    }
+
+    /// Wakes the job to look at what it was told.
+    pub(crate) fn nudge(&self) {
+        self.changed.notify_all();
+    }
+
+    /// The first caller gets to end the job.
+    pub(crate) fn begin_end(&self) -> bool {
+        !self.ending.replace(true)
+    }
+
+    pub(crate) async fn hard_cancelled(&self) {
+        loop {
+            let again = self.changed.wait();
+            if self.cancelled.get() {
+                return;
+            }
+            again.await;
+        }
+    }
+
+    /// Ends once the job has reached `concluded`.
+    pub async fn concluded(&self) {
+        loop {
+            let again = self.changed.wait();
+            if self.state.get() >= State::Concluded {
+                return;
+            }
+            again.await;
+        }
+    }
+
+    /// Ends once the job is in `state` or beyond any state of work.
+    pub async fn reached(&self, state: State) {
+        loop {
+            let again = self.changed.wait();
+            if self.state.get() == state || self.state.get() >= State::Concluded {
+                return;
+            }
+            again.await;
+        }
+    }
+}
+
+impl Control for Job {
+    fn pause_wanted(&self) -> bool {
+        self.user_paused.get()
+    }
+
+    fn park(&self) -> Pin<Box<dyn Future<Output = ()> + '_>> {
+        Box::pin(async {
+            if let Some(resting) = self.state.get().resting() {
+                self.set_state(resting);
+            }
+            self.parked.set(true);
+            loop {
+                let again = self.changed.wait();
+                if !self.user_paused.get() {
+                    break;
+                }
+                again.await;
+            }
+            self.parked.set(false);
+            self.leave_rest();
+        })
+    }
+
+    fn speed(&self) -> u64 {
+        self.speed.get()
+    }
+
+    fn failed(&self, side: Side, error: &BlockError) -> Action {
+        let rule = match side {
+            Side::Source => self.options.on_source_error,
+            Side::Target => self.options.on_target_error,
+        };
+        let action = rule.action(error);
+        self.shared.tell(Event::Error { id: self.id.clone(), side, action });
+        if action == Action::Stop {
+            if self.io_status.get() == IoStatus::Ok {
+                let full = error.errno() == BlockError::ENOSPC;
+                self.io_status.set(if full { IoStatus::NoSpace } else { IoStatus::Failed });
+            }
+            self.user_paused.set(true);
+            self.changed.notify_all();
+        }
+        action
+    }
+
+    fn changed(&self) -> &Notify {
+        &self.changed
+    }
+
+    fn set_idle(&self, idle: bool) {
+        self.idle.set(idle);
+    }
+}

@@ -1,0 +1,375 @@
+//! `blockdev-mirror`: copies a disk to a target while a client writes, and pivots the client to the target.
+//!
+//! Phases: *preparing* (the filter is in, all writes are marked dirty, what is to be copied is found out, the target is
+//! zeroed where that is cheap), *copying* (until clean once, then the target is flushed: READY), *following* (until told
+//! to complete or cancel), *finishing* (the client's requests are held, the rest is copied and flushed), and the end.
+//!
+//! What must stay true:
+//! * READY is told once, when nothing was dirty or in flight and the target was flushed.
+//! * Completion is one change of the graph, after a moment at which source and target are equal; requests held since
+//!   then go to the target. Every other end leaves the client on the source, untouched.
+//! * A soft cancel leaves the target as of one instant: no request is split by it.
+//! * Whoever attaches to the source while the job runs goes through the filter.
+//! * A target that hangs holds up neither a cancel nor, after it, the client. (Before: a synchronous write waits for
+//!   the target as long as the target takes. That is what it promises.)
+
+use crate::JobError;
+use crate::event::{Kind, Progress};
+use crate::job::{Body, Job};
+use crate::mirror_args::{Checked, CopyMode, MirrorArgs, Sync};
+use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
+use crate::registry::Registry;
+use block::{BlockError, ErrorKind, Io, Result, Span};
+use copy::bugs::{Bug, planted};
+use copy::{CopyTap, Engine, Outlook, Work, first};
+use drivers::filters::mirror_top::MirrorTop;
+use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Quiesced, Role, Step};
+use std::any::Any;
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+
+const BUSY: &str = "block device is in use by block job: mirror";
+
+/// A running mirror.
+pub struct Mirror {
+    graph: Rc<Graph>,
+    args: MirrorArgs,
+    source: Rc<NodeCell>,
+    target: Rc<NodeCell>,
+    replaces: Option<Rc<NodeCell>>,
+    filter: Rc<NodeCell>,
+    top: Rc<MirrorTop>,
+    work: Rc<Work>,
+    policy: Rc<MirrorPolicy>,
+    hold: RefCell<Option<Hold>>,
+    /// The client is held here from completion to the end.
+    quiet: RefCell<Option<Quiesced>>,
+    buffer: u64,
+}
+
+/// What the job has of the graph.
+struct Hold {
+    main: Rc<Edge>,
+    source: Rc<Edge>,
+    target: Rc<Edge>,
+    _blockers: Vec<Blocker>,
+}
+
+/// Checks the arguments, puts the filter in, and starts the job. On an error nothing is left behind (but the job may have
+/// been seen as created and gone).
+pub async fn start(
+    registry: &Registry,
+    graph: &Rc<Graph>,
+    args: MirrorArgs,
+) -> std::result::Result<Rc<Job>, JobError> {
+    let checked = args.check(graph).await?;
+    let job = registry.create(&args.job_id, Kind::Mirror, args.job_options()?, None)?;
+    match build(graph, args, checked, &job).await {
+        Ok(body) => {
+            registry.start(&job, body);
+            Ok(job)
+        }
+        Err(e) => {
+            registry.discard(&job);
+            Err(e.into())
+        }
+    }
+}
+
+async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<Job>) -> Result<Rc<Mirror>> {
+    let Checked { source, target, replaces, granularity, buffer } = checked;
+    let parent = || Parent::Job(args.job_id.clone());
+    let cr_w_wu = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);
+    let reading = Demand { needs: Perms::CONSISTENT_READ, shares: cr_w_wu };
+    let writing = Demand { needs: Perms::WRITE, shares: Perms::WRITE_UNCHANGED };
+    let source_edge = graph.attach_exact(&source, "source", Role::Root, parent(), reading).await?;
+    let target_edge = graph.attach_exact(&target, "target", Role::Root, parent(), writing).await?;
+
+    let below = graph
+        .attach_exact(&source, "backing", Role::Filtered, Parent::Node(RefCell::default()), Demand::NOTHING)
+        .await?;
+    let top = MirrorTop::new(below);
+    let options = NodeOptions {
+        name: args.filter_node_name.clone(),
+        discard: true,
+        read_only: !source.is_writable(),
+        ..NodeOptions::default()
+    };
+    let filter = graph.add(options, top.clone()).await?;
+    let main = graph.attach_exact(&filter, "main node", Role::Root, parent(), Demand::NOTHING).await?;
+
+    let work = Work::new(graph.env().clone(), source.node().len(), granularity)?;
+    let policy = Rc::new(MirrorPolicy::new(
+        graph.env().clone(),
+        work.clone(),
+        args.copy_mode,
+        args.convergence,
+        args.converge_after,
+        job,
+    ));
+    let tap = CopyTap::new(work.clone(), target_edge.clone(), policy.clone(), job.clone());
+    top.set_tap(Some(tap));
+    let plan = Plan::new()
+        .then(Step::MoveParents {
+            from: source.clone(),
+            to: filter.clone(),
+            except: vec![source_edge.clone()],
+        })
+        .then(Step::Cover { node: source.clone(), filter: Some(filter.clone()) });
+    graph.apply(plan).await?;
+    let nodes = [&source, &target, &filter];
+    let blockers = nodes.into_iter().chain(replaces.as_ref()).map(|n| n.block(BUSY)).collect();
+    let hold = Hold { main, source: source_edge, target: target_edge, _blockers: blockers };
+    Ok(Rc::new(Mirror {
+        graph: graph.clone(),
+        args,
+        source,
+        target,
+        replaces,
+        filter,
+        top,
+        work,
+        policy,
+        hold: RefCell::new(Some(hold)),
+        quiet: RefCell::new(None),
+        buffer,
+    }))
+}
+
+impl Mirror {
+    /// Clean now, nothing in flight, and every later write is synchronous.
+    pub fn actively_synced(&self) -> bool {
+        self.policy.is_following() && self.policy.mode() != CopyMode::Background && self.work.in_sync()
+    }
+
+    /// How client writes reach the target now.
+    pub fn copy_mode(&self) -> CopyMode {
+        self.policy.mode()
+    }
+
+    /// `block-job-change`: takes effect with the next request.
+    pub fn set_copy_mode(&self, mode: CopyMode) {
+        self.policy.set_mode(mode);
+    }
+
+    /// Rates, remaining bytes, time to sync or the reason why not.
+    pub fn outlook(&self, job: &Job) -> Outlook {
+        let now = self.graph.env().now();
+        self.work.meter().outlook(now, self.work.remaining(), job.speed(), job.is_paused())
+    }
+
+    /// Limit that the throttling policy has put on client writes, in bytes per second; 0 for none.
+    pub fn guest_limit(&self) -> u64 {
+        self.work.guest_limit()
+    }
+
+    /// Whether client requests are held (from completion to finalize).
+    pub fn is_frozen(&self) -> bool {
+        self.quiet.borrow().is_some()
+    }
+
+    /// The arguments it was started with.
+    pub fn args(&self) -> &MirrorArgs {
+        &self.args
+    }
+
+    /// What is shared between the copy and the client's requests.
+    pub fn work(&self) -> &Rc<Work> {
+        &self.work
+    }
+
+    async fn prepare_work(&self, source: &Edge, target: &Edge) -> Result<()> {
+        let whole = Span::new(0, self.work.len());
+        match self.args.sync {
+            Sync::Full => {
+                let efficient = target.limits().efficient_zero && self.target.options().discard;
+                let mut zero = self.args.target_is_zero || first::reads_as_zero(&self.work, target).await?;
+                if !zero && efficient {
+                    // where zeroing fails, copying will show what is wrong, under the error policy
+                    zero = first::zero_target(&self.work, target).await.is_ok();
+                }
+                if zero {
+                    self.work.assume_target_zero()?;
+                }
+                if zero && efficient {
+                    first::mark_data(&self.work, source).await?;
+                } else {
+                    self.work.mark(whole);
+                }
+            }
+            Sync::Top => first::mark_top(&self.work, source).await?,
+            Sync::None | Sync::Incremental | Sync::Bitmap => {}
+        }
+        Ok(())
+    }
+
+    async fn work_on(&self, job: &Rc<Job>) -> Result<()> {
+        let (source, target) = match self.hold.borrow().as_ref() {
+            Some(h) => (h.source.clone(), h.target.clone()),
+            None => return Ok(()),
+        };
+        if source.len() != target.len() {
+            return Err(BlockError::invalid("Source and target image have different sizes"));
+        }
+        self.prepare_work(&source, &target).await?;
+        let control: Rc<Job> = job.clone();
+        let mut engine = Engine::new(
+            self.work.clone(),
+            source.clone(),
+            target.clone(),
+            self.policy.clone(),
+            control,
+            self.buffer,
+        );
+        self.policy.enter(Phase::Copying);
+        engine.run().await?;
+        engine.flush_target().await?;
+        job.set_ready();
+        self.policy.enter(Phase::Following);
+        loop {
+            engine.run().await?;
+            if self.finish_copy(&mut engine).await? {
+                return Ok(());
+            }
+            // told to rest while finishing: the client goes on, and later all is done again
+            self.quiet.take();
+            engine.set_leave_on_pause(false);
+            self.policy.enter(Phase::Following);
+        }
+    }
+
+    /// Holds the client, copies and flushes the rest. Whether source and target are equal now.
+    async fn finish_copy(&self, engine: &mut Engine) -> Result<bool> {
+        if !planted(Bug::NoDrain) {
+            let main = self.hold.borrow().as_ref().map(|h| h.main.clone());
+            let quiet = self.graph.quiesce(&self.filter, main.as_slice()).await;
+            *self.quiet.borrow_mut() = Some(quiet);
+        }
+        self.policy.enter(Phase::Finishing);
+        engine.set_leave_on_pause(true);
+        engine.run().await?;
+        if !self.work.in_sync() && !planted(Bug::NoDrain) {
+            return Ok(false);
+        }
+        if !engine.flush_target().await? {
+            return Ok(false);
+        }
+        if self.policy.wish() == Wish::Stop {
+            // the instant: from here on the client's writes are its own
+            self.top.set_tap(None);
+            self.policy.enter(Phase::Over);
+            self.quiet.take();
+        }
+        Ok(true)
+    }
+
+    /// The graph as it was before the job.
+    fn plan_back(&self) -> Plan {
+        let except = self.hold.borrow().as_ref().map(|h| h.main.clone()).into_iter().collect();
+        Plan::new()
+            .then(Step::MoveParents { from: self.filter.clone(), to: self.source.clone(), except })
+            .then(Step::Cover { node: self.source.clone(), filter: None })
+    }
+
+    /// All parents of the source (or of the node it replaces) onto the target.
+    fn plan_pivot(&self) -> Plan {
+        let (main, source, target) = match self.hold.borrow().as_ref() {
+            Some(h) => (h.main.clone(), h.source.clone(), h.target.clone()),
+            None => return Plan::new(),
+        };
+        let mut plan = Plan::new().then(Step::Ask { edge: target, demand: Demand::NOTHING });
+        if let Some(replaced) = &self.replaces
+            && replaced.id() != self.source.id()
+        {
+            plan.steps.extend(self.plan_back().steps);
+            return plan.then(Step::MoveParents {
+                from: replaced.clone(),
+                to: self.target.clone(),
+                except: vec![source],
+            });
+        }
+        let mut stay = vec![source];
+        stay.extend(self.top_edge());
+        plan.then(Step::MoveParents {
+            from: self.filter.clone(),
+            to: self.target.clone(),
+            except: vec![main],
+        })
+        .then(Step::MoveParents { from: self.source.clone(), to: self.target.clone(), except: stay })
+        .then(Step::Cover { node: self.source.clone(), filter: None })
+    }
+
+    fn top_edge(&self) -> Option<Rc<Edge>> {
+        self.filter.node().filtered()
+    }
+}
+
+impl Body for Mirror {
+    fn run<'a>(&'a self, job: &'a Rc<Job>) -> Io<'a> {
+        Box::pin(self.work_on(job))
+    }
+
+    fn prepare(&self) -> Io<'_> {
+        Box::pin(async move {
+            if self.policy.wish() == Wish::Stop && !planted(Bug::CancelCompletes) {
+                return self.graph.apply(self.plan_back()).await;
+            }
+            if !self.work.in_sync() && !planted(Bug::NoDrain) {
+                // somebody attached while the client was held, wrote, and the target failed
+                return Err(BlockError::new(ErrorKind::Io, "the target failed while the job was pending"));
+            }
+            self.graph.apply(self.plan_pivot()).await
+        })
+    }
+
+    fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
+        Box::pin(async move {
+            self.policy.enter(Phase::Over);
+            self.work.give_up_target();
+            self.top.set_tap(None);
+            self.quiet.take();
+            if !success {
+                // Going back asks for nothing that was not granted before, so it is not refused.
+                let _ = self.graph.apply(self.plan_back()).await;
+            }
+            self.hold.take();
+            self.graph.settle().await;
+        })
+    }
+
+    fn progress(&self) -> Progress {
+        let current = self.work.done();
+        Progress { total: current + self.work.remaining(), current }
+    }
+
+    fn complete(&self, _: &Job) -> Result<()> {
+        self.policy.ask(Wish::Pivot);
+        Ok(())
+    }
+
+    fn soft_cancel(&self) -> bool {
+        self.policy.ask(Wish::Stop);
+        true
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// The mirror that `job` is, if it is one and not over.
+pub fn with<R>(job: &Job, look: impl FnOnce(&Mirror) -> R) -> Option<R> {
+    let body = job.body()?;
+    body.as_any().downcast_ref::<Mirror>().map(look)
+}
+
+/// `block-job-change`: another copy mode, in either direction.
+pub fn change(job: &Job, mode: CopyMode) -> std::result::Result<(), JobError> {
+    job.accept(crate::Verb::Change)?;
+    with(job, |m| m.set_copy_mode(mode))
+        .ok_or_else(|| JobError::refused("Job type does not support change"))?;
+    job.nudge();
+    Ok(())
+}

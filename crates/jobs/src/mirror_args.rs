@@ -1,0 +1,243 @@
+//! Arguments of a mirror, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
+
+use crate::job::Options;
+use block::{BlockError, ErrorKind, Result};
+use copy::OnError;
+use graph::{Graph, NodeCell, walk};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Largest granularity.
+const MAX_GRANULARITY: u64 = 64 << 20;
+/// Default buffer: as QSD.
+const DEFAULT_BUFFER: u64 = 16 << 20;
+/// Granularity where the target has no clusters.
+const DEFAULT_GRANULARITY: u64 = 64 << 10;
+
+/// What is copied at the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Sync {
+    /// All layers.
+    #[default]
+    Full,
+    /// What the top layer holds.
+    Top,
+    /// Nothing: only what is written from now on.
+    None,
+    /// Refused: needs a bitmap argument.
+    Incremental,
+    /// Refused: needs a bitmap argument.
+    Bitmap,
+}
+
+/// How client requests reach the target.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum CopyMode {
+    /// By the background copy, later.
+    #[default]
+    Background,
+    /// A write is done when source and target have it.
+    WriteBlocking,
+    /// The same, and what is read is written to the target where that is behind.
+    ReadWriteBlocking,
+}
+
+impl CopyMode {
+    /// The QMP name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CopyMode::Background => "background",
+            CopyMode::WriteBlocking => "write-blocking",
+            CopyMode::ReadWriteBlocking => "read-write-blocking",
+        }
+    }
+}
+
+/// What is done when the client dirties the disk faster than it is copied. Nothing, unless the user chose otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Convergence {
+    /// Nothing.
+    #[default]
+    None,
+    /// Client writes become synchronous.
+    SwitchCopyMode,
+    /// Client writes are slowed to below the copy rate.
+    ThrottleGuest,
+}
+
+/// Arguments of `blockdev-mirror`, as the client gave them (numbers may be negative).
+#[derive(Clone, Debug)]
+pub struct MirrorArgs {
+    /// Job id.
+    pub job_id: String,
+    /// Node to copy: a root node.
+    pub device: String,
+    /// Node to copy to.
+    pub target: String,
+    /// Node to replace on completion instead of `device`.
+    pub replaces: Option<String>,
+    /// What is copied at the start.
+    pub sync: Sync,
+    /// Bytes per second, 0: no limit.
+    pub speed: i64,
+    /// Bytes per dirty bit, 0: default.
+    pub granularity: u64,
+    /// Bytes in flight, 0: default.
+    pub buf_size: i64,
+    /// On failing reads.
+    pub on_source_error: OnError,
+    /// On failing writes.
+    pub on_target_error: OnError,
+    /// How client requests reach the target.
+    pub copy_mode: CopyMode,
+    /// Name of the filter node.
+    pub filter_node_name: Option<String>,
+    /// See [`Options`].
+    pub auto_finalize: bool,
+    /// See [`Options`].
+    pub auto_dismiss: bool,
+    /// The user asserts that the target reads as zero.
+    pub target_is_zero: bool,
+    /// What to do when it does not converge.
+    pub convergence: Convergence,
+    /// How long to wait before that.
+    pub converge_after: Duration,
+}
+
+impl MirrorArgs {
+    /// A full mirror with all defaults.
+    pub fn new(job_id: &str, device: &str, target: &str) -> MirrorArgs {
+        MirrorArgs {
+            job_id: job_id.to_owned(),
+            device: device.to_owned(),
+            target: target.to_owned(),
+            replaces: None,
+            sync: Sync::Full,
+            speed: 0,
+            granularity: 0,
+            buf_size: 0,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            copy_mode: CopyMode::Background,
+            filter_node_name: None,
+            auto_finalize: true,
+            auto_dismiss: true,
+            target_is_zero: false,
+            convergence: Convergence::None,
+            converge_after: Duration::from_secs(30),
+        }
+    }
+
+    pub(crate) fn job_options(&self) -> Result<Options> {
+        let speed = u64::try_from(self.speed)
+            .map_err(|_| BlockError::invalid("Parameter 'speed' expects a non-negative value"))?;
+        Ok(Options {
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
+            speed,
+            on_source_error: self.on_source_error,
+            on_target_error: self.on_target_error,
+        })
+    }
+
+    /// Looks up the nodes and checks everything that can be checked before the job exists.
+    pub(crate) async fn check(&self, graph: &Graph) -> Result<Checked> {
+        let source = find(graph, &self.device)?;
+        let target = find(graph, &self.target)?;
+        match self.sync {
+            Sync::Incremental => return Err(unsupported_sync("incremental")),
+            Sync::Bitmap => return Err(unsupported_sync("bitmap")),
+            Sync::Full | Sync::Top | Sync::None => {}
+        }
+        if self.granularity != 0 && !(512..=MAX_GRANULARITY).contains(&self.granularity) {
+            return Err(BlockError::invalid("Parameter 'granularity' expects a value in range [512B, 64MB]"));
+        }
+        if self.granularity != 0 && !self.granularity.is_power_of_two() {
+            return Err(BlockError::invalid("Parameter 'granularity' expects a power of 2"));
+        }
+        let buffer =
+            u64::try_from(self.buf_size).map_err(|_| BlockError::invalid("Invalid parameter 'buf-size'"))?;
+        if source.id() == target.id() {
+            return Err(BlockError::invalid("Can't mirror node into itself"));
+        }
+        let replaces =
+            self.replaces.as_deref().map(|name| find_replaced(graph, name, &source)).transpose()?;
+        if let Some(name) = &self.filter_node_name {
+            graph.check_name(name)?;
+        }
+        if !walk::is_root(&source) {
+            return Err(BlockError::invalid("Need a root block node"));
+        }
+        source.check_not_blocked()?;
+        target.check_not_blocked()?;
+        if walk::contains(&walk::skip_filters(&source), &target) && source_filters(&source, &target) {
+            return Err(BlockError::invalid("Can't mirror node into itself"));
+        }
+        let granularity = match self.granularity {
+            0 => default_granularity(&target).await,
+            g => g,
+        };
+        let buffer = if buffer == 0 { DEFAULT_BUFFER } else { buffer };
+        let buffer = buffer.div_ceil(granularity).saturating_mul(granularity);
+        Ok(Checked { source, target, replaces, granularity, buffer })
+    }
+}
+
+/// Arguments that have been looked up.
+pub(crate) struct Checked {
+    pub(crate) source: Rc<NodeCell>,
+    pub(crate) target: Rc<NodeCell>,
+    pub(crate) replaces: Option<Rc<NodeCell>>,
+    pub(crate) granularity: u64,
+    pub(crate) buffer: u64,
+}
+
+fn find(graph: &Graph, name: &str) -> Result<Rc<NodeCell>> {
+    graph.find(name).ok_or_else(|| {
+        let message = format!("Cannot find device='{name}' nor node-name='{name}'");
+        BlockError::new(ErrorKind::NotFound, message)
+    })
+}
+
+fn unsupported_sync(name: &str) -> BlockError {
+    BlockError::unsupported(format!("Sync mode '{name}' not supported"))
+}
+
+/// The target may not be what the source's own filters show.
+fn source_filters(source: &Rc<NodeCell>, target: &Rc<NodeCell>) -> bool {
+    walk::skip_filters(source).id() == target.id()
+}
+
+/// The node to be replaced must show the same bytes as the source: reachable through filters and quorum only, from the
+/// source down.
+fn find_replaced(graph: &Graph, name: &str, source: &Rc<NodeCell>) -> Result<Rc<NodeCell>> {
+    let replaced = graph.find(name).ok_or_else(|| {
+        BlockError::new(ErrorKind::NotFound, format!("Failed to find node with node-name='{name}'"))
+    })?;
+    let mut todo = vec![source.clone()];
+    while let Some(cell) = todo.pop() {
+        if cell.id() == replaced.id() {
+            return Ok(replaced);
+        }
+        let node = cell.node();
+        match node.filtered() {
+            Some(edge) => todo.push(edge.child()),
+            None if node.driver() == "quorum" => todo.extend(node.edges().iter().map(|e| e.child())),
+            None => {}
+        }
+    }
+    Err(BlockError::invalid(format!(
+        "Cannot replace '{name}' by a node mirrored from '{}', because it cannot be guaranteed that doing so would not lead to an abrupt change of visible data",
+        source.name()
+    )))
+}
+
+/// The target's cluster size, within 4 to 64 KiB.
+async fn default_granularity(target: &Rc<NodeCell>) -> u64 {
+    let clusters = walk::skip_filters(target).node().limits().cluster_size;
+    let clusters = match clusters {
+        0 => target.node().details().await.ok().and_then(|d| d.cluster_size).unwrap_or(0),
+        c => c,
+    };
+    if clusters == 0 { DEFAULT_GRANULARITY } else { clusters.clamp(4096, DEFAULT_GRANULARITY) }
+}

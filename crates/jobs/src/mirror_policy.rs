@@ -1,0 +1,159 @@
+//! What makes a mirror a mirror: which writes are synchronous, when a pass is over, and the user's convergence policy.
+
+use crate::job::Job;
+use crate::mirror_args::{Convergence, CopyMode};
+use block::Span;
+use copy::{Next, Obstacle, OnWrite, Policy, Standing, Work};
+use env::Env;
+use std::cell::Cell;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+/// Bytes left at which the client is held for completion although some are still dirty: what a window holds, so a pause
+/// of milliseconds.
+const HOLD_AT: u64 = 1 << 20;
+/// How long completion waits for that before it holds the client anyway: `complete` is an order, and must end.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Share of the copy rate that the throttling policy leaves to the client.
+const GUEST_SHARE: f64 = 0.5;
+
+/// See the phases in [`crate::mirror`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Phase {
+    Preparing,
+    Copying,
+    Following,
+    Finishing,
+    Over,
+}
+
+/// What the user asked of a ready mirror.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Wish {
+    Follow,
+    Pivot,
+    /// End as a copy of one instant.
+    Stop,
+}
+
+pub(crate) struct MirrorPolicy {
+    env: Env,
+    work: Rc<Work>,
+    phase: Cell<Phase>,
+    mode: Cell<CopyMode>,
+    wish: Cell<Wish>,
+    asked_at: Cell<Duration>,
+    convergence: Convergence,
+    converge_after: Duration,
+    started: Duration,
+    job: Weak<Job>,
+}
+
+impl MirrorPolicy {
+    pub(crate) fn new(
+        env: Env,
+        work: Rc<Work>,
+        mode: CopyMode,
+        convergence: Convergence,
+        converge_after: Duration,
+        job: &Rc<Job>,
+    ) -> MirrorPolicy {
+        let started = env.now();
+        MirrorPolicy {
+            env,
+            work,
+            phase: Cell::new(Phase::Preparing),
+            mode: Cell::new(mode),
+            wish: Cell::new(Wish::Follow),
+            asked_at: Cell::new(Duration::ZERO),
+            convergence,
+            converge_after,
+            started,
+            job: Rc::downgrade(job),
+        }
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.phase.set(phase);
+    }
+
+    pub(crate) fn is_following(&self) -> bool {
+        self.phase.get() == Phase::Following
+    }
+
+    pub(crate) fn mode(&self) -> CopyMode {
+        self.mode.get()
+    }
+
+    pub(crate) fn set_mode(&self, mode: CopyMode) {
+        self.mode.set(mode);
+    }
+
+    pub(crate) fn wish(&self) -> Wish {
+        self.wish.get()
+    }
+
+    /// The first wish counts: a completion under way is not turned into a cancellation, nor the other way round.
+    pub(crate) fn ask(&self, wish: Wish) {
+        if self.wish.get() == Wish::Follow {
+            self.wish.set(wish);
+            self.asked_at.set(self.env.now());
+        }
+    }
+
+    /// What the user chose to have done when the copy does not get there by itself.
+    fn converge(&self) {
+        if self.convergence == Convergence::None
+            || self.phase.get() != Phase::Copying
+            || self.env.now().saturating_sub(self.started) < self.converge_after
+        {
+            return;
+        }
+        let Some(job) = self.job.upgrade() else { return };
+        let now = self.env.now();
+        let outlook = self.work.meter().outlook(now, self.work.remaining(), job.speed(), job.is_paused());
+        let stuck = matches!(outlook.obstacle, Some(Obstacle::DirtyRate | Obstacle::SpeedLimit));
+        match self.convergence {
+            Convergence::SwitchCopyMode if stuck && self.mode.get() == CopyMode::Background => {
+                self.mode.set(CopyMode::WriteBlocking);
+            }
+            Convergence::ThrottleGuest if stuck => {
+                let limit = (outlook.copy_rate as f64 * GUEST_SHARE) as u64;
+                self.work.limit_guest(limit.max(self.work.granularity()));
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Policy for MirrorPolicy {
+    fn guest_write(&self, _: Span) -> OnWrite {
+        match (self.phase.get(), self.mode.get()) {
+            (Phase::Preparing, _) => OnWrite::MarkDirty,
+            (Phase::Over, _) => OnWrite::Pass,
+            // whoever attached while the client is held: the target must stay equal
+            (Phase::Finishing, _) => OnWrite::WriteBoth,
+            (_, CopyMode::Background) => OnWrite::MarkDirty,
+            _ => OnWrite::WriteBoth,
+        }
+    }
+
+    fn copy_reads(&self) -> bool {
+        self.mode.get() == CopyMode::ReadWriteBlocking
+            && matches!(self.phase.get(), Phase::Copying | Phase::Following)
+    }
+
+    fn pass_over(&self, s: Standing) -> Next {
+        self.converge();
+        let done = match self.phase.get() {
+            Phase::Copying | Phase::Finishing => s.clean,
+            Phase::Following => {
+                let asked = self.wish.get() != Wish::Follow;
+                let near = s.dirty + s.copying <= HOLD_AT;
+                asked && (near || self.env.now().saturating_sub(self.asked_at.get()) > PATIENCE)
+            }
+            Phase::Preparing | Phase::Over => true,
+        };
+        if done { Next::Done } else { Next::Again }
+    }
+}

@@ -1,0 +1,320 @@
+//! All jobs, the transactions they belong to, and the verbs of the commands.
+//!
+//! What must stay true: ids are one namespace; the members of a transaction pass `waiting` and `pending` together, are
+//! finalized together, and if one fails or is cancelled the others are cancelled; each job is ended by one caller.
+
+use crate::error::JobError;
+use crate::event::{Event, Kind, Sink};
+use crate::job::{Body, Job, Options};
+use crate::state::{State, Verb};
+use block::{BlockError, Result};
+use env::Env;
+use env::sync::race;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+/// Most jobs at once, concluded ones included: far beyond what managers start, and a bound for their memory.
+pub const MAX_JOBS: usize = 4096;
+
+pub(crate) struct Shared {
+    sink: Rc<dyn Sink>,
+    jobs: RefCell<Vec<Rc<Job>>>,
+}
+
+impl Shared {
+    pub(crate) fn tell(&self, event: Event) {
+        self.sink.event(event);
+    }
+
+    /// The job vanishes.
+    pub(crate) fn forget(&self, job: &Rc<Job>) {
+        job.set_state(State::Null);
+        self.jobs.borrow_mut().retain(|j| !Rc::ptr_eq(j, job));
+        // the two hold each other
+        let group = job.group.borrow().clone();
+        group.members.borrow_mut().retain(|j| !Rc::ptr_eq(j, job));
+    }
+}
+
+/// Jobs that end together.
+#[derive(Default)]
+pub struct Group {
+    members: RefCell<Vec<Rc<Job>>>,
+    finalizing: Cell<bool>,
+}
+
+impl Group {
+    /// A group without members.
+    pub fn new() -> Rc<Group> {
+        Rc::default()
+    }
+
+    fn members(&self) -> Vec<Rc<Job>> {
+        self.members.borrow().clone()
+    }
+
+    /// A member has done its work: if it was the last, all become pending, and final unless somebody has to say so.
+    async fn arrived(&self) {
+        let members = self.members();
+        if members.iter().any(|m| m.state() != State::Waiting) {
+            return;
+        }
+        members.iter().for_each(|m| m.set_state(State::Pending));
+        if members.iter().all(|m| m.options().auto_finalize) {
+            self.finalize().await;
+            return;
+        }
+        for m in members.iter().filter(|m| !m.options().auto_finalize && m.kind().is_block_job()) {
+            m.shared.tell(Event::Pending { id: m.id().to_owned(), kind: m.kind() });
+        }
+    }
+
+    /// All graph changes, then all conclusions; the first failure ends all.
+    async fn finalize(&self) {
+        if self.finalizing.replace(true) {
+            return;
+        }
+        let members = self.members();
+        for m in &members {
+            let Some(body) = m.body() else { continue };
+            if let Err(error) = body.prepare().await {
+                m.set_error(error);
+                self.abort(m).await;
+                return;
+            }
+        }
+        for m in &members {
+            if m.begin_end() {
+                if let Some(body) = m.body() {
+                    body.finish(true).await;
+                }
+                m.conclude();
+            }
+        }
+    }
+
+    /// `culprit` failed or was cancelled: all end without success. Members that still work are told and end by
+    /// themselves.
+    async fn abort(&self, culprit: &Rc<Job>) {
+        self.finalizing.set(true);
+        end_badly(culprit).await;
+        for m in self.members() {
+            if Rc::ptr_eq(&m, culprit) {
+                continue;
+            }
+            match m.state() {
+                State::Waiting | State::Pending => {
+                    m.cancelled.set(true);
+                    end_badly(&m).await;
+                }
+                s if s.is_live() => m.cancel_hard(),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Clean-up and conclusion of a job that failed (its error is set) or was cancelled.
+async fn end_badly(job: &Rc<Job>) {
+    if !job.begin_end() {
+        return;
+    }
+    if job.cancelled.get() {
+        job.set_error(BlockError::from_errno(BlockError::ECANCELED));
+    }
+    job.leave_rest();
+    job.set_state(State::Aborting);
+    if let Some(body) = job.body() {
+        body.finish(false).await;
+    }
+    job.conclude();
+}
+
+/// All jobs of a home thread.
+pub struct Registry {
+    env: Env,
+    shared: Rc<Shared>,
+}
+
+impl Registry {
+    /// No jobs. Events go to `sink`.
+    pub fn new(env: &Env, sink: Rc<dyn Sink>) -> Rc<Registry> {
+        let shared = Rc::new(Shared { sink, jobs: RefCell::default() });
+        Rc::new(Registry { env: env.clone(), shared })
+    }
+
+    /// All jobs, newest first.
+    pub fn list(&self) -> Vec<Rc<Job>> {
+        self.shared.jobs.borrow().iter().rev().cloned().collect()
+    }
+
+    /// The job `id`, for `job-*` commands.
+    pub fn find(&self, id: &str) -> Result<Rc<Job>, JobError> {
+        self.shared.jobs.borrow().iter().find(|j| j.id() == id).cloned().ok_or(JobError::NotFound)
+    }
+
+    /// The block job `id`, for `block-job-*` commands.
+    pub fn find_block_job(&self, id: &str) -> Result<Rc<Job>, JobError> {
+        let job = self.find(id).ok().filter(|j| j.kind().is_block_job());
+        job.ok_or_else(|| JobError::NotActive(id.to_owned()))
+    }
+
+    /// Makes a job that does not run yet. The id must be free: a letter, then letters, digits, `-`, `.`, `_`.
+    pub fn create(
+        &self,
+        id: &str,
+        kind: Kind,
+        options: Options,
+        group: Option<Rc<Group>>,
+    ) -> Result<Rc<Job>, JobError> {
+        let rest = id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'));
+        if !id.starts_with(|c: char| c.is_ascii_alphabetic()) || !rest {
+            return Err(JobError::refused(format!("Invalid job ID '{id}'")));
+        }
+        if self.find(id).is_ok() {
+            return Err(JobError::refused(format!("Job ID '{id}' already in use")));
+        }
+        if self.shared.jobs.borrow().len() >= MAX_JOBS {
+            return Err(JobError::refused(format!("There are {MAX_JOBS} jobs already; dismiss some")));
+        }
+        let group = group.unwrap_or_default();
+        let job = Job::new(id.to_owned(), kind, options, group.clone(), self.shared.clone());
+        group.members.borrow_mut().push(job.clone());
+        self.shared.jobs.borrow_mut().push(job.clone());
+        job.set_state(State::Created);
+        Ok(job)
+    }
+
+    /// The start of a created job failed: it was never there.
+    pub fn discard(&self, job: &Rc<Job>) {
+        self.shared.forget(job);
+    }
+
+    /// Starts a created job.
+    pub fn start(&self, job: &Rc<Job>, body: Rc<dyn Body>) {
+        job.set_body(body);
+        job.set_state(State::Running);
+        self.env.spawn("job", drive(job.clone()));
+    }
+
+    /// `job-pause`, `block-job-pause`.
+    pub fn pause(&self, job: &Rc<Job>) -> Result<(), JobError> {
+        job.pause()
+    }
+
+    /// `job-resume`, `block-job-resume`.
+    pub fn resume(&self, job: &Rc<Job>) -> Result<(), JobError> {
+        job.resume()
+    }
+
+    /// `block-job-set-speed`; bytes per second.
+    pub fn set_speed(&self, job: &Rc<Job>, speed: i64) -> Result<(), JobError> {
+        job.set_speed(speed)
+    }
+
+    /// `job-complete`, `block-job-complete`.
+    pub fn complete(&self, job: &Rc<Job>) -> Result<(), JobError> {
+        job.accept(Verb::Complete)?;
+        if let Some(body) = job.body() {
+            body.complete(job)?;
+        }
+        job.nudge();
+        Ok(())
+    }
+
+    /// `job-cancel`, and `block-job-cancel` with `force`: ends without success. Returns when that is certain, not when it is done
+    /// (but for jobs that have done their work: those have ended).
+    pub async fn cancel(&self, job: &Rc<Job>) -> Result<(), JobError> {
+        job.accept(Verb::Cancel)?;
+        self.cancel_now(job).await;
+        Ok(())
+    }
+
+    async fn cancel_now(&self, job: &Rc<Job>) {
+        match job.state() {
+            State::Waiting | State::Pending => {
+                let group = job.group.borrow().clone();
+                if !group.finalizing.get() {
+                    job.cancelled.set(true);
+                    group.abort(job).await;
+                }
+            }
+            _ => job.cancel_hard(),
+        }
+    }
+
+    /// `block-job-cancel` without `force`: a ready mirror ends as a success without a pivot, anything else is cancelled.
+    pub async fn cancel_softly(&self, job: &Rc<Job>) -> Result<(), JobError> {
+        if job.user_paused()
+            && matches!(
+                job.state(),
+                State::Created | State::Running | State::Paused | State::Ready | State::Standby
+            )
+        {
+            return Err(JobError::refused(format!(
+                "The block job for device '{}' is currently paused",
+                job.id()
+            )));
+        }
+        job.accept(Verb::Cancel)?;
+        let soft = job.state() == State::Ready && job.body().is_some_and(|b| b.soft_cancel());
+        if soft {
+            job.nudge();
+        } else {
+            self.cancel_now(job).await;
+        }
+        Ok(())
+    }
+
+    /// `job-finalize`, `block-job-finalize`: all of the transaction. Returns when the jobs are concluded.
+    pub async fn finalize(&self, job: &Rc<Job>) -> Result<(), JobError> {
+        job.accept(Verb::Finalize)?;
+        let group = job.group.borrow().clone();
+        group.finalize().await;
+        Ok(())
+    }
+
+    /// `job-dismiss`, `block-job-dismiss`.
+    pub fn dismiss(&self, job: &Rc<Job>) -> Result<(), JobError> {
+        job.accept(Verb::Dismiss)?;
+        self.shared.forget(job);
+        Ok(())
+    }
+
+    /// For the end of the daemon: cancels all jobs, waits until they have ended, forgets them.
+    pub async fn cancel_all(&self) {
+        for job in self.list() {
+            if job.state().is_live() {
+                self.cancel_now(&job).await;
+            }
+        }
+        for job in self.list() {
+            job.concluded().await;
+            if job.state() == State::Concluded {
+                self.shared.forget(&job);
+            }
+        }
+    }
+}
+
+/// A job's task: its work, and what follows from how that ended.
+async fn drive(job: Rc<Job>) {
+    let Some(body) = job.body() else { return };
+    let outcome = if job.cancelled.get() { None } else { race(body.run(&job), job.hard_cancelled()).await };
+    drop(body);
+    let group = job.group.borrow().clone();
+    match outcome {
+        Some(Ok(())) if !job.cancelled.get() => {
+            job.set_state(State::Waiting);
+            group.arrived().await;
+        }
+        Some(Err(error)) if !job.cancelled.get() => {
+            job.set_error(error);
+            group.abort(&job).await;
+        }
+        _ => {
+            job.cancelled.set(true);
+            group.abort(&job).await;
+        }
+    }
+}
