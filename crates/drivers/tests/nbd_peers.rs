@@ -2,17 +2,18 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod storm;
+
 use block::{BlockError, Data, ErrorKind, Kind, ReqFlags, Span};
 use drivers::nbd_client::{NbdClient, NbdOptions};
 use env::{Address, Env};
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
 use graph::Node;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+use storm::{Random, seed, storm};
 
 const SIZE: usize = 8 << 20;
 
@@ -44,19 +45,6 @@ impl Dir {
 impl Drop for Dir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-struct Random(u64);
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
     }
 }
 
@@ -122,64 +110,6 @@ fn with<T: 'static, F: Future<Output = T> + 'static>(f: impl FnOnce(Env) -> F) -
 
 fn options(dir: &Dir) -> NbdOptions {
     NbdOptions::new(dir.address(), "d")
-}
-
-/// Random requests, 64 deep and never two overlapping, against a byte array; the disk's content afterwards.
-async fn storm(client: Rc<NbdClient>, mut disk: Vec<u8>, seed: u64, rounds: usize) -> Vec<u8> {
-    let mut r = Random(seed | 1);
-    let align = client.limits().request_alignment;
-    let mut busy: Vec<Span> = Vec::new();
-    let mut flying = FuturesUnordered::new();
-    let mut issued = 0;
-    while issued < rounds || !flying.is_empty() {
-        while issued < rounds && flying.len() < 64 {
-            issued += 1;
-            let len = [512, 4096, 8192, 65536, 200 * 1024][r.below(5) as usize];
-            let start = r.below(SIZE as u64 - len) / align * align;
-            let span = Span::new(start, len);
-            if busy.iter().any(|b| b.overlaps(&span)) {
-                continue;
-            }
-            busy.push(span);
-            let range = start as usize..(start + len) as usize;
-            let c = client.clone();
-            let what = r.below(10);
-            let (mut data, mut want) = (Data::empty(), Vec::new());
-            match what {
-                0..4 => want = disk[range].to_vec(),
-                4..8 => {
-                    let v: Vec<u8> = (0..len / 8).flat_map(|_| r.next().to_le_bytes()).collect();
-                    disk[range].copy_from_slice(&v);
-                    data = v.into();
-                }
-                8 => disk[range].fill(0),
-                _ => {}
-            }
-            let flags = ReqFlags { fua: r.below(4) == 0, may_unmap: r.below(2) == 0, ..ReqFlags::NONE };
-            flying.push(async move {
-                match what {
-                    0..4 => {
-                        let got = c.read(span).await.unwrap();
-                        assert!(got.to_vec() == want, "seed {seed}: {span} differs");
-                    }
-                    4..8 => c.write(span, data, flags).await.unwrap(),
-                    8 => c.zero(span, flags).await.unwrap(),
-                    _ => c.flush().await.unwrap(),
-                }
-                span
-            });
-        }
-        if let Some(done) = flying.next().await {
-            busy.retain(|b| *b != done);
-        }
-    }
-    disk
-}
-
-fn seed() -> u64 {
-    let s = std::env::var("LIVEBLK_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_121);
-    println!("LIVEBLK_SEED={s}");
-    s
 }
 
 fn storm_against(start: impl FnOnce(&Dir) -> Peer, connections: u32) {

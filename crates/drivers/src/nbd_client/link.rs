@@ -123,6 +123,11 @@ impl Link {
         self.broken.borrow().is_none()
     }
 
+    /// Why the link is over, if it is.
+    pub(super) fn over_because(&self) -> Option<BlockError> {
+        self.broken.borrow().clone()
+    }
+
     /// Requests in flight or waiting for a place.
     pub(super) fn load(&self) -> usize {
         self.table.borrow().flights.len()

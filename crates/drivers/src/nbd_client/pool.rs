@@ -31,6 +31,8 @@ pub(super) struct Pool {
     links: RefCell<Vec<Option<Rc<Link>>>>,
     /// When the last link was lost, while there is none.
     dark_since: Cell<Option<Duration>>,
+    /// Why the last link was lost.
+    last_loss: RefCell<Option<BlockError>>,
     /// A link came up, or the pool closed.
     changed: Notify,
     closing: Notify,
@@ -68,6 +70,7 @@ impl Pool {
             negotiated,
             links: RefCell::new(links),
             dark_since: Cell::new(None),
+            last_loss: RefCell::new(None),
             changed: Notify::new(),
             closing: Notify::new(),
             closed: Cell::new(false),
@@ -93,7 +96,7 @@ impl Pool {
             match link.take() {
                 Some(l) => {
                     l.over().await;
-                    self.lose(place);
+                    self.lose(place, l.over_because());
                     if l.has_answered() {
                         pause = FIRST_PAUSE;
                         link = self.connect().await;
@@ -158,7 +161,8 @@ impl Pool {
         self.changed.notify_all();
     }
 
-    fn lose(&self, place: usize) {
+    fn lose(&self, place: usize, why: Option<BlockError>) {
+        *self.last_loss.borrow_mut() = why;
         self.links.borrow_mut()[place] = None;
         if self.pick().is_none() && self.dark_since.get().is_none() {
             self.dark_since.set(Some(self.env.now()));
@@ -170,6 +174,14 @@ impl Pool {
         let links = self.links.borrow();
         let up = || links.iter().flatten().filter(|l| l.is_up());
         up().find(|l| l.load() < FILL).or_else(|| up().min_by_key(|l| l.load())).cloned()
+    }
+
+    /// Why there is no link, as far as is known.
+    fn why_dark(&self) -> BlockError {
+        let fresh = self.links.borrow().iter().flatten().find_map(|l| l.over_because());
+        fresh
+            .or_else(|| self.last_loss.borrow().clone())
+            .unwrap_or_else(|| BlockError::new(ErrorKind::Io, "Connection to NBD server lost"))
     }
 
     /// Makes a request on some link, again on another if that is lost.
@@ -199,8 +211,7 @@ impl Pool {
                 continue;
             }
             if now >= end {
-                let e =
-                    last.unwrap_or_else(|| BlockError::new(ErrorKind::Io, "Connection to NBD server lost"));
+                let e = last.unwrap_or_else(|| self.why_dark());
                 return Err(e.with_errno(BlockError::EIO));
             }
             self.env.timeout(end - now, changed).await;
