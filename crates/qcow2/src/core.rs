@@ -1,0 +1,141 @@
+//! The state of an open image, shared by everything in this crate that runs while a guest uses it.
+//!
+//! One thread's: interior mutability by `Cell` and `RefCell`, and no borrow is ever held across a wait. What each part
+//! knows and must keep true is told in its own file: `l1l2` (where the tables are), `map` (what they say), `write`, `zero`,
+//! `compress` (requests), `alloc` and `refcount` (space), `order` (what reaches the file when), `overlap` (what must
+//! never be written over).
+
+use crate::alloc::Space;
+use crate::cache::SliceCache;
+use crate::child::Child;
+use crate::header::Header;
+use crate::inflight::{Epochs, InFlight};
+use crate::l1l2::L1;
+use crate::options::{CacheSizes, Options};
+use crate::order::Order;
+use crate::overlap::{Corruption, MetaMap};
+use crate::refcount::RefTable;
+use crate::types::Geometry;
+use block::{BlockError, ErrorKind, Result};
+use env::Env;
+use env::sync::{Notify, oneshot};
+use graph::Edge;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::rc::Rc;
+
+/// Called when the image is found to be corrupt.
+pub type OnCorruption = Rc<dyn Fn(&Corruption)>;
+
+/// An open image.
+pub(crate) struct Core {
+    pub(crate) env: Env,
+    pub(crate) file: Rc<Child>,
+    pub(crate) data_file: Option<Rc<Child>>,
+    pub(crate) backing: RefCell<Option<Rc<Edge>>>,
+    pub(crate) geo: Geometry,
+    pub(crate) header: RefCell<Header>,
+    /// Bytes of the guest's disk.
+    pub(crate) size: Cell<u64>,
+    pub(crate) opts: Options,
+    pub(crate) sizes: CacheSizes,
+    pub(crate) writable: Cell<bool>,
+    pub(crate) l1: RefCell<L1>,
+    pub(crate) l2: RefCell<SliceCache>,
+    pub(crate) l2_loading: Loading,
+    pub(crate) table_making: Loading,
+    pub(crate) rt: RefCell<RefTable>,
+    pub(crate) rb: RefCell<SliceCache>,
+    pub(crate) rb_loading: Loading,
+    pub(crate) space: Space,
+    pub(crate) inflight: InFlight,
+    pub(crate) epochs: Epochs,
+    pub(crate) order: Order,
+    pub(crate) meta: RefCell<MetaMap>,
+    pub(crate) corrupt: Cell<bool>,
+    pub(crate) on_corruption: RefCell<Option<OnCorruption>>,
+}
+
+impl Core {
+    /// The name by which errors call the image.
+    pub(crate) fn name(&self) -> String {
+        match self.opts.node_name.as_str() {
+            "" => self.file.edge().child().name().to_owned(),
+            name => name.to_owned(),
+        }
+    }
+
+    /// Where guest data is.
+    pub(crate) fn data(&self) -> &Rc<Child> {
+        self.data_file.as_ref().unwrap_or(&self.file)
+    }
+
+    /// Whether unallocated clusters read as zeroes because there is no layer below.
+    pub(crate) fn no_backing(&self) -> bool {
+        self.backing.borrow().is_none()
+    }
+
+    /// Refuses what changes the image if it is read-only or corrupt.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.corrupt.get() {
+            return Err(BlockError::from_errno(BlockError::ENOMEDIUM)
+                .with_message(format!("image '{}' is corrupt; it takes no more writes", self.name())));
+        }
+        if !self.writable.get() {
+            return Err(BlockError::new(
+                ErrorKind::ReadOnly,
+                format!("image '{}' is open read-only", self.name()),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Runs `work` to its end, even if the caller is dropped while waiting for it.
+    pub(crate) async fn detached<T: 'static>(
+        &self,
+        name: &'static str,
+        work: impl Future<Output = Result<T>> + 'static,
+    ) -> Result<T> {
+        let (tx, rx) = oneshot();
+        self.env.spawn(name, async move { tx.send(work.await) });
+        match rx.await {
+            Some(r) => r,
+            None => Err(BlockError::new(ErrorKind::Cancelled, format!("{name} was called off"))),
+        }
+    }
+}
+
+/// Things that are being loaded or made, each by one request; others wait for it.
+#[derive(Default)]
+pub(crate) struct Loading {
+    keys: RefCell<Vec<(u64, Rc<Notify>)>>,
+}
+
+impl Loading {
+    /// Becomes the one who does it, or gets what to wait for (look again after).
+    pub(crate) fn begin(&self, key: u64) -> Result<LoadGuard<'_>, Rc<Notify>> {
+        let mut keys = self.keys.borrow_mut();
+        if let Some((_, n)) = keys.iter().find(|(k, _)| *k == key) {
+            return Err(n.clone());
+        }
+        keys.push((key, Rc::new(Notify::new())));
+        Ok(LoadGuard { of: self, key })
+    }
+}
+
+/// Given back when dropped; wakes those who wait.
+pub(crate) struct LoadGuard<'a> {
+    of: &'a Loading,
+    key: u64,
+}
+
+impl Drop for LoadGuard<'_> {
+    fn drop(&mut self) {
+        let mut keys = self.of.keys.borrow_mut();
+        if let Some(i) = keys.iter().position(|(k, _)| *k == self.key) {
+            let (_, n) = keys.swap_remove(i);
+            drop(keys);
+            n.notify_all();
+        }
+    }
+}

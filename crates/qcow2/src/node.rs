@@ -1,0 +1,236 @@
+//! An open image as a node of the graph.
+
+use crate::core::{Core, OnCorruption};
+use crate::options::Options;
+use crate::overlap::Corruption;
+use block::{Data, Extent, Io, Limits, ReqFlags, Result, Span};
+use env::Env;
+use graph::node::Fact;
+use graph::{Demand, Edge, Node, NodeDetails, Perms, Role};
+use std::rc::Rc;
+
+/// An open qcow2 image.
+pub struct Qcow2 {
+    core: Rc<Core>,
+}
+
+impl Qcow2 {
+    /// Opens the image in `file`. `data_file` is there exactly if the image keeps its data in an external file. The
+    /// layer below, if any, is set by [`Node::set_backing`].
+    ///
+    /// # Errors
+    /// If this is no image of this format, uses a feature that is not known (named), is encrypted, marked corrupt (for
+    /// writing), or its tables cannot be read.
+    pub async fn open(
+        env: Env,
+        file: Rc<Edge>,
+        data_file: Option<Rc<Edge>>,
+        options: Options,
+    ) -> Result<Rc<Qcow2>> {
+        let core = crate::open::open(env, file, data_file, options).await?;
+        Ok(Rc::new(Qcow2 { core }))
+    }
+
+    /// `hook` is called once, when the image is found to be corrupt (QMP event BLOCK_IMAGE_CORRUPTED). Within the call no
+    /// request can be made.
+    pub fn on_corruption(&self, hook: impl Fn(&Corruption) + 'static) {
+        let hook: OnCorruption = Rc::new(hook);
+        *self.core.on_corruption.borrow_mut() = Some(hook);
+    }
+
+    /// The backing file name and format in the header.
+    pub fn backing_name(&self) -> (Option<String>, Option<String>) {
+        let h = self.core.header.borrow();
+        (h.backing.clone(), h.backing_format().map(str::to_owned))
+    }
+
+    /// Barriers issued on the image file so far.
+    pub fn barriers(&self) -> u64 {
+        self.core.file.barriers()
+    }
+
+    async fn write_data(&self, at: Span, data: Data, flags: ReqFlags) -> Result<()> {
+        if at.is_empty() {
+            return Ok(());
+        }
+        if flags.compressed {
+            self.core.write_compressed(at, data).await?;
+        } else {
+            self.core.write(at, data).await?;
+        }
+        if flags.fua { self.core.flush().await } else { Ok(()) }
+    }
+
+    async fn rewrite_header(&self, change: impl FnOnce(&mut crate::header::Header)) -> Result<()> {
+        self.core.check_writable()?;
+        let (old, new) = {
+            let now = self.core.header.borrow();
+            let mut new = now.clone();
+            change(&mut new);
+            (now.encode()?, new)
+        };
+        let mut bytes = new.encode()?;
+        // What the old header had behind the new one's end is cleared.
+        let len = bytes.len().max(old.len()).next_multiple_of(512);
+        bytes.resize(len.min(self.core.geo.cluster_size() as usize), 0);
+        self.core.commit().await?;
+        self.core.file.write(0, bytes.into()).await?;
+        self.core.file.barrier().await?;
+        *self.core.header.borrow_mut() = new;
+        Ok(())
+    }
+}
+
+impl Node for Qcow2 {
+    fn driver(&self) -> &'static str {
+        "qcow2"
+    }
+
+    fn len(&self) -> u64 {
+        self.core.size.get()
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            cluster_size: self.core.geo.cluster_size(),
+            memory_alignment: self.core.data().edge().limits().memory_alignment,
+            efficient_zero: self.core.geo.version() >= 3,
+            ..Limits::default()
+        }
+    }
+
+    fn edges(&self) -> Vec<Rc<Edge>> {
+        let mut out = vec![self.core.file.edge().clone()];
+        out.extend(self.core.data_file.as_ref().map(|d| d.edge().clone()));
+        out.extend(self.core.backing.borrow().clone());
+        out
+    }
+
+    fn wants(&self, edge: &Edge, above: Demand, writable: bool) -> Demand {
+        if edge.role() == Role::Backing {
+            // Only read from; it may change under us exactly if those above can take that.
+            let changing = Perms::WRITE.with(Perms::RESIZE);
+            let extra = if above.shares.has(Perms::WRITE) { changing } else { Perms::NONE };
+            return Demand {
+                needs: above.needs.common(Perms::CONSISTENT_READ),
+                shares: Perms::CONSISTENT_READ.with(Perms::WRITE_UNCHANGED).with(extra),
+            };
+        }
+        // Metadata is read and written whatever those above do, and nobody else may change the file.
+        let own = if writable { Perms::WRITE.with(Perms::RESIZE) } else { Perms::NONE };
+        Demand {
+            needs: above.needs.with(Perms::CONSISTENT_READ).with(own),
+            shares: above.shares.without(Perms::WRITE.with(Perms::RESIZE)),
+        }
+    }
+
+    fn read(&self, at: Span) -> Io<'_, Data> {
+        if at.is_empty() {
+            return Box::pin(async { Ok(Data::empty()) });
+        }
+        Box::pin(self.core.read(at))
+    }
+
+    fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
+        Box::pin(self.write_data(at, data, flags))
+    }
+
+    fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
+        Box::pin(async move {
+            if !at.is_empty() {
+                self.core.zero(at, flags).await?;
+            }
+            if flags.fua { self.core.flush().await } else { Ok(()) }
+        })
+    }
+
+    fn discard(&self, at: Span) -> Io<'_> {
+        Box::pin(async move { if at.is_empty() { Ok(()) } else { self.core.discard(at).await } })
+    }
+
+    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
+        Box::pin(self.core.extents(at))
+    }
+
+    fn flush(&self) -> Io<'_> {
+        Box::pin(self.core.flush())
+    }
+
+    fn set_writable(&self, writable: bool) -> Io<'_> {
+        Box::pin(async move {
+            match (self.core.writable.get(), writable) {
+                (false, true) => self.core.make_writable().await,
+                (true, false) => self.core.make_read_only().await,
+                _ => Ok(()),
+            }
+        })
+    }
+
+    fn close(&self) -> Io<'_> {
+        Box::pin(self.core.settle_all())
+    }
+
+    fn details(&self) -> Io<'_, NodeDetails> {
+        Box::pin(async move {
+            let below = self.core.file.edge().child().node().details().await?;
+            let h = self.core.header.borrow();
+            let v3 = self.core.geo.version() >= 3;
+            let text = |s: &str| Fact::Text(s.to_owned());
+            let mut specific = vec![
+                ("compat", text(if v3 { "1.1" } else { "0.10" })),
+                ("compression-type", text(h.compression.name())),
+            ];
+            if v3 {
+                specific.push(("lazy-refcounts", Fact::Flag(h.lazy_refcounts())));
+            }
+            specific.push(("refcount-bits", Fact::Number(u64::from(self.core.geo.refcount_bits()))));
+            if v3 {
+                specific.push(("corrupt", Fact::Flag(h.is_corrupt())));
+                specific.push(("extended-l2", Fact::Flag(self.core.geo.extended_l2())));
+            }
+            if let Some(name) = h.data_file() {
+                let raw = h.autoclear & crate::header::AUTOCLEAR_RAW_DATA != 0;
+                specific.push(("data-file", text(name)));
+                specific.push(("data-file-raw", Fact::Flag(raw)));
+            }
+            Ok(NodeDetails {
+                filename: below.filename,
+                actual_size: below.actual_size,
+                cluster_size: Some(self.core.geo.cluster_size()),
+                backing_filename: h.backing.clone(),
+                backing_format: h.backing_format().map(str::to_owned),
+                dirty_flag: Some(h.is_dirty()),
+                compressed: None,
+                specific,
+            })
+        })
+    }
+
+    fn backing(&self) -> Option<Rc<Edge>> {
+        self.core.backing.borrow().clone()
+    }
+
+    fn primary(&self) -> Option<Rc<Edge>> {
+        Some(self.core.file.edge().clone())
+    }
+
+    fn set_backing(&self, edge: Option<Rc<Edge>>) {
+        *self.core.backing.borrow_mut() = edge;
+    }
+
+    fn write_backing_name<'a>(&'a self, name: Option<&'a str>, format: Option<&'a str>) -> Io<'a> {
+        Box::pin(self.rewrite_header(move |h| h.set_backing(name, format)))
+    }
+
+    fn make_empty(&self) -> Io<'_> {
+        Box::pin(async move {
+            let all = Span::new(0, self.len().next_multiple_of(self.core.geo.cluster_size()));
+            self.core.forget(all).await?;
+            self.core.commit().await
+        })
+    }
+
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}

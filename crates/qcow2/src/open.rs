@@ -1,0 +1,215 @@
+//! Opening an image, and turning it read-write and back.
+//!
+//! What must stay true: nothing of a hostile image takes more memory than its two tables of bounded size; an image this
+//! program cannot keep right (encryption, unknown incompatible features) is refused by name; before the first change of an image
+//! everything in it that says "this is up to date" and that we do not keep up to date is durably cleared.
+
+use crate::alloc::Space;
+use crate::cache::SliceCache;
+use crate::check::{Fix, check, read_header};
+use crate::child::Child;
+use crate::core::Core;
+use crate::header::{AUTOCLEAR_BITMAPS, Crypt, Header};
+use crate::l1l2::L1;
+use crate::options::Options;
+use crate::overlap::{Meta, MetaMap};
+use crate::refcount::RefTable;
+use crate::types::HostOffset;
+use block::{BlockError, ErrorKind, Result, Span};
+use env::Env;
+use graph::Edge;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+/// Bytes of the fixed part of an entry of the snapshot table.
+const SNAPSHOT_FIXED: u64 = 40;
+
+/// Reads `n` big-endian words at `at`.
+async fn read_words(file: &Child, at: HostOffset, n: u64) -> Result<Vec<u64>> {
+    let data = file.read(Span::new(at.0, n * 8)).await?.contiguous();
+    Ok(data.as_chunks::<8>().0.iter().map(|b| u64::from_be_bytes(*b)).collect())
+}
+
+/// Opens an image; see [`crate::Qcow2::open`].
+pub(crate) async fn open(
+    env: Env,
+    file: Rc<Edge>,
+    data_file: Option<Rc<Edge>>,
+    opts: Options,
+) -> Result<Rc<Core>> {
+    let header = read_header(&file).await?;
+    check_usable(&header, data_file.is_some())?;
+    let geo = header.geometry;
+    // A disk is whole sectors; a stored length that is not is cut, as the reference does.
+    let size = header.size & !511;
+    let sizes = opts.caches(&geo, size)?;
+    let writable = opts.writable;
+    let child = Child::new(env.clone(), file);
+    let file_clusters = geo.clusters_for(child.len());
+    let core = Rc::new(Core {
+        data_file: data_file.map(|d| Child::new(env.clone(), d)),
+        env,
+        file: child,
+        backing: RefCell::new(None),
+        geo,
+        header: RefCell::new(header),
+        size: Cell::new(size),
+        opts,
+        sizes,
+        writable: Cell::new(false),
+        l1: RefCell::new(L1 { at: HostOffset(0), entries: Vec::new(), dirty: BTreeSet::new() }),
+        l2: RefCell::new(SliceCache::new(sizes.l2_slices)),
+        l2_loading: Default::default(),
+        table_making: Default::default(),
+        rt: RefCell::new(RefTable { at: HostOffset(0), entries: Vec::new(), dirty: BTreeSet::new() }),
+        rb: RefCell::new(SliceCache::new(sizes.rb_slices)),
+        rb_loading: Default::default(),
+        space: Space::new(file_clusters),
+        inflight: Default::default(),
+        epochs: Default::default(),
+        order: Default::default(),
+        meta: RefCell::new(MetaMap::default()),
+        corrupt: Cell::new(false),
+        on_corruption: RefCell::new(None),
+    });
+    core.load_tables().await?;
+    if writable {
+        core.make_writable().await?;
+    }
+    Ok(core)
+}
+
+fn check_usable(h: &Header, has_data_file: bool) -> Result<()> {
+    match h.crypt {
+        Crypt::None => (),
+        Crypt::Aes => {
+            return Err(BlockError::unsupported("Encryption method 'aes' of the image is not supported"));
+        }
+        Crypt::Luks => {
+            return Err(BlockError::unsupported("Encryption method 'luks' of the image is not supported"));
+        }
+    }
+    match (h.geometry.data_file(), has_data_file) {
+        (true, false) => Err(BlockError::invalid("'data-file' is required for this image")),
+        (false, true) => {
+            Err(BlockError::invalid("'data-file' can only be set for images with an external data file"))
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Core {
+    /// Reads the header's tables and enters all metadata into the overlap map. Caches are empty after.
+    pub(crate) async fn load_tables(self: &Rc<Self>) -> Result<()> {
+        let h = self.header.borrow().clone();
+        let cluster = self.geo.cluster_size();
+        self.l2.borrow_mut().clear();
+        self.rb.borrow_mut().clear();
+        let l1 = read_words(&self.file, h.l1_offset, u64::from(h.l1_size)).await?;
+        let rt_bytes = u64::from(h.refcount_table_clusters) * cluster;
+        let rt = read_words(&self.file, h.refcount_table_offset, rt_bytes / 8).await?;
+        *self.meta.borrow_mut() = MetaMap::default();
+        self.note_meta(HostOffset(0), 1, Meta::Header);
+        self.note_meta(h.l1_offset, u64::from(h.l1_size) * 8, Meta::ActiveL1);
+        self.note_meta(h.refcount_table_offset, rt_bytes, Meta::RefcountTable);
+        for at in rt.iter().filter_map(|raw| self.geo.refcount_table_entry(*raw).ok().flatten()) {
+            self.note_meta(at, cluster, Meta::RefcountBlock);
+        }
+        self.note_snapshots(&h).await?;
+        if let Ok(Some(d)) = h.bitmaps() {
+            self.note_meta(d.at, d.len, Meta::BitmapDirectory);
+        }
+        for e in l1.iter().filter_map(|raw| self.geo.l1_entry(*raw).ok().flatten()) {
+            self.note_meta(e.l2, cluster, Meta::ActiveL2);
+        }
+        *self.l1.borrow_mut() = L1 { at: h.l1_offset, entries: l1, dirty: BTreeSet::new() };
+        *self.rt.borrow_mut() = RefTable { at: h.refcount_table_offset, entries: rt, dirty: BTreeSet::new() };
+        Ok(())
+    }
+
+    /// Enters the snapshot table and the snapshots' L1 tables into the overlap map, as far as they make sense: what does not
+    /// is the checker's business.
+    async fn note_snapshots(&self, h: &Header) -> Result<()> {
+        let start = h.snapshots_offset.0;
+        let mut at = start;
+        for _ in 0..h.snapshot_count {
+            let fixed = self.file.read(Span::new(at, SNAPSHOT_FIXED)).await?.contiguous();
+            let be = |from: usize, n: usize| {
+                fixed[from..from + n].iter().fold(0u64, |v, b| v << 8 | u64::from(*b))
+            };
+            let (l1, entries) = (HostOffset(be(0, 8)), be(8, 4));
+            if self.geo.in_cluster(l1.0) == 0 && l1.0.checked_add(entries * 8).is_some() {
+                self.note_meta(l1, entries * 8, Meta::InactiveL1);
+            }
+            let len = (SNAPSHOT_FIXED + be(36, 4) + be(12, 2) + be(14, 2)).next_multiple_of(8);
+            at = match at.checked_add(len) {
+                Some(next) if next <= self.file.len().saturating_add(7) => next,
+                _ => break,
+            };
+        }
+        if at > start {
+            self.note_meta(HostOffset(start), at - start, Meta::SnapshotTable);
+        }
+        Ok(())
+    }
+
+    /// Makes the image ready to be changed.
+    pub(crate) async fn make_writable(self: &Rc<Self>) -> Result<()> {
+        if self.header.borrow().is_corrupt() {
+            return Err(BlockError::new(
+                ErrorKind::Permission,
+                "qcow2: Image is corrupt; cannot be opened read/write",
+            ));
+        }
+        if self.header.borrow().is_dirty() {
+            self.repair_dirty().await?;
+        }
+        let stale = {
+            let mut h = self.header.borrow_mut();
+            let stale = h.unknown_autoclear() | h.autoclear & AUTOCLEAR_BITMAPS;
+            h.autoclear &= !stale;
+            stale
+        };
+        if stale != 0 {
+            self.write_features().await?;
+        }
+        let lazy = self.opts.lazy_refcounts.unwrap_or(self.header.borrow().lazy_refcounts());
+        if lazy && self.geo.version() < 3 {
+            return Err(BlockError::invalid(
+                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
+            ));
+        }
+        self.order.set_lazy(lazy);
+        self.space.reset(self.geo.clusters_for(self.file.len()));
+        self.writable.set(true);
+        Ok(())
+    }
+
+    /// The image was not closed and its refcounts are stale: counts them anew.
+    async fn repair_dirty(self: &Rc<Self>) -> Result<()> {
+        let report = check(self.file.edge(), Fix::All).await?;
+        if !report.is_clean() {
+            return Err(BlockError::corrupt(format!(
+                "image '{}' was not closed, and could not be repaired",
+                self.name()
+            )));
+        }
+        let header = read_header(self.file.edge()).await?;
+        let still_dirty = header.is_dirty();
+        *self.header.borrow_mut() = header;
+        self.load_tables().await?;
+        if still_dirty {
+            self.header.borrow_mut().incompatible &= !crate::header::INCOMPAT_DIRTY;
+            self.write_features().await?;
+        }
+        Ok(())
+    }
+
+    /// Everything is in the file, and the image takes no writes any more.
+    pub(crate) async fn make_read_only(self: &Rc<Self>) -> Result<()> {
+        self.settle_all().await?;
+        self.writable.set(false);
+        Ok(())
+    }
+}
