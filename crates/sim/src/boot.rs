@@ -71,10 +71,12 @@ impl Booted {
     pub async fn quit(self, world: &World, watch: &Env) {
         let ending = async {
             self.daemon.shut_down().await;
-            self.daemon.ended().await;
+            self.daemon.ended().await
         };
-        if world.within(watch, PATIENCE, "the end of the daemon", ending).await.is_none() {
-            return;
+        match world.within(watch, PATIENCE, "the end of the daemon", ending).await {
+            None => return,
+            Some(Err(e)) => world.verdict().violation(format!("the daemon ended with an error: {e}")),
+            Some(Ok(())) => {}
         }
         if self.process.open_files() > 0 {
             world.verdict().violation(format!("{} files are open after the end", self.process.open_files()));

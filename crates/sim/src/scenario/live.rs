@@ -30,11 +30,26 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The longest a fault lasts.
 const TROUBLE: Duration = Duration::from_secs(4);
 
-/// One seed.
+/// One seed, with a mirror.
 pub fn whole_daemon(seed: u64, verbose: bool) -> Outcome {
-    World::play(seed, verbose, |w| async move {
+    play(seed, verbose, |_| {})
+}
+
+/// One seed of the daemon serving a disk, without a job.
+pub fn served(seed: u64, verbose: bool) -> Outcome {
+    play(seed, verbose, |plan| {
+        plan.mirror = false;
+        if !matches!(plan.end, End::Kill | End::PowerLoss | End::Quit) {
+            plan.end = End::Quit;
+        }
+    })
+}
+
+fn play(seed: u64, verbose: bool, change: fn(&mut Plan)) -> Outcome {
+    World::play(seed, verbose, move |w| async move {
         let mut rng = w.rng("plan");
-        let plan = Plan::drawn(&mut rng);
+        let mut plan = Plan::drawn(&mut rng);
+        change(&mut plan);
         w.machine().say(|| format!("{plan:#?}"));
         let run = Run::new(w, plan, rng);
         Rc::new(run).go().await;
@@ -139,8 +154,10 @@ impl Run {
             self.start_guest(n, "disk");
         }
         self.pause(Duration::from_millis(100)).await;
-        m.must("blockdev-mirror", self.plan.mirror()).await?;
-        self.world.count("jobs", 1);
+        if self.plan.mirror {
+            m.must("blockdev-mirror", self.plan.mirror()).await?;
+            self.world.count("jobs", 1);
+        }
         let trouble = self.clone();
         let trouble = self.outside.spawn("trouble", async move { trouble.trouble().await });
         let (meddler, on) = (self.clone(), m.clone());

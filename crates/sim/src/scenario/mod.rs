@@ -7,7 +7,8 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 2] = [("storage", storage::honest), ("live", live::whole_daemon)];
+pub const SCENARIOS: [(&str, Scenario); 3] =
+    [("storage", storage::honest), ("serve", live::served), ("live", live::whole_daemon)];
 
 /// The scenario of that name.
 pub fn find(name: &str) -> Option<(&'static str, Scenario)> {

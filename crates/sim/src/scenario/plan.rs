@@ -70,6 +70,8 @@ pub struct Plan {
     pub source: Store,
     /// What it is copied to.
     pub target: Store,
+    /// Whether there is a job at all.
+    pub mirror: bool,
     /// How many guests at once.
     pub guests: u32,
     /// `sync`.
@@ -146,6 +148,7 @@ impl Plan {
             source,
             // the target of a plan is never an overlay: its base would be the source's
             target: if let Store::Overlay(c) = target { Store::Qcow2(c) } else { target },
+            mirror: true,
             guests: rng.between(1, 3) as u32,
             sync,
             copy_mode,
