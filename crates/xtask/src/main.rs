@@ -39,6 +39,10 @@ fn main() {
         "setup" => setup::run(&rest),
         "layers" => layers::run(),
         "tidy" => tidy::run(),
+        // defects to find are compiled in only when they are to be found
+        "sim" if rest.iter().any(|a| a == "--planted") => {
+            run_tool_with("sim", "simulate", &["--features", "planted-bugs"], &rest)
+        }
         "sim" => run_tool("sim", "simulate", &rest),
         "crash" => run_tool("crashlab", "crashlab", &rest),
         "histories" => run_tool("crashlab", "histories", &rest),
@@ -57,7 +61,13 @@ fn main() {
 
 /// Builds a tool of the workspace in release and runs it with the terminal as its own.
 fn run_tool(package: &str, bin: &str, args: &[String]) -> Outcome {
-    let mut line = vec!["run", "--quiet", "--release", "--package", package, "--bin", bin, "--"];
+    run_tool_with(package, bin, &[], args)
+}
+
+fn run_tool_with(package: &str, bin: &str, options: &[&str], args: &[String]) -> Outcome {
+    let mut line = vec!["run", "--quiet", "--release", "--package", package, "--bin", bin];
+    line.extend(options);
+    line.push("--");
     line.extend(args.iter().map(String::as_str));
     shell::cargo(&line)
 }
