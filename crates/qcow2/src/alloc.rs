@@ -13,6 +13,7 @@ use crate::core::Core;
 use crate::refcount::Counts;
 use crate::types::{Compressed, HostOffset};
 use block::{Result, Span};
+use env::bugs::planted;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -233,6 +234,10 @@ impl Core {
             _ => frees.push(Free { epoch, first, n, discard }),
         }
         drop(frees);
+        if planted("qcow2: freed cluster reused early") {
+            let core = self.clone();
+            self.env.spawn("early release", async move { drop(core.release(usize::MAX, true).await) });
+        }
         self.order.crowded_check(self);
     }
 

@@ -21,6 +21,7 @@ use crate::cache::Taken;
 use crate::core::Core;
 use crate::header::INCOMPAT_DIRTY;
 use block::{BlockError, Data, ErrorKind, Result};
+use env::bugs::planted;
 use env::sync::{OneshotSender, oneshot};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -236,13 +237,22 @@ impl Core {
             self.barriers().await?;
             self.write_sectors(&b.table_sectors).await?;
         }
+        if planted("qcow2: mapping before refcounts") {
+            self.write_slices(&b.mappings, |key| self.slice_target(key)).await?;
+            self.write_sectors(&b.l1_sectors).await?;
+            self.barriers().await?;
+        }
         self.write_counts(&b.counts).await?;
         if !b.mappings.is_empty() || !b.l1_sectors.is_empty() {
-            if b.barrier_before_mapping || !b.counts.is_empty() || !b.table_sectors.is_empty() {
+            let wanted = b.barrier_before_mapping || !b.counts.is_empty() || !b.table_sectors.is_empty();
+            if wanted && !planted("qcow2: no barrier before the mapping") {
                 self.barriers().await?;
             }
             self.write_slices(&b.mappings, |key| self.slice_target(key)).await?;
             self.write_sectors(&b.l1_sectors).await?;
+        }
+        if planted("qcow2: flush without its barrier") {
+            return Ok(());
         }
         self.barriers().await
     }
