@@ -106,6 +106,11 @@ impl FileNode {
         (self.facts.device, self.facts.inode)
     }
 
+    /// Path as given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn file(&self) -> Rc<dyn File> {
         self.file.borrow().clone()
     }

@@ -456,3 +456,9 @@ fn within(len: u64, max: u64) -> bool {
 fn piece(max: u64, align: u64, left: u64) -> u64 {
     if max == 0 { left } else { left.min((max & !(align - 1)).max(align)) }
 }
+
+impl std::fmt::Debug for NodeCell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "node {} ({})", self.name, self.node.driver())
+    }
+}

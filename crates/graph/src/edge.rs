@@ -259,3 +259,9 @@ impl Drop for Edge {
         self.child.borrow().lost_parent();
     }
 }
+
+impl std::fmt::Debug for Edge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "edge {}#{} onto {:?}", self.name, self.id, self.child.borrow())
+    }
+}

@@ -251,6 +251,12 @@ impl Graph {
     async fn close(&self, cell: &Rc<NodeCell>) -> Result<()> {
         self.nodes.borrow_mut().remove(&cell.id());
         let closed = cell.node().close().await;
+        // Somebody may hold the cell for a while yet; its hold on its children ends now.
+        for edge in cell.node().edges() {
+            let child = edge.child();
+            child.parents.borrow_mut().retain(|p| p.upgrade().is_none_or(|e| e.id() != edge.id()));
+            child.lost_parent();
+        }
         cell.node().release(Demand::NOTHING).await?;
         closed
     }

@@ -1,2 +1,378 @@
+//! From options to nodes: which driver opens what, what is opened because an image names it, and making new images.
+//!
+//! What can happen: any part of a tree fails to open after others did; a chain of backing files loops or never ends; two
+//! names lead to one file. What must stay true: opening is all or nothing; a loop is found by the identity of files, as
+//! soon as one is met for the second time; what an image names goes through a gate that can refuse.
 #![forbid(unsafe_code)]
-//! From options to nodes: which driver opens what, implicit opens, image creation.
+
+pub mod create;
+mod implicit;
+mod spec;
+
+pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
+pub use spec::{Backing, Child, Common, DriverSpec, FileSpec, NodeSpec, Qcow2Spec};
+
+use block::{BlockError, ErrorKind, Result, Span};
+use drivers::file::{FileNode, FileOptions};
+use drivers::nbd_client::NbdClient;
+use drivers::null::NullNode;
+use drivers::raw::RawNode;
+use graph::{Demand, Edge, Graph, Node, NodeCell, NodeOptions, Parent, Perms, Role};
+use qcow2::Qcow2;
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// Called when an image is found to be corrupt: node name, and what was found.
+pub type CorruptionHook = Rc<dyn Fn(&str, &qcow2::Corruption)>;
+
+/// Opens nodes in one graph.
+pub struct Opener {
+    graph: Rc<Graph>,
+    gate: Rc<dyn ImplicitOpenGate>,
+    on_corruption: RefCell<Option<CorruptionHook>>,
+}
+
+/// What a node takes over from its parent.
+#[derive(Clone, Copy)]
+struct Inherited {
+    read_only: bool,
+    auto_read_only: bool,
+    direct: bool,
+    no_flush: bool,
+    discard: bool,
+    force_share: bool,
+    monitor_owned: bool,
+}
+
+/// Files on the way from the top of a chain: identity, and layers so far.
+#[derive(Clone, Default)]
+struct Trail {
+    files: Vec<(u64, u64)>,
+    layers: usize,
+}
+
+type Opening<'a> = std::pin::Pin<Box<dyn Future<Output = Result<Rc<NodeCell>>> + 'a>>;
+
+impl Opener {
+    /// An opener with QSD's rule for what images name.
+    pub fn new(graph: &Rc<Graph>) -> Rc<Opener> {
+        Opener::with_gate(graph, Rc::new(DefaultGate))
+    }
+
+    /// An opener with another rule for what images name.
+    pub fn with_gate(graph: &Rc<Graph>, gate: Rc<dyn ImplicitOpenGate>) -> Rc<Opener> {
+        Rc::new(Opener { graph: graph.clone(), gate, on_corruption: RefCell::new(None) })
+    }
+
+    /// The graph that nodes are put into.
+    pub fn graph(&self) -> &Rc<Graph> {
+        &self.graph
+    }
+
+    /// `hook` is told of corrupt images that are opened from now on.
+    pub fn on_corruption(&self, hook: CorruptionHook) {
+        *self.on_corruption.borrow_mut() = Some(hook);
+    }
+
+    /// Opens a node for the monitor, with all it needs. On an error nothing is left behind.
+    pub async fn open(&self, spec: &NodeSpec) -> Result<Rc<NodeCell>> {
+        let top = Inherited {
+            read_only: false,
+            auto_read_only: false,
+            direct: false,
+            no_flush: false,
+            discard: false,
+            force_share: false,
+            monitor_owned: true,
+        };
+        let opened = self.node(spec, top, &Trail::default()).await;
+        if opened.is_err() {
+            self.graph.settle().await;
+        }
+        opened
+    }
+
+    fn node<'a>(&'a self, spec: &'a NodeSpec, from: Inherited, trail: &'a Trail) -> Opening<'a> {
+        Box::pin(async move {
+            let c = &spec.common;
+            if let Some(name) = &c.node_name {
+                self.graph.check_name(name)?;
+            }
+            let mut now = Inherited {
+                read_only: c.read_only.unwrap_or(from.read_only),
+                auto_read_only: c.auto_read_only.unwrap_or(from.auto_read_only),
+                direct: c.direct.unwrap_or(from.direct),
+                no_flush: c.no_flush.unwrap_or(from.no_flush),
+                discard: c.discard.unwrap_or(from.discard),
+                force_share: c.force_share || from.force_share,
+                monitor_owned: from.monitor_owned,
+            };
+            if c.force_share && !now.read_only {
+                return Err(BlockError::invalid("force-share=on can only be used with read-only images"));
+            }
+            let name = c.node_name.clone().unwrap_or_else(|| self.graph.invent_name());
+            let node = self.driver(&spec.driver, &mut now, &name, trail).await?;
+            let options = NodeOptions {
+                name: Some(name),
+                read_only: now.read_only,
+                auto_read_only: now.auto_read_only,
+                detect_zeroes: c.detect_zeroes,
+                discard: now.discard,
+                monitor_owned: now.monitor_owned,
+                force_share: now.force_share,
+                cache_direct: now.direct,
+                cache_no_flush: now.no_flush,
+            };
+            match self.graph.add(options, node.clone()).await {
+                Ok(cell) => Ok(cell),
+                Err(e) => {
+                    // The first error is the one that matters.
+                    let _ = node.close().await;
+                    Err(e)
+                }
+            }
+        })
+    }
+
+    async fn driver(
+        &self,
+        driver: &DriverSpec,
+        now: &mut Inherited,
+        name: &str,
+        trail: &Trail,
+    ) -> Result<Rc<dyn Node>> {
+        let env = self.graph.env();
+        match driver {
+            DriverSpec::File(f) => Ok(self.file(f, false, now).await?),
+            DriverSpec::HostDevice(f) => Ok(self.file(f, true, now).await?),
+            DriverSpec::NullCo(options) => Ok(NullNode::open(env, options.clone())),
+            DriverSpec::Raw { file, offset, size } => {
+                let child = self.child(file, *now, trail).await?;
+                let edge = self.hold(&child, "file", Role::Primary, name, Demand::NOTHING).await?;
+                Ok(RawNode::open(edge, *offset, *size)?)
+            }
+            DriverSpec::Qcow2(spec) => Ok(self.qcow2(spec, now, name, trail).await?),
+            DriverSpec::Nbd(options) => {
+                let mut options = options.clone();
+                options.read_only = now.read_only;
+                options.auto_read_only = now.auto_read_only;
+                let client = NbdClient::open(env, options).await?;
+                now.read_only |= client.is_read_only();
+                Ok(client)
+            }
+        }
+    }
+
+    async fn file(&self, spec: &FileSpec, device: bool, now: &mut Inherited) -> Result<Rc<FileNode>> {
+        let options = FileOptions {
+            filename: spec.filename.clone(),
+            device,
+            read_only: now.read_only,
+            auto_read_only: now.auto_read_only,
+            direct: now.direct,
+            threads: spec.threads,
+            locking: spec.locking,
+        };
+        let (node, read_only) = FileNode::open(self.graph.env(), &options).await?;
+        now.read_only = read_only;
+        Ok(node)
+    }
+
+    /// A child for `parent`: opened with what it inherits, or found by name.
+    async fn child(&self, child: &Child, parent: Inherited, trail: &Trail) -> Result<Rc<NodeCell>> {
+        match child {
+            Child::Reference(name) => self.find(name),
+            Child::Inline(spec) => {
+                // Formats send flushes and discards with care, so what is below them may take both.
+                let from = Inherited { discard: true, monitor_owned: false, ..parent };
+                self.node(spec, from, trail).await
+            }
+        }
+    }
+
+    fn find(&self, name: &str) -> Result<Rc<NodeCell>> {
+        self.graph.find(name).ok_or_else(|| {
+            let message = format!("Cannot find device='{name}' nor node-name='{name}'");
+            BlockError::new(ErrorKind::NotFound, message)
+        })
+    }
+
+    async fn hold(
+        &self,
+        child: &Rc<NodeCell>,
+        edge: &str,
+        role: Role,
+        parent: &str,
+        demand: Demand,
+    ) -> Result<Rc<Edge>> {
+        let parent = Parent::Node(RefCell::new(Some(parent.to_owned())));
+        self.graph.attach(child, edge, role, parent, demand).await
+    }
+
+    async fn qcow2(
+        &self,
+        spec: &Qcow2Spec,
+        now: &mut Inherited,
+        name: &str,
+        trail: &Trail,
+    ) -> Result<Rc<Qcow2>> {
+        let child = self.child(&spec.file, *now, trail).await?;
+        let trail = trail.with(&child)?;
+        let file = self.hold(&child, "file", Role::Primary, name, storing(now)).await?;
+        let image = child.node().details().await?.filename;
+        let header = qcow2::check::read_header(&file).await?;
+        let data_file = if header.geometry.data_file() {
+            Some(self.data_file(spec, &header, &image, *now, name, &trail).await?)
+        } else if spec.data_file.is_some() {
+            return Err(BlockError::invalid(
+                "'data-file' can only be set for images with an external data file",
+            ));
+        } else {
+            None
+        };
+        let options =
+            qcow2::Options { writable: !now.read_only, node_name: name.to_owned(), ..spec.options.clone() };
+        let node = Qcow2::open(self.graph.env().clone(), file, data_file, options).await?;
+        if let Some(hook) = self.on_corruption.borrow().clone() {
+            let name = name.to_owned();
+            node.on_corruption(move |found| hook(&name, found));
+        }
+        let backing = match &spec.backing {
+            Backing::None => None,
+            Backing::Child(Child::Reference(name)) => Some(self.find(name)?),
+            Backing::Child(Child::Inline(inner)) => Some(self.node(inner, below(now), &trail).await?),
+            Backing::Implicit => match node.backing_name() {
+                (None, _) => None,
+                (Some(file), format) => {
+                    let opened = self.implicit(&image, &file, format.as_deref(), now, &trail).await;
+                    Some(opened.map_err(|e| e.context("Could not open backing file"))?)
+                }
+            },
+        };
+        if let Some(backing) = backing {
+            let edge = self.hold(&backing, "backing", Role::Backing, name, Demand::NOTHING).await?;
+            node.set_backing(Some(edge));
+        }
+        Ok(node)
+    }
+
+    async fn data_file(
+        &self,
+        spec: &Qcow2Spec,
+        header: &qcow2::header::Header,
+        image: &str,
+        now: Inherited,
+        name: &str,
+        trail: &Trail,
+    ) -> Result<Rc<Edge>> {
+        let child = match &spec.data_file {
+            Some(child) => self.child(child, now, trail).await?,
+            None => {
+                let Some(file) = data_file_name(header) else {
+                    return Err(BlockError::invalid("'data-file' is required for this image"));
+                };
+                let protocol = self.gate.protocol(image, file)?;
+                let from = Inherited { discard: true, monitor_owned: false, ..now };
+                self.node(&protocol, from, trail).await?
+            }
+        };
+        trail.with(&child)?;
+        self.hold(&child, "data-file", Role::Data, name, storing(&now)).await
+    }
+
+    /// Opens what the header of `image` names as its backing file.
+    async fn implicit(
+        &self,
+        image: &str,
+        file: &str,
+        format: Option<&str>,
+        now: &Inherited,
+        trail: &Trail,
+    ) -> Result<Rc<NodeCell>> {
+        if trail.layers >= MAX_CHAIN {
+            return Err(BlockError::invalid(format!(
+                "the backing chain has more than {MAX_CHAIN} layers at '{file}'"
+            )));
+        }
+        let protocol = self.gate.protocol(image, file)?;
+        let from = below(now);
+        if matches!(format, Some("file" | "host_device" | "nbd")) {
+            return self.node(&protocol, from, trail).await;
+        }
+        let cell = self.node(&protocol, Inherited { discard: true, ..from }, trail).await?;
+        // Held while its format is found out, so that an error on the way closes it.
+        let found = self.hold(&cell, "file", Role::Primary, "", reading()).await?;
+        let format = match format {
+            Some(f) => f.to_owned(),
+            None => probe(&found).await?.to_owned(),
+        };
+        let child = Child::Reference(cell.name().to_owned());
+        let driver = match format.as_str() {
+            "raw" => DriverSpec::Raw { file: child, offset: 0, size: None },
+            "qcow2" => DriverSpec::Qcow2(Box::new(Qcow2Spec {
+                file: child,
+                data_file: None,
+                backing: Backing::Implicit,
+                options: qcow2::Options::default(),
+            })),
+            other => return Err(BlockError::unsupported(format!("Unknown driver '{other}'"))),
+        };
+        let spec = NodeSpec { common: Common::default(), driver };
+        let opened = self.node(&spec, from, trail).await;
+        drop(found);
+        opened
+    }
+}
+
+impl Trail {
+    /// The trail one image further down; an error if its file was passed already.
+    fn with(&self, cell: &Rc<NodeCell>) -> Result<Trail> {
+        let mut next = self.clone();
+        next.layers += 1;
+        if let Some(file) = cell.node().as_any().downcast_ref::<FileNode>() {
+            let identity = file.identity();
+            if self.files.contains(&identity) {
+                return Err(BlockError::new(
+                    ErrorKind::Corrupt,
+                    format!("the chain of images loops: '{}' is already part of it", file.path().display()),
+                )
+                .with_errno(BlockError::ELOOP));
+            }
+            next.files.push(identity);
+        }
+        Ok(next)
+    }
+}
+
+/// What a format asks of its file.
+fn storing(now: &Inherited) -> Demand {
+    let write = Perms::WRITE.with(Perms::RESIZE);
+    let needs = if now.read_only { Perms::CONSISTENT_READ } else { Perms::CONSISTENT_READ.with(write) };
+    let shares =
+        if now.force_share { Perms::ALL } else { Perms::CONSISTENT_READ.with(Perms::WRITE_UNCHANGED) };
+    Demand { needs, shares }
+}
+
+fn reading() -> Demand {
+    Demand { needs: Perms::CONSISTENT_READ, shares: Perms::ALL }
+}
+
+/// What a backing node takes over: read-only, whatever is above.
+fn below(now: &Inherited) -> Inherited {
+    Inherited { read_only: true, auto_read_only: false, discard: false, monitor_owned: false, ..*now }
+}
+
+/// The format of an image whose header names none; only for reading.
+async fn probe(file: &Rc<Edge>) -> Result<&'static str> {
+    let len = file.len().min(4);
+    let magic = file.read(Span::new(0, len)).await?.to_vec();
+    Ok(if magic == b"QFI\xfb" { "qcow2" } else { "raw" })
+}
+
+/// The external data file as the header names it.
+fn data_file_name(header: &qcow2::header::Header) -> Option<&str> {
+    header.extensions.iter().find_map(|e| match e {
+        qcow2::header::Extension::DataFile(name) => Some(name.as_str()),
+        _ => None,
+    })
+}
