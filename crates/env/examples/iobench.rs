@@ -266,6 +266,8 @@ async fn bulk(env: &Env, listener: &Rc<dyn env::Listener>, path: &Path) {
         let data = Data::from(vec![1u8; PIECE]);
         let m = Meter::start();
         let mut bytes = 0usize;
+        // as a server does whose writes are under way
+        let mut held = std::collections::VecDeque::new();
         loop {
             if from_us {
                 if s.send(data.clone()).await.is_err() {
@@ -278,6 +280,10 @@ async fn bulk(env: &Env, listener: &Rc<dyn env::Listener>, path: &Path) {
                     break;
                 }
                 bytes += got.len();
+                held.push_back(got);
+                if held.len() > 16 {
+                    held.pop_front();
+                }
             }
         }
         let what = if from_us { "send" } else { "receive" };

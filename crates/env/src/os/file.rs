@@ -46,14 +46,17 @@ pub(super) struct Facts {
 
 /// Whether to write to the page cache on this thread where the file system cannot promise not to wait.
 ///
-/// Such a write is a memory copy (1-2 µs for 4 KiB, against 9 µs through a worker) until the kernel makes it wait: too much is
-/// dirty already, or the journal is full. So each one is timed; a slow one stops them for a while, and the workers, who
-/// may wait, take over. docs/decisions/inline-buffered-writes.md has the measurements.
+/// Such a write is a memory copy (some 5 µs for 4 KiB, against 9 µs through a worker) until the kernel makes it wait: too much
+/// is dirty already, or the journal is full. So each one is timed. A slow one raises doubt: it waited, or another process
+/// had the processor meanwhile. In doubt it is also looked at whether the thread gave the processor up by itself; a slow
+/// one that did stops them for a while, and the workers, who may wait, take over.
+/// docs/decisions/0004-inline-buffered-writes.md has the measurements.
 #[derive(Default)]
 struct Patience {
     until: Cell<Duration>,
     pause: Cell<Duration>,
     quick: Cell<u32>,
+    doubt: Cell<bool>,
 }
 
 impl Patience {
@@ -68,18 +71,23 @@ impl Patience {
         now >= self.until.get()
     }
 
-    fn note(&self, began: Duration, ended: Duration) {
+    /// After a write. `waited` tells whether the thread waited in it; `None` if that was not looked at.
+    fn note(&self, began: Duration, ended: Duration, waited: impl FnOnce() -> Option<bool>) {
         if ended.saturating_sub(began) < Self::SLOW {
             self.quick.set(self.quick.get().saturating_add(1));
             if self.quick.get() == Self::TRUSTED {
                 self.pause.set(Duration::ZERO);
+                self.doubt.set(false);
             }
             return;
         }
-        let pause = (self.pause.get() * 2).clamp(Self::FIRST_PAUSE, Self::LONGEST_PAUSE);
-        self.pause.set(pause);
-        self.until.set(ended + pause);
         self.quick.set(0);
+        self.doubt.set(true);
+        if waited() == Some(true) {
+            let pause = (self.pause.get() * 2).clamp(Self::FIRST_PAUSE, Self::LONGEST_PAUSE);
+            self.pause.set(pause);
+            self.until.set(ended + pause);
+        }
     }
 }
 
@@ -252,9 +260,11 @@ impl OsFile {
                 if !self.patience.try_at(self.core.timers.now()) {
                     return Ok(0);
                 }
+                let waits = self.patience.doubt.get().then(sys::waits);
                 let began = sys::clock(libc::CLOCK_MONOTONIC);
                 let result = self.write_now(offset, data, 0);
-                self.patience.note(began, sys::clock(libc::CLOCK_MONOTONIC));
+                let ended = sys::clock(libc::CLOCK_MONOTONIC);
+                self.patience.note(began, ended, || waits.map(|before| sys::waits() != before));
                 return result;
             }
             () if !f.write_back && self.write_luck.try_now() => libc::RWF_NOWAIT,
@@ -492,18 +502,31 @@ mod tests {
     fn a_slow_write_stops_writing_here_for_a_while() {
         let (ms, us) = (Duration::from_millis, Duration::from_micros);
         let p = Patience::default();
+        let (waited, preempted) = (|| Some(true), || Some(false));
         assert!(p.try_at(ms(0)));
-        p.note(ms(10), ms(10) + us(50));
-        assert!(p.try_at(ms(11)));
-        p.note(ms(20), ms(25));
-        assert!(!p.try_at(ms(124)) && p.try_at(ms(125)));
-        p.note(ms(200), ms(210));
+        p.note(ms(10), ms(10) + us(50), || None);
+        assert!(p.try_at(ms(11)) && !p.doubt.get());
+        p.note(ms(20), ms(25), || None);
+        assert!(p.try_at(ms(26)) && p.doubt.get(), "once may be chance");
+        p.note(ms(27), ms(28), preempted);
+        assert!(p.try_at(ms(28)));
+        p.note(ms(30), ms(35), waited);
+        assert!(!p.try_at(ms(134)) && p.try_at(ms(135)));
+        p.note(ms(200), ms(210), waited);
         assert!(!p.try_at(ms(409)) && p.try_at(ms(410)), "twice as long");
-        (0..Patience::TRUSTED).for_each(|_| p.note(ms(500), ms(500)));
-        p.note(ms(600), ms(601));
+        (0..Patience::TRUSTED).for_each(|_| p.note(ms(500), ms(500), waited));
+        assert!(!p.doubt.get());
+        p.note(ms(600), ms(601), waited);
         assert!(p.try_at(ms(701)), "trusted again: a short pause");
-        (0..20).for_each(|_| p.note(ms(1000), ms(1001)));
+        (0..20).for_each(|_| p.note(ms(1000), ms(1001), waited));
         assert!(p.try_at(ms(1001) + Patience::LONGEST_PAUSE));
+    }
+
+    #[test]
+    fn waiting_is_told_from_working() {
+        let before = sys::waits();
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(sys::waits() > before);
     }
 
     #[test]

@@ -50,6 +50,15 @@ pub(super) fn clock(which: libc::clockid_t) -> Duration {
     Duration::new(ts.tv_sec.max(0) as u64, ts.tv_nsec as u32)
 }
 
+/// How often this thread has waited for something: it gave the processor up by itself, and was not merely made to.
+pub(super) fn waits() -> i64 {
+    // SAFETY: rusage is plain data for which all zeroes is valid.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: the pointer is valid for the call.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    usage.ru_nvcsw
+}
+
 /// A seed from the kernel.
 pub(super) fn seed() -> u64 {
     let mut bytes = [0u8; 8];
