@@ -108,6 +108,8 @@ impl Engine {
             let failed = shared.work.failure.borrow_mut().take();
             if let Some(error) = failed {
                 self.settle().await;
+                // further failures of the same round: the first one is what is reported
+                shared.work.failure.take();
                 return Err(error);
             }
             if control.pause_wanted() {
@@ -153,7 +155,7 @@ impl Engine {
     fn standing(&self, now: Duration) -> Standing {
         let work = &self.shared.work;
         let dirty = work.dirty_bytes();
-        let idle = work.copies.get() == 0 || planted(Bug::ReadyInFlight);
+        let idle = (work.copies.get() == 0 && work.healing.get() == 0) || planted(Bug::ReadyInFlight);
         Standing {
             dirty,
             copying: work.copying.get(),

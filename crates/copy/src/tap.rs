@@ -71,17 +71,36 @@ impl Drop for Loose<'_> {
     }
 }
 
-/// Marks a range dirty when dropped, unless told that the target has it.
+/// A range that a guest's request brings to the target. Its whole granules are clean in the bitmap meanwhile; it
+/// becomes dirty when this is dropped, unless the target is known to have it.
 struct Unsure<'a> {
     work: &'a Work,
     at: Span,
+    healing: bool,
     settled: bool,
+}
+
+impl<'a> Unsure<'a> {
+    /// `waits` says that there is an await between this and the clearing of the bits.
+    fn new(work: &'a Work, at: Span, waits: bool) -> Unsure<'a> {
+        let healing = waits || work.dirty.borrow().next_area(at, 0).is_some();
+        if healing {
+            work.healing.set(work.healing.get() + 1);
+        }
+        Unsure { work, at, healing, settled: false }
+    }
 }
 
 impl Drop for Unsure<'_> {
     fn drop(&mut self) {
         if !self.settled && !planted(Bug::ActiveFailureForgotten) {
             self.work.mark_guest(self.at);
+        }
+        if self.healing {
+            self.work.healing.set(self.work.healing.get() - 1);
+            if self.work.healing.get() == 0 {
+                self.work.wake.notify_all();
+            }
         }
     }
 }
@@ -132,7 +151,7 @@ impl CopyTap {
             drop(lock);
             return self.loose(source, at, change).await;
         }
-        let mut unsure = Unsure { work: &self.work, at, settled: false };
+        let mut unsure = Unsure::new(&self.work, at, matches!(change, Change::Discard));
         if let Change::Discard = change {
             source.discard(at).await?;
             unsure.settled = self.follow_discard(source, at).await;
@@ -232,8 +251,9 @@ impl CopyTap {
         let mut unsure: Vec<Unsure<'_>> = areas
             .iter()
             .map(|a| {
+                let unsure = Unsure::new(&self.work, *a, false);
                 self.work.dirty.borrow_mut().clear(*a);
-                Unsure { work: &self.work, at: *a, settled: false }
+                unsure
             })
             .collect();
         let data = source.read(at).await?;

@@ -7,7 +7,8 @@
 //!   is answered, also when it fails or is called off (it may have changed something).
 //! * A guest write that does reach the target holds the range lock from before the source is touched until both have
 //!   it, so no copy of older bytes can land after it.
-//! * A range counts as synchronous only while nothing is dirty, no copy and no unsynchronous write is in flight.
+//! * A range counts as synchronous only while nothing is dirty, no copy and no unsynchronous write is in flight, and no
+//!   guest request is bringing what was dirty to the target.
 
 use crate::RangeLocks;
 use crate::bugs::{Bug, planted};
@@ -36,6 +37,8 @@ pub struct Work {
     pub(crate) copies: Cell<u32>,
     /// Guest writes in flight that will mark their range dirty.
     pub(crate) loose: Cell<u32>,
+    /// Guest requests in flight that bring dirty granules to the target: clean in the bitmap, not yet on the target.
+    pub(crate) healing: Cell<u32>,
     /// Bytes brought to the target.
     pub(crate) done: Cell<u64>,
     pub(crate) wake: Notify,
@@ -64,6 +67,7 @@ impl Work {
             copying: Cell::new(0),
             copies: Cell::new(0),
             loose: Cell::new(0),
+            healing: Cell::new(0),
             done: Cell::new(0),
             wake: Notify::new(),
             failure: RefCell::new(None),
@@ -129,8 +133,9 @@ impl Work {
     /// Whether source and target are equal but for requests that have not been answered: nothing dirty, nothing being
     /// copied, no guest write under way that will be marked later.
     pub fn in_sync(&self) -> bool {
-        let idle = self.copies.get() == 0 && self.loose.get() == 0 && self.copying.get() == 0;
-        self.dirty.borrow().is_empty() && (idle || planted(Bug::SyncedTooEarly))
+        let settled = self.loose.get() == 0 && self.healing.get() == 0;
+        let idle = self.copies.get() == 0 && self.copying.get() == 0;
+        self.dirty.borrow().is_empty() && idle && (settled || planted(Bug::SyncedTooEarly))
     }
 
     /// Background copies in flight.

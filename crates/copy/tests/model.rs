@@ -7,14 +7,13 @@ mod world;
 use block::{BlockError, Data, ReqFlags, Span};
 use copy::{CopyTap, Engine, OnError, Work, first};
 use drivers::filters::mirror_top::MirrorTop;
-use env::{Env, Executor};
+use env::Env;
 use graph::{Graph, Node};
-use sim::{Host, Machine, Net, NetProfile, Profile, Rng, SimBackend};
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
-use world::{Desk, Follow, Mem, Mode, edge};
+use world::{Desk, Follow, Mem, Mode, Rng, edge, simulate};
 
 struct World {
     _graph: Rc<Graph>,
@@ -31,17 +30,6 @@ struct World {
     quit: Cell<bool>,
     guests: Cell<u32>,
     ready: Cell<bool>,
-}
-
-fn simulate<T: 'static, F: Future<Output = T> + 'static>(seed: u64, f: impl FnOnce(Env, Rng) -> F) -> T {
-    let machine = Machine::new(seed);
-    machine.limit_steps(400_000);
-    let net = Net::new(&machine, NetProfile::calm());
-    let host = Host::new("a", &machine, &net, Profile::calm());
-    let executor = Executor::new(SimBackend::root(&host));
-    let (env, _process) = host.start(&executor);
-    let rng = machine.fork("test");
-    executor.run(f(env, rng))
 }
 
 async fn world(env: &Env, rng: &mut Rng, mode: Mode) -> Rc<World> {

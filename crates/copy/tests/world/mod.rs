@@ -1,6 +1,10 @@
 //! Two disks in memory that take their time, fail and hang as told, under the simulator's clock.
 #![allow(missing_docs, clippy::unwrap_used, unreachable_pub, dead_code)]
 
+mod clock;
+#[allow(unused_imports)]
+pub use clock::{Rng, simulate};
+
 use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Span};
 use copy::{Action, Control, Next, OnError, OnWrite, Policy, Side, Standing};
 use env::Env;
@@ -154,6 +158,9 @@ impl Node for Mem {
                 return Ok(());
             }
             let inner = at.align_in(BLOCK);
+            if inner.is_empty() {
+                return Ok(());
+            }
             self.change(inner, vec![0; inner.len as usize], false).await
         })
     }
