@@ -53,6 +53,8 @@ pub(crate) struct Core {
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,
     pub(crate) corrupt: Cell<bool>,
+    /// The corrupt mark is being written.
+    pub(crate) marking: Loading,
     pub(crate) on_corruption: RefCell<Option<OnCorruption>>,
 }
 
@@ -112,6 +114,17 @@ pub(crate) struct Loading {
 }
 
 impl Loading {
+    /// Waits until nobody does it.
+    pub(crate) async fn idle(&self, key: u64) {
+        while let Some(n) = self.busy(key) {
+            n.wait().await;
+        }
+    }
+
+    fn busy(&self, key: u64) -> Option<Rc<Notify>> {
+        self.keys.borrow().iter().find(|(k, _)| *k == key).map(|(_, n)| n.clone())
+    }
+
     /// Becomes the one who does it, or gets what to wait for (look again after).
     pub(crate) fn begin(&self, key: u64) -> Result<LoadGuard<'_>, Rc<Notify>> {
         let mut keys = self.keys.borrow_mut();

@@ -71,6 +71,7 @@ pub(crate) async fn open(
         order: Default::default(),
         meta: RefCell::new(MetaMap::default()),
         corrupt: Cell::new(false),
+        marking: Default::default(),
         on_corruption: RefCell::new(None),
     });
     core.load_tables().await?;

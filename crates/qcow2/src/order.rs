@@ -108,7 +108,7 @@ impl Core {
 
     /// A guest's flush.
     pub(crate) async fn flush(self: &Rc<Self>) -> Result<()> {
-        if !self.needs_commit() {
+        if !self.needs_commit() && !self.corrupt.get() {
             return Ok(());
         }
         self.commit().await
@@ -148,7 +148,7 @@ impl Core {
             Ok(()) => self.bring(&batch).await,
             Err(e) => Err(e),
         };
-        self.put_back(batch, done.is_ok());
+        self.put_back(&batch, done.is_ok());
         let well = done.is_ok();
         waiting.into_iter().for_each(|w| w.send(done.clone()));
         if well && frees > 0 && self.release(frees, false).await.is_ok() && !self.order.lazy.get() {
@@ -182,7 +182,13 @@ impl Core {
 
     /// Everything cached is in the file, nothing is left to give back, refcounts are right. No request is running.
     pub(crate) async fn settle_all(self: &Rc<Self>) -> Result<()> {
-        if self.corrupt.get() || !self.writable.get() {
+        if self.corrupt.get() {
+            // The task that writes the mark may not have begun.
+            self.env.yield_now().await;
+            self.marking.idle(0).await;
+            return Ok(());
+        }
+        if !self.writable.get() {
             return Ok(());
         }
         self.commit().await?;
@@ -222,7 +228,7 @@ impl Core {
     }
 
     /// Ends the writing of a batch; if it failed, all of it is dirty again.
-    fn put_back(&self, batch: Batch, well: bool) {
+    fn put_back(&self, batch: &Batch, well: bool) {
         batch.counts.iter().for_each(|t| self.rb.borrow_mut().written(t.slot, well));
         batch.mappings.iter().for_each(|t| self.l2.borrow_mut().written(t.slot, well));
         if !well {

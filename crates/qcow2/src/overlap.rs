@@ -129,6 +129,7 @@ impl Core {
         if fatal && self.geo.version() >= 3 {
             let core = self.clone();
             self.env.spawn("qcow2-mark-corrupt", async move {
+                let _marking = core.marking.begin(0);
                 let (at, bytes) = {
                     let mut h = core.header.borrow_mut();
                     h.incompatible |= INCOMPAT_CORRUPT;
