@@ -262,7 +262,7 @@ fn permissions_are_those_of_the_result_and_come_back_when_a_parent_goes() {
         let graph = Graph::new(&env);
         let cell = add(&graph, "d", NullNode::open(&env, NullOptions::default())).await;
         let alone = root(&graph, &cell, Demand { needs: CR, shares: CR }).await.expect("nobody else");
-        let e = root(&graph, &cell, RW).await.err().expect("the first does not share writes");
+        let e = root(&graph, &cell, RW).await.expect_err("the first does not share writes");
         assert!(
             e.message().starts_with("Permission conflict on node 'd': permissions 'write' are both required"),
             "{e}"

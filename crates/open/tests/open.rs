@@ -167,8 +167,7 @@ fn two_writers_of_one_file_conflict_and_readers_do_not() {
         let e = graph
             .attach(&two, "root", Role::Root, Parent::Backend("t".into()), WRITE)
             .await
-            .err()
-            .expect("taken");
+            .expect_err("taken");
         assert_eq!((e.kind(), e.message()), (ErrorKind::Busy, "Failed to get \"write\" lock"));
         root(&graph, &two, READ).await;
     });

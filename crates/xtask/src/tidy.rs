@@ -76,7 +76,9 @@ fn check(file: &Path, crates: &Path, wrong: &mut Vec<String>) {
     let relative = file.strip_prefix(crates).unwrap_or(file);
     let shown = relative.display();
     let crate_name = relative.iter().next().map(|c| c.to_string_lossy().into_owned()).unwrap_or_default();
-    let is_test = relative.iter().any(|part| part == "tests" || part == "examples" || part == "benches");
+    let is_test = relative
+        .iter()
+        .any(|part| part == "tests" || part == "testing" || part == "examples" || part == "benches");
     let lines: Vec<&str> = text.lines().collect();
     if lines.len() > MAX_LINES {
         wrong.push(format!(
