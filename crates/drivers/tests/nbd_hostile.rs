@@ -304,6 +304,21 @@ fn each_crime_is_an_error_that_names_it_and_the_next_connection_works() {
 }
 
 #[test]
+fn a_broken_protocol_is_not_waited_out() {
+    let evil = |_: u32, r: &Request, _: Mode| (chunk(3, 1, r.cookie, &[]), false);
+    let server = liar(structured, Box::new(evil), unlimited());
+    let path = server.path.clone();
+    with(move |env| async move {
+        let mut o = at(&path);
+        o.reconnect_delay = 30;
+        let c = NbdClient::open(&env, o).await.unwrap();
+        let begin = env.now();
+        assert!(ask(&c, Cmd::Read).await.unwrap_err().message().contains("type 0x3,"));
+        assert!(env.now() - begin < Duration::from_secs(1));
+    });
+}
+
+#[test]
 fn a_session_cut_at_every_byte_is_an_error_or_right() {
     for best in [Mode::Structured, Mode::Extended] {
         let limit = unlimited();

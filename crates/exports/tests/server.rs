@@ -4,10 +4,10 @@
 
 mod support;
 
-use block::{Data, Span};
+use block::{Data, ReqFlags, Span};
 use env::Address;
 use exports::{DeleteMode, ServerOptions};
-use nbd::proto::{MAX_PAYLOAD, opt};
+use nbd::proto::{MAX_PAYLOAD, cmd_flag, opt};
 use nbd::{ClientHandshake, ClientWants, Cmd, Inbox, Mode, Negotiated, Outbox, encode_request};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -59,8 +59,12 @@ fn enter(s: &mut UnixStream, mode: Mode) -> (Negotiated, Vec<u8>) {
 }
 
 fn request(mode: Mode, cmd: Cmd, cookie: u64, span: Span, payload: Data) -> Vec<u8> {
+    flagged(mode, cmd, 0, cookie, span, payload)
+}
+
+fn flagged(mode: Mode, cmd: Cmd, flags: u16, cookie: u64, span: Span, payload: Data) -> Vec<u8> {
     let mut o = Outbox::new();
-    encode_request(&mut o, mode, cmd, 0, cookie, span, payload);
+    encode_request(&mut o, mode, cmd, flags, cookie, span, payload);
     o.take().to_vec()
 }
 
@@ -335,4 +339,58 @@ fn a_write_through_export_flushes_each_write() {
         s.read_exact(&mut [0; 16]).unwrap();
         assert_eq!(server.call(|s| async move { s.node.flushes.get() }), i as u64 + 1);
     }
+}
+
+#[test]
+fn flags_of_write_zeroes_reach_the_disk() {
+    let dir = Dir::new();
+    let server = start(&dir, at(&dir));
+    let mut s = connect(&dir);
+    enter(&mut s, Mode::Simple);
+    let plain = ReqFlags { may_unmap: true, ..ReqFlags::NONE };
+    for (flags, want) in [
+        (0, plain),
+        (cmd_flag::NO_HOLE, ReqFlags::NONE),
+        (cmd_flag::FUA, ReqFlags { fua: true, ..plain }),
+        (cmd_flag::FAST_ZERO, ReqFlags { no_fallback: true, ..plain }),
+    ] {
+        s.write_all(&flagged(Mode::Simple, Cmd::WriteZeroes, flags, 1, Span::new(0, 4096), Data::empty()))
+            .unwrap();
+        s.read_exact(&mut [0; 16]).unwrap();
+        assert_eq!(server.call(|s| async move { s.node.zeroed.get() }), want, "{flags:#x}");
+    }
+}
+
+#[test]
+fn a_greedy_client_leaves_room_for_others() {
+    let dir = Dir::new();
+    let _server = start(&dir, at(&dir));
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut s = connect(&dir);
+                enter(&mut s, Mode::Simple);
+                let many = request(Mode::Simple, Cmd::Read, 1, Span::new(0, 65536), Data::empty()).repeat(64);
+                let mut replies = vec![0; 64 * (16 + 65536)];
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    s.write_all(&many).unwrap();
+                    s.read_exact(&mut replies).unwrap();
+                }
+            });
+        }
+        let mut s = connect(&dir);
+        enter(&mut s, Mode::Simple);
+        let mut waits: Vec<_> = (0..200)
+            .map(|_| {
+                let begin = Instant::now();
+                s.write_all(&request(Mode::Simple, Cmd::Read, 1, Span::new(0, 512), Data::empty())).unwrap();
+                s.read_exact(&mut [0; 16 + 512]).unwrap();
+                begin.elapsed()
+            })
+            .collect();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        waits.sort();
+        assert!(waits[100] < Duration::from_millis(100), "median wait {:?}", waits[100]);
+    });
 }

@@ -21,6 +21,8 @@ pub struct Plain {
     /// Each request fails with this errno.
     pub fail: Cell<i32>,
     pub flushes: Cell<u64>,
+    /// How the last zeroing was asked for.
+    pub zeroed: Cell<ReqFlags>,
 }
 
 impl Plain {
@@ -35,6 +37,7 @@ impl Plain {
             delay: Cell::default(),
             fail: Cell::default(),
             flushes: Cell::default(),
+            zeroed: Cell::default(),
         })
     }
 
@@ -82,6 +85,7 @@ impl Node for Plain {
         })
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
+        self.zeroed.set(flags);
         Box::pin(async move {
             self.trouble().await?;
             self.file.zero(at, if flags.may_unmap { Punch::Release } else { Punch::Keep }).await
