@@ -90,7 +90,11 @@ def clean(value, names):
     if isinstance(value, dict):
         return {k: clean(v, names) for k, v in value.items() if k not in RACY}
     if isinstance(value, list):
-        return [clean(v, names) for v in value]
+        cleaned = [clean(v, names) for v in value]
+        if cleaned and all(isinstance(v, dict) and "drv" in v for v in cleaned):
+            # nodes: those that were opened implicitly may stand elsewhere
+            cleaned.sort(key=lambda v: (v["node-name"], v["drv"], v["file"]))
+        return cleaned
     if isinstance(value, str):
         for real, shown in names:
             value = value.replace(real, shown)
