@@ -4,12 +4,15 @@ use crate::chardev::{ChardevSpec, Chardevs};
 use crate::commands::{EVENTS, Entry, TABLE};
 use crate::error::{Class, QmpError, Reply};
 use crate::events::Events;
+use crate::jobinfo::JobEvents;
 use crate::object::Objects;
 use crate::session::Session;
 use env::sync::Notify;
 use env::{Env, Stream};
 use exports::ExportRegistry;
 use graph::{Graph, NodeCell};
+use jobs::Registry;
+use open::Opener;
 use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -23,6 +26,17 @@ enum Phase {
     Ended,
 }
 
+fn corrupted(node: &str, c: &qcow2::Corruption) -> Value {
+    let mut data = Map::new();
+    data.insert("device".into(), json!(""));
+    data.insert("node-name".into(), json!(node));
+    data.insert("msg".into(), json!(c.message));
+    data.extend(c.offset.map(|n| ("offset".to_owned(), json!(n))));
+    data.extend(c.size.map(|n| ("size".to_owned(), json!(n))));
+    data.insert("fatal".into(), json!(c.fatal));
+    Value::Object(data)
+}
+
 /// Everything of one daemon. Lives on one thread; all that is held here is reached through `Rc`.
 pub struct Daemon {
     env: Env,
@@ -31,6 +45,8 @@ pub struct Daemon {
     commands: BTreeMap<&'static str, Entry>,
     events: Rc<Events>,
     graph: Rc<Graph>,
+    opener: Rc<Opener>,
+    jobs: Rc<Registry>,
     exports: Rc<ExportRegistry>,
     objects: Objects,
     chardevs: Chardevs,
@@ -61,12 +77,18 @@ impl Daemon {
         let entries = || TABLE.iter().flat_map(|family| family.iter());
         let names: Vec<&str> = entries().map(|e| e.name).collect();
         let events = Events::new(env);
+        let graph = Graph::new(env);
+        let opener = Opener::new(&graph);
+        let told = events.clone();
+        opener.on_corruption(Rc::new(move |node, c| told.emit("BLOCK_IMAGE_CORRUPTED", corrupted(node, c))));
         Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),
             schema: Schema::new(&names, EVENTS),
             commands: entries().map(|e| (e.name, *e)).collect(),
-            graph: Graph::new(env),
+            opener,
+            graph,
+            jobs: Registry::new(env, Rc::new(JobEvents(events.clone()))),
             exports: ExportRegistry::new(env, {
                 let events = events.clone();
                 move |id| events.emit("BLOCK_EXPORT_DELETED", json!({"id": id}))
@@ -94,6 +116,12 @@ impl Daemon {
 
     pub(crate) fn events(&self) -> &Rc<Events> {
         &self.events
+    }
+    pub(crate) fn opener(&self) -> &Rc<Opener> {
+        &self.opener
+    }
+    pub(crate) fn jobs(&self) -> &Registry {
+        &self.jobs
     }
     pub(crate) fn graph(&self) -> &Rc<Graph> {
         &self.graph
@@ -194,6 +222,7 @@ impl Daemon {
         if self.phase.get() == Phase::Running {
             self.phase.set(Phase::Ending);
             self.exports.shut_down().await;
+            self.jobs.cancel_all().await;
             if let Err(e) = self.graph.close_all().await {
                 *self.trouble.borrow_mut() = Some(e.into());
             }
