@@ -217,6 +217,7 @@ mod tests {
     use super::*;
     use qapi::json;
 
+    #[allow(clippy::needless_pass_by_value)] // called with what json! makes
     fn of(v: Value) -> Result<NodeSpec, String> {
         spec(v.as_object().unwrap()).map_err(|e| e.desc)
     }

@@ -88,6 +88,9 @@ pub(crate) fn block_job(job: &Rc<Job>) -> Value {
     if job.kind() == Kind::Mirror {
         let body = job.body();
         let mirror = body.as_ref().and_then(|b| b.as_any().downcast_ref::<Mirror>());
+        // from completion to finalize the client is held, which clients know as a pause
+        let frozen = mirror.is_some_and(Mirror::is_frozen);
+        out.insert("paused".into(), json!(job.is_paused() || frozen));
         out.insert("actively-synced".into(), json!(mirror.is_some_and(Mirror::actively_synced)));
     }
     more(job, &mut out);
