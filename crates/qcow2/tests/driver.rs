@@ -1,5 +1,7 @@
 //! The running driver, one behaviour a test.
 
+#![allow(clippy::unwrap_used)] // a test helper that fails fails the test
+
 use block::{Data, ErrorKind, ReqFlags, Span};
 use env::Env;
 use graph::{Fact, Node, Role};
