@@ -162,8 +162,8 @@ impl Core {
         let len = packed.len() as u64;
         let at = self.alloc_packed(len).await?;
         let place = Compressed { at, len };
+        let mut taken = TakenBytes { core: self, place: Some(place) };
         if !self.geo.can_describe_compressed(at, len) {
-            self.free_packed(place, false);
             return Err(BlockError::from_errno(BlockError::EFBIG).with_message(format!(
                 "image '{}': compressed data at {at} is too far behind",
                 self.name()
@@ -172,22 +172,29 @@ impl Core {
         let landing = self.landing(at, len);
         let written = self.file.write(at.0, packed.into()).await;
         landing.landed();
-        let slot = match written {
-            Ok(()) => self.writable_slice(c).await,
-            Err(e) => Err(e),
-        };
-        let (slot, old) = match slot.and_then(|s| Ok((s, self.entry(s, c)?))) {
-            Ok(found) => found,
-            Err(e) => {
-                self.free_packed(place, false);
-                return Err(e);
-            }
-        };
+        written?;
+        let slot = self.writable_slice(c).await?;
+        let old = self.entry(slot, c)?;
         self.set_entry(slot, c, L2Entry::Compressed(place));
+        taken.place = None;
         self.order.data_before_mapping();
         self.free_entry(old, false);
         self.order.crowded_check(self);
         Ok(())
+    }
+}
+
+/// Bytes for compressed data; given back unless an entry names them.
+struct TakenBytes<'a> {
+    core: &'a Rc<Core>,
+    place: Option<Compressed>,
+}
+
+impl Drop for TakenBytes<'_> {
+    fn drop(&mut self) {
+        if let Some(place) = self.place {
+            self.core.free_packed(place, false);
+        }
     }
 }
 
