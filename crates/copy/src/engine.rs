@@ -230,8 +230,7 @@ impl Engine {
             }
         }
         // Waiting in line is for when there is nothing else: then the copy gets its turn among the guest's requests.
-        let free_of_copies = |at: &Span| !matches!(work.locks.conflict(at), Some((_, Owner::Copy { .. })));
-        contended.filter(free_of_copies).map_or(Found::Nothing, Found::Contended)
+        contended.filter(|at| !work.locks.copy_overlaps(at)).map_or(Found::Nothing, Found::Contended)
     }
 
     /// How far the source is known to have been zero from `at` on, in whole granules.

@@ -15,7 +15,7 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 /// Turns after which a run counts as endless.
-const MAX_TURNS: u64 = 3_000_000;
+const MAX_TURNS: u64 = 300_000;
 
 type Key = (Duration, u64);
 type Timers = Rc<RefCell<BTreeMap<Key, Option<Waker>>>>;
