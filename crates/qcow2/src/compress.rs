@@ -82,6 +82,11 @@ impl Core {
     /// Reads `at`, which is inside one compressed cluster.
     pub(crate) async fn read_packed(self: &Rc<Self>, from: Compressed, at: Span) -> Result<Data> {
         let cluster = self.geo.cluster_size();
+        let start = self.geo.in_cluster(at.start) as usize;
+        let piece = |plain: &Bytes| Data::from(plain.slice(start..start + at.len as usize));
+        if let Some((_, plain)) = self.unpacked.borrow().as_ref().filter(|(c, _)| *c == from) {
+            return Ok(piece(plain));
+        }
         let packed = self.file.read(Span::new(from.at.0, from.len)).await?.contiguous();
         let how = self.header.borrow().compression;
         let plain = if cluster >= OFFLOAD_MIN {
@@ -98,8 +103,10 @@ impl Core {
                 at.start
             ))
         })?;
-        let start = self.geo.in_cluster(at.start) as usize;
-        Ok(Data::from(Bytes::from(plain).slice(start..start + at.len as usize)))
+        let plain = Bytes::from(plain);
+        let data = piece(&plain);
+        *self.unpacked.borrow_mut() = Some((from, plain));
+        Ok(data)
     }
 
     /// Writes `data` compressed. The span is whole clusters, or ends at the end of the disk.
@@ -161,6 +168,7 @@ impl Core {
         self.writable_slice(c).await?;
         let len = packed.len() as u64;
         let at = self.alloc_packed(len).await?;
+        *self.unpacked.borrow_mut() = None;
         let place = Compressed { at, len };
         let mut taken = TakenBytes { core: self, place: Some(place) };
         if !self.geo.can_describe_compressed(at, len) {
