@@ -52,7 +52,7 @@ pub(crate) struct Core {
     /// The last cluster that was unpacked: small reads one after the other unpack it once. Dropped when compressed data is
     /// written, since only that could put another stream in the same place.
     pub(crate) unpacked: RefCell<Option<(Compressed, Bytes)>>,
-    pub(crate) inflight: InFlight,
+    pub(crate) inflight: Rc<InFlight>,
     pub(crate) epochs: Epochs,
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,
