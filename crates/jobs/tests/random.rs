@@ -219,7 +219,7 @@ async fn history(env: Env, mut rng: Rng) {
     target.fail_flush.set((0, 0));
     let rest = rng.below(10_000);
     env.sleep(Duration::from_micros(rest)).await;
-    if job.state() == State::Pending && !w.registry.finalize(&job).await.is_ok() {
+    if job.state() == State::Pending && w.registry.finalize(&job).await.is_err() {
         job.concluded().await;
     }
     env.timeout(Duration::from_secs(60), job.concluded()).await.expect("the job ends");
