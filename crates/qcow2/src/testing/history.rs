@@ -334,6 +334,9 @@ fn compare(base: u64, got: &[u8], want: &[u8]) -> Result<(), String> {
     }
 }
 
+/// Turns without a file operation under way after which nothing more comes of a dropped request.
+const QUIET_TURNS: u32 = 32;
+
 /// `work`, or `None` if it did not end in `polls` polls: it is dropped then.
 async fn within<T>(work: impl Future<Output = T>, polls: u64) -> Option<T> {
     let mut work = Box::pin(work);
@@ -365,8 +368,10 @@ async fn run_batch(
         });
         futures_util::future::join_all(runs).await
     };
-    // What dropped requests left under way lands before anybody looks.
-    while late.is_some_and(|n| n.get() > 0) {
+    // What dropped requests left under way lands before anybody looks: file operations, and what follows from them.
+    let mut quiet = 0;
+    while let Some(n) = late.filter(|_| quiet < QUIET_TURNS) {
+        quiet = if n.get() > 0 { 0 } else { quiet + 1 };
         env.yield_now().await;
     }
     for ((op, at, seed), r) in ops.iter().zip(results) {
