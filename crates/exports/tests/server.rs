@@ -394,3 +394,32 @@ fn a_greedy_client_leaves_room_for_others() {
         assert!(waits[100] < Duration::from_millis(100), "median wait {:?}", waits[100]);
     });
 }
+
+#[test]
+fn a_server_that_cannot_listen_says_so_as_qsd() {
+    let dir = Dir::new();
+    let server = start(&dir, at(&dir));
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    server.call(move |s| async move {
+        s.registry.stop_server().await.unwrap();
+        for (address, message) in [
+            (
+                Address::Unix("/nonexistent/x".into()),
+                "Failed to bind socket to /nonexistent/x: No such file or directory",
+            ),
+            (
+                Address::Tcp { host: "127.0.0.1".into(), port },
+                "Failed to find an available port: Address already in use",
+            ),
+        ] {
+            let e = s.registry.start_server(&ServerOptions::at(address)).await.unwrap_err();
+            assert_eq!(e.message(), message);
+        }
+        let mut tls = ServerOptions::at(Address::Unix("/nonexistent/x".into()));
+        tls.tls_creds = Some("t".into());
+        let e = s.registry.start_server(&tls).await.unwrap_err();
+        assert!(e.message().contains("tls-creds"), "{e}");
+        assert_eq!(s.registry.server_address(), None);
+    });
+}
