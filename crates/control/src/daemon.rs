@@ -54,6 +54,8 @@ pub struct Daemon {
     session_left: Notify,
     /// What could not be written back at the end.
     trouble: RefCell<Option<QmpError>>,
+    open: Cell<bool>,
+    opened: Notify,
     phase: Cell<Phase>,
     phase_changed: Notify,
 }
@@ -99,6 +101,8 @@ impl Daemon {
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
             trouble: RefCell::new(None),
+            open: Cell::new(false),
+            opened: Notify::new(),
             phase: Cell::new(Phase::Running),
             phase_changed: Notify::new(),
         })
@@ -190,11 +194,15 @@ impl Daemon {
         self.chardevs.check(id)
     }
 
-    /// Starts a monitor on a character device: its clients are served one after another, until the daemon ends.
+    /// Starts a monitor on a character device: from [`Daemon::open_monitors`] on, its clients are served one after another,
+    /// until the daemon ends.
     pub fn add_monitor(self: &Rc<Self>, chardev: &str, pretty: bool) -> Result<(), QmpError> {
         let device = self.chardevs.take(chardev)?;
         let daemon = self.clone();
         self.env.spawn("monitor", async move {
+            while !daemon.open.get() {
+                daemon.opened.wait().await;
+            }
             while let Some(stream) = device.client(&daemon.env).await {
                 daemon.session(stream, pretty).await;
                 device.left();
@@ -204,6 +212,13 @@ impl Daemon {
             }
         });
         Ok(())
+    }
+
+    /// Everything that the command line asks for is there: from now on monitors serve their clients, which therefore find
+    /// all nodes and exports.
+    pub fn open_monitors(&self) {
+        self.open.set(true);
+        self.opened.notify_all();
     }
 
     /// Serves one QMP client until it leaves or the daemon ends.

@@ -3,4 +3,5 @@
 
 mod cmdline;
 mod common;
+mod disk;
 mod wire;
