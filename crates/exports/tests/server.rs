@@ -11,6 +11,7 @@ use nbd::proto::{MAX_PAYLOAD, cmd_flag, opt};
 use nbd::{ClientHandshake, ClientWants, Cmd, Inbox, Mode, Negotiated, Outbox, encode_request};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use support::{Dir, HARD, Server, options};
 
@@ -365,23 +366,32 @@ fn flags_of_write_zeroes_reach_the_disk() {
 fn a_greedy_client_leaves_room_for_others() {
     let dir = Dir::new();
     let _server = start(&dir, at(&dir));
-    let stop = std::sync::atomic::AtomicBool::new(false);
+    let stop = AtomicBool::new(false);
+    /// Ends the greedy ones also when an assertion fails.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         for _ in 0..2 {
             scope.spawn(|| {
                 let mut s = connect(&dir);
                 enter(&mut s, Mode::Simple);
                 let many = request(Mode::Simple, Cmd::Read, 1, Span::new(0, 65536), Data::empty()).repeat(64);
                 let mut replies = vec![0; 64 * (16 + 65536)];
-                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                    s.write_all(&many).unwrap();
-                    s.read_exact(&mut replies).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    if s.write_all(&many).and_then(|()| s.read_exact(&mut replies)).is_err() {
+                        break;
+                    }
                 }
             });
         }
         let mut s = connect(&dir);
         enter(&mut s, Mode::Simple);
-        let mut waits: Vec<_> = (0..200)
+        let mut waits: Vec<_> = (0..50)
             .map(|_| {
                 let begin = Instant::now();
                 s.write_all(&request(Mode::Simple, Cmd::Read, 1, Span::new(0, 512), Data::empty())).unwrap();
@@ -389,9 +399,8 @@ fn a_greedy_client_leaves_room_for_others() {
                 begin.elapsed()
             })
             .collect();
-        stop.store(true, std::sync::atomic::Ordering::Relaxed);
         waits.sort();
-        assert!(waits[100] < Duration::from_millis(100), "median wait {:?}", waits[100]);
+        assert!(waits[25] < Duration::from_millis(100), "median wait {:?}", waits[25]);
     });
 }
 
