@@ -48,6 +48,8 @@ pub struct LateNode {
     env: env::Env,
     rng: std::cell::RefCell<super::history::Rng>,
     under_way: Rc<std::cell::Cell<usize>>,
+    /// Reads that come while this is set wait until it is not.
+    pub hold_reads: Rc<std::cell::Cell<bool>>,
 }
 
 impl LateNode {
@@ -63,6 +65,7 @@ impl LateNode {
             env: env.clone(),
             rng: std::cell::RefCell::new(super::history::Rng(seed)),
             under_way: under_way.clone(),
+            hold_reads: Rc::default(),
         })
     }
 
@@ -108,8 +111,13 @@ impl Node for LateNode {
         above
     }
     fn read(&self, at: Span) -> Io<'_, Data> {
-        let n = self.inner.clone();
-        self.late(async move { n.read(at).await })
+        let (n, env, hold) = (self.inner.clone(), self.env.clone(), self.hold_reads.clone());
+        self.late(async move {
+            while hold.get() {
+                env.yield_now().await;
+            }
+            n.read(at).await
+        })
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         let n = self.inner.clone();
