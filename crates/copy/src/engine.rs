@@ -17,8 +17,7 @@ use crate::work::Work;
 use block::{Extent, Kind, Result, Span};
 use env::TaskHandle;
 use env::sync::Queue;
-use graph::{DetectZeroes, Edge};
-use std::cell::Cell;
+use graph::Edge;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -72,11 +71,9 @@ impl Engine {
     ) -> Engine {
         let transfer = [source.limits().max_transfer, target.limits().max_transfer];
         let max_transfer = transfer.into_iter().filter(|t| *t > 0).min().unwrap_or(0);
-        // detecting zeroes needs the bytes to pass through here
-        let offload = target.child().options().detect_zeroes == DetectZeroes::Off;
         let window = Window::new(buffer, work.granularity(), max_transfer);
         Engine {
-            shared: Rc::new(Shared { work, source, target, policy, offload: Cell::new(offload) }),
+            shared: Rc::new(Shared { work, source, target, policy }),
             control,
             window,
             outcomes: Rc::new(Queue::new()),
@@ -230,7 +227,8 @@ impl Engine {
             }
         }
         // Waiting in line is for when there is nothing else: then the copy gets its turn among the guest's requests.
-        contended.filter(|at| !work.locks.copy_overlaps(at)).map_or(Found::Nothing, Found::Contended)
+        let free_of_copies = |at: &Span| !matches!(work.locks.conflict(at), Some((_, Owner::Copy { .. })));
+        contended.filter(free_of_copies).map_or(Found::Nothing, Found::Contended)
     }
 
     /// How far the source is known to have been zero from `at` on, in whole granules.

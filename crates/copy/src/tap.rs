@@ -158,9 +158,7 @@ impl CopyTap {
             return Ok(());
         }
         let parts = self.parts_for_target(at);
-        let cleaned =
-            if planted(Bug::PartialGranuleClean) { at.align_out(self.work.granularity()) } else { at };
-        self.work.dirty.borrow_mut().clear(cleaned);
+        self.work.dirty.borrow_mut().clear(at);
         let to_target = async {
             for part in &parts {
                 self.work.target_written(*part);

@@ -22,6 +22,7 @@ mod options;
 mod order;
 mod overlap;
 mod refcount;
+mod resize;
 pub mod storage;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -156,6 +156,10 @@ impl Node for Qcow2 {
         Box::pin(self.core.flush())
     }
 
+    fn resize(&self, len: u64, prealloc: block::Prealloc) -> Io<'_> {
+        Box::pin(self.core.resize(len, prealloc))
+    }
+
     fn set_writable(&self, writable: bool) -> Io<'_> {
         Box::pin(async move {
             match (self.core.writable.get(), writable) {

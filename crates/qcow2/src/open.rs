@@ -66,7 +66,6 @@ pub(crate) async fn open(
         rb: RefCell::new(SliceCache::new(sizes.rb_slices)),
         rb_loading: Default::default(),
         space: Space::new(file_clusters),
-        unpacked: RefCell::new(None),
         inflight: Default::default(),
         epochs: Default::default(),
         order: Default::default(),

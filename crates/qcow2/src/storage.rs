@@ -46,7 +46,7 @@ impl Storage for Rc<Edge> {
     async fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
         let end = Span::new(at, bytes.len() as u64).end();
         if end > Edge::len(self) {
-            self.child().node().resize(end, Prealloc::Off).await?;
+            Edge::resize(self, end, Prealloc::Off).await?;
         }
         Edge::write(self, at, block::Data::copy_from(bytes), block::ReqFlags::NONE).await
     }
@@ -56,7 +56,7 @@ impl Storage for Rc<Edge> {
     }
 
     async fn resize(&self, len: u64, prealloc: Prealloc) -> Result<()> {
-        self.child().node().resize(len, prealloc).await
+        Edge::resize(self, len, prealloc).await
     }
 }
 

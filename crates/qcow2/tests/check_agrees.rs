@@ -190,8 +190,16 @@ fn broken_images_get_the_same_verdict_and_repair_makes_them_clean() {
                 Err(e) if e.message().contains("bits hold") && theirs.stderr.contains("overflow") => continue,
                 Err(e) => panic!("{}: {e}", keep("repair")),
             };
-            assert!(after.is_clean(), "{}: after repair {after:?}", keep("repair"));
-            std::fs::write(dir.path("i.qcow2"), fixed.into_bytes()).unwrap();
+            let fixed = fixed.into_bytes();
+            // Data that lies on a snapshot's tables stays: nobody knows which of the two is right.
+            let left = ours(&fixed).messages;
+            let stays = left.iter().all(|m| m.contains("metadata lies on"));
+            assert!(
+                after.is_clean() || stays && !left.is_empty(),
+                "{}: after repair {after:?}",
+                keep("repair")
+            );
+            std::fs::write(dir.path("i.qcow2"), fixed).unwrap();
             let theirs = qemu_check(&dir.0, "i.qcow2");
             assert_eq!(
                 (theirs.status, class(&theirs)),

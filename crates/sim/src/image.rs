@@ -225,7 +225,11 @@ impl Image {
         } else {
             whole
         };
-        for n in at.start / BLOCK..at.end().div_ceil(BLOCK) {
+        let range = at.start / BLOCK..at.end().div_ceil(BLOCK);
+        // A hole of terabytes has few blocks to clear.
+        let there: Vec<u64> =
+            if keep { range.collect() } else { self.blocks.range(range).map(|(n, _)| *n).collect() };
+        for n in there {
             let b = Span::new(n * BLOCK, BLOCK);
             if whole.contains(&b) {
                 if keep {

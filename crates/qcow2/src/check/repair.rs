@@ -3,7 +3,9 @@
 use super::refs::{OVERLAP, Use};
 use super::walk::{Walk, inspect, words};
 use super::{Fix, Report};
-use crate::header::{INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAX_REFCOUNT_TABLE_BYTES};
+use crate::header::{
+    AUTOCLEAR_BITMAPS, INCOMPAT_CORRUPT, INCOMPAT_DIRTY, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
+};
 use crate::storage::Storage;
 use crate::types::{COMPRESSED, COPIED, EntryFault, HostCluster, HostOffset};
 use block::{BlockError, ErrorKind, Result, Span};
@@ -18,6 +20,10 @@ pub(super) async fn repair<S: Storage>(storage: &S, fix: Fix) -> Result<Report> 
     let before = first.report.clone();
     let mut walk = first;
     if fix == Fix::All && before.corruptions > 0 {
+        if mend_header(&mut walk).await? {
+            storage.barrier().await?;
+            walk = inspect(storage).await?;
+        }
         if mend_entries(&walk).await? {
             storage.barrier().await?;
         }
@@ -56,6 +62,33 @@ pub(super) async fn repair<S: Storage>(storage: &S, fix: Fix) -> Result<Report> 
     Ok(report)
 }
 
+/// Bitmaps that cannot be right are marked as not up to date (that is what the mark is for; nothing but a full copy is
+/// lost with them); a snapshot table that cannot be read to its end, ends where it can.
+async fn mend_header<S: Storage>(w: &mut Walk<'_, S>) -> Result<bool> {
+    let mut wrote = false;
+    // An L1 table that was cut off reads as zeroes where it is not; the file is made long enough to hold it, lest something
+    // else comes to lie there.
+    let end = w.header.l1_offset.0 + u64::from(w.header.l1_size) * 8;
+    if end > w.storage.len() && end - w.storage.len() <= MAX_L1_BYTES {
+        let end = end.next_multiple_of(w.g.cluster_size());
+        w.storage.resize(end, block::Prealloc::Off).await?;
+        wrote = true;
+    }
+    if w.bitmaps_bad && w.g.version() >= 3 {
+        w.header.autoclear &= !AUTOCLEAR_BITMAPS;
+        let (at, bytes) = w.header.patch_features();
+        w.storage.write(at, &bytes).await?;
+        wrote = true;
+    }
+    if w.snapshots_read < w.header.snapshot_count && w.report.check_errors == 0 {
+        w.header.snapshot_count = w.snapshots_read;
+        let (at, bytes) = w.header.patch_snapshots();
+        w.storage.write(at, &bytes).await?;
+        wrote = true;
+    }
+    Ok(wrote)
+}
+
 /// Rewrites L1 and L2 entries that cannot be right: reserved bits are cleared, places that cannot be used are dropped
 /// (reading there was an error before).
 async fn mend_entries<S: Storage>(w: &Walk<'_, S>) -> Result<bool> {
@@ -67,7 +100,12 @@ async fn mend_entries<S: Storage>(w: &Walk<'_, S>) -> Result<bool> {
     };
     let on_metadata = |at: u64, own: Use| {
         let cell = w.refs.cell(at >> g.cluster_bits());
-        let others = [Use::Header, Use::L1, Use::L2, Use::Snapshots, Use::Bitmaps];
+        // What lies on refcounts stays (they are counted anew elsewhere), and so does data that lies on snapshots: nobody
+        // knows which of the two is right, and the active disk is not to suffer. A table there is none: it would be written.
+        let others: &[Use] = match own {
+            Use::L2 => &[Use::Header, Use::L1, Use::Snapshots, Use::Bitmaps],
+            _ => &[Use::Header, Use::L1, Use::L2],
+        };
         cell.has(OVERLAP) && others.iter().any(|u| *u != own && cell.used_for(*u))
     };
     for place in &w.l1s {

@@ -52,6 +52,10 @@ pub(super) struct Walk<'s, S> {
     pub(super) lost: bool,
     /// (cluster, refcount in the image, references).
     pub(super) wrong: Vec<(u64, u64, u64)>,
+    /// The bitmaps' directory, tables or clusters cannot be right.
+    pub(super) bitmaps_bad: bool,
+    /// Snapshots whose entry in the table could be read.
+    pub(super) snapshots_read: u32,
     /// Clusters counted for the refcount structures themselves, one entry a reference.
     pub(super) structures: Vec<u64>,
     file_len: u64,
@@ -72,6 +76,8 @@ pub(super) async fn inspect<S: Storage>(storage: &S) -> Result<Walk<'_, S>> {
         rebuild: false,
         lost: false,
         wrong: Vec::new(),
+        bitmaps_bad: false,
+        snapshots_read: 0,
         structures: Vec::new(),
         // The reference counts whole sectors.
         file_len: storage.len().next_multiple_of(512),
@@ -79,7 +85,9 @@ pub(super) async fn inspect<S: Storage>(storage: &S) -> Result<Walk<'_, S>> {
     };
     w.add_span(Use::Header, 0, g.cluster_size(), 1);
     w.tables().await?;
+    let before = w.report.corruptions + w.report.check_errors;
     w.bitmaps().await;
+    w.bitmaps_bad = w.report.corruptions + w.report.check_errors > before;
     w.luks();
     w.refcount_structures().await;
     w.compare().await;
@@ -301,6 +309,7 @@ impl<S: Storage> Walk<'_, S> {
                 self.lost = true;
                 break;
             }
+            self.snapshots_read = i + 1;
             if u64::from(entries) * 8 > MAX_L1_BYTES {
                 self.report
                     .corrupt(format_args!("snapshot {i}: an L1 table of {entries} entries is too large"));
@@ -497,6 +506,7 @@ impl<S: Storage> Walk<'_, S> {
             self.report
                 .corrupt(format_args!("cluster {cluster} at {offset:#x}: metadata lies on something else"));
         }
+        self.bitmaps_bad |= cell.has(OVERLAP) && cell.used_for(Use::Bitmaps);
         if cell.has(OVERLAP) && (cell.used_for(Use::RefcountTable) || cell.used_for(Use::RefcountBlock)) {
             // Refcounts can be counted anew, elsewhere; what lies on them cannot.
             self.rebuild = true;
