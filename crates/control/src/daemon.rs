@@ -4,12 +4,15 @@ use crate::chardev::{ChardevSpec, Chardevs};
 use crate::commands::{EVENTS, Entry, TABLE};
 use crate::error::{Class, QmpError, Reply};
 use crate::events::Events;
+use crate::jobinfo::JobEvents;
 use crate::object::Objects;
 use crate::session::Session;
 use env::sync::Notify;
 use env::{Env, Stream};
 use exports::ExportRegistry;
 use graph::{Graph, NodeCell};
+use jobs::Registry;
+use open::Opener;
 use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -23,6 +26,17 @@ enum Phase {
     Ended,
 }
 
+fn corrupted(node: &str, c: &qcow2::Corruption) -> Value {
+    let mut data = Map::new();
+    data.insert("device".into(), json!(""));
+    data.insert("node-name".into(), json!(node));
+    data.insert("msg".into(), json!(c.message));
+    data.extend(c.offset.map(|n| ("offset".to_owned(), json!(n))));
+    data.extend(c.size.map(|n| ("size".to_owned(), json!(n))));
+    data.insert("fatal".into(), json!(c.fatal));
+    Value::Object(data)
+}
+
 /// Everything of one daemon. Lives on one thread; all that is held here is reached through `Rc`.
 pub struct Daemon {
     env: Env,
@@ -31,6 +45,8 @@ pub struct Daemon {
     commands: BTreeMap<&'static str, Entry>,
     events: Rc<Events>,
     graph: Rc<Graph>,
+    opener: Rc<Opener>,
+    jobs: Rc<Registry>,
     exports: Rc<ExportRegistry>,
     objects: Objects,
     chardevs: Chardevs,
@@ -38,6 +54,8 @@ pub struct Daemon {
     session_left: Notify,
     /// What could not be written back at the end.
     trouble: RefCell<Option<QmpError>>,
+    open: Cell<bool>,
+    opened: Notify,
     phase: Cell<Phase>,
     phase_changed: Notify,
 }
@@ -61,12 +79,18 @@ impl Daemon {
         let entries = || TABLE.iter().flat_map(|family| family.iter());
         let names: Vec<&str> = entries().map(|e| e.name).collect();
         let events = Events::new(env);
+        let graph = Graph::new(env);
+        let opener = Opener::new(&graph);
+        let told = events.clone();
+        opener.on_corruption(Rc::new(move |node, c| told.emit("BLOCK_IMAGE_CORRUPTED", corrupted(node, c))));
         Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),
             schema: Schema::new(&names, EVENTS),
             commands: entries().map(|e| (e.name, *e)).collect(),
-            graph: Graph::new(env),
+            opener,
+            graph,
+            jobs: Registry::new(env, Rc::new(JobEvents(events.clone()))),
             exports: ExportRegistry::new(env, {
                 let events = events.clone();
                 move |id| events.emit("BLOCK_EXPORT_DELETED", json!({"id": id}))
@@ -77,6 +101,8 @@ impl Daemon {
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
             trouble: RefCell::new(None),
+            open: Cell::new(false),
+            opened: Notify::new(),
             phase: Cell::new(Phase::Running),
             phase_changed: Notify::new(),
         })
@@ -94,6 +120,12 @@ impl Daemon {
 
     pub(crate) fn events(&self) -> &Rc<Events> {
         &self.events
+    }
+    pub(crate) fn opener(&self) -> &Rc<Opener> {
+        &self.opener
+    }
+    pub(crate) fn jobs(&self) -> &Registry {
+        &self.jobs
     }
     pub(crate) fn graph(&self) -> &Rc<Graph> {
         &self.graph
@@ -162,11 +194,15 @@ impl Daemon {
         self.chardevs.check(id)
     }
 
-    /// Starts a monitor on a character device: its clients are served one after another, until the daemon ends.
+    /// Starts a monitor on a character device: from [`Daemon::open_monitors`] on, its clients are served one after another,
+    /// until the daemon ends.
     pub fn add_monitor(self: &Rc<Self>, chardev: &str, pretty: bool) -> Result<(), QmpError> {
         let device = self.chardevs.take(chardev)?;
         let daemon = self.clone();
         self.env.spawn("monitor", async move {
+            while !daemon.open.get() {
+                daemon.opened.wait().await;
+            }
             while let Some(stream) = device.client(&daemon.env).await {
                 daemon.session(stream, pretty).await;
                 device.left();
@@ -176,6 +212,13 @@ impl Daemon {
             }
         });
         Ok(())
+    }
+
+    /// Everything that the command line asks for is there: from now on monitors serve their clients, which therefore find
+    /// all nodes and exports.
+    pub fn open_monitors(&self) {
+        self.open.set(true);
+        self.opened.notify_all();
     }
 
     /// Serves one QMP client until it leaves or the daemon ends.
@@ -194,6 +237,7 @@ impl Daemon {
         if self.phase.get() == Phase::Running {
             self.phase.set(Phase::Ending);
             self.exports.shut_down().await;
+            self.jobs.cancel_all().await;
             if let Err(e) = self.graph.close_all().await {
                 *self.trouble.borrow_mut() = Some(e.into());
             }

@@ -1,6 +1,7 @@
 //! What a command fails with.
 
 use block::BlockError;
+use jobs::JobError;
 use qapi::{Value, json};
 
 /// The error classes that clients match on.
@@ -54,6 +55,16 @@ impl QmpError {
 impl From<BlockError> for QmpError {
     fn from(e: BlockError) -> QmpError {
         QmpError::generic(e.message())
+    }
+}
+
+impl From<JobError> for QmpError {
+    fn from(e: JobError) -> QmpError {
+        let class = match e {
+            JobError::NotActive(_) => Class::DeviceNotActive,
+            JobError::NotFound | JobError::Refused(_) => Class::Generic,
+        };
+        QmpError::of(class, e.to_string())
     }
 }
 

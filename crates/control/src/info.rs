@@ -67,7 +67,8 @@ fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> 
     Box::pin(async move {
         let driver = cell.node().driver();
         let mut out = Map::new();
-        out.insert("virtual-size".into(), json!(cell.node().len()));
+        // a file of any length counts whole sectors
+        out.insert("virtual-size".into(), json!(cell.node().len().next_multiple_of(block::SECTOR)));
         out.insert("filename".into(), json!(details.filename));
         out.insert("format".into(), json!(driver));
         if let Some(size) = details.cluster_size {
@@ -79,8 +80,8 @@ fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> 
         if let Some(specific) = format_specific(driver, details) {
             out.insert("format-specific".into(), specific);
         }
-        if let Some(dirty) = details.dirty_flag {
-            out.insert("dirty-flag".into(), json!(dirty));
+        if !matches!(driver, "null-co" | "nbd") {
+            out.insert("dirty-flag".into(), json!(details.dirty_flag.unwrap_or(false)));
         }
         if let Some(true) = details.compressed {
             out.insert("compressed".into(), json!(true));

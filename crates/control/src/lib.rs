@@ -6,12 +6,14 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod blockdev;
 mod chardev;
 mod commands;
 mod daemon;
 mod error;
 mod events;
 mod info;
+mod jobinfo;
 mod object;
 mod outbox;
 mod session;

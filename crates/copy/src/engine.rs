@@ -17,7 +17,8 @@ use crate::work::Work;
 use block::{Extent, Kind, Result, Span};
 use env::TaskHandle;
 use env::sync::Queue;
-use graph::Edge;
+use graph::{DetectZeroes, Edge};
+use std::cell::Cell;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -71,9 +72,11 @@ impl Engine {
     ) -> Engine {
         let transfer = [source.limits().max_transfer, target.limits().max_transfer];
         let max_transfer = transfer.into_iter().filter(|t| *t > 0).min().unwrap_or(0);
+        // detecting zeroes needs the bytes to pass through here
+        let offload = target.child().options().detect_zeroes == DetectZeroes::Off;
         let window = Window::new(buffer, work.granularity(), max_transfer);
         Engine {
-            shared: Rc::new(Shared { work, source, target, policy }),
+            shared: Rc::new(Shared { work, source, target, policy, offload: Cell::new(offload) }),
             control,
             window,
             outcomes: Rc::new(Queue::new()),
@@ -227,8 +230,7 @@ impl Engine {
             }
         }
         // Waiting in line is for when there is nothing else: then the copy gets its turn among the guest's requests.
-        let free_of_copies = |at: &Span| !matches!(work.locks.conflict(at), Some((_, Owner::Copy { .. })));
-        contended.filter(free_of_copies).map_or(Found::Nothing, Found::Contended)
+        contended.filter(|at| !work.locks.copy_overlaps(at)).map_or(Found::Nothing, Found::Contended)
     }
 
     /// How far the source is known to have been zero from `at` on, in whole granules.

@@ -6,9 +6,10 @@ use crate::ranges::RangeTicket;
 use crate::status::status_all;
 use crate::window::MAX_PIECE;
 use crate::work::Work;
-use block::{BlockError, Extent, ReqFlags, Span};
+use block::{BlockError, ErrorKind, Extent, ReqFlags, Span};
 use env::sync::Queue;
 use graph::Edge;
+use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub(crate) struct Shared {
     pub(crate) source: Rc<Edge>,
     pub(crate) target: Rc<Edge>,
     pub(crate) policy: Rc<dyn Policy>,
+    /// Whether the host may be able to copy between the two by itself; false once it said that it cannot.
+    pub(crate) offload: Cell<bool>,
 }
 
 /// How a task of the engine ended.
@@ -175,6 +178,17 @@ impl Shared {
     }
 
     async fn copy(&self, at: Span) -> Result<(), Failure> {
+        if self.offload.get() {
+            self.work.target_written(at);
+            match self.source.copy_to(at, &self.target, at.start).await {
+                Ok(copied) if copied >= at.len => return Ok(()),
+                // a part: what follows copies all of it again
+                Ok(_) => {}
+                Err(e) if e.kind() == ErrorKind::Unsupported => self.offload.set(false),
+                // a real failure shows itself again below, and then on which side
+                Err(_) => {}
+            }
+        }
         let data = self.source.read(at).await.map_err(|e| (Side::Source, e))?;
         if planted(Bug::ClearAfterRead) {
             self.work.dirty.borrow_mut().clear(at);

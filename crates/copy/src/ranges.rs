@@ -107,11 +107,19 @@ impl RangeLocks {
 
     /// Whether a large background copy holds, or waits for, some of `at`.
     pub fn bulk_copy_overlaps(&self, at: &Span) -> bool {
-        let bulk = |o: Owner| o == Owner::Copy { bulk: true };
+        self.overlaps(at, |o| o == Owner::Copy { bulk: true })
+    }
+
+    /// Whether a background copy holds, or waits for, some of `at`.
+    pub fn copy_overlaps(&self, at: &Span) -> bool {
+        self.overlaps(at, |o| matches!(o, Owner::Copy { .. }))
+    }
+
+    fn overlaps(&self, at: &Span, whose: impl Fn(Owner) -> bool) -> bool {
         let inner = self.inner.borrow();
         let before = inner.held.range(..at.start).next_back().filter(|(_, h)| h.0.overlaps(at));
-        before.into_iter().chain(inner.held.range(at.start..at.end())).any(|(_, h)| bulk(h.2))
-            || inner.queue.iter().any(|w| bulk(w.owner) && w.at.overlaps(at))
+        before.into_iter().chain(inner.held.range(at.start..at.end())).any(|(_, h)| whose(h.2))
+            || inner.queue.iter().any(|w| whose(w.owner) && w.at.overlaps(at))
     }
 
     /// Ranges held and requests waiting.

@@ -158,7 +158,9 @@ impl CopyTap {
             return Ok(());
         }
         let parts = self.parts_for_target(at);
-        self.work.dirty.borrow_mut().clear(at);
+        let cleaned =
+            if planted(Bug::PartialGranuleClean) { at.align_out(self.work.granularity()) } else { at };
+        self.work.dirty.borrow_mut().clear(cleaned);
         let to_target = async {
             for part in &parts {
                 self.work.target_written(*part);

@@ -85,6 +85,7 @@ async fn run(daemon: &Rc<Daemon>, given: &[Given], detached: Option<Detached>) -
     if let Some(d) = detached {
         d.ready().map_err(|e| format!("cannot go into the background: {e}"))?;
     }
+    daemon.open_monitors();
     say(daemon.ended().await);
     drop(pid_file);
     Ok(())

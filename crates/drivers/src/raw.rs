@@ -18,7 +18,7 @@ impl RawNode {
         let len = file.len();
         if offset > len {
             return Err(BlockError::invalid(format!(
-                "Offset ({offset}) must be less than or equal to the size of the containing file ({len})"
+                "Offset ({offset}) cannot be greater than size of the containing file ({len})"
             )));
         }
         if size.is_some_and(|s| s > len - offset) {

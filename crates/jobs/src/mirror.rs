@@ -21,7 +21,7 @@ use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
 use crate::registry::Registry;
 use block::{BlockError, ErrorKind, Io, Result, Span};
 use copy::bugs::{Bug, planted};
-use copy::{CopyTap, Engine, Outlook, Work, first};
+use copy::{Control, CopyTap, Engine, Outlook, Work, first};
 use drivers::filters::mirror_top::MirrorTop;
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Quiesced, Role, Step};
 use std::any::Any;
@@ -224,13 +224,19 @@ impl Mirror {
             self.buffer,
         );
         self.policy.enter(Phase::Copying);
-        engine.run().await?;
-        engine.flush_target().await?;
+        loop {
+            engine.run().await?;
+            engine.flush_target().await?;
+            // told to rest meanwhile: the next run does, and what came to be dirty is copied
+            if !job.pause_wanted() {
+                break;
+            }
+        }
         job.set_ready();
         self.policy.enter(Phase::Following);
         loop {
             engine.run().await?;
-            if self.finish_copy(&mut engine).await? {
+            if self.finish_copy(job, &mut engine).await? {
                 return Ok(());
             }
             // told to rest while finishing: the client goes on, and later all is done again
@@ -241,7 +247,7 @@ impl Mirror {
     }
 
     /// Holds the client, copies and flushes the rest. Whether source and target are equal now.
-    async fn finish_copy(&self, engine: &mut Engine) -> Result<bool> {
+    async fn finish_copy(&self, job: &Job, engine: &mut Engine) -> Result<bool> {
         if !planted(Bug::NoDrain) {
             let main = self.hold.borrow().as_ref().map(|h| h.main.clone());
             let quiet = self.graph.quiesce(&self.filter, main.as_slice()).await;
@@ -253,7 +259,7 @@ impl Mirror {
         if !self.work.in_sync() && !planted(Bug::NoDrain) {
             return Ok(false);
         }
-        if !engine.flush_target().await? {
+        if !engine.flush_target().await? || job.pause_wanted() {
             return Ok(false);
         }
         if self.policy.wish() == Wish::Stop {

@@ -239,7 +239,9 @@ impl Opener {
         }
         let backing = match &spec.backing {
             Backing::None => None,
-            Backing::Child(Child::Reference(name)) => Some(self.find(name)?),
+            Backing::Child(Child::Reference(name)) => {
+                Some(self.find(name).map_err(|e| e.context("Could not open backing file"))?)
+            }
             Backing::Child(Child::Inline(inner)) => Some(self.node(inner, below(now), &trail).await?),
             Backing::Implicit => match node.backing_name() {
                 (None, _) => None,

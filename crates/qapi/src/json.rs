@@ -11,6 +11,8 @@ use serde_json::{Map, Number, Value};
 pub const MAX_MESSAGE: usize = 64 << 20;
 /// Tokens in one message: the limit of QSD.
 pub const MAX_TOKENS: usize = 2 << 20;
+/// Bytes of a broken token that an error message shows.
+const MAX_SHOWN: usize = 1024;
 /// Nested objects and arrays: the limit of QSD, and what bounds the recursion of the parser.
 pub const MAX_DEPTH: i64 = 1024;
 
@@ -142,7 +144,7 @@ impl Parser {
                 self.text.push(b);
                 let stray = &self.text[self.begun..];
                 let end = stray.iter().position(|b| *b == 0).unwrap_or(stray.len());
-                let stray = lossy(&stray[..end]);
+                let stray = lossy(&stray[..end.min(MAX_SHOWN)]);
                 self.give_up(&format!("JSON parse error, stray '{stray}'"), out);
             }
         }

@@ -82,6 +82,11 @@ impl Core {
     /// Reads `at`, which is inside one compressed cluster.
     pub(crate) async fn read_packed(self: &Rc<Self>, from: Compressed, at: Span) -> Result<Data> {
         let cluster = self.geo.cluster_size();
+        let start = self.geo.in_cluster(at.start) as usize;
+        let piece = |plain: &Bytes| Data::from(plain.slice(start..start + at.len as usize));
+        if let Some((_, plain)) = self.unpacked.borrow().as_ref().filter(|(c, _)| *c == from) {
+            return Ok(piece(plain));
+        }
         let packed = self.file.read(Span::new(from.at.0, from.len)).await?.contiguous();
         let how = self.header.borrow().compression;
         let plain = if cluster >= OFFLOAD_MIN {
@@ -98,8 +103,10 @@ impl Core {
                 at.start
             ))
         })?;
-        let start = self.geo.in_cluster(at.start) as usize;
-        Ok(Data::from(Bytes::from(plain).slice(start..start + at.len as usize)))
+        let plain = Bytes::from(plain);
+        let data = piece(&plain);
+        *self.unpacked.borrow_mut() = Some((from, plain));
+        Ok(data)
     }
 
     /// Writes `data` compressed. The span is whole clusters, or ends at the end of the disk.
@@ -161,9 +168,10 @@ impl Core {
         self.writable_slice(c).await?;
         let len = packed.len() as u64;
         let at = self.alloc_packed(len).await?;
+        *self.unpacked.borrow_mut() = None;
         let place = Compressed { at, len };
+        let mut taken = TakenBytes { core: self, place: Some(place) };
         if !self.geo.can_describe_compressed(at, len) {
-            self.free_packed(place, false);
             return Err(BlockError::from_errno(BlockError::EFBIG).with_message(format!(
                 "image '{}': compressed data at {at} is too far behind",
                 self.name()
@@ -172,22 +180,29 @@ impl Core {
         let landing = self.landing(at, len);
         let written = self.file.write(at.0, packed.into()).await;
         landing.landed();
-        let slot = match written {
-            Ok(()) => self.writable_slice(c).await,
-            Err(e) => Err(e),
-        };
-        let (slot, old) = match slot.and_then(|s| Ok((s, self.entry(s, c)?))) {
-            Ok(found) => found,
-            Err(e) => {
-                self.free_packed(place, false);
-                return Err(e);
-            }
-        };
+        written?;
+        let slot = self.writable_slice(c).await?;
+        let old = self.entry(slot, c)?;
         self.set_entry(slot, c, L2Entry::Compressed(place));
+        taken.place = None;
         self.order.data_before_mapping();
         self.free_entry(old, false);
         self.order.crowded_check(self);
         Ok(())
+    }
+}
+
+/// Bytes for compressed data; given back unless an entry names them.
+struct TakenBytes<'a> {
+    core: &'a Rc<Core>,
+    place: Option<Compressed>,
+}
+
+impl Drop for TakenBytes<'_> {
+    fn drop(&mut self) {
+        if let Some(place) = self.place {
+            self.core.free_packed(place, false);
+        }
     }
 }
 

@@ -15,8 +15,9 @@ use crate::options::{CacheSizes, Options};
 use crate::order::Order;
 use crate::overlap::{Corruption, MetaMap};
 use crate::refcount::RefTable;
-use crate::types::Geometry;
+use crate::types::{Compressed, Geometry};
 use block::{BlockError, ErrorKind, Result};
+use bytes::Bytes;
 use env::Env;
 use env::sync::{Notify, oneshot};
 use graph::Edge;
@@ -48,7 +49,10 @@ pub(crate) struct Core {
     pub(crate) rb: RefCell<SliceCache>,
     pub(crate) rb_loading: Loading,
     pub(crate) space: Space,
-    pub(crate) inflight: InFlight,
+    /// The last cluster that was unpacked: small reads one after the other unpack it once. Dropped when compressed data is
+    /// written, since only that could put another stream in the same place.
+    pub(crate) unpacked: RefCell<Option<(Compressed, Bytes)>>,
+    pub(crate) inflight: Rc<InFlight>,
     pub(crate) epochs: Epochs,
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,

@@ -37,10 +37,10 @@ impl InFlight {
     }
 
     /// Takes the clusters `start..end`, which nobody has.
-    pub(crate) fn begin(&self, start: u64, end: u64) -> Busy<'_> {
+    pub(crate) fn begin(self: &Rc<Self>, start: u64, end: u64) -> Busy {
         debug_assert!(self.conflict(start, end).is_none());
         let id = self.list.borrow_mut().insert(Entry { start, end, ended: None });
-        Busy { of: self, id }
+        Busy { of: self.clone(), id }
     }
 
     /// Waits until none of the clusters `start..end` is taken.
@@ -52,12 +52,12 @@ impl InFlight {
 }
 
 /// Clusters taken; given back when dropped.
-pub(crate) struct Busy<'a> {
-    of: &'a InFlight,
+pub(crate) struct Busy {
+    of: Rc<InFlight>,
     id: usize,
 }
 
-impl Busy<'_> {
+impl Busy {
     /// Gives the clusters from `end` on back.
     pub(crate) fn shrink(&self, end: u64) {
         let mut list = self.of.list.borrow_mut();
@@ -72,7 +72,7 @@ impl Busy<'_> {
     }
 }
 
-impl Drop for Busy<'_> {
+impl Drop for Busy {
     fn drop(&mut self) {
         let e = self.of.list.borrow_mut().remove(self.id);
         if let Some(n) = e.ended {
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn overlapping_clusters_conflict_until_dropped() {
-        let f = InFlight::default();
+        let f = Rc::new(InFlight::default());
         let a = f.begin(4, 8);
         assert!(f.conflict(0, 4).is_none() && f.conflict(8, 9).is_none());
         assert!(f.conflict(7, 9).is_some());

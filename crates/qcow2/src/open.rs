@@ -66,6 +66,7 @@ pub(crate) async fn open(
         rb: RefCell::new(SliceCache::new(sizes.rb_slices)),
         rb_loading: Default::default(),
         space: Space::new(file_clusters),
+        unpacked: RefCell::new(None),
         inflight: Default::default(),
         epochs: Default::default(),
         order: Default::default(),

@@ -37,11 +37,11 @@ enum Class {
 }
 
 /// A run of clusters treated alike.
-struct Run<'a> {
+struct Run {
     class: Class,
     span: Span,
     /// Taken clusters, unless in place.
-    busy: Option<Busy<'a>>,
+    busy: Option<Busy>,
 }
 
 /// Why there is no next step yet.
@@ -111,7 +111,7 @@ impl Core {
     }
 
     /// The next run of `at`, from its start, and its clusters taken, without waiting.
-    fn next_run(self: &Rc<Self>, at: Span) -> Result<std::result::Result<Run<'_>, Wait>> {
+    fn next_run(self: &Rc<Self>, at: Span) -> Result<std::result::Result<Run, Wait>> {
         let bits = self.geo.cluster_bits();
         let first = at.start >> bits;
         let slot = match self.slice(first)? {
@@ -178,12 +178,7 @@ impl Core {
     }
 
     /// Prepares a run: finds space for it. Gives the end of what the step will do, and the step.
-    async fn step<'a>(
-        self: &'a Rc<Self>,
-        mut run: Run<'a>,
-        base: u64,
-        data: &Data,
-    ) -> Result<(u64, Step<'a>)> {
+    async fn step(self: &Rc<Self>, mut run: Run, base: u64, data: &Data) -> Result<(u64, Step)> {
         let piece = |span: Span| data.slice((span.start - base) as usize, span.len as usize);
         let bits = self.geo.cluster_bits();
         let first = run.span.start >> bits;
@@ -227,7 +222,11 @@ impl Core {
         let data = piece(run.span);
         Ok((
             run.span.end(),
-            Step::Allocating { run, target: Taken { core: self, target, kept: Cell::new(false) }, data },
+            Step::Allocating {
+                run,
+                target: Taken { core: self.clone(), target, kept: Cell::new(false) },
+                data,
+            },
         ))
     }
 
@@ -259,7 +258,7 @@ impl Core {
     }
 
     /// An allocating step: filling, data, then the mapping.
-    async fn write_allocating(self: &Rc<Self>, run: &Run<'_>, target: &Taken<'_>, data: Data) -> Result<()> {
+    async fn write_allocating(self: &Rc<Self>, run: &Run, target: &Taken, data: Data) -> Result<()> {
         let window = self.window(run).await?;
         let (head, tail) =
             (Span::between(window.start, run.span.start), Span::between(run.span.end(), window.end()));
@@ -287,7 +286,7 @@ impl Core {
     }
 
     /// The part of the clusters that a step fills: whole clusters, or the subclusters that the write touches.
-    async fn window(self: &Rc<Self>, run: &Run<'_>) -> Result<Span> {
+    async fn window(self: &Rc<Self>, run: &Run) -> Result<Span> {
         let cluster = self.geo.cluster_size();
         if !self.geo.extended_l2() {
             return Ok(run.span.align_out(cluster));
@@ -329,7 +328,7 @@ impl Core {
     }
 
     /// Makes an allocating step visible. What the entries pointed to before is freed.
-    async fn link(self: &Rc<Self>, run: &Run<'_>, window: Span, target: &Taken<'_>) -> Result<()> {
+    async fn link(self: &Rc<Self>, run: &Run, window: Span, target: &Taken) -> Result<()> {
         let bits = self.geo.cluster_bits();
         let (first, last) = (run.span.start >> bits, (run.span.end() - 1) >> bits);
         let slot = match self.writable_slice_now(first)? {
@@ -389,20 +388,20 @@ async fn run_all(steps: &mut Vec<Io<'_>>) -> Result<()> {
 }
 
 /// Space that is given back unless the step comes to its end.
-struct Taken<'a> {
-    core: &'a Rc<Core>,
+struct Taken {
+    core: Rc<Core>,
     target: Target,
     kept: Cell<bool>,
 }
 
-impl Taken<'_> {
+impl Taken {
     /// The mapping points there now.
     fn keep(&self) {
         self.kept.set(true);
     }
 }
 
-impl Drop for Taken<'_> {
+impl Drop for Taken {
     fn drop(&mut self) {
         if let (false, Some(run)) = (self.kept.get(), self.target.taken) {
             self.core.give_back(run.first, run.n);
@@ -411,15 +410,22 @@ impl Drop for Taken<'_> {
 }
 
 /// Something ready to run.
-enum Step<'a> {
+enum Step {
     InPlace { host: HostOffset, data: Data },
-    Allocating { run: Run<'a>, target: Taken<'a>, data: Data },
+    Allocating { run: Run, target: Taken, data: Data },
 }
 
-impl<'a> Step<'a> {
-    async fn run(self, core: &'a Rc<Core>) -> Result<()> {
+impl Step {
+    async fn run(self, core: &Rc<Core>) -> Result<()> {
         match self {
             Step::InPlace { host, data } => core.write_host(host, data).await,
+            // New space is nobody else's: if this is dropped, the late write hits nothing. In space that the cluster has
+            // already, a late write of filling could hit what another request wrote since: that must not be dropped.
+            Step::Allocating { run, target, data } if target.target.taken.is_none() => {
+                let owner = core.clone();
+                core.detached("qcow2-reuse", async move { owner.write_allocating(&run, &target, data).await })
+                    .await
+            }
             Step::Allocating { run, target, data } => core.write_allocating(&run, &target, data).await,
         }
     }

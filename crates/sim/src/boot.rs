@@ -41,7 +41,9 @@ impl Booted {
             let text = format!("socket,id=monitor,path={MONITOR},server=on,wait=off");
             let spec = ChardevSpec::parse(&text).map_err(|e| e.to_string())?;
             daemon.add_chardev(spec).await.map_err(|e| e.to_string())?;
-            daemon.add_monitor("monitor", false).map_err(|e| e.to_string())
+            daemon.add_monitor("monitor", false).map_err(|e| e.to_string())?;
+            daemon.open_monitors();
+            Ok::<(), String>(())
         };
         match world.within(&env, PATIENCE, "starting the daemon", ready).await? {
             Ok(()) => Some(Booted { process, daemon }),

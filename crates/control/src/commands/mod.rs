@@ -3,7 +3,10 @@
 //! Before a command runs, its arguments have passed the schema ([`qapi::Schema::check_json`]); what is left to it is what the
 //! schema cannot say, and calling the part of the daemon that does the work.
 
+mod create;
 mod export;
+mod job;
+mod mirror;
 mod node;
 mod object;
 mod protocol;
@@ -49,8 +52,25 @@ const fn entry<C: Command>() -> Entry {
 }
 
 /// Every command, by family.
-pub(crate) const TABLE: &[&[Entry]] =
-    &[protocol::COMMANDS, node::COMMANDS, query::COMMANDS, export::COMMANDS, object::COMMANDS];
+pub(crate) const TABLE: &[&[Entry]] = &[
+    protocol::COMMANDS,
+    node::COMMANDS,
+    create::COMMANDS,
+    query::COMMANDS,
+    export::COMMANDS,
+    mirror::COMMANDS,
+    job::COMMANDS,
+    object::COMMANDS,
+];
 
 /// Every event that may be emitted.
-pub(crate) const EVENTS: &[&str] = &["BLOCK_EXPORT_DELETED"];
+pub(crate) const EVENTS: &[&str] = &[
+    "BLOCK_EXPORT_DELETED",
+    "BLOCK_IMAGE_CORRUPTED",
+    "BLOCK_JOB_CANCELLED",
+    "BLOCK_JOB_COMPLETED",
+    "BLOCK_JOB_ERROR",
+    "BLOCK_JOB_PENDING",
+    "BLOCK_JOB_READY",
+    "JOB_STATUS_CHANGE",
+];

@@ -2,14 +2,34 @@
 
 use super::{Command, Entry, entry};
 use crate::Daemon;
+use crate::blockdev;
 use crate::error::{QmpError, Reply};
 use block::Prealloc;
 use graph::{Demand, NodeCell, Parent, Perms, Role};
-use qapi::json;
+use qapi::{Map, Value, json};
 use serde::Deserialize;
 use std::rc::Rc;
 
-pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevDel>(), entry::<BlockResize>()];
+pub(super) const COMMANDS: &[Entry] =
+    &[entry::<BlockdevAdd>(), entry::<BlockdevDel>(), entry::<BlockResize>()];
+
+/// Opens a node, with all the nodes that are described inside its description.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct BlockdevAdd {
+    options: Map<String, Value>,
+}
+
+impl Command for BlockdevAdd {
+    const NAME: &'static str = "blockdev-add";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        if !self.options.contains_key("node-name") {
+            return Err(QmpError::generic("'node-name' must be specified for the root node"));
+        }
+        daemon.opener().open(&blockdev::spec(&self.options)?).await?;
+        Ok(json!({}))
+    }
+}
 
 /// Removes a node that the monitor added.
 #[derive(Deserialize)]

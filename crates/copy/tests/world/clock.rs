@@ -15,13 +15,16 @@ use std::task::{Poll, Waker};
 use std::time::Duration;
 
 /// Turns after which a run counts as endless.
-const MAX_TURNS: u64 = 3_000_000;
+const MAX_TURNS: u64 = 300_000;
+
+type Key = (Duration, u64);
+type Timers = Rc<RefCell<BTreeMap<Key, Option<Waker>>>>;
 
 pub struct Clock {
     now: Cell<Duration>,
     state: Cell<u64>,
     turns: Cell<u64>,
-    timers: Rc<RefCell<BTreeMap<(Duration, u64), Option<Waker>>>>,
+    timers: Timers,
     next: Cell<u64>,
 }
 
@@ -56,7 +59,7 @@ impl Backend for Clock {
         let key = (at.max(self.now.get() + Duration::from_nanos(1)), id);
         let timers = self.timers.clone();
         timers.borrow_mut().insert(key, None);
-        struct Gone(Rc<RefCell<BTreeMap<(Duration, u64), Option<Waker>>>>, (Duration, u64));
+        struct Gone(Timers, Key);
         impl Drop for Gone {
             fn drop(&mut self) {
                 self.0.borrow_mut().remove(&self.1);

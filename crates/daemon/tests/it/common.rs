@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// A directory that goes when the value goes.
-pub struct Dir(pub PathBuf);
+pub(crate) struct Dir(pub(crate) PathBuf);
 
 impl Dir {
-    pub fn new() -> Dir {
+    pub(crate) fn new() -> Dir {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = std::env::temp_dir().join(format!("liveblkd-test-{}-{n}", std::process::id()));
@@ -20,7 +20,7 @@ impl Dir {
         Dir(path)
     }
 
-    pub fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.0.join(name).to_str().unwrap().to_owned()
     }
 }
@@ -31,23 +31,23 @@ impl Drop for Dir {
     }
 }
 
-pub fn program() -> Command {
+pub(crate) fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_liveblkd"))
 }
 
 /// Runs liveblkd to its end.
-pub fn run(dir: &Dir, arguments: &[&str]) -> Output {
+pub(crate) fn run(dir: &Dir, arguments: &[&str]) -> Output {
     program().args(arguments).current_dir(&dir.0).stdin(Stdio::null()).output().unwrap()
 }
 
 /// A running liveblkd with one monitor at `qmp.sock`.
-pub struct Daemon {
-    pub child: Child,
-    pub socket: PathBuf,
+pub(crate) struct Daemon {
+    pub(crate) child: Child,
+    pub(crate) socket: PathBuf,
 }
 
 impl Daemon {
-    pub fn start(dir: &Dir, extra: &[&str]) -> Daemon {
+    pub(crate) fn start(dir: &Dir, extra: &[&str]) -> Daemon {
         let socket = dir.0.join("qmp.sock");
         let chardev = format!("socket,id=c0,path={},server=on,wait=off", socket.display());
         let child = program()
@@ -59,13 +59,13 @@ impl Daemon {
         Daemon { child, socket }
     }
 
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         let mut c = Client::connect(&self.socket);
         c.command("qmp_capabilities", json!({})).unwrap();
         c
     }
 
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let begin = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -76,7 +76,7 @@ impl Daemon {
         }
     }
 
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
     }
@@ -90,15 +90,15 @@ impl Drop for Daemon {
 }
 
 /// A QMP connection, not yet negotiated.
-pub struct Client {
-    pub stream: UnixStream,
+pub(crate) struct Client {
+    pub(crate) stream: UnixStream,
     buffer: Vec<u8>,
-    pub greeting: Value,
-    pub events: Vec<Value>,
+    pub(crate) greeting: Value,
+    pub(crate) events: Vec<Value>,
 }
 
 impl Client {
-    pub fn connect(path: &Path) -> Client {
+    pub(crate) fn connect(path: &Path) -> Client {
         let begin = Instant::now();
         let stream = loop {
             match UnixStream::connect(path) {
@@ -114,7 +114,7 @@ impl Client {
     }
 
     /// The next message; `None` at the end of the stream.
-    pub fn read(&mut self) -> Option<Value> {
+    pub(crate) fn read(&mut self) -> Option<Value> {
         loop {
             if let Some(at) = self.buffer.iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=at).collect();
@@ -129,12 +129,12 @@ impl Client {
         }
     }
 
-    pub fn send(&mut self, bytes: &[u8]) {
+    pub(crate) fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
     }
 
     /// The next reply; events before it are kept.
-    pub fn reply(&mut self) -> Value {
+    pub(crate) fn reply(&mut self) -> Value {
         loop {
             let m = self.read().expect("a reply");
             if m.get("event").is_none() {
@@ -145,7 +145,8 @@ impl Client {
     }
 
     /// The return value, or the error's sentence.
-    pub fn command(&mut self, name: &str, arguments: Value) -> Result<Value, String> {
+    #[allow(clippy::needless_pass_by_value)] // called with what json! makes
+    pub(crate) fn command(&mut self, name: &str, arguments: Value) -> Result<Value, String> {
         self.send(json!({"execute": name, "arguments": arguments}).to_string().as_bytes());
         let reply = self.reply();
         match reply.get("error") {

@@ -6,6 +6,65 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+/// Replays transcripts of qemu-storage-daemon 10.0.2 (tests/compat/replay.py says what is compared).
+fn replay(names: &[&str]) {
+    let compat = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/compat");
+    let files = names.iter().map(|n| compat.join("transcripts").join(format!("{n}.jsonl")));
+    let out = Command::new("python3")
+        .arg(compat.join("replay.py"))
+        .args(["--daemon", env!("CARGO_BIN_EXE_liveblkd")])
+        .args(files)
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+/// 172 commands, right and wrong, sent to QSD and to us: the same answers (tests/compat/twin.py lists what may differ).
+#[test]
+fn the_same_answers_as_the_reference() {
+    let compat = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/compat");
+    let out = Command::new("python3")
+        .arg(compat.join("twin.py"))
+        .args(["--daemon", env!("CARGO_BIN_EXE_liveblkd")])
+        .output()
+        .unwrap();
+    assert!(
+        out.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+}
+
+#[test]
+fn recorded_protocol() {
+    replay(&["proto-negotiation", "proto-oob"]);
+}
+
+#[test]
+fn recorded_nodes_and_exports() {
+    replay(&["blockdev-add-del", "blockdev-create", "nbd-connection-limits", "pidfile-and-cmdline"]);
+}
+
+#[test]
+fn recorded_mirrors() {
+    replay(&[
+        "mirror-success",
+        "mirror-sync-modes",
+        "mirror-copy-mode-switch",
+        "mirror-write-blocking",
+        "mirror-cancel-before-ready",
+        "mirror-cancel-while-pending",
+        "mirror-complete-replaces-users",
+        "mirror-throttled-cancel",
+    ]);
+}
+
 #[test]
 fn qemus_own_client_library() {
     let dir = Dir::new();

@@ -20,8 +20,8 @@ use nbd::{Cmd, Mode, StatusExtent};
 use pool::Pool;
 use std::rc::Rc;
 
-/// Connections to one export if the server allows several and the user says nothing. Measured: more do not help small
-/// requests (one home thread serves all), but a second one lets a large read and a large write overlap.
+/// Connections to one export if the server allows several and the user says nothing. QSD takes at most 16 requests from
+/// one connection; a second is used only when one has [`FILL`] in flight.
 pub const DEFAULT_CONNECTIONS: u32 = 4;
 /// Most connections to one export.
 pub const MAX_CONNECTIONS: u32 = 16;

@@ -79,8 +79,7 @@ impl NbdServer {
             let which = if o.tls_creds.is_some() { "tls-creds" } else { "tls-authz" };
             return Err(BlockError::unsupported(format!("Parameter '{which}' is not supported: no TLS yet")));
         }
-        let what = || format!("Failed to bind socket to {}", o.address);
-        let listener = env.listen(&o.address).await.map_err(|e| e.context(what()))?;
+        let listener = env.listen(&o.address).await.map_err(|e| listen_error(&o.address, e))?;
         let slots = (o.max_connections > 0).then(|| Semaphore::new(o.max_connections as usize));
         let clients =
             Rc::new(Clients { streams: RefCell::new(BTreeMap::new()), slots, none_left: Notify::new() });
@@ -112,6 +111,18 @@ impl NbdServer {
         while !self.clients.streams.borrow().is_empty() {
             self.clients.none_left.wait().await;
         }
+    }
+}
+
+/// The host's refusal in QSD's words, which management software looks for.
+fn listen_error(at: &Address, e: BlockError) -> BlockError {
+    let said = e.message().to_owned();
+    match at {
+        Address::Unix(path) => e.with_message(format!("Failed to bind socket to {}: {said}", path.display())),
+        Address::Tcp { .. } if !said.starts_with("address resolution failed") => {
+            e.with_message(format!("Failed to find an available port: {said}"))
+        }
+        _ => e,
     }
 }
 

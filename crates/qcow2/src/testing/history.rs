@@ -5,14 +5,17 @@
 //! how the driver works; what it demands is: each read gives the array's bytes, `qemu-img check` finds nothing after
 //! closing, and `qemu-img convert` gives the array.
 
-use crate::testing::FileNode;
+use crate::testing::file::{FileNode, LateNode, edge_onto};
 use crate::{Options, Qcow2};
 use block::{Data, ReqFlags, Span};
 use env::Env;
 use graph::{Node, Role};
+use std::cell::Cell;
+use std::future::{Future, poll_fn};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
+use std::task::Poll;
 
 /// A repeatable source of numbers (splitmix64).
 #[derive(Clone)]
@@ -60,6 +63,8 @@ pub struct Plan {
     pub old: bool,
     /// An internal snapshot is taken after the first half.
     pub snapshot: bool,
+    /// Operations on the files take random time; some requests are dropped before they end.
+    pub late: bool,
     /// Options of opening.
     pub options: Options,
     /// Batches.
@@ -99,8 +104,20 @@ impl Plan {
             ..Options::default()
         };
         let snapshot = r.one_in(4) && order >= 4 && !data_file;
-        Plan { seed, create, size, cluster_bits, backing, data_file, old, snapshot, options, batches: 30 }
-            .with_raw(raw)
+        Plan {
+            seed,
+            create,
+            size,
+            cluster_bits,
+            backing,
+            data_file,
+            old,
+            snapshot,
+            late: r.one_in(2),
+            options,
+            batches: 30,
+        }
+        .with_raw(raw)
     }
 
     fn with_raw(mut self, raw: bool) -> Plan {
@@ -176,16 +193,26 @@ pub fn pattern(seed: u64, len: usize, holes: bool) -> Vec<u8> {
     v
 }
 
-async fn open(env: &Env, files: &Files, options: &Options) -> Result<Rc<Qcow2>, String> {
+async fn open(
+    env: &Env,
+    files: &Files,
+    plan: &Plan,
+    under_way: &Rc<Cell<usize>>,
+) -> Result<Rc<Qcow2>, String> {
     let text = |e: block::BlockError| e.to_string();
-    let edge =
-        |path: PathBuf, role| async move { FileNode::edge(env, &path, role != Role::Backing, role).await };
+    let edge = |path: PathBuf, role| async move {
+        let write = role != Role::Backing;
+        let file = env.open(&path, env::OpenMode { write, ..Default::default() }).await?;
+        let node: Rc<dyn Node> =
+            if plan.late { LateNode::new(env, file, plan.seed, under_way) } else { FileNode::new(file) };
+        edge_onto(env, node, write, role).await
+    };
     let file = edge(files.image.clone(), Role::Primary).await.map_err(text)?;
     let data = match &files.data {
         Some(p) => Some(edge(p.clone(), Role::Data).await.map_err(text)?),
         None => None,
     };
-    let image = Qcow2::open(env.clone(), file, data, options.clone()).await.map_err(text)?;
+    let image = Qcow2::open(env.clone(), file, data, plan.options.clone()).await.map_err(text)?;
     if let Some(b) = &files.backing {
         image.set_backing(Some(edge(b.clone(), Role::Backing).await.map_err(text)?));
     }
@@ -307,19 +334,70 @@ fn compare(base: u64, got: &[u8], want: &[u8]) -> Result<(), String> {
     }
 }
 
-async fn run_batch(image: &Qcow2, ops: &[(Op, Span, u64)], model: &mut [u8]) -> Result<(), String> {
+/// Turns without a file operation under way after which nothing more comes of a dropped request.
+const QUIET_TURNS: u32 = 32;
+
+/// `work`, or `None` if it did not end in `polls` polls: it is dropped then.
+async fn within<T>(work: impl Future<Output = T>, polls: u64) -> Option<T> {
+    let mut work = Box::pin(work);
+    let mut left = polls;
+    poll_fn(|cx| match work.as_mut().poll(cx) {
+        Poll::Ready(v) => Poll::Ready(Some(v)),
+        Poll::Pending if left == 0 => Poll::Ready(None),
+        Poll::Pending => {
+            left -= 1;
+            Poll::Pending
+        }
+    })
+    .await
+}
+
+async fn run_batch(
+    env: &Env,
+    image: &Qcow2,
+    late: Option<&Rc<Cell<usize>>>,
+    ops: &[(Op, Span, u64)],
+    model: &mut [u8],
+) -> Result<(), String> {
     let range = |s: &Span| s.start as usize..s.end() as usize;
     let results = {
         let view: &[u8] = model;
-        let runs = ops.iter().map(|(op, at, seed)| run_one(image, *op, *at, *seed, &view[range(at)]));
+        let runs = ops.iter().map(|(op, at, seed)| {
+            let polls = if late.is_some() && seed.is_multiple_of(7) { seed / 7 % 8 } else { u64::MAX };
+            within(run_one(image, *op, *at, *seed, &view[range(at)]), polls)
+        });
         futures_util::future::join_all(runs).await
     };
-    for ((_, at, _), r) in ops.iter().zip(results) {
-        if let Some(bytes) = r? {
+    // What dropped requests left under way lands before anybody looks: file operations, and what follows from them.
+    let mut quiet = 0;
+    while let Some(n) = late.filter(|_| quiet < QUIET_TURNS) {
+        quiet = if n.get() > 0 { 0 } else { quiet + 1 };
+        env.yield_now().await;
+    }
+    for ((op, at, seed), r) in ops.iter().zip(results) {
+        let bytes = match r {
+            Some(r) => r?,
+            None => Some(after_drop(image, *op, *at, *seed, &model[range(at)]).await?),
+        };
+        if let Some(bytes) = bytes {
             model[range(at)].copy_from_slice(&bytes);
         }
     }
     Ok(())
+}
+
+/// What is read after a request was dropped: each byte as before, or as the request would have left it.
+async fn after_drop(image: &Qcow2, op: Op, at: Span, seed: u64, before: &[u8]) -> Result<Vec<u8>, String> {
+    let now = image.read(at).await.map_err(|e| e.to_string())?.to_vec();
+    let wanted = match op {
+        Op::Write | Op::Compressed => pattern(seed, at.len as usize, seed.is_multiple_of(5)),
+        Op::Zero { .. } | Op::Discard => vec![0; at.len as usize],
+        Op::Read => before.to_vec(),
+    };
+    match (0..now.len()).find(|i| now[*i] != before[*i] && now[*i] != wanted[*i]) {
+        Some(i) => Err(format!("dropped {op:?} {at} left another byte at {:#x}", at.start + i as u64)),
+        None => Ok(now),
+    }
 }
 
 async fn check_extents(image: &Qcow2, model: &[u8], backed: bool) -> Result<(), String> {
@@ -350,14 +428,18 @@ async fn check_extents(image: &Qcow2, model: &[u8], backed: bool) -> Result<(), 
 pub async fn run(env: Env, dir: PathBuf, plan: Plan) -> Result<(), String> {
     let mut rng = Rng(plan.seed ^ 0xabcd);
     let (files, mut model) = prepare(&plan, &dir, &mut rng)?;
-    let mut image = open(&env, &files, &plan.options).await?;
+    let under_way = Rc::new(Cell::new(0));
+    let late = plan.late.then_some(&under_way);
+    let mut image = open(&env, &files, &plan, &under_way).await?;
     let mut kept: Option<Vec<u8>> = None;
     for n in 0..plan.batches {
         let ops = batch(&plan, &mut rng);
         if std::env::var_os("LIVEBLK_TRACE").is_some() {
             eprintln!("batch {n}: {ops:?}");
         }
-        run_batch(&image, &ops, &mut model).await.map_err(|e| format!("batch {n} {ops:?}: {e}"))?;
+        run_batch(&env, &image, late, &ops, &mut model)
+            .await
+            .map_err(|e| format!("batch {n} {ops:?}: {e}"))?;
         if rng.one_in(3) {
             image.flush().await.map_err(|e| format!("flush: {e:?}"))?;
         }
@@ -369,7 +451,7 @@ pub async fn run(env: Env, dir: PathBuf, plan: Plan) -> Result<(), String> {
                 command("qemu-img", &["snapshot", "-c", "s1", s(&files.image)])?;
                 kept = Some(model.clone());
             }
-            image = open(&env, &files, &plan.options).await?;
+            image = open(&env, &files, &plan, &under_way).await?;
         }
         if rng.one_in(6) {
             let all = Span::new(0, plan.size);

@@ -1,0 +1,156 @@
+//! `blockdev-mirror` and what can be changed of a running one.
+
+use super::{Command, Entry, entry};
+use crate::Daemon;
+use crate::error::{QmpError, Reply};
+use copy::OnError;
+use jobs::{Convergence, CopyMode, MirrorArgs, Sync, mirror};
+use qapi::json;
+use serde::Deserialize;
+use std::rc::Rc;
+use std::time::Duration;
+
+pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevMirror>(), entry::<BlockJobChange>()];
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum SyncMode {
+    Top,
+    Full,
+    None,
+    Incremental,
+    Bitmap,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum ErrorPolicy {
+    Report,
+    Ignore,
+    Enospc,
+    Stop,
+    Auto,
+}
+
+impl From<ErrorPolicy> for OnError {
+    fn from(p: ErrorPolicy) -> OnError {
+        match p {
+            ErrorPolicy::Report => OnError::Report,
+            ErrorPolicy::Ignore => OnError::Ignore,
+            ErrorPolicy::Enospc | ErrorPolicy::Auto => OnError::Enospc,
+            ErrorPolicy::Stop => OnError::Stop,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Mode {
+    Background,
+    WriteBlocking,
+    ReadWriteBlocking,
+}
+
+impl From<Mode> for CopyMode {
+    fn from(m: Mode) -> CopyMode {
+        match m {
+            Mode::Background => CopyMode::Background,
+            Mode::WriteBlocking => CopyMode::WriteBlocking,
+            Mode::ReadWriteBlocking => CopyMode::ReadWriteBlocking,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum ConvergencePolicy {
+    None,
+    SwitchCopyMode,
+    ThrottleGuest,
+}
+
+/// Copies a disk to a target while clients write to it. `convergence`, `converge-after`, `target-is-zero` and the copy mode
+/// `read-write-blocking` are not in QSD 10.0.2.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockdevMirror {
+    job_id: Option<String>,
+    device: String,
+    target: String,
+    replaces: Option<String>,
+    sync: SyncMode,
+    speed: Option<i64>,
+    granularity: Option<u32>,
+    buf_size: Option<i64>,
+    on_source_error: Option<ErrorPolicy>,
+    on_target_error: Option<ErrorPolicy>,
+    filter_node_name: Option<String>,
+    copy_mode: Option<Mode>,
+    auto_finalize: Option<bool>,
+    auto_dismiss: Option<bool>,
+    target_is_zero: Option<bool>,
+    convergence: Option<ConvergencePolicy>,
+    converge_after: Option<u32>,
+}
+
+impl Command for BlockdevMirror {
+    const NAME: &'static str = "blockdev-mirror";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        // the default id is the device's name, which no node has
+        let default = MirrorArgs::new(&self.job_id.unwrap_or_default(), &self.device, &self.target);
+        let args = MirrorArgs {
+            replaces: self.replaces,
+            sync: match self.sync {
+                SyncMode::Top => Sync::Top,
+                SyncMode::Full => Sync::Full,
+                SyncMode::None => Sync::None,
+                SyncMode::Incremental => Sync::Incremental,
+                SyncMode::Bitmap => Sync::Bitmap,
+            },
+            speed: self.speed.unwrap_or(0),
+            granularity: self.granularity.map_or(0, u64::from),
+            buf_size: self.buf_size.unwrap_or(0),
+            on_source_error: self.on_source_error.map_or(default.on_source_error, OnError::from),
+            on_target_error: self.on_target_error.map_or(default.on_target_error, OnError::from),
+            filter_node_name: self.filter_node_name,
+            copy_mode: self.copy_mode.map_or(default.copy_mode, CopyMode::from),
+            auto_finalize: self.auto_finalize.unwrap_or(true),
+            auto_dismiss: self.auto_dismiss.unwrap_or(true),
+            target_is_zero: self.target_is_zero.unwrap_or(false),
+            convergence: match self.convergence {
+                None | Some(ConvergencePolicy::None) => Convergence::None,
+                Some(ConvergencePolicy::SwitchCopyMode) => Convergence::SwitchCopyMode,
+                Some(ConvergencePolicy::ThrottleGuest) => Convergence::ThrottleGuest,
+            },
+            converge_after: self
+                .converge_after
+                .map_or(default.converge_after, |s| Duration::from_secs(u64::from(s))),
+            ..default
+        };
+        mirror::start(daemon.jobs(), daemon.graph(), args).await?;
+        Ok(json!({}))
+    }
+}
+
+/// Changes a running job: the copy mode of a mirror, in any direction (QSD: background to write-blocking only).
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockJobChange {
+    id: String,
+    #[serde(rename = "type")]
+    kind: String,
+    copy_mode: Option<Mode>,
+}
+
+impl Command for BlockJobChange {
+    const NAME: &'static str = "block-job-change";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let job = daemon.jobs().find_block_job(&self.id)?;
+        let Some(mode) = self.copy_mode else {
+            let desc = format!("Job '{}' is of type '{}', not '{}'", self.id, job.kind().name(), self.kind);
+            return Err(QmpError::generic(desc));
+        };
+        mirror::change(&job, mode.into())?;
+        Ok(json!({}))
+    }
+}

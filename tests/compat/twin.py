@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Sends the same commands to qemu-storage-daemon and to another daemon, and compares every reply.
+
+    twin.py --daemon PATH [--only WORD]
+
+The commands are those of the error catalogue that step A has: what is wrong with arguments, names, graphs, jobs, exports.
+Both daemons start from equal files made by qemu-img. Exit status 0: no reply differs.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from replay import Connection, clean, differences  # noqa: E402
+
+FILE = {"driver": "file", "filename": "DIR/a.qcow2"}
+
+
+def c(name, /, **arguments):
+    return {"execute": name, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}}
+
+
+def add(**options):
+    return c("blockdev-add", **options)
+
+
+def mirror(**more):
+    return c("blockdev-mirror", **{"job_id": "m", "device": "src", "target": "dst", "sync": "full", **more})
+
+
+def export(**more):
+    return c("block-export-add", **{"type": "nbd", "id": "e", "node_name": "a", **more})
+
+
+LONG = "x" * 4097
+
+COMMANDS = [
+    # nodes
+    add(driver="file", node_name="f", filename="DIR/missing.img"),
+    add(driver="file", node_name="f", filename="DIR"),
+    add(driver="file", filename="DIR/a.qcow2"),
+    add(driver="file", node_name="9bad", filename="DIR/a.qcow2"),
+    add(driver="file", node_name="x" * 32, filename="DIR/a.qcow2"),
+    add(driver="file", node_name="bad name", filename="DIR/a.qcow2"),
+    add(driver="qcow2", node_name="q", file="nofile"),
+    add(driver="qcow2", node_name="q", file={"driver": "file", "filename": "DIR/raw.img"}),
+    add(driver="qcow2", node_name="q", file={"driver": "file"}),
+    add(driver="qcow2", node_name="q", file={**FILE, "bogus": 1}),
+    add(driver="qcow2", node_name="q", file=FILE, backing="nobacking"),
+    add(driver="raw", node_name="r", file={"driver": "file", "filename": "DIR/raw.img"}, size=-5),
+    add(driver="raw", node_name="r", file={"driver": "file", "filename": "DIR/raw.img"}, offset=1 << 40),
+    add(driver="qcow2", node_name="a", file=FILE),
+    add(driver="qcow2", node_name="a", file=FILE),
+    add(driver="file", node_name="again", filename="DIR/a.qcow2"),
+    add(driver="qcow2", node_name="top", file={"driver": "file", "filename": "DIR/top.qcow2"}),
+    c("query-named-block-nodes", flat=True),
+    c("query-named-block-nodes"),
+    c("query-block"),
+    c("x-debug-query-block-graph"),
+    c("blockdev-del", node_name="nope"),
+    c("blockdev-del", node_name="a"),
+    add(driver="file", node_name="f", filename="DIR/raw.img"),
+    add(driver="raw", node_name="r", file="f"),
+    c("blockdev-del", node_name="f"),
+    c("blockdev-del", node_name="r"),
+    c("blockdev-del", node_name="f"),
+    # sizes
+    c("block_resize", node_name="nope", size=1),
+    c("block_resize", device="nope", size=1),
+    c("block_resize", size=1),
+    c("block_resize", node_name="a", size=-1),
+    c("block_resize", node_name="a", size=1000),
+    c("block_resize", node_name="a", size=16 << 20),
+    c("block_resize", node_name="a", size=8 << 20),
+    # exports
+    export(),
+    c("nbd-server-stop"),
+    c("nbd-server-start", addr={"type": "unix"}),
+    c("nbd-server-start", addr={"type": "unix", "data": {"path": "/nonexistent/x"}}),
+    c("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": "zz"}}),
+    c("nbd-server-start", addr={"type": "unix", "data": {"path": "DIR/nbd.sock"}}, max_connections=-1),
+    c("nbd-server-start", addr={"type": "unix", "data": {"path": "DIR/nbd.sock"}}),
+    c("nbd-server-start", addr={"type": "unix", "data": {"path": "DIR/nbd.sock"}}),
+    export(id="1e"),
+    export(node_name="nope"),
+    export(iothread="nope"),
+    export(type="nope"),
+    export(bitmaps=["nope"]),
+    export(name=LONG),
+    export(description=LONG),
+    export(writable=True),
+    export(),
+    export(id="e2"),
+    export(id="e2", name="other"),
+    c("query-block-exports"),
+    c("blockdev-del", node_name="a"),
+    c("block_resize", node_name="a", size=16 << 20),
+    c("block-export-del", id="nope"),
+    c("block-export-del", id="e"),
+    c("block-export-del", id="e2"),
+    c("nbd-server-add", device="nope"),
+    c("nbd-server-add", device="a"),
+    c("nbd-server-add", device="a"),
+    c("nbd-server-remove", name="zz"),
+    c("nbd-server-remove", name="a"),
+    add(driver="raw", node_name="ro", read_only=True, file={"driver": "file", "filename": "DIR/raw.img"}),
+    export(node_name="ro", writable=True),
+    c("blockdev-del", node_name="ro"),
+    # jobs that are not there
+    *[c(f"job-{v}", id="nope") for v in ("pause", "resume", "complete", "cancel", "finalize", "dismiss")],
+    *[c(f"block-job-{v}", device="nope") for v in ("pause", "resume", "complete", "cancel")],
+    *[c(f"block-job-{v}", id="nope") for v in ("finalize", "dismiss")],
+    c("block-job-set-speed", device="nope", speed=0),
+    c("block-job-change", id="nope", type="mirror", copy_mode="write-blocking"),
+    c("query-jobs"),
+    c("query-block-jobs"),
+    # mirror
+    add(driver="raw", node_name="src", file={"driver": "file", "filename": "DIR/src.img"}),
+    add(driver="raw", node_name="dst", file={"driver": "file", "filename": "DIR/dst.img"}),
+    add(driver="raw", node_name="small", file={"driver": "file", "filename": "DIR/small.img"}),
+    mirror(device="nope"),
+    mirror(target="nope"),
+    mirror(target="src"),
+    {"execute": "blockdev-mirror", "arguments": {"device": "src", "target": "dst", "sync": "full"}},
+    mirror(job_id="1x"),
+    mirror(sync="incremental"),
+    mirror(sync="bitmap"),
+    mirror(granularity=1000),
+    mirror(granularity=256),
+    mirror(granularity=128 << 20),
+    mirror(granularity=-1),
+    mirror(buf_size=-1),
+    mirror(speed=-1),
+    mirror(replaces="nope"),
+    mirror(replaces="small"),
+    mirror(filter_node_name="src"),
+    mirror(filter_node_name="bad name"),
+    mirror(on_source_error="nope"),
+    mirror(copy_mode="nope"),
+    mirror(bitmap="b"),
+    mirror(device="a", target="dst", sync="full", job_id="m"),
+    "wait",
+    mirror(sync="none", filter_node_name="flt", auto_dismiss=False, auto_finalize=False),
+    "wait",
+    mirror(sync="none"),
+    mirror(sync="none", job_id="m2"),
+    mirror(job_id="m2", device="a", target="dst"),
+    c("blockdev-del", node_name="src"),
+    c("blockdev-del", node_name="dst"),
+    c("blockdev-del", node_name="flt"),
+    c("block_resize", node_name="src", size=1 << 20),
+    export(node_name="dst", writable=True),
+    c("job-dismiss", id="m"),
+    c("job-finalize", id="m"),
+    c("job-resume", id="m"),
+    c("block-job-set-speed", device="m", speed=-1),
+    c("query-jobs"),
+    c("query-block-jobs"),
+    c("job-complete", id="m"),
+    "wait",
+    c("query-block-jobs"),
+    c("job-complete", id="m"),
+    c("job-pause", id="m"),
+    c("job-resume", id="m"),
+    c("block-job-set-speed", device="m", speed=0),
+    c("block-job-change", id="m", type="mirror", copy_mode="write-blocking"),
+    c("job-finalize", id="m"),
+    "wait",
+    *[c(f"job-{v}", id="m") for v in ("pause", "resume", "complete", "cancel", "finalize")],
+    c("block-job-cancel", device="m"),
+    mirror(device="small", target="dst"),
+    c("query-jobs"),
+    c("job-dismiss", id="m"),
+    c("query-jobs"),
+    # creation
+    c("blockdev-create", options={}),
+    c("blockdev-create", job_id="5c", options={"driver": "file", "filename": "DIR/n", "size": 512}),
+    c("blockdev-create", job_id="c", options={"driver": "raw", "size": 512}),
+    c("blockdev-create", job_id="c", options={"driver": "file", "filename": "DIR/n"}),
+    c("blockdev-create", job_id="c", options={"driver": "file", "filename": "DIR/no/n", "size": 512}),
+    "wait",
+    c("query-jobs"),
+    c("blockdev-create", job_id="c", options={"driver": "file", "filename": "DIR/n", "size": 512}),
+    c("block-job-dismiss", id="c"),
+    c("job-dismiss", id="c"),
+    c("blockdev-create", job_id="c", options={"driver": "file", "filename": "DIR/n", "size": 512}),
+    "wait",
+    c("query-jobs"),
+    c("job-dismiss", id="c"),
+    add(driver="file", node_name="n", filename="DIR/n"),
+    c("blockdev-create", job_id="c", options={"driver": "qcow2", "file": "nope", "size": 1 << 20}),
+    "wait",
+    c("query-jobs"),
+    c("job-dismiss", id="c"),
+    c("blockdev-create", job_id="c", options={"driver": "qcow2", "file": "n", "size": 1 << 20, "cluster-size": 1000}),
+    "wait",
+    c("query-jobs"),
+    c("job-dismiss", id="c"),
+    c("blockdev-create", job_id="c", options={"driver": "qcow2", "file": "n", "size": 1 << 20}),
+    "wait",
+    c("query-jobs"),
+    c("job-dismiss", id="c"),
+    add(driver="qcow2", node_name="new", file="n"),
+    c("query-named-block-nodes", flat=True),
+    # objects
+    c("object-add", qom_type="iothread", id="1x"),
+    c("object-add", qom_type="iothread", id="t", zzz=1),
+    c("object-add", qom_type="iothread", id="t"),
+    c("object-add", qom_type="iothread", id="t"),
+    c("object-del", id="nope"),
+    c("object-del", id="t"),
+    c("quit"),
+]
+
+# (what a problem has to contain, why it may differ)
+KNOWN = [
+    ("actual-size", "allocation on the host is the host's"),
+    ("unshared by block job 'm'", "says which job; the reference says 'an unnamed block device'"),
+    ("want \"Node dst is in use\"", "the target of a mirror names the job that uses it"),
+    ("virtual-size: want 197120", "an empty qcow2 image is laid out differently"),
+]
+
+
+def prepare(directory):
+    for command in (
+        ["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "8M"],
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", directory + "/a.qcow2", "-F", "qcow2", "top.qcow2"],
+        ["qemu-img", "create", "-q", "-f", "raw", "raw.img", "1M"],
+        ["qemu-img", "create", "-q", "-f", "raw", "src.img", "1M"],
+        ["qemu-img", "create", "-q", "-f", "raw", "dst.img", "1M"],
+        ["qemu-img", "create", "-q", "-f", "raw", "small.img", "512k"],
+    ):
+        subprocess.run(command, cwd=directory, check=True)
+
+
+class Side:
+    def __init__(self, daemon):
+        self.dir = tempfile.mkdtemp(prefix="twin-")
+        prepare(self.dir)
+        path = self.dir + "/qmp.sock"
+        self.process = subprocess.Popen(
+            [daemon, "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "c"], cwd=self.dir
+        )
+        self.connection = Connection(path)
+        self.replies = 0
+        self.next()
+        self.ask({"execute": "qmp_capabilities"})
+
+    def next(self):
+        self.replies += 1
+        if not self.connection.wait(lambda: len(self.connection.replies) >= self.replies, 10):
+            return {"none": "no reply"}
+        return clean(self.connection.replies[self.replies - 1], [(self.dir, "DIR")])
+
+    def ask(self, command):
+        self.connection.send(json.dumps(command).replace("DIR", self.dir).encode())
+        return self.next()
+
+    def settle(self):
+        """Waits until no event comes for a while."""
+        while self.connection.poll(0.25):
+            pass
+
+    def end(self):
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.dir, ignore_errors=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--daemon", required=True)
+    parser.add_argument("--reference", default="qemu-storage-daemon")
+    options = parser.parse_args()
+    one, two = Side(options.reference), Side(options.daemon)
+    different = compared = 0
+    for command in COMMANDS:
+        if command == "wait":
+            one.settle()
+            two.settle()
+            continue
+        want, got = one.ask(command), two.ask(command)
+        compared += 1
+        problems = [d for d in differences(want, got) if not any(k in d for k, _ in KNOWN)]
+        if problems:
+            different += 1
+            print(json.dumps(command)[:160])
+            for p in problems[:6]:
+                print("    ", p[:400])
+    one.end()
+    two.end()
+    print(f"{compared - different} of {compared} replies the same")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
