@@ -48,6 +48,7 @@ pub struct Engine {
     /// What the source held when last asked; only for the choice of pieces, never for what is done with them.
     hints: Vec<Extent>,
     hinting: bool,
+    hints_of: u64,
     retry: Option<(Duration, Duration)>,
     leave_on_pause: bool,
 }
@@ -84,6 +85,7 @@ impl Engine {
             cursor: 0,
             hints: Vec::new(),
             hinting: false,
+            hints_of: 0,
             retry: None,
             leave_on_pause: false,
         }
@@ -177,6 +179,11 @@ impl Engine {
         if let Some(until) = self.window.not_before(now) {
             return Err(Some(until));
         }
+        if self.hints_of != work.zeroed.get() {
+            // a guest made zeroes since: what was data may be none
+            self.hints.clear();
+            self.hints_of = work.zeroed.get();
+        }
         let active = work.guest_active();
         if !self.window.has_room(work.copies.get(), work.copying.get(), active) {
             return Err(None);
@@ -192,7 +199,7 @@ impl Engine {
         let bulk = !waits && at.len > work.granularity();
         let lock = work.locks.request(at, Owner::Copy { bulk });
         self.window.pay(at.len.min(most), now);
-        let task = PieceTask::new(self.shared.clone(), at, lock, self.outcomes.clone());
+        let task = PieceTask::new(self.shared.clone(), at, self.data_ahead(at), lock, self.outcomes.clone());
         self.tasks.retain(|t| !t.is_done());
         self.tasks.push(work.env.spawn("copy", task.run()));
         self.cursor = at.end();
@@ -238,6 +245,11 @@ impl Engine {
         let e = self.hints.iter().find(|e| e.span.contains_offset(at))?;
         let run = (e.span.end() - at).min(MAX_ZERO_PIECE) & !(self.shared.work.granularity() - 1);
         (e.kind == Kind::Zero && run > 0).then_some(run)
+    }
+
+    /// Whether the source is known to hold data in all of `at`. If it no longer does, zeroes are copied as data.
+    fn data_ahead(&self, at: Span) -> bool {
+        self.hints.iter().any(|e| e.kind == Kind::Data && e.span.contains(&at))
     }
 
     /// Far from in sync, asks what the source holds around the cursor, without waiting for the answer.

@@ -6,7 +6,7 @@ use crate::ranges::RangeTicket;
 use crate::status::status_all;
 use crate::window::MAX_PIECE;
 use crate::work::Work;
-use block::{BlockError, ErrorKind, Extent, ReqFlags, Span};
+use block::{BlockError, ErrorKind, Extent, Kind, ReqFlags, Span};
 use env::sync::Queue;
 use graph::Edge;
 use std::cell::Cell;
@@ -43,6 +43,8 @@ pub(crate) struct Ended {
 pub(crate) struct PieceTask {
     slot: Slot,
     at: Span,
+    /// The source was found to hold data throughout: no need to ask again.
+    data: bool,
     lock: RangeTicket,
     outcomes: Rc<Queue<Ended>>,
 }
@@ -104,6 +106,7 @@ impl PieceTask {
     pub(crate) fn new(
         shared: Rc<Shared>,
         at: Span,
+        data: bool,
         lock: RangeTicket,
         outcomes: Rc<Queue<Ended>>,
     ) -> PieceTask {
@@ -111,12 +114,12 @@ impl PieceTask {
         if counted {
             shared.work.copies.set(shared.work.copies.get() + 1);
         }
-        PieceTask { slot: Slot { shared, counted }, at, lock, outcomes }
+        PieceTask { slot: Slot { shared, counted }, at, data, lock, outcomes }
     }
 
     /// Runs it; the outcome goes to the queue.
     pub(crate) async fn run(self) {
-        let PieceTask { mut slot, at, mut lock, outcomes } = self;
+        let PieceTask { mut slot, at, data, mut lock, outcomes } = self;
         let shared = slot.shared.clone();
         lock.held().await;
         if !slot.counted {
@@ -124,7 +127,7 @@ impl PieceTask {
             slot.counted = true;
         }
         let begun = shared.work.env.now();
-        let outcome = match shared.copy_dirty(at).await {
+        let outcome = match shared.copy_dirty(at, data).await {
             Ok(()) => Outcome::Copied,
             Err((side, error)) => Outcome::Failed(side, error),
         };
@@ -139,7 +142,7 @@ impl PieceTask {
 type Failure = (Side, BlockError);
 
 impl Shared {
-    async fn copy_dirty(&self, at: Span) -> Result<(), Failure> {
+    async fn copy_dirty(&self, at: Span, data: bool) -> Result<(), Failure> {
         // Another piece or the guest may have cleaned some of it while this one waited for its lock.
         let areas: Vec<Span> = self.work.dirty.borrow().areas(at, 0).collect();
         let mut taken: Vec<Unfinished<'_>> = areas
@@ -152,21 +155,27 @@ impl Shared {
             })
             .collect();
         for unfinished in &mut taken {
-            self.copy_area(unfinished).await?;
+            self.copy_area(unfinished, data).await?;
         }
         Ok(())
     }
 
-    async fn copy_area(&self, unfinished: &mut Unfinished<'_>) -> Result<(), Failure> {
+    /// Asking a file where its data ends costs time in proportion to that data on some file systems (tmpfs), so it is
+    /// asked about large pieces only; of a small one the bytes themselves tell whether they are zero.
+    async fn copy_area(&self, unfinished: &mut Unfinished<'_>, data: bool) -> Result<(), Failure> {
         let area = unfinished.left;
-        let extents = status_all(&self.source, area).await.map_err(|e| (Side::Source, e))?;
+        let extents = if data || area.len <= MAX_PIECE {
+            vec![Extent::new(area, Kind::Data)]
+        } else {
+            status_all(&self.source, area).await.map_err(|e| (Side::Source, e))?
+        };
         for e in extents {
             let mut left = e.span.intersect(&area);
             while !left.is_empty() {
                 let fate = self.policy.fate(&e);
                 let (step, rest) = left.split_at(if fate == Fate::Copy { MAX_PIECE } else { left.len });
                 match fate {
-                    Fate::Copy => self.copy(step).await?,
+                    Fate::Copy => self.copy(step, data || area.len > MAX_PIECE).await?,
                     Fate::Zero => self.zero(step).await?,
                     Fate::Skip => {}
                 }
@@ -177,8 +186,9 @@ impl Shared {
         Ok(())
     }
 
-    async fn copy(&self, at: Span) -> Result<(), Failure> {
-        if self.offload.get() {
+    /// `known` says that the source holds data there.
+    async fn copy(&self, at: Span, known: bool) -> Result<(), Failure> {
+        if known && self.offload.get() {
             self.work.target_written(at);
             match self.source.copy_to(at, &self.target, at.start).await {
                 Ok(copied) if copied >= at.len => return Ok(()),
@@ -192,6 +202,9 @@ impl Shared {
         let data = self.source.read(at).await.map_err(|e| (Side::Source, e))?;
         if planted(Bug::ClearAfterRead) {
             self.work.dirty.borrow_mut().clear(at);
+        }
+        if !known && data.is_zero() {
+            return self.zero(at).await;
         }
         // one turn for guests between the two halves
         self.work.env.yield_now().await;

@@ -123,6 +123,9 @@ impl CopyTap {
         if matches!(change, Change::Discard) && !source.child().options().discard {
             return Ok(()); // ignored by the source: nothing changes
         }
+        if !matches!(change, Change::Write(..)) {
+            self.work.zeroed.set(self.work.zeroed.get() + 1);
+        }
         self.work.guest_seen();
         self.throttle(at.len).await;
         match self.policy.guest_write(at) {

@@ -39,6 +39,8 @@ pub struct Work {
     pub(crate) loose: Cell<u32>,
     /// Guest requests in flight that bring dirty granules to the target: clean in the bitmap, not yet on the target.
     pub(crate) healing: Cell<u32>,
+    /// How often a guest zeroed or discarded something.
+    pub(crate) zeroed: Cell<u64>,
     /// Bytes brought to the target.
     pub(crate) done: Cell<u64>,
     pub(crate) wake: Notify,
@@ -68,6 +70,7 @@ impl Work {
             copies: Cell::new(0),
             loose: Cell::new(0),
             healing: Cell::new(0),
+            zeroed: Cell::new(0),
             done: Cell::new(0),
             wake: Notify::new(),
             failure: RefCell::new(None),
