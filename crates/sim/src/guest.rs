@@ -105,6 +105,7 @@ struct Shared {
     left: Cell<u64>,
     stopped: Cell<bool>,
     errors: Cell<u64>,
+    errors_allowed: Cell<bool>,
     /// Called after each answered write with its number and sectors.
     on_write: RefCell<Option<OnWrite>>,
 }
@@ -125,6 +126,7 @@ impl Guest {
         let shared = Rc::new(Shared {
             env: env.clone(),
             left: Cell::new(habits.requests),
+            errors_allowed: Cell::new(habits.errors_allowed),
             habits,
             history,
             verdict,
@@ -148,6 +150,11 @@ impl Guest {
     /// Has `f` called after each answered write, before anything else can happen.
     pub fn on_write(&self, f: impl Fn(u32, Range<u64>) + 'static) {
         *self.shared.on_write.borrow_mut() = Some(Box::new(f));
+    }
+
+    /// From now on errors may happen.
+    pub fn allow_errors(&self) {
+        self.shared.errors_allowed.set(true);
     }
 
     /// No new requests; ends when those in flight are answered.
@@ -220,7 +227,7 @@ impl Shared {
             if !self.habits.breaks_allowed && !self.stopped.get() {
                 self.verdict.violation(format!("guest {}: connection lost: {e}", self.habits.client));
             }
-        } else if !self.habits.errors_allowed {
+        } else if !self.errors_allowed.get() {
             self.verdict.violation(format!("guest {}: {e:?}, but its disk is sound", self.habits.client));
         }
     }

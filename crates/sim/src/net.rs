@@ -43,6 +43,8 @@ pub struct NetProfile {
     pub refuse: f64,
     /// No fault from this time on.
     pub faults_end: Duration,
+    /// Only connections to an address that ends so are cut or refused ("" for all).
+    pub faults_at: String,
 }
 
 impl NetProfile {
@@ -57,6 +59,7 @@ impl NetProfile {
             half_open: 0.0,
             refuse: 0.0,
             faults_end: Duration::MAX,
+            faults_at: String::new(),
         }
     }
 
@@ -234,7 +237,7 @@ impl Net {
             }
         };
         let profile = self.0.profile.borrow().clone();
-        let faulty = machine.now() < profile.faults_end;
+        let faulty = machine.now() < profile.faults_end && key.ends_with(profile.faults_at.as_str());
         let (delay, refused) = machine
             .draw(|r| (r.duration(profile.latency.0, profile.latency.1), faulty && r.chance(profile.refuse)));
         crate::host::sleep(machine, delay).await;
@@ -491,7 +494,8 @@ impl Stream for SimStream {
                     let n = room.min(data.len());
                     pipe.held.set(pipe.held.get() + n);
                     drop(data.split_to(n));
-                } else if room == 0 {
+                } else if room < data.len().min(most / 4) {
+                    // as real stacks do: no byte at a time into a nearly full buffer
                     wait.await;
                 } else {
                     self.put(&mut data, room);

@@ -146,8 +146,12 @@ impl Plan {
         Plan {
             sectors: *rng.choose(&[64, 640, 2048, 4096]),
             source,
-            // the target of a plan is never an overlay: its base would be the source's
-            target: if let Store::Overlay(c) = target { Store::Qcow2(c) } else { target },
+            // a target over the source's base is what "top" is for; "full" would leave it no use for the base
+            target: match target {
+                _ if sync == "top" => Store::Overlay(65536),
+                Store::Overlay(c) => Store::Qcow2(c),
+                other => other,
+            },
             mirror: true,
             guests: rng.between(1, 3) as u32,
             sync,
@@ -165,9 +169,10 @@ impl Plan {
             meddling: *rng.choose(&[0, 0, 2, 6]),
             late_export: rng.chance(0.3),
             end: *rng.choose(&[
-                End::Complete,
-                End::Complete,
-                End::Complete,
+                // without the old data the target is of no use to the guest
+                if sync == "none" { End::SoftCancel } else { End::Complete },
+                if sync == "none" { End::SoftCancel } else { End::Complete },
+                if sync == "none" { End::HardCancel } else { End::Complete },
                 End::SoftCancel,
                 End::SoftCancel,
                 End::HardCancel,
