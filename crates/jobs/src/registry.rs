@@ -305,6 +305,8 @@ async fn drive(job: Rc<Job>) {
     let group = job.group.borrow().clone();
     match outcome {
         Some(Ok(())) if !job.cancelled.get() => {
+            // a pause that came after the last piece of work has nothing to hold back
+            job.leave_rest();
             job.set_state(State::Waiting);
             group.arrived().await;
         }
