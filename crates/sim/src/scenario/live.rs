@@ -70,6 +70,8 @@ struct Run {
     /// The moment before the cancel was sent.
     asked_at: Cell<Moment>,
     asked: Cell<bool>,
+    /// An export of the source is being added: the guest's disk must not change until it is.
+    adding: Cell<bool>,
     /// Some guest discards: a discard that leaves data behind is compared by copying, and ends actively synced.
     discards: Cell<bool>,
 }
@@ -88,6 +90,7 @@ impl Run {
             synced: Cell::new(false),
             asked_at: Cell::new(0),
             asked: Cell::new(false),
+            adding: Cell::new(false),
             discards: Cell::new(false),
         }
     }
@@ -277,9 +280,15 @@ impl Run {
     async fn meddle(self: &Rc<Self>, m: &Rc<Manager>) -> Result<(), Refusal> {
         if self.plan.late_export {
             self.pause(Duration::from_millis(200)).await;
-            if m.execute("block-export-add", export("e1", "late")).await.is_ok() {
-                self.world.count("late exports", 1);
-                self.start_guest(100, "late");
+            let over = |j: JobSeen| matches!(j.status.as_str(), "waiting" | "pending" | "concluded" | "null");
+            // by then the disk may have moved to the target
+            if !self.asked.get() && !over(m.job("job")) {
+                self.adding.set(true);
+                if m.execute("block-export-add", export("e1", "late")).await.is_ok() {
+                    self.world.count("late exports", 1);
+                    self.start_guest(100, "late");
+                }
+                self.adding.set(false);
             }
         }
         if let Some(mode) = self.plan.switch_mode {
@@ -332,7 +341,7 @@ impl Run {
                 "paused" | "standby" if self.draw(|r| r.chance(0.3)) => {
                     let _ = m.execute("job-resume", id).await;
                 }
-                "ready" if !self.asked.get() => self.when_ready(m).await,
+                "ready" if !self.asked.get() && !self.adding.get() => self.when_ready(m).await,
                 _ => {}
             }
             let early = self.plan.end == End::HardCancel && self.outside.now() >= began + self.plan.end_after;
@@ -350,6 +359,9 @@ impl Run {
             self.pause(Duration::from_millis(40)).await;
             self.look_whether_synced(m).await;
         }
+        if self.adding.get() {
+            return;
+        }
         match self.plan.end {
             End::Complete => {
                 // from now on the target is the disk: what is checked is what the guest reads
@@ -357,11 +369,13 @@ impl Run {
                 if self.plan.trouble == Trouble::Target {
                     self.guests.borrow().iter().for_each(Guest::allow_errors);
                 }
+                self.asked.set(true);
                 self.asked.set(m.execute("block-job-complete", json!({"device": "job"})).await.is_ok());
             }
             End::SoftCancel => {
                 self.synced.set(false);
                 self.asked_at.set(self.history.tick());
+                self.asked.set(true);
                 let sent = m.execute("block-job-cancel", json!({"device": "job"})).await;
                 self.asked.set(sent.is_ok());
             }

@@ -1,0 +1,61 @@
+//! A share of the whole-daemon seeds, and every seed that ever failed.
+#![allow(clippy::unwrap_used)] // a test says by panicking
+
+use sim::runner::{Options, Report, run, run_one};
+use sim::scenario::{find, live};
+
+/// Seeds of each scenario in the tests; `cargo xtask sim` runs more.
+const SHARE: u64 = 150;
+
+fn clean(report: &Report) {
+    println!("{report}");
+    let lines: Vec<String> = report.failures.iter().map(|(s, v)| format!("seed {s}: {v}")).collect();
+    assert!(lines.is_empty(), "{}", lines.join("\n"));
+}
+
+fn start() -> u64 {
+    let start = std::env::var("SIM_START").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
+    println!("SIM_START={start}");
+    start
+}
+
+#[test]
+fn a_disk_served_survives_kills_and_power_losses() {
+    let report = run(
+        live::served,
+        start()..start() + SHARE,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    for what in ["kills", "power losses", "images checked"] {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
+fn a_mirror_is_never_wrong() {
+    let report = run(
+        live::whole_daemon,
+        start()..start() + SHARE,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    for what in ["completed", "cancelled softly", "ready", "kills", "power losses", "synced writes checked"] {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
+fn what_failed_once_is_replayed_for_ever() {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("regressions");
+    let mut names: Vec<String> = std::fs::read_dir(dir)
+        .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
+        .unwrap_or_default();
+    names.sort();
+    for name in names {
+        let Some((scenario, seed)) = name.rsplit_once('-') else { continue };
+        let (_, scenario) = find(scenario).unwrap();
+        let outcome = run_one(scenario, seed.parse().unwrap(), false);
+        assert_eq!(outcome.violation, None, "{name}");
+    }
+}
