@@ -50,6 +50,45 @@ impl Default for Plan {
     }
 }
 
+/// Defects of the driver, planted in builds with the feature `planted-bugs`, that this lab must find.
+#[cfg(feature = "planted-bugs")]
+pub const PLANTED: [&str; 4] = [
+    "qcow2: freed cluster reused early",
+    "qcow2: mapping before refcounts",
+    "qcow2: no barrier before the mapping",
+    "qcow2: flush without its barrier",
+];
+
+/// Plants each defect in turn and looks until it is found: (defect, states until then).
+///
+/// # Errors
+/// The defect that was not found within `plan.states` states.
+#[cfg(feature = "planted-bugs")]
+pub fn planted(plan: &Plan) -> Result<Vec<(&'static str, u64, &'static str)>, String> {
+    let setups: Vec<Setup> = workload::setups().into_iter().filter(|s| s.name.contains(&plan.only)).collect();
+    let mut found = Vec::new();
+    for bug in PLANTED {
+        env::bugs::plant(Some(bug));
+        let choice = Choice { exhaustive: 5, sample: 12, torn: 2, qemu: 0.0 };
+        let mut lab = Lab { stats: Stats::default(), rng: Rng::new(plan.seed), choice, scratch: scratch() };
+        let mut number = 0;
+        let hit = loop {
+            match work_item(&mut lab, &setups, plan.seed, number) {
+                Err(f) => break Some(f.kind),
+                Ok(()) if lab.stats.states > plan.states => break None,
+                Ok(()) => number += 1,
+            }
+        };
+        env::bugs::plant(None);
+        let _ = std::fs::remove_dir_all(&lab.scratch);
+        match hit {
+            Some(kind) => found.push((bug, lab.stats.states, kind)),
+            None => return Err(format!("'{bug}' was not found in {} states", lab.stats.states)),
+        }
+    }
+    Ok(found)
+}
+
 /// Runs and crashes go on from a crash state this often in a row.
 const DEPTH: usize = 3;
 
@@ -172,7 +211,8 @@ crashlab [--states N] [--seed S] [--threads N] [--only NAME] [--qemu N] [--item 
 
 Enumerates what crashes can leave of qcow2 images and checks each state: no corruption, no flushed byte lost, leaks
 repairable, and writing goes on from there. --item runs one item of a seed again; --only takes one kind of image.
---hostile tries so many images with random fields instead.";
+--hostile tries so many images with random fields instead; --planted (as the last option, in a build with the feature
+planted-bugs) looks for defects put into the driver on purpose.";
 
 /// The command `crashlab`: gives what it printed as its last line, or an error.
 ///
@@ -194,6 +234,13 @@ pub fn main(args: &[String]) -> Result<(), String> {
             "--qemu" => plan.qemu = number(value()?)?,
             "--hostile" => hostile = Some(number(value()?)?),
             "--item" => item = Some(number(value()?)?),
+            #[cfg(feature = "planted-bugs")]
+            "--planted" => {
+                for (bug, states, kind) in planted(&plan)? {
+                    println!("found after {states} states ({kind}): {bug}");
+                }
+                return Ok(());
+            }
             "--help" | "-h" => {
                 println!("{HELP}");
                 return Ok(());

@@ -35,3 +35,10 @@ fn hostile_images_are_survived() {
         "{parsed} {clean} {repaired} {opened}"
     );
 }
+
+#[cfg(feature = "planted-bugs")]
+#[test]
+fn planted_defects_are_found() {
+    let found = crashlab::planted(&Plan { states: 20_000, ..Plan::default() }).unwrap();
+    assert_eq!(found.len(), crashlab::PLANTED.len());
+}
