@@ -186,11 +186,13 @@ impl Graph {
         parent: Parent,
         demand: Demand,
     ) -> Result<Rc<Edge>> {
+        // Looked up in turn: a plan that is under way may be about to cover the node.
+        let _turn = self.changing.acquire(1).await;
         let mut child = child.clone();
         while let Some(filter) = child.cover() {
             child = filter;
         }
-        self.attach_exact(&child, name, role, parent, demand).await
+        self.attach_now(&child, name, role, parent, demand).await
     }
 
     /// Makes `parent` a user of exactly `child`. Dropping the edge ends that.
@@ -203,6 +205,18 @@ impl Graph {
         demand: Demand,
     ) -> Result<Rc<Edge>> {
         let _turn = self.changing.acquire(1).await;
+        self.attach_now(child, name, role, parent, demand).await
+    }
+
+    async fn attach_now(
+        &self,
+        child: &Rc<NodeCell>,
+        name: &str,
+        role: Role,
+        parent: Parent,
+        demand: Demand,
+    ) -> Result<Rc<Edge>> {
+        self.check_present(child)?;
         let id = self.next_edge.get();
         self.next_edge.set(id + 1);
         let edge = Edge::new(id, child.clone(), name, role, parent, demand);
@@ -219,12 +233,22 @@ impl Graph {
     /// Closes and removes a node that nobody uses, and the nodes that only it used.
     pub async fn remove(&self, cell: &Rc<NodeCell>) -> Result<()> {
         let _turn = self.changing.acquire(1).await;
+        self.check_present(cell)?;
         if !cell.parents().is_empty() {
             return Err(BlockError::new(ErrorKind::Busy, format!("Node {} is in use", cell.name())));
         }
         let closed = self.close(cell).await;
         self.reap().await;
         closed
+    }
+
+    /// That nobody removed the node while the caller waited for its turn.
+    fn check_present(&self, cell: &NodeCell) -> Result<()> {
+        if self.nodes.borrow().contains_key(&cell.id()) {
+            return Ok(());
+        }
+        let message = format!("node '{}' is not in the graph any more", cell.name());
+        Err(BlockError::new(ErrorKind::NotFound, message))
     }
 
     /// Waits until nodes that nobody uses any more are closed.

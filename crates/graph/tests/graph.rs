@@ -369,3 +369,50 @@ fn a_refused_plan_changes_nothing() {
         writer.write(0, Data::zeroes(1), ReqFlags::NONE).await.expect("as before");
     });
 }
+
+#[test]
+fn whoever_waits_to_attach_while_a_filter_comes_gets_the_filter() {
+    run(|env| async move {
+        let graph = Graph::new(&env);
+        let slow = NullOptions { latency: Duration::from_millis(20), ..NullOptions::default() };
+        let source = add(&graph, "src", NullNode::open(&env, slow)).await;
+        let early = root(&graph, &source, RW).await.expect("nobody else");
+        let parent = Parent::Node(RefCell::new(Some("top".into())));
+        let below = graph
+            .attach_exact(&source, "backing", Role::Filtered, parent, Demand::NOTHING)
+            .await
+            .expect("nothing asked");
+        let filter = add(&graph, "top", drivers::filters::mirror_top::MirrorTop::new(below)).await;
+        let plan = Plan::new()
+            .then(Step::MoveParents { from: source.clone(), to: filter.clone(), except: Vec::new() })
+            .then(Step::Cover { node: source.clone(), filter: Some(filter.clone()) });
+        // A request inside keeps the plan waiting, and the plan keeps the newcomer waiting.
+        let client = early.clone();
+        let write = env.spawn("client", async move {
+            client.write(0, Data::zeroes(512), ReqFlags::NONE).await.expect("inside");
+        });
+        env.sleep(Duration::from_millis(1)).await;
+        let changing = graph.clone();
+        let change = env.spawn("plan", async move {
+            changing.apply(plan).await.expect("nothing is in the way");
+        });
+        env.sleep(Duration::from_millis(1)).await;
+        assert_eq!(early.in_flight(), 1, "the plan is still waiting");
+        let late = root(&graph, &source, RW).await.expect("nothing is in the way");
+        assert_eq!(late.child().name(), "top", "its writes would pass the job by");
+        write.join().await;
+        change.join().await;
+    });
+}
+
+#[test]
+fn a_removed_node_takes_no_parents_and_is_not_closed_again() {
+    run(|env| async move {
+        let graph = Graph::new(&env);
+        let a = add(&graph, "a", Memory::new(&env, 4096, 1, 0)).await;
+        graph.remove(&a).await.expect("nobody uses it");
+        let e = root(&graph, &a, RW).await.expect_err("it is closed");
+        assert_eq!((e.kind(), e.message()), (ErrorKind::NotFound, "node 'a' is not in the graph any more"));
+        assert_eq!(graph.remove(&a).await.expect_err("it is closed").kind(), ErrorKind::NotFound);
+    });
+}

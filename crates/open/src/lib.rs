@@ -197,6 +197,17 @@ impl Opener {
         })
     }
 
+    /// The trail one image further down. In a loop `child` is closed again if it was opened for this parent: nobody holds
+    /// it yet, so nobody else would.
+    async fn pass(&self, trail: &Trail, child: &Rc<NodeCell>) -> Result<Trail> {
+        let next = trail.with(child);
+        if next.is_err() && !child.is_monitor_owned() && child.parents().is_empty() {
+            // The loop is the error that matters.
+            let _ = self.graph.remove(child).await;
+        }
+        next
+    }
+
     async fn hold(
         &self,
         child: &Rc<NodeCell>,
@@ -217,7 +228,7 @@ impl Opener {
         trail: &Trail,
     ) -> Result<Rc<Qcow2>> {
         let child = self.child(&spec.file, *now, trail).await?;
-        let trail = trail.with(&child)?;
+        let trail = self.pass(trail, &child).await?;
         let file = self.hold(&child, "file", Role::Primary, name, storing(now)).await?;
         let image = child.node().details().await?.filename;
         let header = qcow2::check::read_header(&file).await?;
@@ -278,7 +289,7 @@ impl Opener {
                 self.node(&protocol, from, trail).await?
             }
         };
-        trail.with(&child)?;
+        self.pass(trail, &child).await?;
         self.hold(&child, "data-file", Role::Data, name, storing(&now)).await
     }
 

@@ -109,6 +109,23 @@ fn a_chain_that_loops_is_refused_and_names_the_file() {
 }
 
 #[test]
+fn a_loop_that_the_caller_spells_out_leaves_nothing_behind() {
+    run(|env| async move {
+        let dir = Dir::new("spelled");
+        dir.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+        let graph = Graph::new(&env);
+        let mut spec = NodeSpec::file(&dir.file("a.qcow2")).qcow2().named("a");
+        let below = Box::new(NodeSpec::file(&dir.file("a.qcow2")).qcow2());
+        let DriverSpec::Qcow2(image) = &mut spec.driver else { unreachable!("made above") };
+        image.backing = open::Backing::Child(Child::Inline(below));
+        let e = Opener::new(&graph).open(&spec).await.expect_err("a loop");
+        assert!(e.message().contains("loops") && e.message().contains("a.qcow2"), "{e}");
+        let left: Vec<String> = graph.nodes().iter().map(|c| c.name().to_owned()).collect();
+        assert!(left.is_empty(), "{left:?} left behind");
+    });
+}
+
+#[test]
 fn errors_name_the_file_and_leave_nothing_behind() {
     run(|env| async move {
         let dir = Dir::new("errors");
