@@ -32,9 +32,9 @@ enum Command {
     Status(SocketArgs),
     /// Show the progress of jobs until they end
     Watch(watch::WatchArgs),
-    /// Complete a ready job: its target takes the place of its source
+    /// Complete a ready job and wait for its end: its target takes the place of its source
     Complete(JobArgs),
-    /// End a job; a ready mirror leaves its target as a point-in-time copy (unless --force)
+    /// End a job and wait for its end; a ready mirror leaves its target as a point-in-time copy (unless --force)
     Cancel(CancelArgs),
 }
 
@@ -80,16 +80,14 @@ fn run(command: Command) -> Outcome {
         Command::Watch(args) => watch::run(&args),
         Command::Complete(args) => {
             let mut client = Client::connect(&args.socket.socket)?;
-            client.execute("job-complete", &serde_json::json!({"id": args.job})).map(drop)
+            client.execute("job-complete", &serde_json::json!({"id": args.job}))?;
+            mirror::wait_for_end(&mut client, &args.job)
         }
         Command::Cancel(args) => {
             let mut client = Client::connect(&args.job.socket.socket)?;
-            client
-                .execute(
-                    "block-job-cancel",
-                    &serde_json::json!({"device": args.job.job, "force": args.force}),
-                )
-                .map(drop)
+            let (job, force) = (&args.job.job, args.force);
+            client.execute("block-job-cancel", &serde_json::json!({"device": job, "force": force}))?;
+            mirror::wait_for_end(&mut client, job)
         }
     }
 }

@@ -266,11 +266,16 @@ fn finish(client: &mut Client, job: &str, then: Then) -> Outcome {
         Then::Pivot => client.execute("job-complete", &json!({"id": job}))?,
         Then::Copy => client.execute("block-job-cancel", &json!({"device": job}))?,
     };
+    wait_for_end(client, job)
+}
+
+/// Waits until a job has ended, and dismisses it if it is kept. A job that was called off is no failure here.
+pub(crate) fn wait_for_end(client: &mut Client, job: &str) -> Outcome {
     loop {
         let all = jobs(client)?;
         let Some(mine) = all.iter().find(|j| j["id"] == job) else { return Ok(()) };
         if mine["status"] == "concluded" {
-            let error = mine.get("error").map(text);
+            let error = mine.get("error").map(text).filter(|e| e != "Operation canceled");
             client.execute("job-dismiss", &json!({"id": job}))?;
             return error.map_or(Ok(()), |e| {
                 Err(format!("the job failed at its end: {e}\n  The source is still served."))

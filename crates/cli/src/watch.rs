@@ -6,7 +6,8 @@ use indicatif::{HumanBytes, HumanDuration, MultiProgress, ProgressBar, ProgressS
 use qmpclient::Client;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
 /// How often figures are asked for.
 const EVERY: Duration = Duration::from_millis(250);
@@ -46,9 +47,14 @@ pub(crate) fn run(args: &WatchArgs) -> Outcome {
             view.finish();
             return Ok(());
         }
-        if let Some(failed) = shown.iter().find(|j| j["status"] == "concluded" && j.get("error").is_some()) {
+        if shown.iter().all(|j| j["status"] == "concluded") {
             view.finish();
-            return Err(format!("job {} failed: {}", text(&failed["id"]), text(&failed["error"])));
+            return match shown.iter().find(|j| j.get("error").is_some()) {
+                Some(failed) => {
+                    Err(format!("job {} failed: {}", text(&failed["id"]), text(&failed["error"])))
+                }
+                None => Ok(()),
+            };
         }
         wait(&mut client)?;
     }
@@ -74,19 +80,38 @@ pub(crate) fn jobs(client: &mut Client) -> Outcome<Vec<Value>> {
     Ok(jobs)
 }
 
-/// Progress bars, one a job.
+/// Progress bars, one a job; without a terminal a line when a job's phase changes, and one a second.
 pub(crate) struct View {
     all: MultiProgress,
     bars: BTreeMap<String, ProgressBar>,
+    plain: bool,
+    told: BTreeMap<String, (String, Instant)>,
 }
 
 impl View {
     pub(crate) fn new() -> View {
-        View { all: MultiProgress::new(), bars: BTreeMap::new() }
+        let plain = !std::io::stderr().is_terminal();
+        View { all: MultiProgress::new(), bars: BTreeMap::new(), plain, told: BTreeMap::new() }
+    }
+
+    fn tell(&mut self, job: &Value) {
+        let (id, phase, now) = (text(&job["id"]), phase(job).to_owned(), Instant::now());
+        let due = match self.told.get(&id) {
+            Some((before, when)) => *before != phase || now.duration_since(*when) >= Duration::from_secs(1),
+            None => true,
+        };
+        if due {
+            println!("{id:>12} {}", facts(job));
+            self.told.insert(id, (phase, now));
+        }
     }
 
     pub(crate) fn update(&mut self, jobs: &[&Value]) {
         for job in jobs {
+            if self.plain {
+                self.tell(job);
+                continue;
+            }
             let id = text(&job["id"]);
             let bar = self.bars.entry(id.clone()).or_insert_with(|| {
                 let style = ProgressStyle::with_template("{prefix:>12} [{bar:32}] {percent:>3}% {msg}")

@@ -94,6 +94,9 @@ impl Meter {
             (Some(Duration::ZERO), None)
         } else if paused {
             (None, Some(Obstacle::Paused))
+        } else if self.rates.get().is_none() && net <= copy * 0.01 {
+            // Too early to say: the first sample is not complete.
+            (None, None)
         } else if copy < 1.0 {
             (None, Some(Obstacle::Stalled))
         } else if net <= copy * 0.01 {
@@ -130,6 +133,8 @@ mod tests {
     fn outlook_says_whether_and_why_not() {
         let s = Duration::from_secs;
         let m = Meter::new(s(0));
+        let early = m.outlook(Duration::from_millis(10), 800, 0, false);
+        assert_eq!((early.time_to_sync, early.obstacle), (None, None));
         for t in 1..20 {
             m.copied(100);
             m.dirtied(20);
