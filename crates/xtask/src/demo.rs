@@ -144,9 +144,7 @@ pub(crate) fn run(_args: &[String]) -> Outcome {
     for image in [&source, &target] {
         shell::run(Command::new("qemu-img").args(["check", "-q", "-f", "qcow2", image]))?;
     }
-    shell::run(
-        Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "qcow2", &source, &target]),
-    )?;
+    shell::run(Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "qcow2", &source, &target]))?;
     println!("\nThe disk moved twice under a writing client: 0 errors, both images clean and equal.");
     Ok(())
 }
