@@ -14,6 +14,8 @@ use std::time::Duration;
 
 /// What a busy turn takes.
 const BUSY_TURN: Duration = Duration::from_micros(1);
+/// Turns in a row without anybody waiting, after which the run is taken to spin.
+const MAX_BUSY: u64 = 20_000;
 /// Wall-clock time at the start: 2026-01-01 UTC, no special day.
 const WALL_START: Duration = Duration::from_secs(1_767_225_600);
 
@@ -35,6 +37,7 @@ struct Inner {
     hash: Cell<u64>,
     steps: Cell<u64>,
     max_steps: Cell<u64>,
+    busy: Cell<u64>,
     trace: RefCell<Option<Vec<String>>>,
     pick_random: Cell<bool>,
 }
@@ -55,6 +58,7 @@ impl Machine {
             hash: Cell::new(0xcbf2_9ce4_8422_2325),
             steps: Cell::new(0),
             max_steps: Cell::new(u64::MAX),
+            busy: Cell::new(0),
             trace: RefCell::new(None),
             pick_random: Cell::new(pick_random),
         }))
@@ -170,7 +174,13 @@ impl Machine {
         let step = self.0.steps.get() + 1;
         self.0.steps.set(step);
         assert!(step <= self.0.max_steps.get(), "seed {}: still busy after {step} steps", self.seed());
-        if !wait {
+        if wait {
+            self.0.busy.set(0);
+        } else {
+            // more than a hundred polls each: whoever never waits is found in a second, not in minutes
+            let busy = self.0.busy.get() + 1;
+            self.0.busy.set(busy);
+            assert!(busy <= MAX_BUSY, "seed {}: never waits any more, {busy} turns long", self.seed());
             self.0.now.set(self.now() + BUSY_TURN);
         }
         let due = {

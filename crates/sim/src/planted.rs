@@ -61,16 +61,17 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
     Found { bug, seed, violation }
 }
 
-/// Searches for every defect, `jobs` at a time.
-pub fn hunt(seeds: Range<u64>, jobs: usize) -> Vec<Found> {
-    let all: Vec<Defect> =
-        Bug::ALL.into_iter().map(Defect::Copy).chain(NAMED.iter().map(|n| Defect::Named(n))).collect();
+/// Searches for every defect, `jobs` at a time, and calls `tell` as each search ends.
+pub fn hunt(seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + Sync) -> Vec<Found> {
+    let named = NAMED.iter().map(|n| Defect::Named(n));
+    let all: Vec<Defect> = named.chain(Bug::ALL.into_iter().map(Defect::Copy)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(defect) = all.get(i) else { return };
             let f = search(*defect, seeds.clone());
+            tell(&f);
             found.lock().unwrap_or_else(|e| e.into_inner()).push((i, f));
         }
     };

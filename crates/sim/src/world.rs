@@ -13,7 +13,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 /// Turns of the loop after which a run is taken to spin for ever; the longest honest ones take some 200,000.
-const MAX_STEPS: u64 = 5_000_000;
+const MAX_STEPS: u64 = 2_000_000;
 
 /// What a scenario plays in; clones are the same world.
 #[derive(Clone)]

@@ -130,15 +130,12 @@ fn keep(name: &str, seed: u64, violation: &str) {
 
 #[cfg(feature = "planted-bugs")]
 fn planted(a: &Arguments) -> bool {
-    let mut all = true;
-    for found in sim::planted::hunt(a.start..a.start.saturating_add(a.seeds), a.jobs) {
-        all &= found.seed.is_some();
-        match found.seed {
-            Some(seed) => println!("{:<28} seed {seed:>5}: {}", found.bug, found.violation),
-            None => println!("{:<28} NOT FOUND in {} seeds", found.bug, a.seeds),
-        }
-    }
-    all
+    let seeds = a.start..a.start.saturating_add(a.seeds);
+    let found = sim::planted::hunt(seeds, a.jobs, |found| match found.seed {
+        Some(seed) => println!("{:<40} seed {seed:>5}: {}", found.bug, found.violation),
+        None => println!("{:<40} NOT FOUND in {} seeds", found.bug, a.seeds),
+    });
+    found.iter().all(|f| f.seed.is_some())
 }
 
 #[cfg(not(feature = "planted-bugs"))]

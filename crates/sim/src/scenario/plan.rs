@@ -214,6 +214,10 @@ impl Plan {
             let path = format!("/{name}.img");
             match store {
                 Store::Raw | Store::File if name == "source" => host.install(&path, base.clone()),
+                // what is in the target before must not be there after a full copy: bytes nobody wrote
+                Store::Raw | Store::File if self.sync == "full" && rng.chance(0.4) => {
+                    host.install(&path, Image::from_bytes(&vec![0x77; self.bytes() as usize]));
+                }
                 Store::Raw | Store::File => {
                     host.install(&path, Image::from_bytes(&vec![0; self.bytes() as usize]));
                 }
