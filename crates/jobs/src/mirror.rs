@@ -243,6 +243,8 @@ impl Mirror {
             self.quiet.take();
             engine.set_leave_on_pause(false);
             self.policy.enter(Phase::Following);
+            // whatever sent us back here has to happen outside: never spin
+            env::sync::yield_now().await;
         }
     }
 
