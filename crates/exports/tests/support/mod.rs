@@ -225,8 +225,12 @@ impl Server {
                     ExportRegistry::new(&env, move |id: &str| log.borrow_mut().push(id.to_owned()));
                 registry.start_server(&server).await.unwrap();
                 let graph = Graph::new(&env);
-                let options =
-                    NodeOptions { name: Some("node".into()), discard: true, ..NodeOptions::default() };
+                let options = NodeOptions {
+                    name: Some("node".into()),
+                    discard: true,
+                    monitor_owned: true,
+                    ..NodeOptions::default()
+                };
                 let cell = graph.add(options, node.clone()).await.unwrap();
                 let edge = attach(&graph, &cell, export.writable).await;
                 registry.add_nbd(export, edge, true).unwrap();
