@@ -2,11 +2,14 @@
 //!
 //! What can happen: requests enter and leave at any time, are dropped half way, and several changes want the same edge
 //! closed. What must stay true: a pass is given back on every path (it is a guard); while any closer holds the gate no
-//! pass is given; whoever waited longest enters first.
+//! pass is given; whoever waited longest enters first: at the moment the gate opens, all who wait are inside, in their
+//! order, before they run again, so that neither a newcomer nor the next closer overtakes them.
 
+use crate::turn::Turn;
 use env::bugs::planted;
 use env::sync::Notify;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 /// A gate. Open when made.
@@ -15,22 +18,41 @@ pub struct Gate {
     inside: Cell<usize>,
     closers: Cell<usize>,
     emptied: Notify,
-    opened: Notify,
+    /// Who waits, longest first.
+    waiting: RefCell<VecDeque<Rc<Turn>>>,
 }
 
 impl Gate {
     /// An open gate.
     pub const fn new() -> Gate {
-        Gate { inside: Cell::new(0), closers: Cell::new(0), emptied: Notify::new(), opened: Notify::new() }
+        Gate {
+            inside: Cell::new(0),
+            closers: Cell::new(0),
+            emptied: Notify::new(),
+            waiting: RefCell::new(VecDeque::new()),
+        }
     }
 
     /// Enters, waiting while the gate is closed.
     pub async fn enter(&self) -> Pass<'_> {
-        while self.closers.get() > 0 {
-            self.opened.wait().await;
+        if self.closers.get() == 0 {
+            self.inside.set(self.inside.get() + 1);
+            return Pass { gate: self };
         }
-        self.inside.set(self.inside.get() + 1);
+        let turn = Rc::new(Turn::default());
+        self.waiting.borrow_mut().push_back(turn.clone());
+        let mut place = Place { gate: self, turn, taken: false };
+        place.turn.wait().await;
+        place.taken = true;
         Pass { gate: self }
+    }
+
+    fn leave(&self) {
+        let left = self.inside.get() - 1;
+        self.inside.set(left);
+        if left == 0 {
+            self.emptied.notify_all();
+        }
     }
 
     /// Requests inside now.
@@ -51,13 +73,35 @@ impl Gate {
     fn open(&self) {
         self.closers.set(self.closers.get() - 1);
         if self.closers.get() == 0 {
-            self.opened.notify_all();
+            let waiting = std::mem::take(&mut *self.waiting.borrow_mut());
+            self.inside.set(self.inside.get() + waiting.len());
+            waiting.iter().for_each(|turn| turn.give());
         }
     }
 
     async fn emptied(&self) {
         while self.inside.get() > 0 {
             self.emptied.wait().await;
+        }
+    }
+}
+
+/// A place among those who wait; given back if the waiter is dropped before it entered.
+struct Place<'a> {
+    gate: &'a Gate,
+    turn: Rc<Turn>,
+    taken: bool,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
+        if self.turn.is_given() {
+            self.gate.leave();
+        } else {
+            self.gate.waiting.borrow_mut().retain(|t| !Rc::ptr_eq(t, &self.turn));
         }
     }
 }
@@ -69,11 +113,7 @@ pub struct Pass<'a> {
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        let left = self.gate.inside.get() - 1;
-        self.gate.inside.set(left);
-        if left == 0 {
-            self.gate.emptied.notify_all();
-        }
+        self.gate.leave();
     }
 }
 

@@ -21,6 +21,7 @@ mod plan;
 pub mod ranges;
 pub mod shape;
 mod tree;
+mod turn;
 pub mod walk;
 
 pub use cell::{Blocker, Counters, DetectZeroes, NodeCell, NodeOptions};
