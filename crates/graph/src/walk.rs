@@ -77,8 +77,18 @@ pub fn is_root(cell: &NodeCell) -> bool {
 pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -> Result<Vec<ChainExtent>> {
     let mut out = Vec::new();
     // Runs that still have to be looked up, nearest last; bounded: each look splits one run into finitely many.
-    let mut todo = vec![(top.clone(), at, 1u32)];
-    while let Some((cell, span, depth)) = todo.pop() {
+    let mut todo = vec![Todo::Ask(top.clone(), at, 1)];
+    while let Some(next) = todo.pop() {
+        let (cell, span, depth) = match next {
+            Todo::Ask(cell, span, depth) => (cell, span, depth),
+            Todo::Known(known) => {
+                ChainExtent::push(&mut out, known);
+                if out.len() >= MAX_RUNS {
+                    break;
+                }
+                continue;
+            }
+        };
         if span.is_empty() {
             continue;
         }
@@ -87,7 +97,7 @@ pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -
             continue;
         }
         if let Some(edge) = cell.node().filtered() {
-            todo.push((edge.child(), span, depth));
+            todo.push(Todo::Ask(edge.child(), span, depth));
             continue;
         }
         let len = cell.node().len();
@@ -100,11 +110,11 @@ pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -
         let covered = found.last().map_or(inside.start, |e| e.span.end());
         if covered < inside.end() {
             // The layer stopped early; the remainder is asked for after what it said is decided.
-            todo.push((cell.clone(), Span::between(covered, span.end()), depth));
+            todo.push(Todo::Ask(cell.clone(), Span::between(covered, span.end()), depth));
         } else if span.end() > len {
-            todo.push((cell.clone(), Span::between(len, span.end()), depth));
+            todo.push(Todo::Ask(cell.clone(), Span::between(len, span.end()), depth));
         }
-        push_found(&cell, &found, depth, &mut out, &mut todo);
+        push_found(&cell, &found, depth, &mut todo);
         if out.len() >= MAX_RUNS {
             // What is out is complete from the start of `at`; the caller asks again from its end.
             break;
@@ -116,31 +126,24 @@ pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -
 /// Runs after which a walk stops; the caller asks again for the rest.
 const MAX_RUNS: usize = 1024;
 
-/// Decided runs go out if nothing before them is undecided; everything else is stacked in order.
-fn push_found(
-    cell: &Rc<NodeCell>,
-    found: &[Extent],
-    depth: u32,
-    out: &mut Vec<ChainExtent>,
-    todo: &mut Vec<(Rc<NodeCell>, Span, u32)>,
-) {
-    let undecided = found.iter().position(|e| e.kind == Kind::Unallocated).unwrap_or(found.len());
-    for e in &found[..undecided] {
-        ChainExtent::push(out, ChainExtent { span: e.span, kind: e.kind, depth });
-    }
+/// What a walk has still to do.
+enum Todo {
+    /// Ask this node, at this depth, about a run.
+    Ask(Rc<NodeCell>, Span, u32),
+    /// A run that a layer decided, behind one that is not decided yet.
+    Known(ChainExtent),
+}
+
+/// Stacks what a layer said, nearest last. Each answer is kept, so that no layer is asked twice about one run.
+fn push_found(cell: &Rc<NodeCell>, found: &[Extent], depth: u32, todo: &mut Vec<Todo>) {
     let below = cell.below();
-    if let Some(first) = found.get(undecided) {
-        // Everything behind the undecided run is asked again after it; formats answer that from their caches.
-        if let Some(last) = found.last()
-            && last.span.end() > first.span.end()
-        {
-            todo.push((cell.clone(), Span::between(first.span.end(), last.span.end()), depth));
-        }
-        match below {
-            Some(below) => todo.push((below, first.span, depth + 1)),
-            None => {
-                ChainExtent::push(out, ChainExtent { span: first.span, kind: Kind::Unallocated, depth: 0 })
+    for e in found.iter().rev() {
+        todo.push(match &below {
+            Some(below) if e.kind == Kind::Unallocated => Todo::Ask(below.clone(), e.span, depth + 1),
+            _ => {
+                let depth = if e.kind == Kind::Unallocated { 0 } else { depth };
+                Todo::Known(ChainExtent { span: e.span, kind: e.kind, depth })
             }
-        }
+        });
     }
 }
