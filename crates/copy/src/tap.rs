@@ -127,7 +127,7 @@ impl CopyTap {
             self.work.zeroed.set(self.work.zeroed.get() + 1);
         }
         self.work.guest_seen();
-        self.throttle(at.len).await;
+        self.throttle().await;
         match self.policy.guest_write(at) {
             OnWrite::Pass => apply(source, at, change).await,
             OnWrite::MarkDirty => self.loose(source, at, change).await,
@@ -340,18 +340,17 @@ impl CopyTap {
         .await
     }
 
-    /// Holds a guest write back if the user chose to slow the guest to the speed of the copy.
-    async fn throttle(&self, bytes: u64) {
-        let limit = self.work.guest_limit.get();
-        if limit == 0 {
+    /// Holds a guest write back if the user chose to slow the guest below the speed of the copy: until what guests
+    /// dirtied before has had its time. What is owed is counted where it becomes dirty (`Work::mark_guest`), in whole
+    /// granules: counted in bytes of requests, small scattered writes would make more work than they pay for.
+    async fn throttle(&self) {
+        if self.work.guest_limit.get() == 0 {
             return;
         }
         let now = self.work.env.now();
-        let owed = self.work.guest_owes_until.get().max(now);
-        let cost = Duration::from_secs_f64(bytes as f64 / limit as f64);
-        self.work.guest_owes_until.set((owed + cost).min(now + MAX_THROTTLE));
-        if owed > now {
-            self.work.env.sleep(owed - now).await;
+        let owed = self.work.guest_owes_until.get().saturating_sub(now);
+        if !owed.is_zero() {
+            self.work.env.sleep(owed.min(MAX_THROTTLE)).await;
         }
     }
 }

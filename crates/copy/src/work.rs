@@ -24,6 +24,9 @@ use std::time::Duration;
 /// How long after a guest's last request the guest still counts as active: then copies are kept short.
 const GUEST_RECENT: Duration = Duration::from_millis(20);
 
+/// Most that slowed guests can owe, so that a burst, or a limit that was too low for a while, is forgotten soon.
+const MAX_DEBT: Duration = Duration::from_secs(2);
+
 /// Shared between one engine and the tap in front of its source.
 pub struct Work {
     pub(crate) env: Env,
@@ -111,11 +114,19 @@ impl Work {
         }
     }
 
-    /// Marks what a guest changed; counted for the dirty rate.
+    /// Marks what a guest changed; counted for the dirty rate and, where guests are slowed, for what they owe.
     pub(crate) fn mark_guest(&self, at: Span) {
         let before = self.dirty.borrow().count();
         self.mark(at);
-        self.meter.dirtied(self.dirty.borrow().count() - before);
+        let more = self.dirty.borrow().count() - before;
+        self.meter.dirtied(more);
+        let limit = self.guest_limit.get();
+        if limit != 0 {
+            let now = self.env.now();
+            let cost = Duration::from_secs_f64(more as f64 / limit as f64);
+            let owed = self.guest_owes_until.get().max(now) + cost;
+            self.guest_owes_until.set(owed.min(now + MAX_DEBT));
+        }
     }
 
     /// Bytes still to be copied, with what is being copied.
