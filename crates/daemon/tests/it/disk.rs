@@ -4,7 +4,7 @@ use crate::common::{Client, Daemon, Dir};
 use serde_json::{Value, json};
 use std::process::Command;
 
-fn tool(dir: &Dir, line: &str) -> String {
+pub(crate) fn tool(dir: &Dir, line: &str) -> String {
     let mut words = line.split('|').map(str::trim);
     let mut command = Command::new(words.next().unwrap());
     let out = command.args(words).current_dir(&dir.0).output().unwrap();
@@ -13,7 +13,7 @@ fn tool(dir: &Dir, line: &str) -> String {
 }
 
 /// Waits for an event about `id`: `name`, or a status.
-fn until(c: &mut Client, id: &str, what: &str) {
+pub(crate) fn until(c: &mut Client, id: &str, what: &str) {
     let fits = |e: &Value| {
         let d = &e["data"];
         (d["id"] == id || d["device"] == id) && (e["event"] == what || d["status"] == what)

@@ -4,4 +4,6 @@
 mod cmdline;
 mod common;
 mod disk;
+mod hostile;
+mod mirrors;
 mod wire;
