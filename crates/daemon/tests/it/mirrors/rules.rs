@@ -105,10 +105,14 @@ fn under_a_fast_client(policy: &str) {
     let slow = json!({"speed": 4 << 20, "buf-size": 262_144, "convergence": policy, "converge-after": 1});
     mirror(&mut c, &slow).unwrap();
     if policy == "none" {
-        pause(3000);
-        let j = job(&mut c);
-        assert_eq!(j["status"], "running", "{j}");
-        assert!(j["not-converging"].is_string(), "{j}");
+        // when all of the disk is dirty the client cannot dirty more than is copied: the rates then meet, now and then
+        let told = (0..150).any(|_| {
+            pause(100);
+            let j = job(&mut c);
+            assert_eq!(j["status"], "running", "{j}");
+            j["not-converging"].is_string()
+        });
+        assert!(told, "never told why: {}", job(&mut c));
         c.command("block-job-change", json!({"id": "m", "type": "mirror", "copy-mode": "write-blocking"}))
             .unwrap();
     }
