@@ -272,6 +272,18 @@ impl Core {
         a.and(b)
     }
 
+    /// Lets the header point at another table, durably. After a failure nobody knows which of the two tables the file has, so
+    /// nothing may be written to either: the image counts as corrupt.
+    pub(crate) async fn point_header(self: &Rc<Self>, (at, bytes): (u64, [u8; 12])) -> Result<()> {
+        let written = match self.file.write(at, Data::copy_from(&bytes)).await {
+            Ok(()) => self.file.barrier().await,
+            failed => failed,
+        };
+        written.map_err(|e| {
+            self.found_corrupt(format!("the header could not be written: {e}"), Some(0), Some(512))
+        })
+    }
+
     async fn write_sectors(&self, sectors: &[Sector]) -> Result<()> {
         for s in sectors {
             self.file.write(s.at, Data::copy_from(&s.bytes)).await?;

@@ -241,18 +241,7 @@ impl Core {
             h.refcount_table_clusters = table as u32;
             h.patch_refcount_table()
         };
-        let mut written = self.file.write(patch.0, Data::copy_from(&patch.1)).await;
-        if written.is_ok() {
-            written = self.file.barrier().await;
-        }
-        if let Err(e) = written {
-            // Nobody knows which of the two the file has. Both are right as long as nothing is counted anew.
-            return Err(self.found_corrupt(
-                format!("the header could not be written: {e}"),
-                Some(0),
-                Some(512),
-            ));
-        }
+        self.point_header(patch).await?;
         {
             let mut rt = self.rt.borrow_mut();
             rt.at = table_at;

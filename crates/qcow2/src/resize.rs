@@ -271,18 +271,7 @@ impl Core {
             h.l1_size = needed as u32;
             h.patch_l1()
         };
-        let mut written = self.file.write(patch.0, Data::copy_from(&patch.1)).await;
-        if written.is_ok() {
-            written = self.file.barrier().await;
-        }
-        if let Err(e) = written {
-            // Nobody knows which of the two tables the file has; changes must go to neither.
-            return Err(self.found_corrupt(
-                format!("the header could not be written: {e}"),
-                Some(0),
-                Some(512),
-            ));
-        }
+        self.point_header(patch).await?;
         {
             let mut l1 = self.l1.borrow_mut();
             l1.at = at;
