@@ -2,7 +2,9 @@
 //!
 //! What can happen: the host refuses writing, a file system cannot punch holes, another process uses the image, the mode is
 //! changed while the node is in use. What must stay true: image locks cover what the parents ask for at every moment; a range
-//! that was to become zero reads as zero whatever the file system can; the length seen here is that of the file.
+//! that was to become zero reads as zero whatever the file system can; the length seen here is that of the file, also where
+//! direct I/O works in whole blocks and the file ends inside one: what is past the end reads as zero, and a write of the
+//! last block is cut back to the length the file had.
 
 use crate::locks::ImageLocks;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
@@ -252,7 +254,8 @@ impl Node for FileNode {
         Box::pin(async move {
             file.write(at.start, data).await?;
             if at.end() > self.len.get() {
-                self.len.set(at.end());
+                // Only the padding of a direct write to the last, cut block ends there; its block is locked above.
+                file.set_len(self.len.get()).await?;
             }
             if flags.fua { file.barrier().await } else { Ok(()) }
         })

@@ -156,3 +156,38 @@ fn zeroes_become_holes_where_asked_and_lengths_follow() {
         assert_eq!(std::fs::metadata(&name).expect("there").len(), 4096);
     });
 }
+
+#[test]
+fn direct_access_to_a_file_that_ends_inside_a_block_neither_fails_nor_lengthens_it() {
+    run(|env| async move {
+        // On a disk: tmpfs has no direct I/O with blocks.
+        let dir = Dir(Path::new("/var/tmp").join(format!("liveblk-tail-{}", std::process::id())));
+        std::fs::create_dir_all(&dir.0).expect("a temporary folder");
+        let name = dir.file("d.raw");
+        let len = 3 * 4096 + 700u64;
+        std::fs::write(&name, vec![7u8; len as usize]).expect("written");
+        let options = FileOptions { filename: name.clone(), direct: true, ..FileOptions::default() };
+        let (node, _) = FileNode::open(&env, &options).await.expect("direct I/O works here");
+        assert!(node.limits().request_alignment >= 512, "not direct: {:?}", node.limits());
+        let graph = graph::Graph::new(&env);
+        let cell = graph.add(graph::NodeOptions::default(), node.clone()).await.expect("added");
+        let demand = Demand { needs: WRITER.needs, shares: Perms::ALL };
+        let parent = graph::Parent::Backend("test".into());
+        let edge = graph.attach(&cell, "root", graph::Role::Root, parent, demand).await.expect("nobody else");
+        assert_eq!(edge.read(Span::new(len - 5, 5)).await.expect("read").to_vec(), [7; 5]);
+        edge.write(len - 3, Data::copy_from(b"end"), ReqFlags::NONE).await.expect("written");
+        edge.zero(Span::new(len - 600, 500), ReqFlags::NONE).await.expect("zeroed");
+        edge.write(4000, Data::copy_from(&[9; 5000]), ReqFlags::NONE).await.expect("written");
+        edge.write(len, Data::copy_from(b"x"), ReqFlags::NONE).await.expect_err("past the end");
+        assert_eq!(
+            (edge.len(), edge.read(Span::new(len - 4, 4)).await.expect("read").to_vec()),
+            (len, b"\x07end".to_vec())
+        );
+        edge.flush().await.expect("flushed");
+        let mut want = vec![7u8; len as usize];
+        want[4000..9000].fill(9);
+        want[len as usize - 600..len as usize - 100].fill(0);
+        want[len as usize - 3..].copy_from_slice(b"end");
+        assert!(std::fs::read(&name).expect("read") == want, "other bytes or another length on the host");
+    });
+}
