@@ -10,10 +10,10 @@ use crate::cell::{NodeCell, NodeOptions};
 use crate::edge::{Edge, Parent, Role};
 use crate::gate::Closed;
 use crate::node::Node;
-use crate::perm::Demand;
+use crate::perm::{Demand, Perms};
 use crate::plan::{Plan, Step};
 use crate::shape::{Resolved, Shape, ShapeEdge, ShapeNode};
-use block::{BlockError, ErrorKind, Result};
+use block::{BlockError, ErrorKind, Prealloc, Result};
 use env::Env;
 use env::sync::{Notify, Semaphore};
 use std::cell::{Cell, RefCell};
@@ -232,14 +232,54 @@ impl Graph {
 
     /// Closes and removes a node that nobody uses, and the nodes that only it used.
     pub async fn remove(&self, cell: &Rc<NodeCell>) -> Result<()> {
+        self.remove_if(cell, |_| Ok(())).await
+    }
+
+    /// [`Graph::remove`] if `check` agrees, which is asked when no other change can come between; whoever owned the node
+    /// gives it up only then. An error of `check`, or that the node is in use, changes nothing.
+    pub async fn remove_if<E: From<BlockError>>(
+        &self,
+        cell: &Rc<NodeCell>,
+        check: impl FnOnce(&Rc<NodeCell>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
         let _turn = self.changing.acquire(1).await;
         self.check_present(cell)?;
+        check(cell)?;
         if !cell.parents().is_empty() {
-            return Err(BlockError::new(ErrorKind::Busy, format!("Node {} is in use", cell.name())));
+            let message = format!("Node {} is in use", cell.name());
+            return Err(BlockError::new(ErrorKind::Busy, message).into());
         }
+        cell.set_monitor_owned(false);
         let closed = self.close(cell).await;
         self.reap().await;
-        closed
+        Ok(closed?)
+    }
+
+    /// Changes the length of a node if `check` agrees and its parents share that. No request runs meanwhile, and whoever
+    /// wants to attach waits.
+    pub async fn resize<E: From<BlockError>>(
+        &self,
+        cell: &Rc<NodeCell>,
+        len: u64,
+        prealloc: Prealloc,
+        check: impl FnOnce(&Rc<NodeCell>) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
+        let _turn = self.changing.acquire(1).await;
+        self.check_present(cell)?;
+        check(cell)?;
+        let demand = Demand { needs: Perms::RESIZE, shares: Perms::ALL };
+        let parent = Parent::Backend("resize".to_owned());
+        let attached = self.attach_now(cell, "root", Role::Root, parent, demand).await;
+        let resized = match &attached {
+            Ok(edge) => {
+                let _quiet = self.quiesce(cell, std::slice::from_ref(edge)).await;
+                edge.resize(len, prealloc).await
+            }
+            Err(e) => Err(e.clone()),
+        };
+        drop(attached);
+        self.reap().await;
+        Ok(resized?)
     }
 
     /// That nobody removed the node while the caller waited for its turn.

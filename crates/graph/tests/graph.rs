@@ -416,3 +416,52 @@ fn a_removed_node_takes_no_parents_and_is_not_closed_again() {
         assert_eq!(graph.remove(&a).await.expect_err("it is closed").kind(), ErrorKind::NotFound);
     });
 }
+
+#[test]
+fn a_refused_removal_leaves_the_node_to_its_owner() {
+    run(|env| async move {
+        let graph = Graph::new(&env);
+        let a = add(&graph, "a", Memory::new(&env, 4096, 1, 0)).await;
+        let user = root(&graph, &a, RW).await.expect("nobody else");
+        let e = graph.remove(&a).await.expect_err("it is used by now");
+        assert_eq!(e.message(), "Node a is in use");
+        assert!(a.is_monitor_owned(), "its owner lost it");
+        let refused = graph.remove_if(&a, |_| Err(block::BlockError::invalid("no"))).await;
+        assert_eq!(refused.expect_err("refused").message(), "no");
+        assert!(a.is_monitor_owned() && graph.find("a").is_some());
+        drop(user);
+        graph.remove(&a).await.expect("nobody uses it");
+    });
+}
+
+#[test]
+fn whoever_attaches_during_a_resize_waits_for_its_end() {
+    run(|env| async move {
+        let graph = Graph::new(&env);
+        let slow = NullOptions { latency: Duration::from_millis(20), ..NullOptions::default() };
+        let cell = add(&graph, "n", NullNode::open(&env, slow)).await;
+        let client = root(&graph, &cell, RW).await.expect("nobody else");
+        let write = env.spawn("client", async move {
+            client.write(0, Data::zeroes(512), ReqFlags::NONE).await.expect("inside");
+        });
+        env.sleep(Duration::from_millis(1)).await;
+        let (g, c) = (graph.clone(), cell.clone());
+        let ended = Rc::new(Cell::new(false));
+        let e = ended.clone();
+        let resizing = env.spawn("resize", async move {
+            let r = g.resize(&c, 0, block::Prealloc::Off, |_| Ok::<_, block::BlockError>(())).await;
+            e.set(true);
+            r.expect("shared");
+        });
+        env.sleep(Duration::from_millis(1)).await;
+        assert!(!ended.get(), "a request is still inside");
+        root(&graph, &cell, RW).await.expect("shared");
+        assert!(ended.get(), "the newcomer came in while the length was being changed");
+        write.join().await;
+        resizing.join().await;
+        let alone = Demand { needs: CR, shares: Perms::ALL.without(Perms::RESIZE) };
+        let _export = root(&graph, &cell, alone).await.expect("nobody else");
+        let e = graph.resize(&cell, 0, block::Prealloc::Off, |_| Ok::<_, block::BlockError>(())).await;
+        assert!(e.expect_err("unshared").message().contains("permissions 'resize' are both required"));
+    });
+}

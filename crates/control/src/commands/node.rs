@@ -5,7 +5,7 @@ use crate::Daemon;
 use crate::blockdev;
 use crate::error::{QmpError, Reply};
 use block::Prealloc;
-use graph::{Demand, NodeCell, Parent, Perms, Role};
+use graph::{NodeCell, Parent, Role};
 use qapi::{Map, Value, json};
 use serde::Deserialize;
 use std::rc::Rc;
@@ -42,26 +42,29 @@ impl Command for BlockdevDel {
     const NAME: &'static str = "blockdev-del";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let name = &self.node_name;
-        let fail = |desc: String| Err(QmpError::generic(desc));
         let Some(cell) = daemon.graph().find(name) else {
-            return fail(format!("Failed to find node with node-name='{name}'"));
+            return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
         };
-        check_free(&cell)?;
-        let parents = cell.parents();
-        if parents.iter().any(|e| !matches!(e.parent(), Parent::Node(_))) {
-            return fail(format!("Node {name} is in use"));
-        }
-        if !cell.is_monitor_owned() {
-            return fail(format!("Node {name} is not owned by the monitor"));
-        }
-        if !parents.is_empty() {
-            return fail(format!("Block device {name} is in use"));
-        }
-        drop(parents);
-        cell.set_monitor_owned(false);
-        daemon.graph().remove(&cell).await?;
+        daemon.graph().remove_if(&cell, check_removable).await?;
         Ok(json!({}))
     }
+}
+
+/// The conditions of `blockdev-del`, in QSD's order.
+fn check_removable(cell: &Rc<NodeCell>) -> Result<(), QmpError> {
+    check_free(cell)?;
+    let (name, parents) = (cell.name(), cell.parents());
+    let fail = |desc: String| Err(QmpError::generic(desc));
+    if parents.iter().any(|e| !matches!(e.parent(), Parent::Node(_))) {
+        return fail(format!("Node {name} is in use"));
+    }
+    if !cell.is_monitor_owned() {
+        return fail(format!("Node {name} is not owned by the monitor"));
+    }
+    if !parents.is_empty() {
+        return fail(format!("Block device {name} is in use"));
+    }
+    Ok(())
 }
 
 /// That no job and no overlay keeps the node as it is.
@@ -93,16 +96,7 @@ impl Command for BlockResize {
         let Ok(size) = u64::try_from(self.size) else {
             return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
         };
-        check_free(&cell)?;
-        let demand = Demand { needs: Perms::RESIZE, shares: Perms::ALL };
-        let parent = Parent::Backend("block_resize".into());
-        let edge = daemon.graph().attach_exact(&cell, "root", Role::Root, parent, demand).await?;
-        let quiet = daemon.graph().quiesce(&cell, std::slice::from_ref(&edge)).await;
-        let resized = edge.resize(size, Prealloc::Off).await;
-        drop(quiet);
-        drop(edge);
-        daemon.graph().settle().await;
-        resized?;
+        daemon.graph().resize(&cell, size, Prealloc::Off, |c| check_free(c)).await?;
         Ok(json!({}))
     }
 }
