@@ -17,14 +17,29 @@ impl Daemon {
     pub(super) fn start(side: Side, dir: &std::path::Path, arguments: &[String]) -> Outcome<Daemon> {
         let qmp = dir.join(format!("qmp-{side:?}.sock"));
         let _ = std::fs::remove_file(&qmp);
-        let child = Command::new(side.program())
-            .args(arguments)
+        let mut command = Command::new(side.program());
+        command.args(arguments);
+        command
             .args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", qmp.display())])
-            .args(["--monitor", "chardev=q"])
+            .args(["--monitor", "chardev=q"]);
+        Daemon::run(side, command, qmp)
+    }
+
+    /// Starts the server that does nothing, listening on `socket`; it has no monitor.
+    pub(super) fn start_ideal(socket: &str, size: u64) -> Outcome<Daemon> {
+        let _ = std::fs::remove_file(socket);
+        let mut command = Command::new(Side::Nothing.program());
+        command.args(["--socket", socket, "--size", &size.to_string()]);
+        Daemon::run(Side::Nothing, command, PathBuf::from(socket))
+    }
+
+    /// Starts a server and waits until the socket `ready` is there.
+    fn run(side: Side, mut command: Command, ready: PathBuf) -> Outcome<Daemon> {
+        let child = command
             .stdin(Stdio::null())
             .spawn()
             .map_err(|e| format!("cannot start {}: {e}", side.program().display()))?;
-        let mut daemon = Daemon { child, qmp };
+        let mut daemon = Daemon { child, qmp: ready };
         let begin = Instant::now();
         while !daemon.qmp.exists() {
             if let Ok(Some(status)) = daemon.child.try_wait() {
@@ -42,8 +57,24 @@ impl Daemon {
         Client::connect(&self.qmp)
     }
 
-    /// Seconds of processor time used so far (all threads, user and system).
+    /// Seconds of processor time used so far (all threads, user and system). In nanoseconds for the threads that live, where the
+    /// kernel tells; threads that ended count by the process's ticks only, so the larger of the two is right.
     pub(super) fn cpu(&self) -> f64 {
+        self.cpu_of_threads().max(self.cpu_by_ticks())
+    }
+
+    fn cpu_of_threads(&self) -> f64 {
+        let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.child.id())) else { return 0.0 };
+        let of = |t: std::fs::DirEntry| std::fs::read_to_string(t.path().join("schedstat")).ok();
+        let nanoseconds = tasks
+            .flatten()
+            .filter_map(of)
+            .filter_map(|s| s.split(' ').next()?.parse::<f64>().ok())
+            .sum::<f64>();
+        nanoseconds / 1e9
+    }
+
+    fn cpu_by_ticks(&self) -> f64 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap_or_default();
         // After the command name in parentheses: state is field 3; utime and stime are 14 and 15, in ticks of 10 ms.
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();

@@ -26,10 +26,15 @@ pub(super) fn measure(options: &Options) -> Outcome {
         }
     }
     heading("A client at full speed, depth 16, while a mirror runs");
-    for mode in ["background", "write-blocking"] {
-        let name = format!("mirror {mode}, client randwrite");
+    for (op, mode) in [
+        ("randwrite", "background"),
+        ("randwrite", "write-blocking"),
+        ("randwrite", "read-write-blocking"),
+        ("randrw", "read-write-blocking"),
+    ] {
+        let name = format!("mirror {mode}, client {op}");
         if options.wants(&name) {
-            latency(options, &name, mode)?;
+            latency(options, &name, op, mode)?;
         }
     }
     Ok(())
@@ -138,15 +143,18 @@ fn end(peer: Option<Child>) {
     }
 }
 
-fn latency(options: &Options, name: &str, mode: &str) -> Outcome {
+/// Client figures while a mirror runs. The load outlives READY, so they are of copying and following together.
+fn latency(options: &Options, name: &str, op: &'static str, mode: &str) -> Outcome {
+    // the reference has no such mode: then only ours is shown
+    let both = mode != "read-write-blocking";
     let (mut ready, mut iops, mut p99, mut missed) = <(Figures, Figures, Figures, u32)>::default();
     for round in 0..options.rounds {
-        for side in order(round) {
+        for side in order(round).into_iter().filter(|s| both || *s == Side::Liveblk) {
             let (format, file) = source(options, side, "qcow2")?;
             let daemon = Daemon::start(side, &options.dir, &serving(options, side, &format, &file))?;
             let mut client = daemon.client()?;
             target(options, side, "qcow2", &mut client)?;
-            let load = Load { op: "randwrite", block: 4096, depth: 16, connections: 1, seconds: 3.0 };
+            let load = Load { op, block: 4096, depth: 16, connections: 1, seconds: 3.0 };
             let running = load.start(&socket(options, side))?;
             std::thread::sleep(Duration::from_millis(300));
             match until_ready(&mut client, &json!({"copy-mode": mode}))? {

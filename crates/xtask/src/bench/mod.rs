@@ -21,8 +21,11 @@ pub(super) enum Side {
     Qsd,
     /// Ours.
     Liveblk,
+    /// A server that does nothing (`nbdideal`): the most that the load client can see.
+    Nothing,
 }
 
+/// The two that are compared.
 pub(super) const SIDES: [Side; 2] = [Side::Qsd, Side::Liveblk];
 
 impl Side {
@@ -30,6 +33,7 @@ impl Side {
         match self {
             Side::Qsd => PathBuf::from("qemu-storage-daemon"),
             Side::Liveblk => shell::target().join("release/liveblkd"),
+            Side::Nothing => shell::target().join("release/nbdideal"),
         }
     }
 }

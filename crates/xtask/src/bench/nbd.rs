@@ -72,6 +72,15 @@ pub(super) fn socket(options: &Options, side: Side) -> String {
     options.path(&format!("nbd-{side:?}.sock"))
 }
 
+/// The same load against the server that does nothing.
+fn limit(options: &Options, load: &Load) -> Outcome<(Value, f64)> {
+    let socket = options.path("nbd-ideal.sock");
+    let daemon = Daemon::start_ideal(&socket, options.image_mib << 20)?;
+    let before = daemon.cpu();
+    let result = load.run(&socket)?;
+    Ok((result, daemon.cpu() - before))
+}
+
 /// Which side goes first in a round.
 pub(super) fn order(round: usize) -> [Side; 2] {
     if round.is_multiple_of(2) { SIDES } else { [SIDES[1], SIDES[0]] }
@@ -100,7 +109,7 @@ pub(super) fn measure(options: &Options) -> Outcome {
         |op, depth, connections| Load { op, block: 4096, depth, connections, seconds: options.seconds };
     let mut cases = Vec::new();
     for format in ["raw", "qcow2"] {
-        for (depth, connections) in [(1, 1), (16, 1), (16, 4), (64, 1), (64, 4)] {
+        for (depth, connections) in [(1, 1), (1, 4), (16, 1), (16, 4), (64, 1), (64, 4)] {
             cases.push((format, true, small("randread", depth, connections)));
             cases.push((format, true, small("randwrite", depth, connections)));
         }
@@ -122,6 +131,13 @@ pub(super) fn measure(options: &Options) -> Outcome {
 fn compare(options: &Options, name: &str, format: &str, full: bool, load: &Load) -> Outcome {
     let (mut iops, mut rate, mut cpu, mut p50, mut p99) =
         <(Figures, Figures, Figures, Figures, Figures)>::default();
+    let mut add = |side, result: &Value, used: f64| {
+        iops.add(side, number(result, "iops"));
+        rate.add(side, number(result, "mib_per_s"));
+        cpu.add(side, used * 1e6 / number(result, "requests").max(1.0));
+        p50.add(side, number(result, "p50_us"));
+        p99.add(side, number(result, "p99_us"));
+    };
     for round in 0..options.rounds {
         for side in order(round) {
             let file = make_image(options, format, &format!("image-{side:?}"), full)?;
@@ -131,16 +147,14 @@ fn compare(options: &Options, name: &str, format: &str, full: bool, load: &Load)
             let before = daemon.cpu();
             let result = load.run(&socket(options, side))?;
             let used = daemon.cpu() - before;
-            let requests = number(&result, "requests").max(1.0);
-            iops.add(side, number(&result, "iops"));
-            rate.add(side, number(&result, "mib_per_s"));
-            cpu.add(side, used * 1e6 / requests);
-            p50.add(side, number(&result, "p50_us"));
-            p99.add(side, number(&result, "p99_us"));
+            add(side, &result, used);
         }
+        let (result, used) = limit(options, load)?;
+        add(Side::Nothing, &result, used);
     }
     if load.block > 65536 {
         row(name, "MiB/s", Better::Higher, &rate);
+        row("", "CPU us/req", Better::Lower, &cpu);
     } else {
         row(name, "IOPS", Better::Higher, &iops);
         row("", "CPU us/req", Better::Lower, &cpu);

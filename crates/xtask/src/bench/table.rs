@@ -56,7 +56,10 @@ pub(super) enum Better {
 
 pub(super) fn heading(title: &str) {
     println!("\n{title}");
-    println!("{:<46} {:<12} {:>24} {:>24} {:>8}", "case", "figure", "QSD", "liveblkd", "ratio");
+    println!(
+        "{:<46} {:<12} {:>24} {:>24} {:>8} {:>24}",
+        "case", "figure", "QSD", "liveblkd", "ratio", "do-nothing server"
+    );
 }
 
 /// One line. The ratio is written so that above 1 is better for us, whatever the figure.
@@ -69,9 +72,10 @@ pub(super) fn row(case: &str, figure: &str, better: Better, figures: &Figures) {
         _ => "-".to_owned(),
     };
     println!(
-        "{case:<46} {figure:<12} {:>24} {:>24} {ratio:>8}",
+        "{case:<46} {figure:<12} {:>24} {:>24} {ratio:>8} {:>24}",
         figures.shown(Side::Qsd),
-        figures.shown(Side::Liveblk)
+        figures.shown(Side::Liveblk),
+        figures.shown(Side::Nothing)
     );
 }
 
