@@ -8,6 +8,7 @@ use super::buffers::Buf;
 use super::op::{Handle, Memory, OnDrop, Request};
 use super::sys::{self, again, check};
 use super::{Ask, Core};
+use crate::sync::Semaphore;
 use crate::{File, FileInfo, FileKind, LockRange, Punch};
 use block::{BlockError, Data, ErrorKind, Extent, Io, Result, Span};
 use smallvec::SmallVec;
@@ -134,6 +135,8 @@ pub(super) struct OsFile {
     read_luck: Luck,
     write_luck: Luck,
     patience: Patience,
+    /// Room for copies inside the host into this file.
+    pub(super) copies: Semaphore,
     /// The file system has no FALLOC_FL_ZERO_RANGE.
     pub(super) no_zero_range: Cell<bool>,
 }
@@ -148,6 +151,7 @@ impl OsFile {
             read_luck: Luck::default(),
             write_luck: Luck::default(),
             patience: Patience::default(),
+            copies: Semaphore::new(super::range::COPIES_AT_ONCE),
             no_zero_range: Cell::new(false),
         }
     }

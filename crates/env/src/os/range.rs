@@ -15,6 +15,9 @@ use std::rc::Rc;
 const INLINE_RANGE: u64 = 1 << 20;
 /// Bytes that one copy inside the host moves: long enough to be worth the hop, short enough to be called off.
 const MAX_COPY: u64 = 16 << 20;
+/// Copies inside the host that go on at once into one file. The kernel writes to a file one request at a time; a second has
+/// its source looked up meanwhile, more would only wait, each holding a helper thread, and get in the way of each other.
+pub(super) const COPIES_AT_ONCE: usize = 2;
 /// Extents that one query returns at the most, so that it ends in reasonable time on a file in a million pieces.
 const MAX_EXTENTS: usize = 1024;
 
@@ -144,6 +147,7 @@ impl OsFile {
             return Ok(0);
         }
         to.check_range(Span::new(to_offset, len))?;
+        let _turn = to.copies.acquire(1).await;
         let request = Request::Copy {
             from: self.handle.fd(),
             from_offset: at.start,
