@@ -248,16 +248,36 @@ impl Opener {
             let name = name.to_owned();
             node.on_corruption(move |found| hook(&name, found));
         }
+        match self.attach_backing(&node, spec, &image, now, name, &trail).await {
+            Ok(()) => Ok(node),
+            Err(e) => {
+                // The first error is the one that matters.
+                let _ = node.close().await;
+                Err(e)
+            }
+        }
+    }
+
+    /// Opens or finds the layer below and gives it to `node`.
+    async fn attach_backing(
+        &self,
+        node: &Rc<Qcow2>,
+        spec: &Qcow2Spec,
+        image: &str,
+        now: &Inherited,
+        name: &str,
+        trail: &Trail,
+    ) -> Result<()> {
         let backing = match &spec.backing {
             Backing::None => None,
             Backing::Child(Child::Reference(name)) => {
                 Some(self.find(name).map_err(|e| e.context("Could not open backing file"))?)
             }
-            Backing::Child(Child::Inline(inner)) => Some(self.node(inner, below(now), &trail).await?),
+            Backing::Child(Child::Inline(inner)) => Some(self.node(inner, below(now), trail).await?),
             Backing::Implicit => match node.backing_name() {
                 (None, _) => None,
                 (Some(file), format) => {
-                    let opened = self.implicit(&image, &file, format.as_deref(), now, &trail).await;
+                    let opened = self.implicit(image, &file, format.as_deref(), now, trail).await;
                     Some(opened.map_err(|e| e.context("Could not open backing file"))?)
                 }
             },
@@ -266,7 +286,7 @@ impl Opener {
             let edge = self.hold(&backing, "backing", Role::Backing, name, Demand::NOTHING).await?;
             node.set_backing(Some(edge));
         }
-        Ok(node)
+        Ok(())
     }
 
     async fn data_file(
