@@ -2,7 +2,7 @@
 
 use crate::error::QmpError;
 use bitmap::DirtyBitmap;
-use graph::{DetectZeroes, Fact, NodeCell, NodeDetails};
+use graph::{CopyRecord, DetectZeroes, Fact, NodeCell, NodeDetails};
 use qapi::{Map, Value, json};
 use std::future::Future;
 use std::path::Path;
@@ -38,9 +38,10 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
     if let (Some(name), Some(_)) = (&details.backing_filename, cell.node().backing()) {
         out.insert("backing_file".into(), json!(name));
     }
-    let bitmaps = cell.bitmaps();
+    let own = details.record.map(record);
+    let bitmaps: Vec<Value> = own.into_iter().chain(cell.bitmaps().iter().rev().map(bitmap)).collect();
     if !bitmaps.is_empty() {
-        out.insert("dirty-bitmaps".into(), bitmaps.iter().rev().map(bitmap).collect());
+        out.insert("dirty-bitmaps".into(), json!(bitmaps));
     }
     out.insert("encrypted".into(), json!(false));
     let cache =
@@ -80,7 +81,7 @@ fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> 
         if let Some(specific) = format_specific(driver, details) {
             out.insert("format-specific".into(), specific);
         }
-        if !matches!(driver, "null-co" | "nbd") {
+        if has_dirty_flag(cell) {
             out.insert("dirty-flag".into(), json!(details.dirty_flag.unwrap_or(false)));
         }
         if let Some(true) = details.compressed {
@@ -100,6 +101,22 @@ fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> 
         }
         Ok(Value::Object(out))
     })
+}
+
+/// Whether QSD shows a dirty flag: it asks through raw nodes and filters, and not all drivers answer.
+fn has_dirty_flag(cell: &Rc<NodeCell>) -> bool {
+    let mut at = cell.clone();
+    loop {
+        let below = match at.node().driver() {
+            "null-co" | "nbd" => return false,
+            "raw" => at.node().primary(),
+            _ => at.node().filtered(),
+        };
+        match below {
+            Some(edge) => at = edge.child(),
+            None => return true,
+        }
+    }
 }
 
 /// A backing file's name as seen from the working directory: relative names are relative to the image.
@@ -132,6 +149,11 @@ fn format_specific(driver: &str, details: &NodeDetails) -> Option<Value> {
         _ if data.is_empty() => None,
         driver => Some(json!({"type": driver, "data": data})),
     }
+}
+
+/// A job's own record, as the bitmap without name that QSD has for it.
+fn record(r: CopyRecord) -> Value {
+    json!({"recording": false, "persistent": false, "busy": false, "granularity": r.granularity, "count": r.dirty})
 }
 
 fn bitmap(b: &Rc<DirtyBitmap>) -> Value {

@@ -17,7 +17,7 @@ use crate::work::Work;
 use block::{BlockError, Data, Io, Kind, ReqFlags, Result, Span};
 use drivers::filters::mirror_top::Tap;
 use env::sync::race;
-use graph::Edge;
+use graph::{CopyRecord, Edge};
 use std::future::Future;
 use std::pin::pin;
 use std::rc::Rc;
@@ -386,5 +386,8 @@ impl Tap for CopyTap {
     }
     fn discard<'a>(&'a self, source: &'a Edge, at: Span) -> Io<'a> {
         Box::pin(self.change(source, at, Change::Discard))
+    }
+    fn record(&self) -> CopyRecord {
+        CopyRecord { granularity: self.work.granularity(), dirty: self.work.dirty_bytes() }
     }
 }

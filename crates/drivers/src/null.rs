@@ -106,12 +106,13 @@ impl Node for NullNode {
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
             let size = self.options.size;
-            let filename = if size == 1 << 30 {
-                "null-co://".to_owned()
-            } else {
-                format!("json:{{\"driver\": \"null-co\", \"size\": {size}}}")
+            let zeroes = if self.options.read_zeroes { "\"read-zeroes\": true, " } else { "" };
+            let filename = match size == 1 << 30 {
+                true if zeroes.is_empty() => "null-co://".to_owned(),
+                true => format!("json:{{{zeroes}\"driver\": \"null-co\"}}"),
+                false => format!("json:{{{zeroes}\"driver\": \"null-co\", \"size\": {size}}}"),
             };
-            Ok(NodeDetails { filename, ..NodeDetails::default() })
+            Ok(NodeDetails { filename, actual_size: Some(0), ..NodeDetails::default() })
         })
     }
     fn as_any(&self) -> &dyn Any {

@@ -101,10 +101,16 @@ impl Node for RawNode {
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
             let below = self.file.child().node().details().await?;
+            let nested = below.filename.strip_prefix("json:");
             let filename = if self.window() {
                 let size = self.size.map(|s| format!(", \"size\": {s}")).unwrap_or_default();
-                let file = format!("{{\"driver\": \"file\", \"filename\": {:?}}}", below.filename);
+                let file = match nested {
+                    Some(file) => file.to_owned(),
+                    None => format!("{{\"driver\": \"file\", \"filename\": {:?}}}", below.filename),
+                };
                 format!("json:{{\"driver\": \"raw\", \"offset\": {}{size}, \"file\": {file}}}", self.offset)
+            } else if let Some(file) = nested {
+                format!("json:{{\"driver\": \"raw\", \"file\": {file}}}")
             } else {
                 below.filename.clone()
             };

@@ -65,10 +65,11 @@ impl Drop for Attendance {
 }
 
 impl Export {
-    /// What an NBD export asks of its node.
+    /// What an NBD export asks of its node. It keeps others from resizing the disk: a client has been told its length.
     pub fn demand(writable: bool) -> Demand {
         let write = if writable { Perms::WRITE } else { Perms::NONE };
-        Demand { needs: Perms::CONSISTENT_READ.with(write), shares: Perms::ALL }
+        let shares = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);
+        Demand { needs: Perms::CONSISTENT_READ.with(write), shares }
     }
 
     pub(crate) fn new(options: NbdOptions, edge: Rc<Edge>) -> Rc<Export> {

@@ -24,6 +24,17 @@ pub struct NodeDetails {
     pub compressed: Option<bool>,
     /// Format-specific facts as (QMP name, value), in QSD's order; empty where QSD has none.
     pub specific: Vec<(&'static str, Fact)>,
+    /// A job's own record of what is still to be copied, kept by its filter.
+    pub record: Option<CopyRecord>,
+}
+
+/// What a job's filter has marked for copying. QMP shows it as a bitmap without name of the filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CopyRecord {
+    /// Bytes a mark stands for.
+    pub granularity: u64,
+    /// Bytes marked.
+    pub dirty: u64,
 }
 
 /// A value in [`NodeDetails::specific`].

@@ -98,7 +98,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         ..NodeOptions::default()
     };
     let filter = graph.add(options, top.clone()).await?;
-    let main = graph.attach_exact(&filter, "main node", Role::Root, parent(), Demand::NOTHING).await?;
+    let main = graph.attach_exact(&filter, "main node", Role::Root, parent(), reading).await?;
 
     let work = Work::new(graph.env().clone(), source.node().len(), granularity)?;
     let policy = Rc::new(MirrorPolicy::new(

@@ -206,6 +206,7 @@ impl Node for Qcow2 {
                 dirty_flag: Some(h.is_dirty()),
                 compressed: None,
                 specific,
+                record: None,
             })
         })
     }

@@ -5,7 +5,7 @@
 //! handled by the tap that was there when it came, to its end.
 
 use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
-use graph::{Demand, Edge, Node, NodeDetails};
+use graph::{CopyRecord, Demand, Edge, Node, NodeDetails};
 use std::any::Any;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -20,6 +20,8 @@ pub trait Tap {
     fn zero<'a>(&'a self, source: &'a Edge, at: Span, flags: ReqFlags) -> Io<'a>;
     /// Discards in `source`.
     fn discard<'a>(&'a self, source: &'a Edge, at: Span) -> Io<'a>;
+    /// What is marked for copying now.
+    fn record(&self) -> CopyRecord;
 }
 
 /// The filter.
@@ -105,7 +107,10 @@ impl Node for MirrorTop {
         Box::pin(async { Ok(()) })
     }
     fn details(&self) -> Io<'_, NodeDetails> {
-        Box::pin(async move { self.source.child().node().details().await })
+        Box::pin(async move {
+            let details = self.source.child().node().details().await?;
+            Ok(NodeDetails { record: self.tap().map(|tap| tap.record()), ..details })
+        })
     }
     fn filtered(&self) -> Option<Rc<Edge>> {
         Some(self.source.clone())
