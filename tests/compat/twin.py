@@ -38,6 +38,23 @@ def export(**more):
 
 LONG = "x" * 4097
 
+# Options of qemu-img create for images of 8 MiB that are opened and described.
+KINDS = [
+    "cluster_size=64k",
+    "cluster_size=64k,preallocation=metadata",
+    "cluster_size=512",
+    "cluster_size=2M",
+    "compat=0.10",
+    "lazy_refcounts=on",
+    "refcount_bits=1",
+    "refcount_bits=64",
+    "extended_l2=on",
+    "compression_type=zstd",
+    "data_file=DIR/data1.raw",
+    "data_file=DIR/data2.raw,data_file_raw=on",
+]
+KINDS_COUNT = len(KINDS)
+
 COMMANDS = [
     # nodes
     add(driver="file", node_name="f", filename="DIR/missing.img"),
@@ -206,6 +223,50 @@ COMMANDS = [
     c("job-dismiss", id="c"),
     add(driver="qcow2", node_name="new", file="n"),
     c("query-named-block-nodes", flat=True),
+    # images of many kinds: facts, permissions of every edge, exports
+    *[add(driver="qcow2", node_name=f"k{i}", file={"driver": "file", "node-name": f"k{i}f", "filename": f"DIR/kind{i}.qcow2"}) for i in range(KINDS_COUNT)],
+    add(driver="null-co", node_name="n1", size=1 << 20, read_zeroes=True),
+    add(driver="null-co", node_name="n2", read_zeroes=True),
+    add(driver="raw", node_name="n3", file={"driver": "null-co"}),
+    add(driver="raw", node_name="n4", offset=512, file="n1"),
+    add(driver="raw", node_name="n5", offset=512, size=1024, file={"driver": "file", "node-name": "n5f", "filename": "DIR/raw.img"}),
+    add(driver="qcow2", node_name="bro", read_only=True, file={"driver": "file", "node-name": "brof", "filename": "DIR/base1.qcow2"}),
+    add(driver="qcow2", node_name="mid", backing="bro", file={"driver": "file", "node-name": "midf", "filename": "DIR/mid1.qcow2"}),
+    add(driver="qcow2", node_name="alone", backing=None, file={"driver": "file", "node-name": "alonef", "filename": "DIR/over1.qcow2"}),
+    c("query-named-block-nodes", flat=True),
+    c("query-named-block-nodes"),
+    c("x-debug-query-block-graph"),
+    export(id="x0", node_name="k0", writable=True),
+    export(id="x1", node_name="mid", name="m", description="d"),
+    export(id="x2", node_name="n5", name="w", writable=True),
+    c("query-block-exports"),
+    c("x-debug-query-block-graph"),
+    c("block_resize", node_name="k0", size=16 << 20),
+    c("block_resize", node_name="mid", size=16 << 20),
+    c("block_resize", node_name="alonef", size=16 << 20),
+    c("block_resize", device="alone", size=16 << 20),
+    c("block_resize", node_name="alone", size=513),
+    c("block_resize", node_name="alone", size=16 << 20),
+    c("block_resize", node_name="n5", size=16 << 20),
+    mirror(job_id="g", device="k0", target="alone", sync="top", filter_node_name="gf", granularity=4096),
+    mirror(job_id="g", device="k0", target="k1", sync="top", filter_node_name="gf", granularity=4096),
+    "wait",
+    c("query-named-block-nodes", flat=True),
+    c("x-debug-query-block-graph"),
+    c("query-jobs"),
+    c("query-block-jobs"),
+    c("query-block-exports"),
+    c("job-complete", id="g"),
+    "wait",
+    c("query-named-block-nodes", flat=True),
+    c("x-debug-query-block-graph"),
+    c("query-block-exports"),
+    c("query-jobs"),
+    *[c("block-export-del", id=i) for i in ("x0", "x1", "x2")],
+    "wait",
+    c("x-debug-query-block-graph"),
+    *[c("blockdev-del", node_name=n) for n in ("k0", "bro", "mid", "bro", "k0f", "n1", "n4", "n1")],
+    c("query-named-block-nodes", flat=True),
     # objects
     c("object-add", qom_type="iothread", id="1x"),
     c("object-add", qom_type="iothread", id="t", zzz=1),
@@ -221,15 +282,23 @@ KNOWN = [
     ("actual-size", "allocation on the host is the host's"),
     ("unshared by block job 'm'", "says which job; the reference says 'an unnamed block device'"),
     ("want \"Node dst is in use\"", "the target of a mirror names the job that uses it"),
+    ("-[data-file]->", "an external data file is held as the image is: nobody else may write it"),
+    ('{"backing": null, "driver": "qcow2"', "the name of an image opened without its backing file is the file's"),
     ("virtual-size: want 197120", "an empty qcow2 image is laid out differently"),
 ]
 
 
 def prepare(directory):
+    create = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    kinds = [[*create, "-o", o.replace("DIR", directory), f"kind{i}.qcow2", "8M"] for i, o in enumerate(KINDS)]
     for command in (
+        *kinds,
+        [*create, "base1.qcow2", "4M"],
+        [*create, "-b", directory + "/base1.qcow2", "-F", "qcow2", "mid1.qcow2", "8M"],
         ["qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "8M"],
         ["qemu-img", "create", "-q", "-f", "qcow2", "-b", directory + "/a.qcow2", "-F", "qcow2", "top.qcow2"],
         ["qemu-img", "create", "-q", "-f", "raw", "raw.img", "1M"],
+        [*create, "-b", "raw.img", "-F", "raw", "over1.qcow2", "8M"],
         ["qemu-img", "create", "-q", "-f", "raw", "src.img", "1M"],
         ["qemu-img", "create", "-q", "-f", "raw", "dst.img", "1M"],
         ["qemu-img", "create", "-q", "-f", "raw", "small.img", "512k"],

@@ -92,7 +92,12 @@ struct BlockResize {
 impl Command for BlockResize {
     const NAME: &'static str = "block_resize";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        let cell = daemon.find_node(self.device.as_deref(), self.node_name.as_deref())?;
+        // `device` is the name of a guest's device alone, and there is none
+        let node = self.node_name.as_deref();
+        let Some(cell) = node.and_then(|name| daemon.graph().find(name)) else {
+            let (device, node) = (self.device.as_deref().unwrap_or_default(), node.unwrap_or_default());
+            return Err(QmpError::generic(format!("Cannot find device='{device}' nor node-name='{node}'")));
+        };
         let Ok(size) = u64::try_from(self.size) else {
             return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
         };
