@@ -79,7 +79,8 @@ pub struct LockRange {
     pub exclusive: bool,
 }
 
-/// An open file or block device. Dropping the last `Rc` closes it (after its operations in flight).
+/// An open file or block device. Dropping the last `Rc` closes it: at once if nothing is under way, else when the last of its
+/// operations has ended. Whoever has to know that the host has the file closed calls [`File::settle`] first.
 pub trait File: 'static {
     /// Reads exactly `at`. Bytes past the end of the file read as zero.
     fn read(&self, at: Span) -> Io<'_, Data>;
@@ -87,7 +88,9 @@ pub trait File: 'static {
     fn write(&self, offset: u64, data: Data) -> Io<'_>;
     /// fdatasync: everything completed before is on stable storage after. The only ordering primitive there is.
     fn barrier(&self) -> Io<'_>;
-    /// Every write whose future was dropped has landed or failed.
+    /// Every operation whose future was dropped has ended: changes have landed or failed, and nothing but this `File` keeps
+    /// the file open. (Reads count as well: until it has ended, a read holds the file and its locks.) Takes as long as the
+    /// slowest of them.
     fn settle(&self) -> Io<'_>;
     /// Makes the range read as zero without writing zeroes. `Unsupported` if the file system or device cannot. The
     /// file does not shrink or grow.

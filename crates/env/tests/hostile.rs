@@ -44,6 +44,37 @@ fn writes_whose_futures_were_dropped_have_landed_after_settle() {
     });
 }
 
+/// Descriptors of this process that lead to `path`.
+fn open_descriptors(path: &Path) -> usize {
+    let all = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    all.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == path)).count()
+}
+
+#[test]
+fn nothing_keeps_a_file_open_after_settle() {
+    each(|env, dir| async move {
+        for round in 0..10u64 {
+            let (from, to) = (dir.path("from"), dir.path("to"));
+            let f = env.open(&from, OpenMode { direct: true, ..CREATE }).await.unwrap();
+            let t = env.open(&to, CREATE).await.unwrap();
+            f.write(0, Data::from(pattern(round, LARGE))).await.unwrap();
+            // each once the first of its kind is under way: both ends of a copy are in use
+            let mut reads: Vec<_> = (0..8).map(|_| f.read(Span::new(0, LARGE as u64))).collect();
+            reads.iter_mut().for_each(|r| assert!(poll_once(r).is_pending()));
+            let mut barrier = f.barrier();
+            let mut copy = f.copy_to(Span::new(0, LARGE as u64), &t, 0);
+            let mut extents = f.extents(Span::new(0, LARGE as u64));
+            let _ended_or_not =
+                (poll_once(&mut barrier), poll_once(&mut copy).is_pending(), poll_once(&mut extents));
+            drop((reads, barrier, copy, extents));
+            f.settle().await.unwrap();
+            t.settle().await.unwrap();
+            drop((f, t));
+            assert_eq!((open_descriptors(&from), open_descriptors(&to)), (0, 0), "round {round}");
+        }
+    });
+}
+
 #[test]
 fn a_dropped_read_does_not_write_to_memory_of_others() {
     each(|env, dir| async move {

@@ -236,7 +236,7 @@ impl Core {
         drop(frees);
         if planted("qcow2: freed cluster reused early") {
             let core = self.clone();
-            self.env.spawn("early release", async move { drop(core.release(usize::MAX, true).await) });
+            self.in_background("early release", async move { drop(core.release(usize::MAX, true).await) });
         }
         self.order.crowded_check(self);
     }

@@ -5,6 +5,7 @@
 //! grows here, and a growth that was begun is carried through even if the request that asked for it is dropped (a late
 //! `ftruncate` to a shorter length would cut off data).
 
+use crate::core::Background;
 use block::{BlockError, Data, ErrorKind, Prealloc, ReqFlags, Result, Span};
 use env::Env;
 use env::sync::{Notify, oneshot};
@@ -21,6 +22,7 @@ const GROW_MAX: u64 = 64 << 20;
 pub(crate) struct Child {
     edge: Rc<Edge>,
     env: Env,
+    background: Rc<Background>,
     dirty: Cell<bool>,
     barriers: Cell<u64>,
     growing: Cell<bool>,
@@ -29,10 +31,11 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    pub(crate) fn new(env: Env, edge: Rc<Edge>) -> Rc<Child> {
+    pub(crate) fn new(env: Env, edge: Rc<Edge>, background: Rc<Background>) -> Rc<Child> {
         Rc::new(Child {
             edge,
             env,
+            background,
             dirty: Cell::new(false),
             barriers: Cell::new(0),
             growing: Cell::new(false),
@@ -122,7 +125,7 @@ impl Child {
             self.growing.set(true);
             let (tx, rx) = oneshot();
             let me = self.clone();
-            self.env.spawn("qcow2-grow", async move {
+            self.background.spawn(&self.env, "qcow2-grow", async move {
                 let r = me.grow_now(end).await;
                 me.growing.set(false);
                 me.grown.notify_all();

@@ -57,8 +57,8 @@ pub(crate) struct Core {
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,
     pub(crate) corrupt: Cell<bool>,
-    /// The corrupt mark is being written.
-    pub(crate) marking: Loading,
+    /// Work that goes on without its requests.
+    pub(crate) background: Rc<Background>,
     pub(crate) on_corruption: RefCell<Option<OnCorruption>>,
 }
 
@@ -103,10 +103,58 @@ impl Core {
         work: impl Future<Output = Result<T>> + 'static,
     ) -> Result<T> {
         let (tx, rx) = oneshot();
-        self.env.spawn(name, async move { tx.send(work.await) });
+        self.in_background(name, async move { tx.send(work.await) });
         match rx.await {
             Some(r) => r,
             None => Err(BlockError::new(ErrorKind::Cancelled, format!("{name} was called off"))),
+        }
+    }
+
+    /// Starts `work` as a task of its own that closing waits for.
+    pub(crate) fn in_background(&self, name: &'static str, work: impl Future<Output = ()> + 'static) {
+        self.background.spawn(&self.env, name, work);
+    }
+}
+
+/// Tasks that outlive the requests they were begun for. Each holds the image and changes it (a table that was made is
+/// entered, a cluster that was taken is given back), so closing waits until the last has ended.
+#[derive(Default)]
+pub(crate) struct Background {
+    running: Cell<usize>,
+    ended: Notify,
+}
+
+impl Background {
+    pub(crate) fn spawn(
+        self: &Rc<Self>,
+        env: &Env,
+        name: &'static str,
+        work: impl Future<Output = ()> + 'static,
+    ) {
+        self.running.set(self.running.get() + 1);
+        let running = Running(self.clone());
+        env.spawn(name, async move {
+            work.await;
+            drop(running);
+        });
+    }
+
+    /// Waits until none is left.
+    pub(crate) async fn idle(&self) {
+        while self.running.get() > 0 {
+            self.ended.wait().await;
+        }
+    }
+}
+
+struct Running(Rc<Background>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let left = self.0.running.get() - 1;
+        self.0.running.set(left);
+        if left == 0 {
+            self.0.ended.notify_all();
         }
     }
 }
@@ -118,17 +166,6 @@ pub(crate) struct Loading {
 }
 
 impl Loading {
-    /// Waits until nobody does it.
-    pub(crate) async fn idle(&self, key: u64) {
-        while let Some(n) = self.busy(key) {
-            n.wait().await;
-        }
-    }
-
-    fn busy(&self, key: u64) -> Option<Rc<Notify>> {
-        self.keys.borrow().iter().find(|(k, _)| *k == key).map(|(_, n)| n.clone())
-    }
-
     /// Becomes the one who does it, or gets what to wait for (look again after).
     pub(crate) fn begin(&self, key: u64) -> Result<LoadGuard<'_>, Rc<Notify>> {
         let mut keys = self.keys.borrow_mut();

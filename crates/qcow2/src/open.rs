@@ -8,7 +8,7 @@ use crate::alloc::Space;
 use crate::cache::SliceCache;
 use crate::check::{Fix, check, read_header};
 use crate::child::Child;
-use crate::core::Core;
+use crate::core::{Background, Core};
 use crate::header::{AUTOCLEAR_BITMAPS, Crypt, Header};
 use crate::l1l2::L1;
 use crate::options::Options;
@@ -45,10 +45,11 @@ pub(crate) async fn open(
     let size = header.size & !511;
     let sizes = opts.caches(&geo, size)?;
     let writable = opts.writable;
-    let child = Child::new(env.clone(), file);
+    let background = Rc::new(Background::default());
+    let child = Child::new(env.clone(), file, background.clone());
     let file_clusters = geo.clusters_for(child.len());
     let core = Rc::new(Core {
-        data_file: data_file.map(|d| Child::new(env.clone(), d)),
+        data_file: data_file.map(|d| Child::new(env.clone(), d, background.clone())),
         env,
         file: child,
         backing: RefCell::new(None),
@@ -72,7 +73,7 @@ pub(crate) async fn open(
         order: Default::default(),
         meta: RefCell::new(MetaMap::default()),
         corrupt: Cell::new(false),
-        marking: Default::default(),
+        background,
         on_corruption: RefCell::new(None),
     });
     core.load_tables().await?;

@@ -119,7 +119,7 @@ impl Core {
             return;
         }
         let core = self.clone();
-        self.env.spawn("qcow2-commit", async move {
+        self.in_background("qcow2-commit", async move {
             let mut once = even_if_nobody_waits;
             loop {
                 let waiting = std::mem::take(&mut *core.order.waiting.borrow_mut());
@@ -182,15 +182,18 @@ impl Core {
 
     /// Everything cached is in the file, nothing is left to give back, refcounts are right. No request is running.
     pub(crate) async fn settle_all(self: &Rc<Self>) -> Result<()> {
-        if self.corrupt.get() {
-            // The task that writes the mark may not have begun.
-            self.env.yield_now().await;
-            self.marking.idle(0).await;
+        // What dropped requests left behind: tables being made, a file growing, the corrupt mark being written.
+        self.background.idle().await;
+        if self.corrupt.get() || !self.writable.get() {
             return Ok(());
         }
-        if !self.writable.get() {
-            return Ok(());
-        }
+        let done = self.settle_metadata().await;
+        // A commit goes on after its answer.
+        self.background.idle().await;
+        done
+    }
+
+    async fn settle_metadata(self: &Rc<Self>) -> Result<()> {
         self.commit().await?;
         let frees = self.frees_until_now();
         self.release(frees, true).await?;

@@ -128,8 +128,7 @@ impl Core {
         let fatal = self.writable.get();
         if fatal && self.geo.version() >= 3 {
             let core = self.clone();
-            self.env.spawn("qcow2-mark-corrupt", async move {
-                let _marking = core.marking.begin(0);
+            self.in_background("qcow2-mark-corrupt", async move {
                 let (at, bytes) = {
                     let mut h = core.header.borrow_mut();
                     h.incompatible |= INCOMPAT_CORRUPT;

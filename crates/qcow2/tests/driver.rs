@@ -367,6 +367,42 @@ fn a_cluster_under_a_slow_read_is_not_reused() {
 }
 
 #[test]
+fn closing_waits_for_what_dropped_writes_began() {
+    let dir = Dir::new("closing");
+    for seed in 1..30 {
+        // small clusters: each write needs an L2 table of its own, and the file grows
+        let path = dir.create("a", "cluster_size=512", "8M");
+        let p = path.clone();
+        run(|env| async move {
+            let mode = env::OpenMode { write: true, ..Default::default() };
+            let file = env.open(Path::new(&p), mode).await.unwrap();
+            let late = LateNode::new(&env, file, seed, &Rc::default());
+            let edge = edge_onto(&env, late, true, Role::Primary).await.unwrap();
+            let image = Qcow2::open(env.clone(), edge, None, Options::default()).await.unwrap();
+            let data = Data::from(vec![1; 65536]);
+            let mut writes: Vec<_> = (0..8)
+                .map(|i| image.write(Span::new(i << 20, 65536), data.clone(), ReqFlags::NONE))
+                .collect();
+            for turn in 0..seed {
+                let i = turn as usize % writes.len();
+                let w = &mut writes[i];
+                let _ended_or_not =
+                    std::future::poll_fn(|cx| std::task::Poll::Ready(w.as_mut().poll(cx))).await;
+                if turn % 3 == 0 {
+                    env.yield_now().await;
+                }
+                if turn as usize >= writes.len() {
+                    break;
+                }
+            }
+            drop(writes);
+            image.close().await.unwrap();
+        });
+        check(&path); // leaks fail it, too
+    }
+}
+
+#[test]
 fn independent_allocating_writes_run_side_by_side() {
     let dir = Dir::new("parallel");
     let path = dir.create("a", "cluster_size=64k", "64M");

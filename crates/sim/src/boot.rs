@@ -81,7 +81,10 @@ impl Booted {
             Some(Ok(())) => {}
         }
         if self.process.open_files() > 0 {
-            world.verdict().violation(format!("{} files are open after the end", self.process.open_files()));
+            let (open, tasks) = (self.process.open_files(), self.process.waiting());
+            world
+                .verdict()
+                .violation(format!("{open} files are open after the end; tasks that go on: {tasks:?}"));
         }
         for path in world.host().list() {
             if world.host().locks_held(&path) > 0 {

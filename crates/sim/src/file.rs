@@ -8,7 +8,7 @@ use crate::host::ProcessState;
 use crate::image::Effect;
 use crate::inode::Inode;
 use block::{BlockError, Data, Extent, Io, Result, Span};
-use env::sync::oneshot;
+use env::sync::{Notify, oneshot};
 use env::{File, FileInfo, FileKind, LockRange, OpenMode, Punch};
 use std::cell::Cell;
 use std::future::pending;
@@ -23,9 +23,68 @@ pub(crate) struct SimFile {
     process: Rc<ProcessState>,
     inode: Rc<Inode>,
     path: String,
-    handle: u64,
+    handle: Rc<Handle>,
     mode: OpenMode,
     len: Cell<u64>,
+}
+
+/// What the host knows as open: there until the [`SimFile`] is gone and the last of its requests has ended, as a descriptor
+/// is that the kernel still works on.
+struct Handle {
+    process: Rc<ProcessState>,
+    inode: Rc<Inode>,
+    number: u64,
+    /// Requests under way whose futures were dropped.
+    orphans: Cell<usize>,
+    ended: Notify,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // A dead process's locks are gone already.
+        if !self.process.is_dead() {
+            self.process.handles.borrow_mut().remove(&self.number);
+            self.inode.unlock_all(self.number);
+        }
+    }
+}
+
+/// A request under way. The host has one half until the request has ended, the future that waits has the other.
+struct UnderWay {
+    handle: Rc<Handle>,
+    ended: Cell<bool>,
+    orphan: Cell<bool>,
+}
+
+/// The half of the host.
+struct Carried(Rc<UnderWay>);
+/// The half of the future.
+struct Awaited(Rc<UnderWay>);
+
+fn under_way(handle: &Rc<Handle>) -> (Carried, Awaited) {
+    let handle = handle.clone();
+    let both = Rc::new(UnderWay { handle, ended: Cell::new(false), orphan: Cell::new(false) });
+    (Carried(both.clone()), Awaited(both))
+}
+
+impl Drop for Carried {
+    fn drop(&mut self) {
+        self.0.ended.set(true);
+        if self.0.orphan.get() {
+            let h = &self.0.handle;
+            h.orphans.set(h.orphans.get() - 1);
+            h.ended.notify_all();
+        }
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        if !self.0.ended.get() {
+            self.0.orphan.set(true);
+            self.0.handle.orphans.set(self.0.handle.orphans.get() + 1);
+        }
+    }
 }
 
 /// What was drawn for one request.
@@ -67,13 +126,14 @@ fn draw(process: &ProcessState, path: &str, op: Op) -> Draw {
 
 /// Lets a request without effect of its own take its time and its faults.
 pub(crate) async fn pass(process: &Rc<ProcessState>, path: &str, op: Op) -> Result<()> {
-    run(process, path, op, |_| Ok(())).await
+    run(process, None, path, op, |_| Ok(())).await
 }
 
 /// Carries out a request that changes nothing: `at_end` is evaluated when it completes, and told whether a wrong bit is
 /// due.
 async fn run<T: 'static>(
     process: &Rc<ProcessState>,
+    handle: Option<&Rc<Handle>>,
     path: &str,
     op: Op,
     at_end: impl FnOnce(bool) -> Result<T> + 'static,
@@ -91,7 +151,11 @@ async fn run<T: 'static>(
         return finish();
     }
     let (sender, receiver) = oneshot();
-    let end = move || sender.send(finish());
+    let (carried, _awaited) = handle.map(under_way).unzip();
+    let end = move || {
+        sender.send(finish());
+        drop(carried);
+    };
     if d.fault == Some(Fault::Hang) {
         process.host.hang(end);
     } else {
@@ -100,18 +164,6 @@ async fn run<T: 'static>(
     match receiver.await {
         Some(r) if !process.is_dead() => r,
         _ => pending().await,
-    }
-}
-
-/// Marks the change as nobody's when the future that waits for it is dropped.
-struct Orphan<'a> {
-    inode: &'a Inode,
-    id: u64,
-}
-
-impl Drop for Orphan<'_> {
-    fn drop(&mut self) {
-        self.inode.orphan(self.id);
     }
 }
 
@@ -124,6 +176,13 @@ impl SimFile {
         mode: OpenMode,
     ) -> SimFile {
         let len = Cell::new(inode.with_cache(crate::Image::len));
+        let handle = Rc::new(Handle {
+            process: process.clone(),
+            inode: inode.clone(),
+            number: handle,
+            orphans: Cell::new(0),
+            ended: Notify::new(),
+        });
         SimFile { process, inode, path, handle, mode, len }
     }
 
@@ -148,7 +207,7 @@ impl SimFile {
             let p = process.host.0.profile.borrow();
             !d.inline && d.fault.is_none() && effect.sectors() > 1 && machine.draw(|r| r.chance(p.split))
         };
-        let id = self.inode.issue(process.id, self.handle, effect);
+        let id = self.inode.issue(process.id, effect);
         let (inode, m) = (self.inode.clone(), machine.clone());
         let finish = move || {
             let (existed, result) = match d.fault {
@@ -165,7 +224,11 @@ impl SimFile {
             return r;
         }
         let (sender, receiver) = oneshot();
-        let end = move || sender.send(finish());
+        let (carried, _awaited) = under_way(&self.handle);
+        let end = move || {
+            sender.send(finish());
+            drop(carried);
+        };
         if d.fault == Some(Fault::Hang) {
             process.host.hang(end);
         } else {
@@ -175,7 +238,6 @@ impl SimFile {
             }
             machine.at(machine.now() + d.delay, end);
         }
-        let _orphan = Orphan { inode: &self.inode, id };
         match receiver.await {
             Some(r) if !process.is_dead() => {
                 self.len.set(self.inode.with_cache(crate::Image::len));
@@ -185,18 +247,13 @@ impl SimFile {
         }
     }
 
+    /// [`run`] for this file.
+    async fn ask<T: 'static>(&self, op: Op, at_end: impl FnOnce(bool) -> Result<T> + 'static) -> Result<T> {
+        run(&self.process, Some(&self.handle), &self.path, op, at_end).await
+    }
+
     fn past_device(&self, end: u64) -> bool {
         self.inode.kind == FileKind::BlockDevice && end > self.inode.with_cache(crate::Image::len)
-    }
-}
-
-impl Drop for SimFile {
-    fn drop(&mut self) {
-        // A dead process's locks are gone already.
-        if !self.process.is_dead() {
-            self.process.handles.borrow_mut().remove(&self.handle);
-            self.inode.unlock_all(self.handle);
-        }
     }
 }
 
@@ -205,7 +262,7 @@ impl File for SimFile {
         Box::pin(async move {
             self.note("read", at);
             let (inode, m) = (self.inode.clone(), self.process.host.0.machine.clone());
-            run(&self.process, &self.path, Op::Read, move |rotten| {
+            self.ask(Op::Read, move |rotten| {
                 let mut bytes = inode.with_cache(|c| c.read(at));
                 if rotten && !bytes.is_empty() {
                     let (byte, bit) = m.draw(|r| (r.index(bytes.len()), r.below(8)));
@@ -237,7 +294,7 @@ impl File for SimFile {
             let point = self.inode.barrier_point();
             let inode = self.inode.clone();
             let m = self.process.host.0.machine.clone();
-            run(&self.process, &self.path, Op::Barrier, move |_| {
+            self.ask(Op::Barrier, move |_| {
                 m.note("durable", inode.number, 0);
                 inode.make_durable(point);
                 Ok(())
@@ -248,7 +305,9 @@ impl File for SimFile {
 
     fn settle(&self) -> Io<'_> {
         Box::pin(async move {
-            self.inode.settle(self.handle).await;
+            while self.handle.orphans.get() > 0 {
+                self.handle.ended.wait().await;
+            }
             Ok(())
         })
     }
@@ -317,8 +376,7 @@ impl File for SimFile {
         Box::pin(async move {
             self.note("extents", at);
             let inode = self.inode.clone();
-            run(&self.process, &self.path, Op::Extents, move |_| Ok(inode.with_cache(|c| c.extents(at))))
-                .await
+            self.ask(Op::Extents, move |_| Ok(inode.with_cache(|c| c.extents(at)))).await
         })
     }
 
@@ -343,9 +401,7 @@ impl File for SimFile {
                 return Ok(0);
             }
             let inode = self.inode.clone();
-            let data =
-                run(&self.process, &self.path, Op::Copy, move |_| Ok(inode.with_cache(|c| c.read(at))))
-                    .await?;
+            let data = self.ask(Op::Copy, move |_| Ok(inode.with_cache(|c| c.read(at)))).await?;
             let effect = Effect::Write { offset: to_offset, data: Data::from(data) };
             target.change(Op::Write, effect).await?;
             Ok(at.len)
@@ -357,7 +413,7 @@ impl File for SimFile {
             if self.process.is_dead() {
                 return pending().await;
             }
-            if self.inode.lock(self.handle, range) {
+            if self.inode.lock(self.handle.number, range) {
                 Ok(())
             } else {
                 Err(BlockError::new(block::ErrorKind::Busy, "Resource temporarily unavailable")
@@ -368,13 +424,13 @@ impl File for SimFile {
 
     fn unlock(&self, start: u64, len: u64) -> Io<'_> {
         Box::pin(async move {
-            self.inode.unlock(self.handle, start, len);
+            self.inode.unlock(self.handle.number, start, len);
             Ok(())
         })
     }
 
     fn can_lock(&self, range: LockRange) -> Io<'_, bool> {
-        Box::pin(async move { Ok(self.inode.lock_is_free(self.handle, range)) })
+        Box::pin(async move { Ok(self.inode.lock_is_free(self.handle.number, range)) })
     }
 
     fn as_any(&self) -> &dyn std::any::Any {

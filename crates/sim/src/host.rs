@@ -317,7 +317,7 @@ impl SimBackend {
             (Some(_), Existing::CreateNew) => return Err(BlockError::from_errno(BlockError::EEXIST)),
             (Some(i), Existing::Open) => i,
             (Some(i), Existing::CreateTruncate) => {
-                let id = i.issue(self.process.id, 0, crate::Effect::SetLen(0));
+                let id = i.issue(self.process.id, crate::Effect::SetLen(0));
                 i.land(id);
                 i
             }

@@ -9,7 +9,6 @@
 use crate::Rng;
 use crate::image::{Effect, Image};
 use crate::log::{Entry, Log, tear};
-use env::sync::Notify;
 use env::{FileKind, LockRange};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -17,12 +16,9 @@ use std::collections::{BTreeMap, VecDeque};
 /// A change that was issued and has not landed.
 struct InFlight {
     process: u32,
-    handle: u64,
     issued_at: usize,
     /// What of it has not landed yet.
     left: Vec<Effect>,
-    /// Its future is gone; somebody may wait for it in `settle`.
-    orphan: bool,
 }
 
 /// A byte-range lock of one open file.
@@ -38,7 +34,6 @@ pub(crate) struct Inode {
     pub(crate) number: u64,
     pub(crate) kind: FileKind,
     state: RefCell<State>,
-    landed: Notify,
     next_change: Cell<u64>,
 }
 
@@ -74,7 +69,6 @@ impl Inode {
                 locks: Vec::new(),
                 log: None,
             }),
-            landed: Notify::new(),
             next_change: Cell::new(1),
         }
     }
@@ -102,12 +96,12 @@ impl Inode {
     }
 
     /// A change begins; its number.
-    pub(crate) fn issue(&self, process: u32, handle: u64, effect: Effect) -> u64 {
+    pub(crate) fn issue(&self, process: u32, effect: Effect) -> u64 {
         let id = self.next_change.get();
         self.next_change.set(id + 1);
         let mut s = self.state.borrow_mut();
         let issued_at = s.log.as_ref().map_or(0, |l| l.entries.len());
-        s.in_flight.insert(id, InFlight { process, handle, issued_at, left: vec![effect], orphan: false });
+        s.in_flight.insert(id, InFlight { process, issued_at, left: vec![effect] });
         id
     }
 
@@ -117,7 +111,6 @@ impl Inode {
         for part in f.left {
             self.state.borrow_mut().commit(part, f.issued_at);
         }
-        self.landed.notify_all();
         true
     }
 
@@ -142,27 +135,7 @@ impl Inode {
         if torn {
             self.land_part(id, rng);
         }
-        let was = self.state.borrow_mut().in_flight.remove(&id).is_some();
-        self.landed.notify_all();
-        was
-    }
-
-    /// The future of a change is gone.
-    pub(crate) fn orphan(&self, id: u64) {
-        if let Some(f) = self.state.borrow_mut().in_flight.get_mut(&id) {
-            f.orphan = true;
-        }
-    }
-
-    /// Completes when no change of this handle is in flight whose future was dropped.
-    pub(crate) async fn settle(&self, handle: u64) {
-        loop {
-            let wait = self.landed.wait();
-            if !self.state.borrow().in_flight.values().any(|f| f.handle == handle && f.orphan) {
-                return;
-            }
-            wait.await;
-        }
+        self.state.borrow_mut().in_flight.remove(&id).is_some()
     }
 
     pub(crate) fn barrier_point(&self) -> BarrierPoint {
@@ -228,8 +201,6 @@ impl Inode {
         if s.log.is_some() {
             s.log = Some(Log { base: s.durable.clone(), entries: Vec::new() });
         }
-        drop(s);
-        self.landed.notify_all();
     }
 
     /// Whether `handle` could take the range.
@@ -306,7 +277,7 @@ mod tests {
     #[test]
     fn only_what_landed_before_the_barrier_was_issued_is_durable() {
         let f = Inode::new(1, FileKind::Regular, Image::new());
-        let (a, b) = (f.issue(1, 1, write(0, 1)), f.issue(1, 1, write(512, 2)));
+        let (a, b) = (f.issue(1, write(0, 1)), f.issue(1, write(512, 2)));
         f.land(a);
         let point = f.barrier_point();
         f.land(b);
@@ -320,7 +291,7 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         for seed in 0..400 {
             let f = Inode::new(1, FileKind::Regular, Image::new());
-            let (a, b) = (f.issue(1, 1, write(0, 1)), f.issue(1, 1, write(512, 2)));
+            let (a, b) = (f.issue(1, write(0, 1)), f.issue(1, write(512, 2)));
             f.land(a);
             f.kill(1, &[], &mut Rng::new(seed));
             assert_eq!(f.with_cache(|c| sector(c, 0)), 1, "landed before the kill");

@@ -119,6 +119,32 @@ fn a_dropped_write_still_lands_and_settle_waits_for_it() {
 }
 
 #[test]
+fn a_dropped_read_keeps_its_file_open_and_settle_waits_for_it() {
+    let b = bench(3, Profile::calm());
+    b.host.install("/d", Image::from_bytes(&[0; 4096]));
+    let (env, p) = b.start();
+    b.executor.run(async move {
+        for settle in [false, true] {
+            let f = env.open(Path::new("/d"), rw()).await.unwrap();
+            let mut read = f.read(Span::new(0, 512));
+            std::future::poll_fn(|cx| {
+                assert!(read.as_mut().poll(cx).is_pending());
+                std::task::Poll::Ready(())
+            })
+            .await;
+            drop(read);
+            if settle {
+                f.settle().await.unwrap();
+            }
+            drop(f);
+            assert_eq!(p.open_files(), usize::from(!settle));
+            env.sleep(Duration::from_secs(1)).await;
+            assert_eq!(p.open_files(), 0);
+        }
+    });
+}
+
+#[test]
 fn power_loss_keeps_what_a_barrier_covered_and_any_part_of_the_rest() {
     let mut seen = std::collections::BTreeSet::new();
     for seed in 0..1500 {

@@ -167,15 +167,16 @@ impl OsFile {
     }
 
     /// Starts an operation and waits for its result.
-    pub(super) async fn ask(&self, request: Request, memory: Memory, on_drop: OnDrop) -> (i32, Memory) {
+    pub(super) async fn ask(&self, request: Request, memory: Memory) -> (i32, Memory) {
         let threads = self.facts.threads;
-        let ask = Ask { request, memory, handle: &self.handle, other: None, on_drop, threads };
+        let ask =
+            Ask { request, memory, handle: &self.handle, other: None, on_drop: OnDrop::Finish, threads };
         self.core.submit(ask).await
     }
 
     /// Runs a request that needs no memory; on this thread if `inline`.
-    pub(super) async fn simple(&self, request: Request, on_drop: OnDrop, inline: bool) -> Result<u64> {
-        let result = if inline { request.run() } else { self.ask(request, Memory::None, on_drop).await.0 };
+    pub(super) async fn simple(&self, request: Request, inline: bool) -> Result<u64> {
+        let result = if inline { request.run() } else { self.ask(request, Memory::None).await.0 };
         if result < 0 { Err(BlockError::from_errno(-result)) } else { Ok(result as u64) }
     }
 
@@ -234,7 +235,7 @@ impl OsFile {
                 len: (want - done) as u32,
                 offset: at.start + done as u64,
             };
-            let (result, memory) = self.ask(request, Memory::Buf(buf), OnDrop::Finish).await;
+            let (result, memory) = self.ask(request, Memory::Buf(buf)).await;
             let Memory::Buf(back) = memory else { return Err(BlockError::from_errno(-result)) };
             buf = back;
             match result {
@@ -320,7 +321,7 @@ impl OsFile {
         while done < len {
             let at = offset + done as u64;
             let (request, list) = self.write_request(&data, done, at);
-            let (result, memory) = self.ask(request, Memory::Rope(data, list), OnDrop::Settle).await;
+            let (result, memory) = self.ask(request, Memory::Rope(data, list)).await;
             let Memory::Rope(back, _) = memory else { return Err(BlockError::from_errno(-result)) };
             data = back;
             match result {
@@ -384,7 +385,7 @@ impl File for OsFile {
     fn barrier(&self) -> Io<'_> {
         Box::pin(async move {
             let request = Request::Sync { fd: self.handle.fd() };
-            match self.simple(request, OnDrop::Finish, self.facts.in_memory).await {
+            match self.simple(request, self.facts.in_memory).await {
                 // a file that cannot be synced (a character device, /dev/null) has nothing volatile
                 Err(e) if e.errno() == libc::EINVAL && self.facts.kind == FileKind::CharDevice => Ok(()),
                 other => other.map(|_| ()),

@@ -40,7 +40,7 @@ impl Handle {
         self.fd.as_fd()
     }
 
-    /// Waits until all changes whose futures were dropped have been made or have failed.
+    /// Waits until no operation is under way whose future was dropped.
     pub(super) async fn settle(&self) {
         while self.orphans.get() > 0 {
             self.landed.wait().await;
@@ -144,8 +144,8 @@ impl Request {
 enum Stage {
     Waiting(Option<Waker>),
     Done(i32),
-    /// The future is gone; with `true` the operation changes the file, and [`Handle::settle`] waits for it.
-    Orphan(bool),
+    /// The future is gone; [`Handle::settle`] waits for the operation.
+    Orphan,
 }
 
 struct Slot {
@@ -153,7 +153,13 @@ struct Slot {
     memory: Memory,
     handle: Option<Rc<Handle>>,
     /// A second descriptor in use (the source of a copy).
-    _other: Option<Rc<Handle>>,
+    other: Option<Rc<Handle>>,
+}
+
+impl Slot {
+    fn handles(&self) -> impl Iterator<Item = &Rc<Handle>> {
+        self.handle.iter().chain(&self.other)
+    }
 }
 
 /// All operations under way on one thread.
@@ -170,7 +176,7 @@ impl Slots {
         other: Option<Rc<Handle>>,
     ) -> usize {
         let stage = Stage::Waiting(None);
-        self.table.borrow_mut().insert(Slot { stage, memory, handle, _other: other })
+        self.table.borrow_mut().insert(Slot { stage, memory, handle, other })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -189,15 +195,13 @@ impl Slots {
                     (w, None)
                 }
                 Stage::Done(_) => (None, None),
-                Stage::Orphan(_) => (None, Some(table.remove(key))),
+                Stage::Orphan => (None, Some(table.remove(key))),
             }
         };
         if let Some(w) = waker {
             w.wake();
         }
-        if let Some(slot) = dead
-            && let (Stage::Orphan(true), Some(h)) = (&slot.stage, &slot.handle)
-        {
+        for h in dead.iter().flat_map(Slot::handles) {
             h.orphans.set(h.orphans.get() - 1);
             if h.orphans.get() == 0 {
                 h.landed.notify_all();
@@ -227,7 +231,7 @@ impl Slots {
     }
 
     /// The future is gone. Whether the operation is still under way.
-    fn abandon(&self, key: usize, changes: bool) -> bool {
+    fn abandon(&self, key: usize) -> bool {
         let mut table = self.table.borrow_mut();
         let Some(slot) = table.get_mut(key) else { return false };
         if let Stage::Done(_) = slot.stage {
@@ -236,10 +240,8 @@ impl Slots {
             drop(slot);
             return false;
         }
-        if let (true, Some(h)) = (changes, &slot.handle) {
-            h.orphans.set(h.orphans.get() + 1);
-        }
-        let old = std::mem::replace(&mut slot.stage, Stage::Orphan(changes));
+        slot.handles().for_each(|h| h.orphans.set(h.orphans.get() + 1));
+        let old = std::mem::replace(&mut slot.stage, Stage::Orphan);
         drop(table);
         drop(old);
         true
@@ -254,10 +256,8 @@ impl Slots {
 /// What happens to an operation whose future is dropped.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum OnDrop {
-    /// It runs to its end unnoticed.
+    /// It runs to its end; `settle` waits for that.
     Finish,
-    /// It runs to its end, and `settle` waits for that: it changes a file.
-    Settle,
     /// It is called off.
     Cancel,
 }
@@ -286,7 +286,7 @@ impl Drop for Op {
         if self.ended {
             return;
         }
-        let running = self.core.slots.abandon(self.key, self.on_drop == OnDrop::Settle);
+        let running = self.core.slots.abandon(self.key);
         if running && self.on_drop == OnDrop::Cancel {
             self.core.cancel(self.key);
         }

@@ -35,7 +35,7 @@ impl OsFile {
     async fn fallocate(&self, mode: i32, at: Span) -> Result<()> {
         let request = Request::Fallocate { fd: self.handle.fd(), mode, start: at.start, len: at.len };
         let inline = self.facts.in_memory && at.len <= INLINE_RANGE;
-        match self.simple(request, OnDrop::Settle, inline).await {
+        match self.simple(request, inline).await {
             Ok(_) => Ok(()),
             Err(e) if matches!(e.errno(), libc::ENOTTY | libc::ENODEV) => {
                 Err(BlockError::from_errno(libc::EOPNOTSUPP))
@@ -46,7 +46,7 @@ impl OsFile {
 
     async fn device_range(&self, zero: bool, at: Span) -> Result<()> {
         let request = Request::Device { fd: self.handle.fd(), zero, start: at.start, len: at.len };
-        match self.simple(request, OnDrop::Settle, false).await {
+        match self.simple(request, false).await {
             Ok(_) => Ok(()),
             Err(e) if e.errno() == libc::ENOTTY => Err(BlockError::from_errno(libc::EOPNOTSUPP)),
             Err(e) => Err(e),
@@ -111,7 +111,7 @@ impl OsFile {
         // growing only changes the inode; shrinking frees pages
         let inline =
             self.facts.in_memory && (len >= self.len_hint() || self.len_hint() - len <= INLINE_RANGE);
-        self.simple(Request::SetLen { fd: self.handle.fd(), len }, OnDrop::Settle, inline).await?;
+        self.simple(Request::SetLen { fd: self.handle.fd(), len }, inline).await?;
         self.set_len_hint(len);
         Ok(())
     }
@@ -162,7 +162,7 @@ impl OsFile {
                 memory: Memory::None,
                 handle: &to.handle,
                 other: Some(&self.handle),
-                on_drop: OnDrop::Settle,
+                on_drop: OnDrop::Finish,
                 threads: true,
             })
             .await;
