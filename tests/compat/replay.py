@@ -52,6 +52,8 @@ KNOWN = [
     ("pending-and-guest-io", "-P 0x37 0 4k DIR/top", "the same"),
     ("resize-threshold-active", "virtual-size: want 1441792", "the recorder's guest wrote for the threshold"),
     ("resize-threshold-active", "events of a", "no write threshold"),
+    ("commit-intermediate", ".ro: want true, got false", "what was read-only and may turn counts as read-write"),
+    ("commit-cancel-pause-speed", "offset: want", "how far it was when it was cancelled"),
     ("blockdev-create", "unshared by node 'n'", "all permissions in conflict are named"),
     ("image-corrupted-event", "is ejected", "one corrupt image does not make the query fail for all"),
 ]
@@ -59,7 +61,7 @@ KNOWN = [
 # What is not there yet (docs/compat.md says when it comes). Commands that need it are left out of the replay, and so is all
 # that is about a job they would have started.
 MISSING_COMMANDS = {
-    "block-commit", "block-dirty-bitmap-add", "block-dirty-bitmap-clear", "block-dirty-bitmap-remove", "block-set-write-threshold",
+    "block-dirty-bitmap-add", "block-dirty-bitmap-clear", "block-dirty-bitmap-remove", "block-set-write-threshold",
     "block-stream", "blockdev-backup", "blockdev-reopen", "blockdev-set-active", "change-backing-file",
     "qom-get", "qom-list-types", "qom-set", "query-chardev-backends", "x-blockdev-amend", "x-blockdev-set-iothread",
 }  # fmt: skip
@@ -369,7 +371,7 @@ class Replay:
     def leave_out(self, entries):
         """Marks commands that need what is not there, their replies, the events of their jobs; and pauses that nobody asked
         for. (All clients whose commands are left out wait for each reply.)"""
-        jobs, waiting, last = set(), set(), {}
+        jobs, waiting, last, pausing = set(), set(), {}, set()
         for entry in entries:
             conn, message = entry.get("conn", 0), entry.get("m")
             if entry["d"] == "X" and "rc" not in entry:
@@ -379,6 +381,8 @@ class Replay:
                 arguments = arguments if isinstance(arguments, dict) else {}
                 self.note_pause(message)
                 command = str(message.get("execute"))
+                if command in ("job-pause", "block-job-pause"):
+                    pausing.add(arguments.get("id") or arguments.get("device"))
                 named = set()
                 if "job" in command or command == "object-del":
                     named = {arguments.get("id"), arguments.get("device")}
@@ -401,7 +405,10 @@ class Replay:
                 before, status = last.get((conn, job)), message.get("data", {}).get("status")
                 last[conn, job] = entry
                 pair = (before["m"].get("data", {}).get("status") if before else None, status)
-                if job not in self.asked and pair in (("paused", "running"), ("standby", "ready")):
+                if status in ("paused", "standby") and job in pausing:
+                    pausing.remove(job)
+                    entry["asked"] = True
+                if before and "asked" not in before and pair in (("paused", "running"), ("standby", "ready")):
                     before["left-out"] = entry["left-out"] = True
 
     def note_pause(self, message):

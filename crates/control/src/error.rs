@@ -62,6 +62,7 @@ impl From<JobError> for QmpError {
     fn from(e: JobError) -> QmpError {
         let class = match e {
             JobError::NotActive(_) => Class::DeviceNotActive,
+            JobError::NoDevice(_) => Class::DeviceNotFound,
             JobError::NotFound | JobError::Refused(_) => Class::Generic,
         };
         QmpError::of(class, e.to_string())

@@ -14,10 +14,10 @@ use crate::ranges::Owner;
 use crate::status::status;
 use crate::window::{MAX_PIECE, MAX_ZERO_PIECE, Window};
 use crate::work::Work;
-use block::{Extent, Kind, Result, Span};
+use block::{Extent, Kind, ReqFlags, Result, Span};
 use env::TaskHandle;
 use env::sync::Queue;
-use graph::{DetectZeroes, Edge};
+use graph::{DetectZeroes, Edge, NodeCell};
 use std::cell::Cell;
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -51,6 +51,8 @@ pub struct Engine {
     hints_of: u64,
     retry: Option<(Duration, Duration)>,
     leave_on_pause: bool,
+    /// A node whose requests are the guest's, and how many it had when last looked at.
+    watched: Option<(Rc<NodeCell>, u64)>,
 }
 
 /// What a search for work found.
@@ -74,7 +76,7 @@ impl Engine {
         let transfer = [source.limits().max_transfer, target.limits().max_transfer];
         let max_transfer = transfer.into_iter().filter(|t| *t > 0).min().unwrap_or(0);
         // detecting zeroes needs the bytes to pass through here
-        let offload = target.child().options().detect_zeroes == DetectZeroes::Off;
+        let offload = target.child().options().detect_zeroes == DetectZeroes::Off && !policy.unchanged();
         let window = Window::new(buffer, work.granularity(), max_transfer);
         Engine {
             shared: Rc::new(Shared { work, source, target, policy, offload: Cell::new(offload) }),
@@ -88,7 +90,19 @@ impl Engine {
             hints_of: 0,
             retry: None,
             leave_on_pause: false,
+            watched: None,
         }
+    }
+
+    /// Under a rate limit copies in pieces of `bytes` instead of some that are as small as the rate. A disk that nobody
+    /// writes to meanwhile has no use for small pieces.
+    pub fn set_chunk(&mut self, bytes: u64) {
+        self.window.set_chunk(bytes);
+    }
+
+    /// Pieces are kept short while requests pass through `node`. For a copy without a tap.
+    pub fn watch(&mut self, node: Rc<NodeCell>) {
+        self.watched = Some((node, 0));
     }
 
     /// Whether [`Engine::run`] and [`Engine::flush_target`] return instead of resting when a pause is wanted: for when
@@ -184,6 +198,7 @@ impl Engine {
             self.hints.clear();
             self.hints_of = work.zeroed.get();
         }
+        self.look_at_guest();
         let active = work.guest_active();
         if !self.window.has_room(work.copies.get(), work.copying.get(), active) {
             return Err(None);
@@ -203,7 +218,17 @@ impl Engine {
         self.tasks.retain(|t| !t.is_done());
         self.tasks.push(work.env.spawn("copy", task.run()));
         self.cursor = at.end();
+        work.frontier.set(work.frontier.get().max(at.end()));
         Ok(())
+    }
+
+    fn look_at_guest(&mut self) {
+        let Some((node, seen)) = &mut self.watched else { return };
+        let counters = node.counters();
+        let now = counters.reads + counters.writes;
+        if std::mem::replace(seen, now) != now {
+            self.shared.work.guest_seen();
+        }
     }
 
     /// The next dirty piece after the cursor that nobody has locked.
@@ -280,11 +305,14 @@ impl Engine {
                 self.window.took(ended.took);
                 self.retry = None;
             }
-            Outcome::Failed(side, error) => match self.control.failed(side, &error) {
+            Outcome::Failed(side, error, at) => match self.control.failed(side, &error) {
                 Action::Report => {
                     self.shared.work.failure.borrow_mut().get_or_insert(error);
                 }
                 Action::Stop => {}
+                Action::Ignore if self.shared.policy.leaves_out(at, &error) => {
+                    self.shared.work.dirty.borrow_mut().clear(at);
+                }
                 Action::Ignore => {
                     let wait = self.retry.map_or(RETRY_FIRST, |(_, w)| (w * 2).min(RETRY_MAX));
                     self.retry = Some((now + wait, wait));
@@ -306,9 +334,17 @@ impl Engine {
 
     /// Flushes the target, under the error policy: tries again after a stop or under `ignore`. Whether it is flushed.
     pub async fn flush_target(&mut self) -> Result<bool> {
+        let shared = self.shared.clone();
+        self.on_target(|| shared.target.flush()).await
+    }
+
+    async fn on_target<F: Future<Output = Result<()>>>(
+        &mut self,
+        mut request: impl FnMut() -> F,
+    ) -> Result<bool> {
         let mut wait = RETRY_FIRST;
         loop {
-            let Err(error) = self.shared.target.flush().await else { return Ok(true) };
+            let Err(error) = request().await else { return Ok(true) };
             match self.control.failed(crate::Side::Target, &error) {
                 Action::Report => return Err(error),
                 Action::Stop => {}
@@ -324,6 +360,13 @@ impl Engine {
                 self.control.park().await;
             }
         }
+    }
+
+    /// Makes `at` of the target read as zero, under the error policy.
+    pub async fn zero_target(&mut self, at: Span) -> Result<()> {
+        let flags = ReqFlags { may_unmap: true, ..ReqFlags::NONE };
+        let shared = self.shared.clone();
+        self.on_target(|| shared.target.zero(at, flags)).await.map(|_| ())
     }
 
     /// What it copies between, and what is known of the work.

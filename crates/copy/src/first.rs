@@ -6,8 +6,9 @@
 
 use crate::status::{status, top_layer};
 use crate::work::Work;
-use block::{Kind, ReqFlags, Result, Span};
-use graph::Edge;
+use block::{BlockError, Kind, ReqFlags, Result, Span};
+use graph::{Edge, NodeCell, walk};
+use std::rc::Rc;
 
 /// Bytes looked at, or zeroed, in one step; between steps other tasks run and the job can be paused or cancelled.
 const STEP: u64 = 1 << 30;
@@ -68,6 +69,59 @@ pub async fn zero_target(work: &Work, target: &Edge) -> Result<()> {
         target.zero(step, ReqFlags { may_unmap: true, ..ReqFlags::NONE }).await?;
         left = rest;
         work.env.yield_now().await;
+    }
+    Ok(())
+}
+
+/// Bytes of a chain looked at in one step. What nobody allocated costs nothing however much it is, and a walk gives others
+/// their turn by itself.
+const CHAIN_STEP: u64 = 1 << 36;
+
+/// Marks what the layers of the source above `base` (all layers if there is none) hold and a copy down to `base`, or up into the
+/// top layer, has to bring there: data, and zeroes where `base` does not read as zero. With `below_top` the top layer does
+/// not count.
+pub async fn mark_above(
+    work: &Work,
+    source: &Edge,
+    base: Option<&Rc<NodeCell>>,
+    below_top: bool,
+) -> Result<()> {
+    let mut left = Span::new(0, work.len().min(source.len()));
+    while !left.is_empty() {
+        let (step, _) = left.split_at(CHAIN_STEP);
+        let found = source.status_above(step, base).await?;
+        let mut end = left.start;
+        for e in found {
+            end = e.span.end();
+            match e.kind {
+                _ if e.depth <= u32::from(below_top) => {}
+                Kind::Data => work.mark(e.span),
+                Kind::Zero => mark_unless_zero(work, e.span, base).await?,
+                Kind::Unallocated => {}
+            }
+        }
+        if end <= left.start {
+            return Err(BlockError::invalid(format!("no block status of {step}")));
+        }
+        left = Span::between(end, left.end());
+        work.env.yield_now().await;
+    }
+    Ok(())
+}
+
+/// Marks `at` where `base` does not read as zero; without a base nothing is there, which reads as zero.
+pub async fn mark_unless_zero(work: &Work, at: Span, base: Option<&Rc<NodeCell>>) -> Result<()> {
+    let Some(base) = base else { return Ok(()) };
+    let mut left = at.intersect(&Span::new(0, base.node().len()));
+    while !left.is_empty() {
+        let found = walk::status(base, left, None).await?;
+        let end = found.last().map_or(left.start, |e| e.span.end());
+        if end <= left.start {
+            work.mark(left);
+            break;
+        }
+        found.iter().filter(|e| !e.reads_zero()).for_each(|e| work.mark(e.span));
+        left = Span::between(end, left.end());
     }
     Ok(())
 }

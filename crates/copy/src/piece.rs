@@ -28,7 +28,7 @@ pub(crate) enum Outcome {
     /// All that was dirty in the piece is on the target.
     Copied,
     /// A request failed; what was not copied is dirty again.
-    Failed(Side, BlockError),
+    Failed(Side, BlockError, Span),
     /// What the source holds.
     Hint(Vec<Extent>),
 }
@@ -129,7 +129,7 @@ impl PieceTask {
         let begun = shared.work.env.now();
         let outcome = match shared.copy_dirty(at, data).await {
             Ok(()) => Outcome::Copied,
-            Err((side, error)) => Outcome::Failed(side, error),
+            Err((side, error)) => Outcome::Failed(side, error, at),
         };
         drop(lock);
         let took = shared.work.env.now().saturating_sub(begun);
@@ -164,7 +164,11 @@ impl Shared {
     /// asked about large pieces only; of a small one the bytes themselves tell whether they are zero.
     async fn copy_area(&self, unfinished: &mut Unfinished<'_>, data: bool) -> Result<(), Failure> {
         let area = unfinished.left;
-        let extents = if data || area.len <= MAX_PIECE {
+        let look = self.policy.look(&self.source, area);
+        let known = look.is_none() && (data || area.len > MAX_PIECE);
+        let extents = if let Some(look) = look {
+            look.await.map_err(|e| (Side::Source, e))?
+        } else if data || area.len <= MAX_PIECE {
             vec![Extent::new(area, Kind::Data)]
         } else {
             status_all(&self.source, area).await.map_err(|e| (Side::Source, e))?
@@ -175,7 +179,7 @@ impl Shared {
                 let fate = self.policy.fate(&e);
                 let (step, rest) = left.split_at(if fate == Fate::Copy { MAX_PIECE } else { left.len });
                 match fate {
-                    Fate::Copy => self.copy(step, data || area.len > MAX_PIECE).await?,
+                    Fate::Copy => self.copy(step, known).await?,
                     Fate::Zero => self.zero(step).await?,
                     Fate::Skip => {}
                 }
@@ -209,7 +213,11 @@ impl Shared {
         // one turn for guests between the two halves
         self.work.env.yield_now().await;
         self.work.target_written(at);
-        self.target.write(at.start, data, ReqFlags::NONE).await.map_err(|e| (Side::Target, e))
+        self.target.write(at.start, data, self.flags()).await.map_err(|e| (Side::Target, e))
+    }
+
+    fn flags(&self) -> ReqFlags {
+        ReqFlags { unchanged: self.policy.unchanged(), ..ReqFlags::NONE }
     }
 
     async fn zero(&self, at: Span) -> Result<(), Failure> {
@@ -222,7 +230,7 @@ impl Shared {
         if self.work.target_is_zero(at) {
             return Ok(());
         }
-        let flags = ReqFlags { may_unmap: true, ..ReqFlags::NONE };
+        let flags = ReqFlags { may_unmap: true, ..self.flags() };
         self.target.zero(at, flags).await.map_err(|e| (Side::Target, e))?;
         self.work.target_zeroed(at);
         Ok(())

@@ -1,7 +1,8 @@
 //! What differs between the users of the engine, and what the engine asks of whoever runs it.
 
-use block::{BlockError, Extent, Kind, Span};
+use block::{BlockError, Extent, Io, Kind, Span};
 use env::sync::Notify;
+use graph::Edge;
 use std::future::Future;
 use std::pin::Pin;
 
@@ -14,6 +15,8 @@ pub enum OnWrite {
     MarkDirty,
     /// It is done when source and target have it.
     WriteBoth,
+    /// It is done when the source has it, and no copy of the same bytes runs meanwhile. For a copy into the source itself.
+    Exclude,
 }
 
 /// What becomes of an extent of the source.
@@ -59,6 +62,21 @@ pub trait Policy {
     /// What becomes of this piece of the source.
     fn fate(&self, extent: &Extent) -> Fate {
         if extent.kind == Kind::Data { Fate::Copy } else { Fate::Zero }
+    }
+    /// What the source holds of `at`, all of it, where that is not simply what its reader sees: asked when the range is locked,
+    /// before it is read.
+    fn look<'a>(&'a self, source: &'a Edge, at: Span) -> Option<Io<'a, Vec<Extent>>> {
+        let _ = (source, at);
+        None
+    }
+    /// Whether what is written is what the target's reader sees there already (a copy between layers of one disk).
+    fn unchanged(&self) -> bool {
+        false
+    }
+    /// Under [`Action::Ignore`]: whether the range is left as it is from now on, instead of being tried again.
+    fn leaves_out(&self, at: Span, error: &BlockError) -> bool {
+        let _ = (at, error);
+        false
     }
     /// Whether to go on.
     fn pass_over(&self, standing: Standing) -> Next;

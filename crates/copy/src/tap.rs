@@ -131,6 +131,12 @@ impl CopyTap {
         match self.policy.guest_write(at) {
             OnWrite::Pass => apply(source, at, change).await,
             OnWrite::MarkDirty => self.loose(source, at, change).await,
+            OnWrite::Exclude => {
+                let mut lock = self.work.locks.request(at, Owner::Guest);
+                // called off: no copy is running any more
+                let _ = self.or_let_go(lock.held()).await;
+                apply(source, at, change).await
+            }
             OnWrite::WriteBoth if self.work.let_go.get() => self.loose(source, at, change).await,
             OnWrite::WriteBoth => {
                 // a large copy in flight means not in sync: do not wait for it

@@ -31,6 +31,7 @@ pub(crate) struct Window {
     average: Duration,
     owes_until: Duration,
     speed: u64,
+    chunk: u64,
 }
 
 impl Window {
@@ -46,7 +47,13 @@ impl Window {
             average: Duration::ZERO,
             owes_until: Duration::ZERO,
             speed: 0,
+            chunk: 0,
         }
+    }
+
+    /// Pieces under a rate limit are so long, and none is shortened because little is left.
+    pub(crate) fn set_chunk(&mut self, bytes: u64) {
+        self.chunk = bytes;
     }
 
     /// Largest piece now.
@@ -54,6 +61,10 @@ impl Window {
         let mut most = self.max_piece;
         if guest_active {
             most = most.min(MAX_PIECE_GUEST);
+        }
+        if self.chunk > 0 {
+            let most = if self.speed > 0 { most.min(self.chunk) } else { most };
+            return (most & !(self.granularity - 1)).max(self.granularity);
         }
         if self.speed > 0 {
             most = most.min(self.speed / 10);

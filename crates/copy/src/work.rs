@@ -46,6 +46,8 @@ pub struct Work {
     pub(crate) zeroed: Cell<u64>,
     /// Bytes brought to the target.
     pub(crate) done: Cell<u64>,
+    /// How far the first pass over the disk has come.
+    pub(crate) frontier: Cell<u64>,
     pub(crate) wake: Notify,
     /// Failed synchronous writes, for the engine to act on.
     pub(crate) failure: RefCell<Option<BlockError>>,
@@ -75,6 +77,7 @@ impl Work {
             healing: Cell::new(0),
             zeroed: Cell::new(0),
             done: Cell::new(0),
+            frontier: Cell::new(0),
             wake: Notify::new(),
             failure: RefCell::new(None),
             let_go: Cell::new(false),
@@ -137,6 +140,19 @@ impl Work {
     /// Bytes marked dirty now.
     pub fn dirty_bytes(&self) -> u64 {
         self.dirty.borrow().dirty_bytes()
+    }
+
+    /// How much of the disk is behind the copy: all up to where its first pass has come, without what is being copied or
+    /// has failed there. Counts what needed no copying.
+    pub fn passed(&self) -> u64 {
+        let frontier = self.frontier.get();
+        let left: u64 = self.dirty.borrow().areas(Span::new(0, frontier), 0).map(|a| a.len).sum();
+        frontier.saturating_sub(left + self.copying.get())
+    }
+
+    /// Nothing was left to copy behind the last piece.
+    pub fn pass_all(&self) {
+        self.frontier.set(self.len());
     }
 
     /// Bytes brought to the target so far.

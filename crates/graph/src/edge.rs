@@ -194,10 +194,19 @@ impl Edge {
 
     /// What the whole chain says of `at`; see [`crate::walk::status`].
     pub async fn status(&self, at: Span) -> Result<Vec<crate::walk::ChainExtent>> {
+        self.status_above(at, None).await
+    }
+
+    /// What the chain above `base` says of `at`; see [`crate::walk::status`].
+    pub async fn status_above(
+        &self,
+        at: Span,
+        base: Option<&Rc<NodeCell>>,
+    ) -> Result<Vec<crate::walk::ChainExtent>> {
         let _pass = self.gate.enter().await;
         let child = self.child();
         self.check(&child, at, "block status")?;
-        crate::walk::status(&child, at, None).await
+        crate::walk::status(&child, at, base).await
     }
 
     /// Everything completed before is on stable storage after.

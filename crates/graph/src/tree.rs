@@ -517,7 +517,14 @@ impl Graph {
 
     async fn turn_writable(&self, changes: &Changes, on: bool) -> Result<Vec<Rc<NodeCell>>> {
         let mut turned: Vec<Rc<NodeCell>> = Vec::new();
-        for (cell, _) in changes.writable.values().filter(|(c, want)| *want == on && c.is_writable() != on) {
+        let wanted = changes.writable.values().filter(|(c, want)| *want == on && c.is_writable() != on);
+        let mut order: Vec<Rc<NodeCell>> = wanted.map(|(c, _)| c.clone()).collect();
+        // A format writes when it turns, either way, so its file turns first on the way up and last on the way down; what
+        // is below was opened before.
+        if !on {
+            order.reverse();
+        }
+        for cell in &order {
             if let Err(e) = cell.node().set_writable(on).await {
                 for done in &turned {
                     if done.node().set_writable(!on).await.is_ok() {

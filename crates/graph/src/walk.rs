@@ -3,6 +3,7 @@
 //! What must stay true: a walk never holds anything while it waits; lengths differ between layers, and what lies past the
 //! end of a lower layer reads as zero; every walk is bounded by the number of layers times the extents it is given.
 
+use crate::Parent;
 use crate::cell::NodeCell;
 use block::{Extent, Kind, Result, Span};
 use std::rc::Rc;
@@ -67,9 +68,9 @@ pub fn contains(top: &Rc<NodeCell>, node: &Rc<NodeCell>) -> bool {
     chain(top).iter().any(|c| c.id() == node.id())
 }
 
-/// Whether no other node uses `cell` (exports and jobs may): QSD's "root block node".
+/// Whether neither a node nor a job uses `cell` (exports may): QSD's "root block node".
 pub fn is_root(cell: &NodeCell) -> bool {
-    cell.parents().iter().all(|e| e.parent_node().is_none())
+    cell.parents().iter().all(|e| matches!(e.parent(), Parent::Backend(_)))
 }
 
 /// What the chain from `top` down to, not including, `base` says of `at`, from its start and perhaps not to its end, but
@@ -78,6 +79,7 @@ pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -
     let mut out = Vec::new();
     // Runs that still have to be looked up, nearest last; bounded: each look splits one run into finitely many.
     let mut todo = vec![Todo::Ask(top.clone(), at, 1)];
+    let mut asked = 0u32;
     while let Some(next) = todo.pop() {
         let (cell, span, depth) = match next {
             Todo::Ask(cell, span, depth) => (cell, span, depth),
@@ -106,6 +108,10 @@ pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -
             continue;
         }
         let inside = span.intersect(&Span::between(0, len));
+        asked += 1;
+        if asked.is_multiple_of(ASKS_AT_ONCE) {
+            env::sync::yield_now().await;
+        }
         let found = cell.extents(inside).await?;
         let covered = found.last().map_or(inside.start, |e| e.span.end());
         if covered < inside.end() {
@@ -122,6 +128,9 @@ pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -
     }
     Ok(out)
 }
+
+/// Layers asked before others get their turn: a long chain that has its tables in memory answers without ever waiting.
+const ASKS_AT_ONCE: u32 = 64;
 
 /// Runs after which a walk stops; the caller asks again for the rest.
 const MAX_RUNS: usize = 1024;

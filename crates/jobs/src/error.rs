@@ -10,6 +10,8 @@ pub enum JobError {
     NotFound,
     /// No such block job (`block-job-*` commands; class DeviceNotActive).
     NotActive(String),
+    /// No such disk (`block-commit`; class DeviceNotFound).
+    NoDevice(String),
     /// Refused (class GenericError).
     Refused(BlockError),
 }
@@ -25,6 +27,7 @@ impl fmt::Display for JobError {
         match self {
             JobError::NotFound => f.write_str("Job not found"),
             JobError::NotActive(id) => write!(f, "Block job '{id}' not found"),
+            JobError::NoDevice(name) => write!(f, "Device '{name}' not found"),
             JobError::Refused(e) => e.fmt(f),
         }
     }

@@ -9,6 +9,10 @@ use copy::{Action, Side};
 pub enum Kind {
     /// `blockdev-mirror`.
     Mirror,
+    /// `block-commit`.
+    Commit,
+    /// `block-stream`.
+    Stream,
     /// `blockdev-create`.
     Create,
 }
@@ -18,6 +22,8 @@ impl Kind {
     pub const fn name(self) -> &'static str {
         match self {
             Kind::Mirror => "mirror",
+            Kind::Commit => "commit",
+            Kind::Stream => "stream",
             Kind::Create => "create",
         }
     }

@@ -43,6 +43,10 @@ pub trait Body {
         let _ = success;
         Box::pin(async {})
     }
+    /// What stays with the job until it is dismissed, taken when it concludes.
+    fn keep(&self) -> Option<Box<dyn Any>> {
+        None
+    }
     /// How far the work is.
     fn progress(&self) -> Progress;
     /// Verb `complete`.
@@ -104,6 +108,8 @@ pub struct Job {
     error: RefCell<Option<BlockError>>,
     changed: Notify,
     last_progress: Cell<Progress>,
+    /// What a concluded job still holds.
+    kept: RefCell<Option<Box<dyn Any>>>,
 }
 
 impl Job {
@@ -132,6 +138,7 @@ impl Job {
             error: RefCell::new(None),
             changed: Notify::new(),
             last_progress: Cell::default(),
+            kept: RefCell::new(None),
         })
     }
 
@@ -226,6 +233,9 @@ impl Job {
         self.io_status.set(IoStatus::Ok);
         self.user_paused.set(false);
         let body = self.body.take();
+        if !self.options.auto_dismiss {
+            *self.kept.borrow_mut() = body.as_ref().and_then(|b| b.keep());
+        }
         let (id, kind, speed) = (self.id.clone(), self.kind, self.speed.get());
         if kind.is_block_job() {
             let error = self.error.borrow().as_ref().map(|e| e.message().to_owned());
@@ -289,6 +299,12 @@ impl Job {
     pub(crate) fn cancel_hard(&self) {
         self.cancelled.set(true);
         self.changed.notify_all();
+    }
+
+    /// Lets go of what was kept beyond the conclusion.
+    pub(crate) fn let_go(&self) {
+        let kept = self.kept.take();
+        drop(kept);
     }
 
     pub(crate) fn user_paused(&self) -> bool {
@@ -366,6 +382,8 @@ impl Control for Job {
     }
 
     fn failed(&self, side: Side, error: &BlockError) -> Action {
+        // what a stream writes it was asked to fetch: to its user all failures are failures to read
+        let side = if self.kind == Kind::Stream { Side::Source } else { side };
         let rule = match side {
             Side::Source => self.options.on_source_error,
             Side::Target => self.options.on_target_error,

@@ -1,9 +1,12 @@
 //! Jobs: work on disks that runs for long, is steered by a client, and ends with a change of the graph or without.
 //!
-//! [`Registry`] has all jobs and the verbs; [`Job`] is one of them; [`state`] says what may happen when; [`mirror`] and
-//! [`create`] are what jobs do. Events go to a [`Sink`]. No JSON and no QMP types here: `control` makes those.
+//! [`Registry`] has all jobs and the verbs; [`Job`] is one of them; [`state`] says what may happen when; [`mirror`],
+//! [`commit`] and [`create`] are what jobs do. Events go to a [`Sink`]. No JSON and no QMP types here: `control` makes those.
 #![forbid(unsafe_code)]
 
+mod chain;
+pub mod commit;
+mod commit_args;
 pub mod create;
 mod error;
 mod event;
@@ -14,6 +17,7 @@ mod mirror_policy;
 mod registry;
 pub mod state;
 
+pub use commit_args::{ChainEnd, CommitArgs};
 pub use error::JobError;
 pub use event::{Event, Kind, NoSink, Progress, Sink};
 pub use job::{Body, IoStatus, Job, Options};

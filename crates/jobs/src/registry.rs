@@ -28,6 +28,7 @@ impl Shared {
 
     /// The job vanishes.
     pub(crate) fn forget(&self, job: &Rc<Job>) {
+        job.let_go();
         job.set_state(State::Null);
         self.jobs.borrow_mut().retain(|j| !Rc::ptr_eq(j, job));
         // the two hold each other

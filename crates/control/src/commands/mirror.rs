@@ -24,7 +24,7 @@ enum SyncMode {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum ErrorPolicy {
+pub(super) enum ErrorPolicy {
     Report,
     Ignore,
     Enospc,

@@ -3,6 +3,7 @@
 //! Before a command runs, its arguments have passed the schema ([`qapi::Schema::check_json`]); what is left to it is what the
 //! schema cannot say, and calling the part of the daemon that does the work.
 
+mod chain;
 mod create;
 mod export;
 mod job;
@@ -59,6 +60,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     query::COMMANDS,
     export::COMMANDS,
     mirror::COMMANDS,
+    chain::COMMANDS,
     job::COMMANDS,
     object::COMMANDS,
 ];

@@ -52,9 +52,12 @@ impl Command for BlockdevDel {
 
 /// The conditions of `blockdev-del`, in QSD's order.
 fn check_removable(cell: &Rc<NodeCell>) -> Result<(), QmpError> {
-    check_free(cell)?;
     let (name, parents) = (cell.name(), cell.parents());
     let fail = |desc: String| Err(QmpError::generic(desc));
+    if parents.iter().any(|e| matches!(e.parent(), Parent::Backend(_))) {
+        return fail(format!("Node {name} is in use"));
+    }
+    check_free(cell)?;
     if parents.iter().any(|e| !matches!(e.parent(), Parent::Node(_))) {
         return fail(format!("Node {name} is in use"));
     }

@@ -89,6 +89,11 @@ fn recorded_ends_of_mirrors() {
 }
 
 #[test]
+fn recorded_commits() {
+    replay(&["commit-intermediate", "commit-intermediate-backing-file", "commit-cancel-pause-speed"]);
+}
+
+#[test]
 fn qemus_own_client_library() {
     let dir = Dir::new();
     let daemon = Daemon::start(&dir, &["--object", "iothread,id=i0"]);

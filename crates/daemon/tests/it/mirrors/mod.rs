@@ -37,7 +37,7 @@ fn model(dir: &Dir) {
 }
 
 /// The writer, running.
-struct Writer {
+pub(crate) struct Writer {
     child: Child,
     stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
@@ -45,7 +45,7 @@ struct Writer {
 
 impl Writer {
     /// Starts it on `uri` with `depth`, rate and kinds as `writer.py` takes them, and waits until it writes.
-    fn start(dir: &Dir, uri: &str, more: &[&str]) -> Writer {
+    pub(crate) fn start(dir: &Dir, uri: &str, more: &[&str]) -> Writer {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/mirrors/writer.py");
         let mut child = Command::new("/usr/bin/python3") // which libnbd's package belongs to
             .args([script, uri, "model.raw", &seed()])
@@ -66,7 +66,7 @@ impl Writer {
     }
 
     /// Lets it end, and gives what it says of itself.
-    fn stop(mut self) -> Value {
+    pub(crate) fn stop(mut self) -> Value {
         self.stdin.take();
         let mut text = String::new();
         self.stdout.read_to_string(&mut text).unwrap();
@@ -117,7 +117,7 @@ fn pause(milliseconds: u64) {
     std::thread::sleep(Duration::from_millis(milliseconds));
 }
 
-const DISK: &str = "nbd+unix:///disk?socket=nbd.sock";
+pub(crate) const DISK: &str = "nbd+unix:///disk?socket=nbd.sock";
 
 /// A daemon that serves node `src` as "disk", with `src` and `dst` as given.
 fn serve(dir: &Dir, src: &Value, dst: &Value) -> (Daemon, Client) {

@@ -1,0 +1,60 @@
+//! `block-commit`: images leave a chain, into the one below them.
+
+use super::mirror::ErrorPolicy;
+use super::{Command, Entry, entry};
+use crate::Daemon;
+use crate::error::Reply;
+use copy::OnError;
+use jobs::{ChainEnd, CommitArgs, commit};
+use qapi::json;
+use serde::Deserialize;
+use std::rc::Rc;
+
+pub(super) const COMMANDS: &[Entry] = &[entry::<BlockCommit>()];
+
+/// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error` and
+/// `buf-size` are not in QSD.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockCommit {
+    job_id: Option<String>,
+    device: String,
+    base_node: Option<String>,
+    base: Option<String>,
+    top_node: Option<String>,
+    top: Option<String>,
+    backing_file: Option<String>,
+    backing_mask_protocol: Option<bool>,
+    speed: Option<i64>,
+    buf_size: Option<u32>,
+    on_error: Option<ErrorPolicy>,
+    on_source_error: Option<ErrorPolicy>,
+    on_target_error: Option<ErrorPolicy>,
+    filter_node_name: Option<String>,
+    auto_finalize: Option<bool>,
+    auto_dismiss: Option<bool>,
+}
+
+impl Command for BlockCommit {
+    const NAME: &'static str = "block-commit";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let default = CommitArgs::new(&self.job_id.unwrap_or_default(), &self.device);
+        let both = self.on_error.map_or(OnError::Report, OnError::from);
+        let args = CommitArgs {
+            top: ChainEnd { node: self.top_node, file: self.top },
+            base: ChainEnd { node: self.base_node, file: self.base },
+            backing_file: self.backing_file,
+            backing_mask_protocol: self.backing_mask_protocol.unwrap_or(false),
+            speed: self.speed.unwrap_or(0),
+            buf_size: self.buf_size.map_or(0, u64::from),
+            on_source_error: self.on_source_error.map_or(both, OnError::from),
+            on_target_error: self.on_target_error.map_or(both, OnError::from),
+            filter_node_name: self.filter_node_name,
+            auto_finalize: self.auto_finalize.unwrap_or(true),
+            auto_dismiss: self.auto_dismiss.unwrap_or(true),
+            ..default
+        };
+        commit::start(daemon.jobs(), daemon.graph(), args).await?;
+        Ok(json!({}))
+    }
+}

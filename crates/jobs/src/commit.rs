@@ -1,0 +1,260 @@
+//! `block-commit` of images below the active one: what they hold goes down into the base, then they leave the chain.
+//!
+//! Phases: the base is opened for writing, the filter goes between the overlay and the top image, and the images that are
+//! committed promise nothing to anybody any more; the base grows, if it must; what is allocated above it is copied; the base is
+//! flushed; the overlay's header names the base, durably; one change of the graph lets the overlay use the base.
+//!
+//! What must stay true:
+//! * What the overlay shows never changes: the base is written only where an image above hides it.
+//! * The header names the base only when the base durably holds everything; the graph follows the header. Where the header
+//!   cannot be written both stay as they were, and the job fails.
+//! * The base is read-only again in the end, whatever happened, if it was before.
+
+use crate::JobError;
+use crate::chain::{self, BackingName, ChainPolicy, Headers, Turned};
+use crate::commit_args::{Checked, CommitArgs};
+use crate::event::{Kind, Progress};
+use crate::job::{Body, Job};
+use crate::registry::Registry;
+use block::{Io, Prealloc, Result, Span};
+use copy::{Engine, Work, first};
+use drivers::filters::commit_top::CommitTop;
+use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step};
+use std::any::Any;
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+
+const BUSY: &str = "block device is in use by block job: commit";
+
+/// What the base is asked for while it is written.
+const WRITING: Demand = Demand {
+    needs: Perms::CONSISTENT_READ.with(Perms::WRITE),
+    shares: Perms::CONSISTENT_READ.with(Perms::WRITE_UNCHANGED),
+};
+/// What an image that is committed lets others do: nobody may rely on it, since the base is inconsistent.
+const COMMITTED: Demand = Demand { needs: Perms::NONE, shares: Perms::WRITE.with(Perms::WRITE_UNCHANGED) };
+
+/// A running commit of images below the active one.
+pub struct Commit {
+    graph: Rc<Graph>,
+    args: CommitArgs,
+    device: Rc<NodeCell>,
+    top: Rc<NodeCell>,
+    base: Rc<NodeCell>,
+    filter: Rc<NodeCell>,
+    work: Rc<Work>,
+    policy: Rc<ChainPolicy>,
+    turned: Turned,
+    copying: RefCell<Option<Copying>>,
+    hold: RefCell<Option<Hold>>,
+}
+
+/// The job's own users of top and base: for as long as it copies.
+#[derive(Clone)]
+struct Copying {
+    source: Rc<Edge>,
+    target: Rc<Edge>,
+}
+
+/// What the job has of the graph, until it is dismissed.
+struct Hold {
+    _edges: Vec<Rc<Edge>>,
+    _blockers: Vec<Blocker>,
+}
+
+/// Checks the arguments, puts the filter in, and starts the job: one that becomes ready if `top` is the active image. On
+/// an error nothing is left behind (but the job may have been seen as created and gone).
+pub async fn start(
+    registry: &Registry,
+    graph: &Rc<Graph>,
+    args: CommitArgs,
+) -> std::result::Result<Rc<Job>, JobError> {
+    let checked = args.check(graph).await?;
+    let job = registry.create(&args.job_id, Kind::Commit, args.job_options(), None)?;
+    let built = match args.check_speed() {
+        Ok(()) => build(graph, args, checked).await,
+        Err(e) => Err(e),
+    };
+    match built {
+        Ok(body) => {
+            registry.start(&job, body);
+            Ok(job)
+        }
+        Err(e) => {
+            registry.discard(&job);
+            Err(e.into())
+        }
+    }
+}
+
+async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked) -> Result<Rc<Commit>> {
+    let Checked { device, top, base, between } = checked;
+    let blockers = chain::block_all([&device, &base].into_iter().chain(&between), BUSY);
+    let closed = chain::closed_to_writing(&base)?;
+    let job = || Parent::Job(args.job_id.clone());
+    let own = || Parent::Backend(args.job_id.clone());
+
+    let below = Parent::Node(RefCell::default());
+    let below = graph.attach_exact(&top, "backing", Role::Filtered, below, Demand::NOTHING).await?;
+    let options =
+        NodeOptions { name: args.filter_node_name.clone(), read_only: true, ..NodeOptions::default() };
+    let filter = graph.add(options, CommitTop::new(below)).await?;
+    let made = async {
+        let mut edges =
+            vec![graph.attach_exact(&device, "main node", Role::Root, job(), Demand::NOTHING).await?];
+        let mut plan = chain::turning(Plan::new(), &closed, true);
+        for node in &between {
+            let edge =
+                graph.attach_exact(node, "intermediate node", Role::Root, job(), Demand::NOTHING).await?;
+            plan = plan.then(Step::Ask { edge: edge.clone(), demand: COMMITTED });
+            edges.push(edge);
+        }
+        edges.push(graph.attach_exact(&base, "base", Role::Root, job(), Demand::NOTHING).await?);
+        let source = graph.attach_exact(&top, "root", Role::Root, own(), Demand::NOTHING).await?;
+        let target = graph.attach_exact(&base, "root", Role::Root, own(), Demand::NOTHING).await?;
+        let mut stay = edges.clone();
+        stay.push(source.clone());
+        plan = plan.then(Step::Ask { edge: target.clone(), demand: WRITING }).then(Step::MoveParents {
+            from: top.clone(),
+            to: filter.clone(),
+            except: stay,
+        });
+        let work = Work::new(graph.env().clone(), top.node().len(), chain::granularity(&between))?;
+        graph.apply(plan).await?;
+        Ok((edges, Copying { source, target }, work))
+    };
+    let (edges, copying, work) = match made.await {
+        Ok(made) => made,
+        Err(e) => {
+            // never used by anybody, so nobody else takes it away
+            let _ = graph.remove(&filter).await;
+            return Err(e);
+        }
+    };
+    let turned = Turned::default();
+    turned.note(closed);
+    Ok(Rc::new(Commit {
+        graph: graph.clone(),
+        policy: ChainPolicy::new(Some(base.clone()), false),
+        args,
+        device,
+        top,
+        base,
+        filter,
+        work,
+        turned,
+        copying: RefCell::new(Some(copying)),
+        hold: RefCell::new(Some(Hold { _edges: edges, _blockers: blockers })),
+    }))
+}
+
+impl Commit {
+    async fn work_on(&self, job: &Rc<Job>) -> Result<()> {
+        let Some(Copying { source, target }) = self.copying.borrow().clone() else { return Ok(()) };
+        let tail = self.hidden_tail(&target);
+        self.grow(&target).await?;
+        first::mark_above(&self.work, &source, Some(&self.base), false).await?;
+        let control: Rc<Job> = job.clone();
+        let mut engine = Engine::new(
+            self.work.clone(),
+            source,
+            target.clone(),
+            self.policy.clone(),
+            control,
+            self.args.buffer(),
+        );
+        engine.set_chunk(chain::CHUNK);
+        engine.watch(self.device.clone());
+        engine.run().await?;
+        self.work.pass_all();
+        if !tail.is_empty() {
+            engine.zero_target(tail).await?;
+        }
+        engine.flush_target().await?;
+        Ok(())
+    }
+
+    /// What the base holds behind the end of the top image, as far as the overlays reach: they see zeroes there, and must go
+    /// on to.
+    fn hidden_tail(&self, target: &Edge) -> Span {
+        let overlays = chain::overlays(&self.graph, &self.filter);
+        let reach = overlays.iter().map(|o| o.node().len()).max().unwrap_or(0);
+        let top = self.top.node().len();
+        Span::between(top, target.len().min(reach).max(top))
+    }
+
+    /// Makes the base as long as the image that goes into it.
+    async fn grow(&self, target: &Rc<Edge>) -> Result<()> {
+        let len = self.top.node().len();
+        if target.len() >= len {
+            return Ok(());
+        }
+        let needs = WRITING.needs.with(Perms::RESIZE);
+        self.graph.ask(target, Demand { needs, ..WRITING }).await?;
+        let grown = {
+            let _quiet = self.graph.quiesce(&self.base, std::slice::from_ref(target)).await;
+            target.resize(len, Prealloc::Off).await
+        };
+        self.graph.ask(target, WRITING).await?;
+        grown
+    }
+
+    async fn leave_chain(&self) -> Result<()> {
+        let name =
+            BackingName::of(&self.base, self.args.backing_file.as_deref(), self.args.backing_mask_protocol)
+                .await?;
+        let mut headers = Headers::new(&self.graph);
+        for overlay in chain::overlays(&self.graph, &self.filter) {
+            headers.write(&overlay, &name).await?;
+        }
+        let plan = Plan::new().then(Step::MoveParents {
+            from: self.filter.clone(),
+            to: self.base.clone(),
+            except: Vec::new(),
+        });
+        let moved = self.graph.apply(plan).await;
+        if moved.is_err() {
+            headers.put_back().await;
+        }
+        moved
+    }
+}
+
+impl Body for Commit {
+    fn run<'a>(&'a self, job: &'a Rc<Job>) -> Io<'a> {
+        Box::pin(self.work_on(job))
+    }
+
+    fn prepare(&self) -> Io<'_> {
+        Box::pin(self.leave_chain())
+    }
+
+    fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
+        Box::pin(async move {
+            if !success {
+                self.hold.take();
+                let back =
+                    Step::MoveParents { from: self.filter.clone(), to: self.top.clone(), except: Vec::new() };
+                // Going back asks for nothing that was not granted before, so it is not refused.
+                let _ = self.graph.apply(Plan::new().then(back)).await;
+            }
+            self.copying.take();
+            self.turned.back(&self.graph).await;
+            self.graph.settle().await;
+        })
+    }
+
+    fn keep(&self) -> Option<Box<dyn Any>> {
+        self.hold.take().map(|h| Box::new(h) as Box<dyn Any>)
+    }
+
+    fn progress(&self) -> Progress {
+        Progress { total: self.work.len(), current: self.work.passed() }
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}

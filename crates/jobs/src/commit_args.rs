@@ -1,0 +1,166 @@
+//! Arguments of a commit, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
+
+use crate::JobError;
+use crate::chain;
+use crate::job::Options;
+use block::{BlockError, Result};
+use copy::OnError;
+use graph::{Graph, NodeCell, walk};
+use std::rc::Rc;
+
+/// One end of what is committed, as the client names it.
+#[derive(Clone, Debug, Default)]
+pub struct ChainEnd {
+    /// Node name.
+    pub node: Option<String>,
+    /// Name of the image file, as in the chain.
+    pub file: Option<String>,
+}
+
+/// Arguments of `block-commit`, as the client gave them.
+#[derive(Clone, Debug)]
+pub struct CommitArgs {
+    /// Job id.
+    pub job_id: String,
+    /// The top of the chain: a root node.
+    pub device: String,
+    /// The highest image that goes down; the active one if nothing is said.
+    pub top: ChainEnd,
+    /// The image that gets everything; the lowest one if nothing is said.
+    pub base: ChainEnd,
+    /// What the overlay's header is to say instead of the base's name.
+    pub backing_file: Option<String>,
+    /// Calls a base that is a protocol node `raw` in the header.
+    pub backing_mask_protocol: bool,
+    /// Bytes per second, 0: no limit.
+    pub speed: i64,
+    /// Bytes in flight, 0: default.
+    pub buf_size: u64,
+    /// On failing reads.
+    pub on_source_error: OnError,
+    /// On failing writes.
+    pub on_target_error: OnError,
+    /// Name of the filter node.
+    pub filter_node_name: Option<String>,
+    /// See [`Options`].
+    pub auto_finalize: bool,
+    /// See [`Options`].
+    pub auto_dismiss: bool,
+}
+
+impl CommitArgs {
+    /// The active image into the lowest one, with all defaults.
+    pub fn new(job_id: &str, device: &str) -> CommitArgs {
+        CommitArgs {
+            job_id: job_id.to_owned(),
+            device: device.to_owned(),
+            top: ChainEnd::default(),
+            base: ChainEnd::default(),
+            backing_file: None,
+            backing_mask_protocol: false,
+            speed: 0,
+            buf_size: 0,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            filter_node_name: None,
+            auto_finalize: true,
+            auto_dismiss: true,
+        }
+    }
+
+    pub(crate) fn job_options(&self) -> Options {
+        Options {
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
+            speed: u64::try_from(self.speed).unwrap_or(0),
+            on_source_error: self.on_source_error,
+            on_target_error: self.on_target_error,
+        }
+    }
+
+    pub(crate) fn check_speed(&self) -> Result<()> {
+        if self.speed < 0 {
+            return Err(BlockError::invalid("Parameter 'speed' expects a non-negative value"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn buffer(&self) -> u64 {
+        if self.buf_size == 0 { chain::DEFAULT_BUFFER } else { self.buf_size }
+    }
+
+    /// Looks up the nodes and checks everything that can be checked before the job exists.
+    pub(crate) async fn check(&self, graph: &Graph) -> std::result::Result<Checked, JobError> {
+        let device = graph.find(&self.device).ok_or_else(|| JobError::NoDevice(self.device.clone()))?;
+        if !walk::is_root(&device) {
+            return Err(JobError::refused("Need a root block node"));
+        }
+        device.check_not_blocked()?;
+        let active = walk::skip_filters(&device);
+        let top = match self.top.find(graph, "top", &device, true).await? {
+            Some(top) if walk::contains(&device, &top) => top,
+            Some(other) => return Err(not_in_chain(&other)),
+            None => active.clone(),
+        };
+        let base = match self.base.find(graph, "base", &top, false).await? {
+            Some(base) if walk::contains(&top, &base) => base,
+            Some(other) => return Err(not_in_chain(&other)),
+            None => lowest(&top),
+        };
+        let between = chain::above(&top, Some(&base));
+        chain::check_free(&between)?;
+        base.check_not_blocked()?;
+        if top.id() == base.id() {
+            return Err(JobError::refused("cannot commit an image into itself"));
+        }
+        if top.id() == device.id() || top.id() == active.id() {
+            if self.backing_file.is_some() {
+                return Err(JobError::refused("'backing-file' specified, but 'top' is the active layer"));
+            }
+            return Err(JobError::refused("Committing the active layer is not supported"));
+        }
+        Ok(Checked { device, top, base, between })
+    }
+}
+
+impl ChainEnd {
+    /// The node that is meant, somewhere in the graph; files are looked for in the chain from `from`.
+    async fn find(
+        &self,
+        graph: &Graph,
+        what: &str,
+        from: &Rc<NodeCell>,
+        with_from: bool,
+    ) -> std::result::Result<Option<Rc<NodeCell>>, JobError> {
+        match (&self.node, &self.file) {
+            (Some(_), Some(_)) => {
+                Err(JobError::refused(format!("'{what}-node' and '{what}' are mutually exclusive")))
+            }
+            (Some(node), None) => Ok(Some(chain::find_node(graph, node)?)),
+            (None, Some(file)) => Ok(Some(chain::find_file(from, file, with_from).await?)),
+            (None, None) => Ok(None),
+        }
+    }
+}
+
+fn not_in_chain(node: &NodeCell) -> JobError {
+    JobError::refused(format!("'{}' is not in this backing file chain", node.name()))
+}
+
+/// The lowest image below `top`; `top` itself if there is none.
+fn lowest(top: &Rc<NodeCell>) -> Rc<NodeCell> {
+    let mut at = top.clone();
+    while let Some(below) = at.below() {
+        at = below;
+    }
+    at
+}
+
+/// Arguments that have been looked up.
+pub(crate) struct Checked {
+    pub(crate) device: Rc<NodeCell>,
+    pub(crate) top: Rc<NodeCell>,
+    pub(crate) base: Rc<NodeCell>,
+    /// From `top` down to what is above `base`.
+    pub(crate) between: Vec<Rc<NodeCell>>,
+}
