@@ -41,7 +41,7 @@ fn greeted(s: &mut UnixStream) -> bool {
 
 /// Shakes hands; also all bytes that were sent.
 fn enter(s: &mut UnixStream, mode: Mode) -> (Negotiated, Vec<u8>) {
-    let wants = ClientWants { export: "d".into(), mode, contexts: vec!["base:allocation".into()] };
+    let wants = ClientWants { export: "d".into(), mode, contexts: vec!["base:allocation".into()], tls: false };
     let mut hand = ClientHandshake::new(wants).unwrap();
     let (mut inbox, mut out, mut sent) = (Inbox::new(), Outbox::new(), Vec::new());
     let mut buffer = [0; 4096];
@@ -49,7 +49,7 @@ fn enter(s: &mut UnixStream, mode: Mode) -> (Negotiated, Vec<u8>) {
         let n = s.read(&mut buffer).unwrap();
         assert!(n > 0, "hung up in the handshake");
         inbox.push(bytes::Bytes::copy_from_slice(&buffer[..n]), usize::MAX);
-        let done = hand.step(&mut inbox, &mut out).unwrap();
+        let done = hand.step(&mut inbox, &mut out).unwrap().entered();
         let bytes = out.take().to_vec();
         s.write_all(&bytes).unwrap();
         sent.extend(bytes);

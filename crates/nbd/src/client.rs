@@ -25,6 +25,29 @@ pub struct ClientWants {
     pub mode: Mode,
     /// Metadata contexts to ask for.
     pub contexts: Vec<String>,
+    /// Whether the connection must be protected.
+    pub tls: bool,
+}
+
+/// What [`ClientHandshake::step`] came to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ClientStep {
+    /// More bytes are needed, after what is in the outbox has been sent.
+    NeedBytes,
+    /// TLS begins with the next byte; then the handshake goes on under it, with a step before any byte has come.
+    StartTls,
+    /// The transmission phase begins.
+    Enter(Negotiated),
+}
+
+impl ClientStep {
+    /// What was agreed on, if the transmission phase begins.
+    pub fn entered(self) -> Option<Negotiated> {
+        match self {
+            ClientStep::Enter(negotiated) => Some(negotiated),
+            _ => None,
+        }
+    }
 }
 
 /// What was agreed on.
@@ -51,6 +74,10 @@ pub struct Negotiated {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Greeting,
+    /// The server has agreed to TLS.
+    TlsAgreed,
+    /// TLS has begun; nothing has been said under it.
+    TlsBegun,
     /// Waiting for the replies to an option.
     Option(u32),
     /// Waiting for size, flags and perhaps padding after `EXPORT_NAME`.
@@ -114,17 +141,29 @@ impl ClientHandshake {
         })
     }
 
-    /// Goes as far as the bytes in `inbox` allow; the result once the transmission phase begins.
-    pub fn step(&mut self, inbox: &mut Inbox, out: &mut Outbox) -> Result<Option<Negotiated>> {
+    /// Goes as far as the bytes in `inbox` allow.
+    pub fn step(&mut self, inbox: &mut Inbox, out: &mut Outbox) -> Result<ClientStep> {
         loop {
             let moved = match self.state {
                 State::Greeting => self.greeting(inbox, out)?,
                 State::Option(o) => self.option_reply(o, inbox, out)?,
                 State::ExportName => self.export_name(inbox)?,
-                State::Done => return self.checked().map(Some),
+                State::TlsAgreed if !inbox.is_empty() => {
+                    // It came in the clear and would be taken for protected.
+                    return broken("it did not wait for TLS to begin");
+                }
+                State::TlsAgreed => {
+                    self.state = State::TlsBegun;
+                    return Ok(ClientStep::StartTls);
+                }
+                State::TlsBegun => {
+                    self.ask_mode(self.wants.mode, out);
+                    true
+                }
+                State::Done => return self.checked().map(ClientStep::Enter),
             };
             if !moved {
-                return Ok(None);
+                return Ok(ClientStep::NeedBytes);
             }
         }
     }
@@ -148,7 +187,12 @@ impl ClientHandshake {
         let ours = theirs & (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES);
         self.no_zeroes = ours & handshake::NO_ZEROES != 0;
         out.put(&ours.to_be_bytes());
-        if ours & handshake::FIXED_NEWSTYLE == 0 {
+        if self.wants.tls {
+            if ours & handshake::FIXED_NEWSTYLE == 0 {
+                return Err(no_tls());
+            }
+            self.ask(opt::STARTTLS, &[], out);
+        } else if ours & handshake::FIXED_NEWSTYLE == 0 {
             self.wants.mode = Mode::Simple;
             self.ask_export_name(out);
         } else {
@@ -159,6 +203,9 @@ impl ClientHandshake {
 
     /// A server from before options: size, 32 bits of flags, 124 zeroes, and there is only one export.
     fn oldstyle(&mut self, inbox: &mut Inbox) -> Result<bool> {
+        if self.wants.tls {
+            return Err(no_tls());
+        }
         let Some(b) = inbox.take_array::<152>() else { return Ok(false) };
         if !self.wants.export.is_empty() {
             return Err(BlockError::invalid(
@@ -253,6 +300,7 @@ impl ClientHandshake {
             return self.refused(option, kind, &String::from_utf8_lossy(&data), out).map(|()| true);
         }
         match (option, kind) {
+            (opt::STARTTLS, rep::ACK) => self.state = State::TlsAgreed,
             (opt::EXTENDED_HEADERS, rep::ACK) => {
                 self.result.mode = Mode::Extended;
                 self.ask_contexts(out);
@@ -352,6 +400,10 @@ impl ClientHandshake {
         }
         Ok(r)
     }
+}
+
+fn no_tls() -> BlockError {
+    BlockError::new(ErrorKind::Permission, "Server does not support STARTTLS")
 }
 
 fn refusal(option: u32, kind: u32, text: &str, export: &str) -> BlockError {

@@ -1,6 +1,7 @@
 //! The client's handshake against our server's, against older servers, and against liars.
 
 use super::*;
+use crate::Protection;
 use crate::server::{Catalog, ExportFacts, HandshakeStep, ServerHandshake};
 use proptest::prelude::*;
 
@@ -23,7 +24,12 @@ fn facts() -> ExportFacts {
 }
 
 fn wants(mode: Mode) -> ClientWants {
-    ClientWants { export: "disk".into(), mode, contexts: vec!["base:allocation".into(), "none:such".into()] }
+    ClientWants {
+        export: "disk".into(),
+        mode,
+        contexts: vec!["base:allocation".into(), "none:such".into()],
+        tls: false,
+    }
 }
 
 fn feed(
@@ -38,7 +44,7 @@ fn feed(
         inbox.push(bytes::Bytes::copy_from_slice(piece), 8);
         last = c.step(inbox, out)?;
     }
-    Ok(last)
+    Ok(last.entered())
 }
 
 fn meet(mode: Mode, cut: usize, f: ExportFacts, export: &str) -> Result<Negotiated> {
@@ -201,4 +207,65 @@ fn liars_are_named() {
             .message()
             .contains("Bad initial magic received: 0x5353482d322e302d")
     );
+}
+
+/// Both sides with TLS wanted as told, nothing encrypted: in which order steps come is what is looked at.
+fn meet_protected(client: bool, server: Protection) -> Result<Vec<&'static str>> {
+    let catalog = One(facts());
+    let mut c = ClientHandshake::new(ClientWants { tls: client, ..wants(Mode::Extended) })?;
+    let mut s = ServerHandshake::with(server);
+    let (mut cin, mut sin, mut cout, mut sout) = (Inbox::new(), Inbox::new(), Outbox::new(), Outbox::new());
+    let mut seen = Vec::new();
+    ServerHandshake::greeting(&mut sout);
+    loop {
+        cin.push(sout.take().contiguous(), 0);
+        loop {
+            match c.step(&mut cin, &mut cout)? {
+                ClientStep::NeedBytes => break,
+                ClientStep::StartTls => {
+                    assert!(cout.is_empty(), "something would be said in the clear");
+                    seen.push("client begins");
+                }
+                ClientStep::Enter(_) => return Ok(seen),
+            }
+        }
+        sin.push(cout.take().contiguous(), 0);
+        loop {
+            match s.step(&mut sin, &mut sout, &catalog)? {
+                HandshakeStep::Handled => {}
+                HandshakeStep::StartTls => seen.push("server begins"),
+                _ => break,
+            }
+        }
+    }
+}
+
+#[test]
+fn tls_begins_when_both_want_it_and_before_anything_is_told() {
+    assert_eq!(meet_protected(true, Protection::Required).unwrap(), ["server begins", "client begins"]);
+    assert!(meet_protected(false, Protection::None).unwrap().is_empty());
+    let e = meet_protected(true, Protection::None).unwrap_err();
+    assert!(e.kind() == ErrorKind::Permission && e.message().contains("starttls"), "{e}");
+    let e = meet_protected(false, Protection::Required).unwrap_err();
+    assert!(e.kind() == ErrorKind::Permission && e.message().contains("TLS"), "{e}");
+}
+
+#[test]
+fn what_comes_in_the_clear_behind_the_agreement_is_refused() {
+    let secret = [greeting(3), reply(opt::STARTTLS, rep::ACK, b""), reply(opt::GO, rep::ACK, b"")].concat();
+    let protected = || ClientHandshake::new(ClientWants { tls: true, ..wants(Mode::Extended) }).unwrap();
+    for cut in [secret.len(), 38 + 1, 7] {
+        let (mut c, mut inbox, mut out) = (protected(), Inbox::new(), Outbox::new());
+        inbox.push(bytes::Bytes::copy_from_slice(&secret[..cut]), 0);
+        let first = c.step(&mut inbox, &mut out);
+        if cut > 38 {
+            assert!(first.unwrap_err().message().contains("did not wait"));
+        }
+    }
+    // A server that knows no options, or is from before them, cannot protect.
+    for stream in [greeting(0), [MAGIC.to_be_bytes(), OLDSTYLE_MAGIC.to_be_bytes()].concat()] {
+        let (mut c, mut inbox, mut out) = (protected(), Inbox::new(), Outbox::new());
+        inbox.push(stream.into(), 0);
+        assert_eq!(c.step(&mut inbox, &mut out).unwrap_err().message(), "Server does not support STARTTLS");
+    }
 }

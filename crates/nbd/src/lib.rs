@@ -27,7 +27,7 @@ mod request;
 mod server;
 
 pub use assembly::ReadAssembly;
-pub use client::{ClientHandshake, ClientWants, Negotiated};
+pub use client::{ClientHandshake, ClientStep, ClientWants, Negotiated};
 pub use errno::{error_from_wire, error_to_wire};
 pub use inbox::Inbox;
 pub use outbox::Outbox;
@@ -35,4 +35,4 @@ pub use proto::{Cmd, Mode};
 pub use reply_parser::{Answer, Expected, Reply, ReplyParser};
 pub use reply_writer::{ReplyWriter, StatusExtent};
 pub use request::{ParseError, Request, RequestParser, encode_request};
-pub use server::{Agreed, Catalog, ExportFacts, HandshakeStep, ServerHandshake};
+pub use server::{Agreed, Catalog, ExportFacts, HandshakeStep, Protection, ServerHandshake};

@@ -56,8 +56,22 @@ pub enum HandshakeStep {
     Handled,
     /// Transmission begins with the next byte.
     Enter(Agreed),
+    /// What is in the outbox is sent in the clear; then TLS begins, and the handshake goes on under it.
+    StartTls,
     /// The client said good-bye.
     Ended,
+}
+
+/// Whether and how the server protects connections.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Protection {
+    /// Everything in the clear; `STARTTLS` is refused.
+    #[default]
+    None,
+    /// Nothing is told or done before TLS has begun (FORCEDTLS of the specification).
+    Required,
+    /// TLS has begun.
+    Begun,
 }
 
 enum State {
@@ -76,6 +90,7 @@ pub struct ServerHandshake {
     fixed: bool,
     no_zeroes: bool,
     mode: Mode,
+    protection: Protection,
     /// The last successful `SET_META_CONTEXT`: export name and context ids.
     selected: Option<(String, Vec<u32>)>,
 }
@@ -103,13 +118,19 @@ fn broken<T>(what: impl std::fmt::Display) -> Result<T> {
 }
 
 impl ServerHandshake {
-    /// A handshake before its first byte.
+    /// A handshake in the clear, before its first byte.
     pub fn new() -> ServerHandshake {
+        ServerHandshake::with(Protection::None)
+    }
+
+    /// A handshake before its first byte.
+    pub fn with(protection: Protection) -> ServerHandshake {
         ServerHandshake {
             state: State::ClientFlags,
             fixed: false,
             no_zeroes: false,
             mode: Mode::Simple,
+            protection,
             selected: None,
         }
     }
@@ -186,13 +207,14 @@ impl ServerHandshake {
         }
         inbox.skip(16);
         let data = inbox.take(len as usize).unwrap_or_default().contiguous();
-        self.option(option, &data, out, c)
+        self.option(option, &data, inbox, out, c)
     }
 
     fn option(
         &mut self,
         option: u32,
         data: &[u8],
+        inbox: &Inbox,
         out: &mut Outbox,
         c: &dyn Catalog,
     ) -> Result<HandshakeStep> {
@@ -201,6 +223,15 @@ impl ServerHandshake {
         if bare && !data.is_empty() {
             let why = format!("option '{}' takes no data", opt::name(option));
             return Ok(refuse(out, option, rep::ERR_INVALID, &why));
+        }
+        if self.protection == Protection::Required && !matches!(option, opt::STARTTLS | opt::ABORT) {
+            let why = format!("option {option} ({}) before TLS has begun", opt::name(option));
+            return if option == opt::EXPORT_NAME {
+                // This option has no error reply: hanging up is the answer.
+                Err(BlockError::new(ErrorKind::Permission, why))
+            } else {
+                Ok(refuse(out, option, rep::ERR_TLS_REQD, &format!("{why}: this server requires TLS")))
+            };
         }
         Ok(match option {
             opt::EXPORT_NAME => return self.export_name(data, out, c),
@@ -216,7 +247,19 @@ impl ServerHandshake {
                 reply(out, option, rep::ACK, &[]);
                 HandshakeStep::Handled
             }
-            opt::STARTTLS => refuse(out, option, rep::ERR_POLICY, "TLS is not configured"),
+            opt::STARTTLS => match self.protection {
+                Protection::None => refuse(out, option, rep::ERR_POLICY, "TLS is not configured"),
+                Protection::Begun => refuse(out, option, rep::ERR_INVALID, "TLS has begun already"),
+                // What the client sent behind it came in the clear and would be taken for protected.
+                Protection::Required if !inbox.is_empty() => {
+                    return broken("it did not wait for TLS to begin");
+                }
+                Protection::Required => {
+                    reply(out, option, rep::ACK, &[]);
+                    self.protection = Protection::Begun;
+                    HandshakeStep::StartTls
+                }
+            },
             opt::INFO | opt::GO => self.go(option, data, out, c),
             opt::STRUCTURED_REPLY | opt::EXTENDED_HEADERS => self.raise_mode(option, out),
             opt::LIST_META_CONTEXT | opt::SET_META_CONTEXT => self.meta_context(option, data, out, c),

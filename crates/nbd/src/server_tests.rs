@@ -43,7 +43,11 @@ fn meta(name: &str, queries: &[&str]) -> Vec<u8> {
 
 /// Runs a stream, cut as told; the bytes sent and how it ended.
 fn run(stream: &[u8], cuts: &[usize]) -> (Vec<u8>, Result<HandshakeStep>) {
-    let (mut h, mut inbox, mut out) = (ServerHandshake::new(), Inbox::new(), Outbox::new());
+    run_with(Protection::None, stream, cuts)
+}
+
+fn run_with(p: Protection, stream: &[u8], cuts: &[usize]) -> (Vec<u8>, Result<HandshakeStep>) {
+    let (mut h, mut inbox, mut out) = (ServerHandshake::with(p), Inbox::new(), Outbox::new());
     let (mut at, mut cuts) = (0, cuts.iter().cycle());
     loop {
         match h.step(&mut inbox, &mut out, &Shop) {
@@ -248,4 +252,40 @@ proptest! {
         let (out, _) = run(&s, &[11]);
         prop_assert!(out.len() < 10_000);
     }
+}
+
+#[test]
+fn a_server_that_requires_tls_tells_nothing_before() {
+    for option in [
+        opt::LIST,
+        opt::STRUCTURED_REPLY,
+        opt::EXTENDED_HEADERS,
+        opt::INFO,
+        opt::GO,
+        opt::SET_META_CONTEXT,
+        99,
+    ] {
+        let s = [flags(3), self::option(option, b""), self::option(opt::ABORT, b"")].concat();
+        let (out, end) = run_with(Protection::Required, &s, &[100]);
+        let r = replies(&out);
+        assert_eq!(
+            r.iter().map(|r| r.1).collect::<Vec<_>>(),
+            [rep::ERR_TLS_REQD, rep::ACK],
+            "option {option}"
+        );
+        assert_eq!(end.unwrap(), HandshakeStep::Ended);
+    }
+    let s = [flags(3), option(opt::EXPORT_NAME, b"a")].concat();
+    let (out, end) = run_with(Protection::Required, &s, &[100]);
+    assert!(out.is_empty() && end.is_err());
+    // Said in the clear behind the request for TLS, and received with it.
+    let s = [flags(3), option(opt::STARTTLS, b""), option(opt::LIST, b"")].concat();
+    let (out, end) = run_with(Protection::Required, &s, &[100]);
+    assert!(out.is_empty() && end.unwrap_err().message().contains("did not wait"));
+    let (out, end) = run_with(Protection::Required, &s, &[20]);
+    assert_eq!(replies(&out).iter().map(|r| r.1).collect::<Vec<_>>(), [rep::ACK]);
+    assert_eq!(end.unwrap(), HandshakeStep::StartTls);
+    let s = [flags(3), option(opt::STARTTLS, b""), option(opt::ABORT, b"")].concat();
+    let (out, _) = run_with(Protection::Begun, &s, &[100]);
+    assert_eq!(replies(&out).iter().map(|r| r.1).collect::<Vec<_>>(), [rep::ERR_INVALID, rep::ACK]);
 }

@@ -69,7 +69,7 @@ pub fn parse_uri(uri: &str) -> Result<(Option<String>, Option<String>, String), 
 
 /// Shakes hands as a client.
 pub fn enter(socket: &mut Socket, export: &str, mode: Mode) -> Result<Negotiated, String> {
-    let wants = ClientWants { export: export.to_owned(), mode, contexts: Vec::new() };
+    let wants = ClientWants { export: export.to_owned(), mode, contexts: Vec::new(), tls: false };
     let mut hand = ClientHandshake::new(wants).map_err(|e| e.to_string())?;
     let (mut inbox, mut out) = (Inbox::new(), Outbox::new());
     let mut buffer = [0; 4096];
@@ -79,7 +79,7 @@ pub fn enter(socket: &mut Socket, export: &str, mode: Mode) -> Result<Negotiated
             return Err("the server hung up during the handshake".to_owned());
         }
         inbox.push(bytes::Bytes::copy_from_slice(&buffer[..n]), usize::MAX);
-        let done = hand.step(&mut inbox, &mut out).map_err(|e| e.to_string())?;
+        let done = hand.step(&mut inbox, &mut out).map_err(|e| e.to_string())?.entered();
         socket.write_all(&out.take().to_vec()).map_err(|e| e.to_string())?;
         if let Some(n) = done {
             return Ok(n);

@@ -58,11 +58,11 @@ impl NbdDisk {
         verdict: &Verdict,
     ) -> Result<Rc<NbdDisk>> {
         let stream = env.connect(at).await?;
-        let wants = ClientWants { export: export.to_owned(), mode, contexts: Vec::new() };
+        let wants = ClientWants { export: export.to_owned(), mode, contexts: Vec::new(), tls: false };
         let mut handshake = ClientHandshake::new(wants)?;
         let (mut inbox, mut out) = (Inbox::new(), Outbox::new());
         let agreed = loop {
-            if let Some(agreed) = handshake.step(&mut inbox, &mut out)? {
+            if let Some(agreed) = handshake.step(&mut inbox, &mut out)?.entered() {
                 break agreed;
             }
             if !out.is_empty() {

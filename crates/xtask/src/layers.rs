@@ -15,6 +15,7 @@ const LAYERS: &[(&str, u32)] = &[
     ("bitmap", 1),
     ("nbd", 1),
     ("qapi", 1),
+    ("tls", 2),
     ("graph", 2),
     ("qcow2", 3),
     ("drivers", 3),

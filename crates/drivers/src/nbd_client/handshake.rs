@@ -1,8 +1,10 @@
 //! Entering an export: the pure handshake of the crate `nbd`, fed from a stream, in bounded time.
 
+use super::ClientTls;
 use block::{BlockError, ErrorKind, Result};
 use env::{Env, Stream};
-use nbd::{ClientHandshake, ClientWants, Inbox, Negotiated, Outbox};
+use nbd::{ClientHandshake, ClientStep, ClientWants, Inbox, Negotiated, Outbox};
+use std::rc::Rc;
 use std::time::Duration;
 
 /// A server that takes longer for its handshake is not there: no disk hangs on opening it.
@@ -10,14 +12,15 @@ const LIMIT: Duration = Duration::from_secs(30);
 /// Bytes taken in one receive.
 const RECEIVE: usize = 16 << 10;
 
-/// Shakes hands over `stream`. What came after the handshake is left in `inbox`.
+/// Shakes hands over `stream`; the stream to go on with (under TLS, if that is wanted) and what was agreed. What came after the handshake is left in `inbox`.
 pub(super) async fn enter(
     env: &Env,
-    stream: &dyn Stream,
+    stream: Rc<dyn Stream>,
+    tls: Option<&ClientTls>,
     inbox: &mut Inbox,
     wants: ClientWants,
-) -> Result<Negotiated> {
-    let shaking = Box::pin(shake(stream, inbox, wants));
+) -> Result<(Rc<dyn Stream>, Negotiated)> {
+    let shaking = Box::pin(shake(stream, tls, inbox, wants));
     match env.timeout(LIMIT, shaking).await {
         Some(result) => result,
         None => {
@@ -27,10 +30,27 @@ pub(super) async fn enter(
     }
 }
 
-async fn shake(stream: &dyn Stream, inbox: &mut Inbox, wants: ClientWants) -> Result<Negotiated> {
+async fn shake(
+    mut stream: Rc<dyn Stream>,
+    tls: Option<&ClientTls>,
+    inbox: &mut Inbox,
+    wants: ClientWants,
+) -> Result<(Rc<dyn Stream>, Negotiated)> {
     let (mut hand, mut out) = (ClientHandshake::new(wants)?, Outbox::new());
     let mut first = true;
     loop {
+        let step = hand.step(inbox, &mut out)?;
+        if !out.is_empty() {
+            stream.send(out.take()).await?;
+        }
+        match (step, tls) {
+            (ClientStep::Enter(negotiated), _) => return Ok((stream, negotiated)),
+            (ClientStep::StartTls, Some(tls)) => {
+                stream = tls.credentials.connect(stream, tls.hostname.as_deref()).await?;
+                continue;
+            }
+            _ => {}
+        }
         let piece = stream.recv(RECEIVE).await?;
         if piece.is_empty() {
             let what = if first { "initial magic" } else { "option reply" };
@@ -39,12 +59,5 @@ async fn shake(stream: &dyn Stream, inbox: &mut Inbox, wants: ClientWants) -> Re
         }
         first = false;
         inbox.push(piece, usize::MAX);
-        let done = hand.step(inbox, &mut out)?;
-        if !out.is_empty() {
-            stream.send(out.take()).await?;
-        }
-        if let Some(negotiated) = done {
-            return Ok(negotiated);
-        }
     }
 }

@@ -6,7 +6,7 @@
 //! What must stay true: a cookie is not used again while the server may still answer it; nothing the server sends makes
 //! us hold more than what was asked for.
 
-use super::handshake;
+use super::{ClientTls, handshake};
 use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::sync::{Notify, OneshotSender, Semaphore, oneshot};
 use env::{Address, Env, Stream};
@@ -90,13 +90,18 @@ pub(super) struct Link {
 
 impl Link {
     /// Connects, shakes hands and starts the two tasks.
-    pub(super) async fn connect(env: &Env, to: &Address, wants: ClientWants) -> Result<Rc<Link>> {
+    pub(super) async fn connect(
+        env: &Env,
+        to: &Address,
+        tls: Option<&ClientTls>,
+        wants: ClientWants,
+    ) -> Result<Rc<Link>> {
         let stream = env.connect(to).await.map_err(|e| {
             let said = e.message().to_owned();
             e.with_message(format!("Failed to connect to '{to}': {said}"))
         })?;
         let mut inbox = Inbox::new();
-        let negotiated = handshake::enter(env, &*stream, &mut inbox, wants).await?;
+        let (stream, negotiated) = handshake::enter(env, stream, tls, &mut inbox, wants).await?;
         let link = Rc::new(Link {
             stream,
             negotiated,

@@ -51,14 +51,27 @@ pub struct NbdOptions {
     pub connections: u32,
     /// Metadata context to report instead of `base:allocation`.
     pub x_dirty_bitmap: Option<String>,
-    /// Id of TLS credentials.
-    pub tls_creds: Option<String>,
-    /// Host name to check TLS certificates against.
-    pub tls_hostname: Option<String>,
+    /// How connections are protected; `None`: everything in the clear.
+    pub tls: Option<ClientTls>,
     /// The node is not to be written.
     pub read_only: bool,
     /// The node may be read-only if the server is.
     pub auto_read_only: bool,
+}
+
+/// TLS on every connection.
+#[derive(Clone)]
+pub struct ClientTls {
+    /// Our certificate, if we have one, and whom we trust.
+    pub credentials: Rc<tls::Credentials>,
+    /// The name that the server's certificate must be for.
+    pub hostname: Option<String>,
+}
+
+impl fmt::Debug for ClientTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientTls").field("hostname", &self.hostname).finish_non_exhaustive()
+    }
 }
 
 impl NbdOptions {
@@ -71,8 +84,7 @@ impl NbdOptions {
             open_timeout: 0,
             connections: DEFAULT_CONNECTIONS,
             x_dirty_bitmap: None,
-            tls_creds: None,
-            tls_hostname: None,
+            tls: None,
             read_only: false,
             auto_read_only: false,
         }
@@ -233,9 +245,6 @@ fn bracketed(host: &str) -> String {
 }
 
 fn check(o: &NbdOptions) -> Result<()> {
-    if let Some(id) = o.tls_creds.as_ref().or(o.tls_hostname.as_ref()) {
-        return Err(BlockError::unsupported(format!("tls-creds '{id}': the nbd driver has no TLS yet")));
-    }
     if o.export.len() > MAX_STRING {
         return Err(BlockError::invalid("export name too long to send to server"));
     }

@@ -41,7 +41,7 @@ pub(super) struct Pool {
 
 fn wants(o: &NbdOptions) -> ClientWants {
     let context = o.x_dirty_bitmap.clone().unwrap_or_else(|| "base:allocation".to_owned());
-    ClientWants { export: o.export.clone(), mode: Mode::Extended, contexts: vec![context] }
+    ClientWants { export: o.export.clone(), mode: Mode::Extended, contexts: vec![context], tls: o.tls.is_some() }
 }
 
 impl Pool {
@@ -50,7 +50,7 @@ impl Pool {
         let end = env.now() + Duration::from_secs(u64::from(options.open_timeout));
         let mut pause = FIRST_PAUSE;
         let first = loop {
-            match Link::connect(env, &options.server, wants(&options)).await {
+            match Link::connect(env, &options.server, options.tls.as_ref(), wants(&options)).await {
                 Ok(link) => break link,
                 Err(e) if env.now() >= end => return Err(e),
                 Err(_) => {
@@ -125,7 +125,8 @@ impl Pool {
     }
 
     async fn connect(&self) -> Option<Rc<Link>> {
-        let connecting = Box::pin(Link::connect(&self.env, &self.options.server, wants(&self.options)));
+        let o = &self.options;
+        let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants(o)));
         let link = self.unless_closed(connecting).await?.ok()?;
         if let Err(e) = self.same_export(link.negotiated()) {
             link.fail(&e);

@@ -15,10 +15,11 @@ use block::{BlockError, Result};
 use env::sync::{Notify, Semaphore};
 use env::{Address, Env, Listener, Stream, TaskHandle};
 use nbd::proto::flag;
-use nbd::{Agreed, Catalog, ExportFacts, HandshakeStep, Inbox, Outbox, ServerHandshake};
+use nbd::{Agreed, Catalog, ExportFacts, HandshakeStep, Inbox, Outbox, Protection, ServerHandshake};
 use session::Session;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -40,10 +41,26 @@ pub struct ServerOptions {
     pub max_connections: u32,
     /// Seconds that a client may take for its handshake; 0: for ever.
     pub handshake_max_seconds: u32,
-    /// Id of TLS credentials.
-    pub tls_creds: Option<String>,
-    /// Id of an authorisation list.
-    pub tls_authz: Option<String>,
+    /// How connections are protected; `None`: everything in the clear.
+    pub tls: Option<ServerTls>,
+}
+
+/// Asked of each client that has proved who it is, by its distinguished name: whether it may enter.
+pub type Authorize = Rc<dyn Fn(&str) -> bool>;
+
+/// TLS for every client, before anything else is said.
+#[derive(Clone)]
+pub struct ServerTls {
+    /// Our certificate, and whom we trust.
+    pub credentials: Rc<tls::Credentials>,
+    /// Who of those may enter; `None`: all.
+    pub authorize: Option<Authorize>,
+}
+
+impl fmt::Debug for ServerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerTls").field("authorize", &self.authorize.is_some()).finish_non_exhaustive()
+    }
 }
 
 impl ServerOptions {
@@ -53,10 +70,15 @@ impl ServerOptions {
             address,
             max_connections: DEFAULT_MAX_CONNECTIONS,
             handshake_max_seconds: DEFAULT_HANDSHAKE_SECONDS,
-            tls_creds: None,
-            tls_authz: None,
+            tls: None,
         }
     }
+}
+
+/// What holds for every client's handshake.
+struct Terms {
+    limit: Duration,
+    tls: Option<ServerTls>,
 }
 
 struct Clients {
@@ -75,16 +97,13 @@ pub(crate) struct NbdServer {
 
 impl NbdServer {
     pub(crate) async fn start(env: &Env, o: &ServerOptions, exports: &Rc<Exports>) -> Result<NbdServer> {
-        if o.tls_creds.is_some() || o.tls_authz.is_some() {
-            let which = if o.tls_creds.is_some() { "tls-creds" } else { "tls-authz" };
-            return Err(BlockError::unsupported(format!("Parameter '{which}' is not supported: no TLS yet")));
-        }
         let listener = env.listen(&o.address).await.map_err(|e| listen_error(&o.address, e))?;
         let slots = (o.max_connections > 0).then(|| Semaphore::new(o.max_connections as usize));
         let clients =
             Rc::new(Clients { streams: RefCell::new(BTreeMap::new()), slots, none_left: Notify::new() });
         let limit = Duration::from_secs(u64::from(o.handshake_max_seconds));
-        let task = accept(env.clone(), listener.clone(), clients.clone(), exports.clone(), limit);
+        let terms = Rc::new(Terms { limit, tls: o.tls.clone() });
+        let task = accept(env.clone(), listener.clone(), clients.clone(), exports.clone(), terms);
         let accepting = env.spawn("nbd accept", task);
         Ok(NbdServer { listener, accepting, clients, multi_conn: o.max_connections != 1 })
     }
@@ -149,7 +168,7 @@ async fn accept(
     listener: Rc<dyn Listener>,
     clients: Rc<Clients>,
     exports: Rc<Exports>,
-    handshake_limit: Duration,
+    terms: Rc<Terms>,
 ) {
     let mut next = 0;
     loop {
@@ -171,20 +190,21 @@ async fn accept(
         clients.streams.borrow_mut().insert(next, stream.clone());
         let seat = Seat { clients: clients.clone(), key: next };
         next += 1;
-        let (timer, exports) = (env.clone(), exports.clone());
+        let (timer, exports, terms) = (env.clone(), exports.clone(), terms.clone());
         env.spawn("nbd client", async move {
             let seat = seat;
-            client(&timer, stream, &exports, handshake_limit).await;
+            client(&timer, stream, &exports, &terms).await;
             drop(seat);
         });
     }
 }
 
-async fn client(env: &Env, stream: Rc<dyn Stream>, exports: &Rc<Exports>, limit: Duration) {
+async fn client(env: &Env, stream: Rc<dyn Stream>, exports: &Rc<Exports>, terms: &Terms) {
     let mut inbox = Inbox::new();
-    let shaking = Box::pin(handshake(&*stream, &mut inbox, exports));
+    let (limit, tls) = (terms.limit, terms.tls.as_ref());
+    let shaking = Box::pin(handshake(stream, tls, &mut inbox, exports));
     let entered = if limit.is_zero() { shaking.await } else { env.timeout(limit, shaking).await.flatten() };
-    let Some((agreed, export, farewell)) = entered else { return };
+    let Some(Entered { stream, agreed, export, farewell }) = entered else { return };
     let attendance = export.attend(stream.clone());
     // The client may begin as soon as it has this, so the export knows of it before.
     if stream.send(farewell).await.is_ok() {
@@ -193,19 +213,31 @@ async fn client(env: &Env, stream: Rc<dyn Stream>, exports: &Rc<Exports>, limit:
     drop(attendance);
 }
 
-/// What a client entered, and the last bytes of the handshake, not yet sent. `None`: it left, or had to.
+/// What a client has come to.
+struct Entered {
+    /// Its connection, under TLS if that was agreed.
+    stream: Rc<dyn Stream>,
+    agreed: Agreed,
+    export: Rc<Export>,
+    /// The last bytes of the handshake, not yet sent.
+    farewell: block::Data,
+}
+
+/// Brings a client into an export. `None`: it left, or had to.
 async fn handshake(
-    stream: &dyn Stream,
+    mut stream: Rc<dyn Stream>,
+    tls: Option<&ServerTls>,
     inbox: &mut Inbox,
     exports: &Rc<Exports>,
-) -> Option<(Agreed, Rc<Export>, block::Data)> {
-    let (mut state, mut out) = (ServerHandshake::new(), Outbox::new());
+) -> Option<Entered> {
+    let protection = if tls.is_some() { Protection::Required } else { Protection::None };
+    let (mut state, mut out) = (ServerHandshake::with(protection), Outbox::new());
     ServerHandshake::greeting(&mut out);
     loop {
         let step = state.step(inbox, &mut out, &**exports);
         if let Ok(HandshakeStep::Enter(agreed)) = step {
             let export = exports.find(&agreed.export)?;
-            return Some((agreed, export, out.take()));
+            return Some(Entered { stream, agreed, export, farewell: out.take() });
         }
         if !out.is_empty() {
             // Before the next option is looked at: a client that asks and does not read gets no second answer.
@@ -220,9 +252,20 @@ async fn handshake(
                 inbox.push(piece, usize::MAX);
             }
             Ok(HandshakeStep::Handled) => {}
+            Ok(HandshakeStep::StartTls) => stream = protect(stream, tls?).await?,
             Ok(HandshakeStep::Ended | HandshakeStep::Enter(_)) | Err(_) => return None,
         }
     }
+}
+
+/// The stream under TLS, if the peer is one that may enter.
+async fn protect(stream: Rc<dyn Stream>, tls: &ServerTls) -> Option<Rc<dyn Stream>> {
+    let stream = tls.credentials.accept(stream).await.ok()?;
+    let allowed = match &tls.authorize {
+        Some(may) => stream.peer_name().is_some_and(|name| may(&name)),
+        None => true,
+    };
+    allowed.then_some(stream as Rc<dyn Stream>)
 }
 
 impl Catalog for Exports {
