@@ -9,7 +9,7 @@ use drivers::file::Locking;
 use drivers::nbd_client::NbdOptions;
 use drivers::null::NullOptions;
 use graph::DetectZeroes;
-use open::{Backing, Child, Common, DriverSpec, FileSpec, NodeSpec, Qcow2Spec};
+use open::{Backing, Child, Common, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec};
 use qapi::{Map, Value};
 use qcow2::OverlapCheck;
 use std::time::Duration;
@@ -124,19 +124,19 @@ fn null(f: &Fields<'_>) -> Result<NullOptions, QmpError> {
     })
 }
 
-fn nbd(f: &Fields<'_>) -> Result<NbdOptions, QmpError> {
+fn nbd(f: &Fields<'_>) -> Result<NbdSpec, QmpError> {
     let server = f.0.get("server").cloned().unwrap_or_default();
     let server: SocketAddress = qapi::from_value(server).map_err(|e| QmpError::generic(e.to_string()))?;
     let seconds = |key: &str| f.signed(key).and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
     let default = NbdOptions::new(server.read()?, f.text("export").unwrap_or_default());
-    Ok(NbdOptions {
+    let options = NbdOptions {
         reconnect_delay: seconds("reconnect-delay"),
         open_timeout: seconds("open-timeout"),
         x_dirty_bitmap: f.text("x-dirty-bitmap").map(str::to_owned),
-        tls_creds: f.text("tls-creds").map(str::to_owned),
-        tls_hostname: f.text("tls-hostname").map(str::to_owned),
         ..default
-    })
+    };
+    let text = |key: &str| f.text(key).map(str::to_owned);
+    Ok(NbdSpec { options, tls_creds: text("tls-creds"), tls_hostname: text("tls-hostname") })
 }
 
 fn qcow2_spec(f: &Fields<'_>, depth: usize) -> Result<Qcow2Spec, QmpError> {

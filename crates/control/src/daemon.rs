@@ -7,6 +7,7 @@ use crate::events::Events;
 use crate::jobinfo::JobEvents;
 use crate::object::Objects;
 use crate::session::Session;
+use block::BlockError;
 use env::sync::Notify;
 use env::{Env, Stream};
 use exports::ExportRegistry;
@@ -48,7 +49,7 @@ pub struct Daemon {
     opener: Rc<Opener>,
     jobs: Rc<Registry>,
     exports: Rc<ExportRegistry>,
-    objects: Objects,
+    objects: Rc<Objects>,
     chardevs: Chardevs,
     sessions: RefCell<Vec<Rc<Session>>>,
     session_left: Notify,
@@ -83,6 +84,11 @@ impl Daemon {
         let opener = Opener::new(&graph);
         let told = events.clone();
         opener.on_corruption(Rc::new(move |node, c| told.emit("BLOCK_IMAGE_CORRUPTED", corrupted(node, c))));
+        let objects = Rc::<Objects>::default();
+        let named = objects.clone();
+        opener.find_credentials(Rc::new(move |id| {
+            named.tls(id, tls::Endpoint::Client).map_err(|e| BlockError::invalid(e.desc))
+        }));
         Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),
@@ -96,7 +102,7 @@ impl Daemon {
                 move |id| events.emit("BLOCK_EXPORT_DELETED", json!({"id": id}))
             }),
             events,
-            objects: Objects::default(),
+            objects,
             chardevs: Chardevs::default(),
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
@@ -147,7 +153,7 @@ impl Daemon {
     pub(crate) fn exports(&self) -> &ExportRegistry {
         &self.exports
     }
-    pub(crate) fn objects(&self) -> &Objects {
+    pub(crate) fn objects(&self) -> &Rc<Objects> {
         &self.objects
     }
     pub(crate) fn chardevs(&self) -> &Chardevs {

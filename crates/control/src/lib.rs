@@ -21,3 +21,4 @@ mod session;
 pub use chardev::ChardevSpec;
 pub use daemon::Daemon;
 pub use error::{Class, QmpError, Reply};
+pub use object::object_types;

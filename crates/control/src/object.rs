@@ -1,16 +1,45 @@
-//! Objects that users create by name.
+//! Objects that users create by name: what there is of them, their properties, and what they are good for.
+//!
+//! [`TYPES`] says which types there are and which properties each has; the schema has checked the properties of a new
+//! object before they come here. What an object is good for is its [`Content`], made when the object is and made anew when a
+//! property is set. Who uses an object holds its content, so removing it changes nothing for them, as in QSD.
+
+mod authz;
+mod secret;
+mod types;
 
 use crate::error::{Class, QmpError, Reply};
+use authz::Rules;
+use env::Env;
+use exports::{Authorize, ServerTls};
 use qapi::{Map, Value, json};
 use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use tls::{Credentials, Endpoint, X509Options};
+use types::Type;
+pub use types::object_types;
+pub(crate) use types::{list_properties, list_types};
 
 /// Objects at a time: far above any use, far below what would be felt.
 const MAX_OBJECTS: usize = 4096;
 
+/// What an object is good for.
+#[derive(Clone)]
+enum Content {
+    /// Its properties are all there is of it.
+    Settings,
+    Secret(Rc<[u8]>),
+    Tls(Rc<Credentials>),
+    Authz(Rc<Rules>),
+}
+
 struct Object {
     id: String,
-    kind: String,
+    kind: &'static Type,
+    /// As the user gave them.
     properties: Map<String, Value>,
+    content: Content,
 }
 
 /// All objects, oldest first.
@@ -23,26 +52,87 @@ pub(crate) fn is_identifier(id: &str) -> bool {
         && id.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_'))
 }
 
+fn text<'a>(properties: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
+    properties.get(name)?.as_str()
+}
+
 impl Objects {
-    pub(crate) fn add(&self, kind: &str, id: &str, properties: Map<String, Value>) -> Result<(), QmpError> {
+    /// Creates an object; its properties have passed the schema.
+    pub(crate) async fn add(
+        &self,
+        env: &Env,
+        kind: &str,
+        id: &str,
+        properties: Map<String, Value>,
+    ) -> Result<(), QmpError> {
         if !is_identifier(id) {
             return Err(QmpError::generic("Parameter 'id' expects an identifier"));
         }
-        for (name, value) in &properties {
+        let kind =
+            types::find(kind).ok_or_else(|| QmpError::generic(format!("invalid object type: {kind}")))?;
+        self.check_room(kind, id)?;
+        let content = self.make(env, kind, &properties).await?;
+        // Somebody may have been quicker while files were read.
+        self.check_room(kind, id)?;
+        self.0.borrow_mut().push(Object { id: id.to_owned(), kind, properties, content });
+        Ok(())
+    }
+
+    fn check_room(&self, kind: &Type, id: &str) -> Result<(), QmpError> {
+        let all = self.0.borrow();
+        if all.iter().any(|o| o.id == id) {
+            let desc = format!("attempt to add duplicate property '{id}' to object (type 'container')");
+            return Err(QmpError::generic(desc));
+        }
+        if kind.alone && all.iter().any(|o| o.kind.name == kind.name) {
+            return Err(QmpError::generic(format!("only one {} instance allowed", kind.name)));
+        }
+        if all.len() >= MAX_OBJECTS {
+            return Err(QmpError::generic(format!("there are {MAX_OBJECTS} objects already")));
+        }
+        Ok(())
+    }
+
+    /// What an object of this type with these properties is good for.
+    async fn make(
+        &self,
+        env: &Env,
+        kind: &Type,
+        properties: &Map<String, Value>,
+    ) -> Result<Content, QmpError> {
+        for (name, value) in properties {
             if value.as_i64().is_some_and(|n| n < 0) {
                 let desc = format!("{name} value must be in range [0, {}]", i64::MAX);
                 return Err(QmpError::generic(desc));
             }
         }
-        if self.find(id).is_some() {
-            let desc = format!("attempt to add duplicate property '{id}' to object (type 'container')");
+        match kind.name {
+            "secret" => Ok(Content::Secret(secret::read(env, self, properties).await?)),
+            "authz-simple" | "authz-list" => Ok(Content::Authz(Rc::new(Rules::read(properties)?))),
+            "tls-creds-x509" => Ok(Content::Tls(self.credentials(env, properties).await?)),
+            _ => Ok(Content::Settings),
+        }
+    }
+
+    async fn credentials(&self, env: &Env, p: &Map<String, Value>) -> Result<Rc<Credentials>, QmpError> {
+        if let Some(priority) = text(p, "priority").filter(|p| !matches!(*p, "" | "NORMAL" | "@SYSTEM")) {
+            let desc = format!("Parameter 'priority' expects NORMAL or nothing, not '{priority}'");
             return Err(QmpError::generic(desc));
         }
-        if self.0.borrow().len() >= MAX_OBJECTS {
-            return Err(QmpError::generic(format!("there are {MAX_OBJECTS} objects already")));
-        }
-        self.0.borrow_mut().push(Object { id: id.to_owned(), kind: kind.to_owned(), properties });
-        Ok(())
+        let dir = text(p, "dir").ok_or_else(|| QmpError::generic("Missing 'dir' property value"))?;
+        let flag = |name: &str| p.get(name).and_then(Value::as_bool).unwrap_or(true);
+        let password = match text(p, "passwordid") {
+            Some(id) => Some(self.secret(id)?.to_vec()),
+            None => None,
+        };
+        let options = X509Options {
+            dir: PathBuf::from(dir),
+            endpoint: if text(p, "endpoint") == Some("server") { Endpoint::Server } else { Endpoint::Client },
+            verify_peer: flag("verify-peer"),
+            sanity_check: flag("sanity-check"),
+            password,
+        };
+        Ok(Rc::new(Credentials::load(env, &options).await?))
     }
 
     pub(crate) fn remove(&self, id: &str) -> Result<(), QmpError> {
@@ -53,26 +143,96 @@ impl Objects {
     }
 
     /// The kind of the object `id`.
-    pub(crate) fn find(&self, id: &str) -> Option<String> {
-        self.0.borrow().iter().find(|o| o.id == id).map(|o| o.kind.clone())
+    pub(crate) fn find(&self, id: &str) -> Option<&'static str> {
+        self.0.borrow().iter().find(|o| o.id == id).map(|o| o.kind.name)
+    }
+
+    fn content(&self, id: &str) -> Option<Content> {
+        self.0.borrow().iter().find(|o| o.id == id).map(|o| o.content.clone())
+    }
+
+    /// The bytes of a secret.
+    fn secret(&self, id: &str) -> Result<Rc<[u8]>, QmpError> {
+        match self.content(id) {
+            Some(Content::Secret(bytes)) => Ok(bytes),
+            Some(_) => Err(QmpError::generic(format!("Object with id '{id}' is not a secret"))),
+            None => Err(QmpError::generic(format!("No secret with id '{id}'"))),
+        }
+    }
+
+    /// TLS credentials for one end of connections.
+    pub(crate) fn tls(&self, id: &str, endpoint: Endpoint) -> Result<Rc<Credentials>, QmpError> {
+        match self.content(id) {
+            Some(Content::Tls(c)) if c.endpoint() == endpoint => Ok(c),
+            Some(Content::Tls(_)) => {
+                let end = if endpoint == Endpoint::Server { "server" } else { "client" };
+                Err(QmpError::generic(format!("Expected TLS credentials for a {end} endpoint")))
+            }
+            Some(_) => Err(QmpError::generic(format!("Object with id '{id}' is not TLS credentials"))),
+            None => Err(QmpError::generic(format!("No TLS credentials with id '{id}'"))),
+        }
+    }
+
+    /// What `nbd-server-start` says of TLS. The list of who may enter is looked up for each client: it may be made
+    /// after the server, and changed; while there is none by that name nobody enters.
+    pub(crate) fn server_tls(
+        self: &Rc<Self>,
+        creds: Option<&str>,
+        authz: Option<String>,
+    ) -> Result<Option<ServerTls>, QmpError> {
+        let Some(creds) = creds else { return Ok(None) };
+        let credentials = self.tls(creds, Endpoint::Server)?;
+        let objects = self.clone();
+        let authorize = authz.map(|id| -> Authorize {
+            Rc::new(move |name| match objects.content(&id) {
+                Some(Content::Authz(rules)) => rules.allow(name),
+                _ => false,
+            })
+        });
+        Ok(Some(ServerTls { credentials, authorize }))
+    }
+
+    /// Runs `read` on the object at a path such as `/objects/ID`.
+    fn at<T>(&self, path: &str, read: impl FnOnce(&mut Object) -> T) -> Result<T, QmpError> {
+        let below = path.trim_start_matches('/');
+        let id = below.strip_prefix("objects/").unwrap_or(below);
+        let mut all = self.0.borrow_mut();
+        let found = all.iter_mut().find(|o| o.id == id);
+        found
+            .map(read)
+            .ok_or_else(|| QmpError::of(Class::DeviceNotFound, format!("Device '{path}' not found")))
     }
 
     /// `qom-list`.
     pub(crate) fn list(&self, path: &str) -> Reply {
-        let mut out = vec![json!({"name": "type", "type": "string"})];
         let child = |name: &str, of: &str| json!({"name": name, "type": format!("child<{of}>")});
+        let mut out = vec![json!({"name": "type", "type": "string"})];
         match path.trim_start_matches('/') {
             "" => out.push(child("objects", "container")),
-            "objects" => out.extend(self.0.borrow().iter().map(|o| child(&o.id, &o.kind))),
-            below => {
-                let all = self.0.borrow();
-                let id = below.strip_prefix("objects/").unwrap_or(below);
-                let found = all.iter().find(|o| o.id == id).ok_or_else(|| {
-                    QmpError::of(Class::DeviceNotFound, format!("Device '{path}' not found"))
-                })?;
-                out.extend(found.properties.keys().map(|k| json!({"name": k, "type": "int"})));
-            }
+            "objects" => out.extend(self.0.borrow().iter().map(|o| child(&o.id, o.kind.name))),
+            _ => return self.at(path, |o| Value::Array(types::list(o.kind))),
         }
         Ok(Value::Array(out))
+    }
+
+    /// `qom-get`: as the user gave it, or its default.
+    pub(crate) fn get(&self, path: &str, property: &str) -> Reply {
+        self.at(path, |o| {
+            if property == "type" {
+                return Ok(json!(o.kind.name));
+            }
+            let declared = types::property(o.kind, property)?;
+            Ok(o.properties.get(property).cloned().unwrap_or_else(|| declared.default.value()))
+        })?
+    }
+
+    /// `qom-set`: the object is made anew with the property changed; if that fails it stays as it was.
+    pub(crate) async fn set(&self, env: &Env, path: &str, property: &str, value: Value) -> Reply {
+        let (kind, mut properties) = self.at(path, |o| (o.kind, o.properties.clone()))?;
+        types::property(kind, property)?.check(property, &value)?;
+        properties.insert(property.to_owned(), value);
+        let content = self.make(env, kind, &properties).await?;
+        self.at(path, |o| (o.properties, o.content) = (properties, content))?;
+        Ok(json!({}))
     }
 }

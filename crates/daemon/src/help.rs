@@ -40,7 +40,7 @@ Serves disk images, and works on them while they are in use. Options take effect
   --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
                          speak QMP on a chardev
 
-  --object iothread,id=<id>[,<property>=<value>...]
+  --object <type>,id=<id>[,<property>=<value>...]
   --object help          list the types of objects
                          create an object
 
@@ -49,18 +49,18 @@ Serves disk images, and works on them while they are in use. Options take effect
 ";
 
 /// `--object help`.
-pub(crate) const OBJECTS: &str = "List of user creatable objects:\n  iothread\n";
+pub(crate) fn objects() -> String {
+    let names = control::object_types().map(|(name, _)| format!("  {name}\n"));
+    format!("List of user creatable objects:\n{}", names.collect::<String>())
+}
 
-/// `--object iothread,help`.
-pub(crate) const IOTHREAD: &str = "\
-iothread options:
-  aio-max-batch=<int>
-  poll-grow=<int>
-  poll-max-ns=<int>
-  poll-shrink=<int>
-  thread-pool-max=<int>
-  thread-pool-min=<int>
-";
+/// `--object TYPE,help`; `None` for a type that there is not.
+pub(crate) fn object(kind: &str) -> Option<String> {
+    let (_, mut properties) = control::object_types().find(|(name, _)| *name == kind)?;
+    properties.sort_unstable();
+    let lines = properties.iter().map(|(name, of)| format!("  {name}=<{of}>\n"));
+    Some(format!("{kind} options:\n{}", lines.collect::<String>()))
+}
 
 /// `--chardev help`.
 pub(crate) const CHARDEVS: &str = "Available chardev backend types: \n  null\n  socket\n  stdio\n";

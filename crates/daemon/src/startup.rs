@@ -4,6 +4,7 @@ use crate::help;
 use crate::options::{Given, Name};
 use control::{ChardevSpec, Daemon, QmpError};
 use qapi::{Map, Value, json, keyval};
+use std::borrow::Cow;
 use std::rc::Rc;
 
 /// How an option ended.
@@ -11,7 +12,7 @@ pub(crate) enum Done {
     /// It took effect.
     Applied,
     /// It asked for this text; the process ends.
-    Text(&'static str),
+    Text(Cow<'static, str>),
 }
 
 /// Makes one option take effect.
@@ -21,8 +22,13 @@ pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given) -> Result<Done, Qm
         Name::Blockdev => run(daemon, "--blockdev", Some("driver"), "blockdev-add", value).await?,
         Name::Export => run(daemon, "--export", Some("type"), "block-export-add", value).await?,
         Name::Object => match value {
-            "help" | "?" => return Ok(Done::Text(help::OBJECTS)),
-            "iothread,help" | "iothread,?" => return Ok(Done::Text(help::IOTHREAD)),
+            "help" | "?" => return Ok(Done::Text(help::objects().into())),
+            value
+                if let Some(text) =
+                    value.strip_suffix(",help").or(value.strip_suffix(",?")).and_then(help::object) =>
+            {
+                return Ok(Done::Text(text.into()));
+            }
             value => run(daemon, "--object", Some("qom-type"), "object-add", value).await?,
         },
         Name::NbdServer => {
@@ -34,7 +40,7 @@ pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given) -> Result<Done, Qm
             }
             daemon.run("nbd-server-start", arguments).await?;
         }
-        Name::Chardev if value == "help" || value == "?" => return Ok(Done::Text(help::CHARDEVS)),
+        Name::Chardev if value == "help" || value == "?" => return Ok(Done::Text(help::CHARDEVS.into())),
         Name::Chardev => {
             let spec = ChardevSpec::parse(value)?;
             if let Some(at) = spec.waits_at() {

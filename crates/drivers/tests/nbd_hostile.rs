@@ -122,7 +122,7 @@ fn serve(socket: UnixStream, number: u32, shop: &Shop, evil: &Evil, limit: u64) 
             }
             HandshakeStep::Handled => {}
             HandshakeStep::Enter(a) => break a,
-            HandshakeStep::Ended => return None,
+            HandshakeStep::Ended | HandshakeStep::StartTls => return None,
         }
     };
     let mut parser = RequestParser::new(agreed.mode);

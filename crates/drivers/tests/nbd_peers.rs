@@ -213,8 +213,6 @@ fn what_cannot_be_opened_says_why() {
             o.x_dirty_bitmap = Some("qemu:dirty-bitmap:b".into());
         };
         assert!(open(&bitmap).await.unwrap_err().contains("qemu:dirty-bitmap:b"));
-        let e = open(&|o| o.tls_creds = Some("t".into())).await.unwrap_err();
-        assert!(e.contains("tls-creds 't'"), "{e}");
         let e = open(&|o| o.server = Address::Unix(garbage.clone())).await.unwrap_err();
         assert_eq!(e, "Bad initial magic received: 0x5353482d322e302d");
         let e = open(&|o| o.server = Address::Unix(garbage.clone())).await.unwrap_err();

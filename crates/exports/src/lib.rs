@@ -10,5 +10,7 @@ mod nbd_server;
 mod registry;
 
 pub use export::{Export, ExportInfo, NbdOptions};
-pub use nbd_server::{DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, ServerOptions};
+pub use nbd_server::{
+    Authorize, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, ServerOptions, ServerTls,
+};
 pub use registry::{DeleteMode, ExportRegistry};

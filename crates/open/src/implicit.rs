@@ -4,7 +4,7 @@
 //! the name into a [`NodeSpec`] or refuses. What must stay true: a name never reaches another driver than it plainly
 //! says; a format that is not stated is looked for only to *read*, never to write.
 
-use crate::spec::{DriverSpec, NodeSpec};
+use crate::spec::{DriverSpec, NbdSpec, NodeSpec};
 use block::{BlockError, Result};
 use env::Address;
 use std::path::Path;
@@ -63,7 +63,10 @@ impl ImplicitOpenGate for DefaultGate {
 
 fn nbd(server: Address, export: &str) -> NodeSpec {
     let options = drivers::nbd_client::NbdOptions::new(server, export);
-    NodeSpec { common: Default::default(), driver: DriverSpec::Nbd(options) }
+    NodeSpec {
+        common: Default::default(),
+        driver: DriverSpec::Nbd(NbdSpec { options, tls_creds: None, tls_hostname: None }),
+    }
 }
 
 /// Letters before the first colon, and no slash before it: a protocol, not a file name.

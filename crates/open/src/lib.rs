@@ -10,11 +10,11 @@ mod implicit;
 mod spec;
 
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
-pub use spec::{Backing, Child, Common, DriverSpec, FileSpec, NodeSpec, Qcow2Spec};
+pub use spec::{Backing, Child, Common, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec};
 
 use block::{BlockError, ErrorKind, Result, Span};
 use drivers::file::{FileNode, FileOptions};
-use drivers::nbd_client::NbdClient;
+use drivers::nbd_client::{ClientTls, NbdClient};
 use drivers::null::NullNode;
 use drivers::raw::RawNode;
 use graph::{Demand, Edge, Graph, Node, NodeCell, NodeOptions, Parent, Perms, Role};
@@ -25,11 +25,15 @@ use std::rc::Rc;
 /// Called when an image is found to be corrupt: node name, and what was found.
 pub type CorruptionHook = Rc<dyn Fn(&str, &qcow2::Corruption)>;
 
+/// Finds a client's TLS credentials by the id that the user gave them.
+pub type CredentialsHook = Rc<dyn Fn(&str) -> Result<Rc<tls::Credentials>>>;
+
 /// Opens nodes in one graph.
 pub struct Opener {
     graph: Rc<Graph>,
     gate: Rc<dyn ImplicitOpenGate>,
     on_corruption: RefCell<Option<CorruptionHook>>,
+    credentials: RefCell<Option<CredentialsHook>>,
 }
 
 /// What a node takes over from its parent.
@@ -61,7 +65,12 @@ impl Opener {
 
     /// An opener with another rule for what images name.
     pub fn with_gate(graph: &Rc<Graph>, gate: Rc<dyn ImplicitOpenGate>) -> Rc<Opener> {
-        Rc::new(Opener { graph: graph.clone(), gate, on_corruption: RefCell::new(None) })
+        Rc::new(Opener {
+            graph: graph.clone(),
+            gate,
+            on_corruption: RefCell::default(),
+            credentials: RefCell::default(),
+        })
     }
 
     /// The graph that nodes are put into.
@@ -72,6 +81,11 @@ impl Opener {
     /// `hook` is told of corrupt images that are opened from now on.
     pub fn on_corruption(&self, hook: CorruptionHook) {
         *self.on_corruption.borrow_mut() = Some(hook);
+    }
+
+    /// `hook` gives the TLS credentials that users name.
+    pub fn find_credentials(&self, hook: CredentialsHook) {
+        *self.credentials.borrow_mut() = Some(hook);
     }
 
     /// Opens a node for the monitor, with all it needs. On an error nothing is left behind.
@@ -152,8 +166,9 @@ impl Opener {
                 Ok(RawNode::open(edge, *offset, *size)?)
             }
             DriverSpec::Qcow2(spec) => Ok(self.qcow2(spec, now, name, trail).await?),
-            DriverSpec::Nbd(options) => {
-                let mut options = options.clone();
+            DriverSpec::Nbd(spec) => {
+                let mut options = spec.options.clone();
+                options.tls = self.client_tls(spec)?;
                 options.read_only = now.read_only;
                 options.auto_read_only = now.auto_read_only;
                 let client = NbdClient::open(env, options).await?;
@@ -161,6 +176,17 @@ impl Opener {
                 Ok(client)
             }
         }
+    }
+
+    fn client_tls(&self, spec: &NbdSpec) -> Result<Option<ClientTls>> {
+        let Some(id) = &spec.tls_creds else { return Ok(None) };
+        let find = self.credentials.borrow().clone();
+        let find = find.ok_or_else(|| BlockError::invalid(format!("No TLS credentials with id '{id}'")))?;
+        let hostname = spec.tls_hostname.clone().or_else(|| match &spec.options.server {
+            env::Address::Tcp { host, .. } => Some(host.trim_matches(['[', ']']).to_owned()),
+            _ => None,
+        });
+        Ok(Some(ClientTls { credentials: find(id)?, hostname }))
     }
 
     async fn file(&self, spec: &FileSpec, device: bool, now: &mut Inherited) -> Result<Rc<FileNode>> {

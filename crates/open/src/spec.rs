@@ -77,6 +77,17 @@ pub struct Qcow2Spec {
     pub options: qcow2::Options,
 }
 
+/// `nbd`.
+#[derive(Clone, Debug)]
+pub struct NbdSpec {
+    /// Where the export is and how it is reached; `tls` is filled in when the node is opened.
+    pub options: drivers::nbd_client::NbdOptions,
+    /// Id of TLS credentials.
+    pub tls_creds: Option<String>,
+    /// The name that the server's certificate must be for; for TCP the host that is connected to, if not given.
+    pub tls_hostname: Option<String>,
+}
+
 /// A driver with its options.
 #[derive(Clone, Debug)]
 pub enum DriverSpec {
@@ -98,7 +109,7 @@ pub enum DriverSpec {
     /// A qcow2 image.
     Qcow2(Box<Qcow2Spec>),
     /// An export of an NBD server; `read_only` and `auto_read_only` are filled in by the opener.
-    Nbd(drivers::nbd_client::NbdOptions),
+    Nbd(NbdSpec),
 }
 
 impl NodeSpec {

@@ -44,8 +44,7 @@ impl Command for NbdServerStart {
             address: self.addr.read()?,
             max_connections: self.max_connections.unwrap_or(DEFAULT_MAX_CONNECTIONS),
             handshake_max_seconds: self.handshake_max_seconds.unwrap_or(DEFAULT_HANDSHAKE_SECONDS),
-            tls_creds: self.tls_creds,
-            tls_authz: self.tls_authz,
+            tls: daemon.objects().server_tls(self.tls_creds.as_deref(), self.tls_authz)?,
         };
         daemon.exports().start_server(&options).await?;
         Ok(json!({}))

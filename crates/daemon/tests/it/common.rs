@@ -154,4 +154,23 @@ impl Client {
             Some(e) => Err(e["desc"].as_str().unwrap().to_owned()),
         }
     }
+    /// The next event of that name, be it one that has come already; those before it go.
+    pub(crate) fn event(&mut self, name: &str) -> Value {
+        loop {
+            let e =
+                if self.events.is_empty() { self.read().expect("an event") } else { self.events.remove(0) };
+            if e["event"] == name {
+                return e["data"].clone();
+            }
+        }
+    }
+}
+
+/// Waits until something is so.
+pub(crate) fn until(is: impl Fn() -> bool) {
+    let begin = Instant::now();
+    while !is() {
+        assert!(begin.elapsed() < Duration::from_secs(20), "it does not come about");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

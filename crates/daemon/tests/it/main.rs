@@ -7,4 +7,5 @@ mod common;
 mod disk;
 mod hostile;
 mod mirrors;
+mod tls;
 mod wire;

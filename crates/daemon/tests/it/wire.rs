@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 /// Python with the modules that `cargo xtask setup` installs, or the system's, which may have them.
-fn python() -> Command {
+pub(crate) fn python() -> Command {
     let home = std::env::var("HOME").unwrap_or_default();
     let own = Path::new(&home).join(".cache/liveblk/python/bin/python");
     Command::new(if own.exists() { own } else { "python3".into() })

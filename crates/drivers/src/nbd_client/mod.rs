@@ -18,6 +18,7 @@ use link::Outcome;
 use nbd::proto::{MAX_PAYLOAD, MAX_STRING, cmd_flag, flag, state};
 use nbd::{Cmd, Mode, StatusExtent};
 use pool::Pool;
+use std::fmt;
 use std::rc::Rc;
 
 /// Connections to one export if the server allows several and the user says nothing. QSD takes at most 16 requests from

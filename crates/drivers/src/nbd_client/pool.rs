@@ -41,7 +41,12 @@ pub(super) struct Pool {
 
 fn wants(o: &NbdOptions) -> ClientWants {
     let context = o.x_dirty_bitmap.clone().unwrap_or_else(|| "base:allocation".to_owned());
-    ClientWants { export: o.export.clone(), mode: Mode::Extended, contexts: vec![context], tls: o.tls.is_some() }
+    ClientWants {
+        export: o.export.clone(),
+        mode: Mode::Extended,
+        contexts: vec![context],
+        tls: o.tls.is_some(),
+    }
 }
 
 impl Pool {

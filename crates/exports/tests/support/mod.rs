@@ -223,6 +223,13 @@ impl Server {
                 let log = deleted.clone();
                 let registry =
                     ExportRegistry::new(&env, move |id: &str| log.borrow_mut().push(id.to_owned()));
+                // Field by field: TLS credentials, which are not wanted here, belong to one thread.
+                let server = ServerOptions {
+                    address: server.address,
+                    max_connections: server.max_connections,
+                    handshake_max_seconds: server.handshake_max_seconds,
+                    tls: None,
+                };
                 registry.start_server(&server).await.unwrap();
                 let graph = Graph::new(&env);
                 let options = NodeOptions {
