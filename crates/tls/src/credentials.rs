@@ -6,7 +6,7 @@
 //! authority beside them. Each is told with the file's name.
 
 use crate::stream::TlsStream;
-use crate::verify::{PeerName, ServerIdentity, certificate_problem};
+use crate::verify::{PeerName, ServerIdentity, certificate_problem, nobody};
 use block::{BlockError, ErrorKind, Result, Span};
 use env::{Env, OpenMode, Stream};
 use rustls::client::WebPkiServerVerifier;
@@ -136,8 +136,7 @@ impl Credentials {
         let name = match host {
             Some(h) => ServerName::try_from(h.to_owned())
                 .map_err(|_| BlockError::invalid(format!("tls-hostname '{h}' is no host name or address")))?,
-            // An address is not sent to the server, and nothing is compared with it.
-            None => ServerName::IpAddress(std::net::Ipv4Addr::UNSPECIFIED.into()),
+            None => nobody(),
         };
         let identity = ServerIdentity::new(verifier.clone(), &self.provider, PeerName::of(host));
         let builder = ClientConfig::builder_with_provider(self.provider.clone())

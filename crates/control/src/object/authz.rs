@@ -86,7 +86,7 @@ mod tests {
     use super::*;
     use qapi::json;
 
-    fn rules(v: Value) -> Rules {
+    fn rules(v: &Value) -> Rules {
         Rules::read(v.as_object().unwrap()).unwrap()
     }
 
@@ -110,12 +110,12 @@ mod tests {
 
     #[test]
     fn the_first_rule_that_fits_decides() {
-        let r = rules(json!({"policy": "allow", "rules": [
+        let r = rules(&json!({"policy": "allow", "rules": [
             {"match": "CN=good", "policy": "allow"},
             {"match": "CN=*", "policy": "deny", "format": "glob"}]}));
         assert!(r.allow("CN=good") && !r.allow("CN=bad") && r.allow("O=other"));
-        let r = rules(json!({"identity": "CN=me"}));
+        let r = rules(&json!({"identity": "CN=me"}));
         assert!(r.allow("CN=me") && !r.allow("CN=*"));
-        assert!(!rules(json!({})).allow("anybody"));
+        assert!(!rules(&json!({})).allow("anybody"));
     }
 }

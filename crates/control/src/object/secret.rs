@@ -91,7 +91,7 @@ mod tests {
             .expect("openssl");
         let iv = STANDARD.encode([b'1'; 16]);
         assert_eq!(decrypt(&[b'0'; 32], Some(&iv), out.stdout.clone()).unwrap(), b"a secret");
-        let wrong = decrypt(&[b'1'; 32], Some(&iv), out.stdout.clone());
+        let wrong = decrypt(&[b'1'; 32], Some(&iv), out.stdout);
         assert!(wrong.is_err() || wrong.unwrap() != b"a secret");
         for (key, iv, bytes, why) in [
             (&[0_u8; 31][..], Some(iv.as_str()), vec![0; 16], "Key should be 32 bytes"),
