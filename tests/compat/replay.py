@@ -53,6 +53,12 @@ KNOWN = [
     ("resize-threshold-active", "virtual-size: want 1441792", "the recorder's guest wrote for the threshold"),
     ("resize-threshold-active", "events of a", "no write threshold"),
     ("commit-intermediate", ".ro: want true, got false", "what was read-only and may turn counts as read-write"),
+    ("stream-full", ".ro: want true, got false", "the same"),
+    ("stream-full", "image.virtual-size: want", "an open image file grows in larger steps"),
+    ("stream-base-bottom", ".ro: want true, got false", "the same"),
+    ("stream-cancel-pause", "current-progress: want", "how far it was when it was paused or cancelled"),
+    ("stream-cancel-pause", "offset: want", "the same"),
+    ("concluded-job-holds-nodes", "base perm=consistent-read", "an image without users asks its backing file for nothing"),
     ("commit-cancel-pause-speed", "offset: want", "how far it was when it was cancelled"),
     ("blockdev-create", "unshared by node 'n'", "all permissions in conflict are named"),
     ("image-corrupted-event", "is ejected", "one corrupt image does not make the query fail for all"),
@@ -62,7 +68,7 @@ KNOWN = [
 # that is about a job they would have started.
 MISSING_COMMANDS = {
     "block-dirty-bitmap-add", "block-dirty-bitmap-clear", "block-dirty-bitmap-remove", "block-set-write-threshold",
-    "block-stream", "blockdev-backup", "blockdev-reopen", "blockdev-set-active", "change-backing-file",
+    "blockdev-backup", "blockdev-reopen", "blockdev-set-active", "change-backing-file",
     "qom-get", "qom-list-types", "qom-set", "query-chardev-backends", "x-blockdev-amend", "x-blockdev-set-iothread",
 }  # fmt: skip
 MISSING_KINDS = {("driver", "throttle"), ("driver", "blkdebug"), ("qom-type", "throttle-group")}

@@ -18,6 +18,14 @@ pub(crate) const DEFAULT_BUFFER: u64 = 16 << 20;
 /// Finest and coarsest unit of work: what is allocated in smaller pieces is looked at when it is copied.
 const GRANULARITY: (u64, u64) = (4096, 1 << 20);
 
+/// The node `name` (`device` of most commands).
+pub(crate) fn find_device(graph: &Graph, name: &str) -> Result<Rc<NodeCell>> {
+    graph.find(name).ok_or_else(|| {
+        let message = format!("Cannot find device='{name}' nor node-name='{name}'");
+        BlockError::new(ErrorKind::NotFound, message)
+    })
+}
+
 /// The node `name`, where only node names are meant.
 pub(crate) fn find_node(graph: &Graph, name: &str) -> Result<Rc<NodeCell>> {
     graph.find(name).ok_or_else(|| {
@@ -120,6 +128,9 @@ pub(crate) struct BackingName {
 }
 
 impl BackingName {
+    /// No backing file.
+    pub(crate) const NONE: BackingName = BackingName { name: None, format: None };
+
     /// What an overlay of `base` says. `file` is what the user wants it to say instead of the name; with `mask_protocol` a
     /// protocol node counts as `raw`.
     pub(crate) async fn of(

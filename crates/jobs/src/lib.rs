@@ -1,7 +1,7 @@
 //! Jobs: work on disks that runs for long, is steered by a client, and ends with a change of the graph or without.
 //!
 //! [`Registry`] has all jobs and the verbs; [`Job`] is one of them; [`state`] says what may happen when; [`mirror`],
-//! [`commit`] and [`create`] are what jobs do. Events go to a [`Sink`]. No JSON and no QMP types here: `control` makes those.
+//! [`commit`], [`stream`] and [`create`] are what jobs do. Events go to a [`Sink`]. No JSON and no QMP types here: `control` makes those.
 #![forbid(unsafe_code)]
 
 mod chain;
@@ -16,6 +16,8 @@ mod mirror_args;
 mod mirror_policy;
 mod registry;
 pub mod state;
+pub mod stream;
+mod stream_args;
 
 pub use commit_args::{ChainEnd, CommitArgs};
 pub use error::JobError;
@@ -24,3 +26,4 @@ pub use job::{Body, IoStatus, Job, Options};
 pub use mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
 pub use registry::{Group, MAX_JOBS, Registry};
 pub use state::{State, Verb};
+pub use stream_args::StreamArgs;

@@ -22,7 +22,7 @@ use crate::registry::Registry;
 use block::{BlockError, ErrorKind, Io, Result, Span};
 use copy::bugs::{Bug, planted};
 use copy::{Control, CopyTap, Engine, Outlook, Work, first};
-use drivers::filters::mirror_top::MirrorTop;
+use drivers::filters::mirror_top::{MirrorTop, Purpose};
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Quiesced, Role, Step};
 use std::any::Any;
 use std::cell::RefCell;
@@ -90,7 +90,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
     let below = graph
         .attach_exact(&source, "backing", Role::Filtered, Parent::Node(RefCell::default()), Demand::NOTHING)
         .await?;
-    let top = MirrorTop::new(below);
+    let top = MirrorTop::new(below, Purpose::Mirror);
     let options = NodeOptions {
         name: args.filter_node_name.clone(),
         discard: true,

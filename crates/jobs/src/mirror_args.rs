@@ -1,5 +1,6 @@
 //! Arguments of a mirror, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
 
+use crate::chain::find_device;
 use crate::job::Options;
 use block::{BlockError, ErrorKind, Result};
 use copy::OnError;
@@ -142,8 +143,8 @@ impl MirrorArgs {
 
     /// Looks up the nodes and checks everything that can be checked before the job exists.
     pub(crate) async fn check(&self, graph: &Graph) -> Result<Checked> {
-        let source = find(graph, &self.device)?;
-        let target = find(graph, &self.target)?;
+        let source = find_device(graph, &self.device)?;
+        let target = find_device(graph, &self.target)?;
         match self.sync {
             Sync::Incremental => return Err(unsupported_sync("incremental")),
             Sync::Bitmap => return Err(unsupported_sync("bitmap")),
@@ -190,13 +191,6 @@ pub(crate) struct Checked {
     pub(crate) replaces: Option<Rc<NodeCell>>,
     pub(crate) granularity: u64,
     pub(crate) buffer: u64,
-}
-
-fn find(graph: &Graph, name: &str) -> Result<Rc<NodeCell>> {
-    graph.find(name).ok_or_else(|| {
-        let message = format!("Cannot find device='{name}' nor node-name='{name}'");
-        BlockError::new(ErrorKind::NotFound, message)
-    })
 }
 
 fn unsupported_sync(name: &str) -> BlockError {

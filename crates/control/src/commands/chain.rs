@@ -1,16 +1,16 @@
-//! `block-commit`: images leave a chain, into the one below them.
+//! `block-commit`, `block-stream`: images leave a chain, into one below or above them.
 
 use super::mirror::ErrorPolicy;
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::Reply;
 use copy::OnError;
-use jobs::{ChainEnd, CommitArgs, commit};
+use jobs::{ChainEnd, CommitArgs, StreamArgs, commit, stream};
 use qapi::json;
 use serde::Deserialize;
 use std::rc::Rc;
 
-pub(super) const COMMANDS: &[Entry] = &[entry::<BlockCommit>()];
+pub(super) const COMMANDS: &[Entry] = &[entry::<BlockCommit>(), entry::<BlockStream>()];
 
 /// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error` and
 /// `buf-size` are not in QSD.
@@ -55,6 +55,47 @@ impl Command for BlockCommit {
             ..default
         };
         commit::start(daemon.jobs(), daemon.graph(), args).await?;
+        Ok(json!({}))
+    }
+}
+
+/// Brings what the images below one hold up into it, and takes them out of the chain. `buf-size` is not in QSD.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockStream {
+    job_id: Option<String>,
+    device: String,
+    base: Option<String>,
+    base_node: Option<String>,
+    bottom: Option<String>,
+    backing_file: Option<String>,
+    backing_mask_protocol: Option<bool>,
+    speed: Option<i64>,
+    buf_size: Option<u32>,
+    on_error: Option<ErrorPolicy>,
+    filter_node_name: Option<String>,
+    auto_finalize: Option<bool>,
+    auto_dismiss: Option<bool>,
+}
+
+impl Command for BlockStream {
+    const NAME: &'static str = "block-stream";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let default = StreamArgs::new(&self.job_id.unwrap_or_default(), &self.device);
+        let args = StreamArgs {
+            base: ChainEnd { node: self.base_node, file: self.base },
+            bottom: self.bottom,
+            backing_file: self.backing_file,
+            backing_mask_protocol: self.backing_mask_protocol.unwrap_or(false),
+            speed: self.speed.unwrap_or(0),
+            buf_size: self.buf_size.map_or(0, u64::from),
+            on_error: self.on_error.map_or(OnError::Report, OnError::from),
+            filter_node_name: self.filter_node_name,
+            auto_finalize: self.auto_finalize.unwrap_or(true),
+            auto_dismiss: self.auto_dismiss.unwrap_or(true),
+            ..default
+        };
+        stream::start(daemon.jobs(), daemon.graph(), args).await?;
         Ok(json!({}))
     }
 }

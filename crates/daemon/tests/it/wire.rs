@@ -80,17 +80,23 @@ fn recorded_copy_modes() {
 
 #[test]
 fn recorded_ends_of_mirrors() {
-    replay(&[
-        "mirror-cancel-before-ready",
-        "mirror-cancel-while-pending",
-        "mirror-throttled-cancel",
-        "pending-and-guest-io",
-    ]);
+    replay(&["mirror-cancel-before-ready", "mirror-cancel-while-pending", "mirror-throttled-cancel"]);
 }
 
 #[test]
 fn recorded_commits() {
     replay(&["commit-intermediate", "commit-intermediate-backing-file", "commit-cancel-pause-speed"]);
+}
+
+#[test]
+fn recorded_streams() {
+    replay(&[
+        "stream-full",
+        "stream-base-bottom",
+        "stream-cancel-pause",
+        "concluded-job-holds-nodes",
+        "block-job-cancel-plain",
+    ]);
 }
 
 #[test]

@@ -1,11 +1,12 @@
-//! `mirror_top`: sits above the source of a copy and lets whoever copies see each request of the guest.
+//! `mirror_top`: sits above the source of a copy and lets whoever copies see each request of the guest. A stream, which copies
+//! into the very disk its users write to, needs the same and shows it as `copy-on-read`, as QSD does.
 //!
 //! The node itself decides nothing: a [`Tap`] does (from the crate `copy`; this layer does not know it). Without a tap,
 //! before a job begins and after it let go, requests go straight to the source. What must stay true: a request is
 //! handled by the tap that was there when it came, to its end.
 
 use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
-use graph::{CopyRecord, Demand, Edge, Node, NodeDetails};
+use graph::{CopyRecord, Demand, Edge, Node, NodeDetails, Perms};
 use std::any::Any;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -24,16 +25,29 @@ pub trait Tap {
     fn record(&self) -> CopyRecord;
 }
 
+/// For which kind of job the filter is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// A copy to a disk of its own.
+    Mirror,
+    /// A copy into an image below, which is inconsistent meanwhile and so is promised to nobody.
+    Commit,
+    /// A copy from images below.
+    Stream,
+}
+
 /// The filter.
 pub struct MirrorTop {
     source: Rc<Edge>,
+    purpose: Purpose,
     tap: RefCell<Option<Rc<dyn Tap>>>,
 }
 
 impl MirrorTop {
-    /// A filter above the child of `source` (an edge of role `Filtered`, named `backing`), without a tap.
-    pub fn new(source: Rc<Edge>) -> Rc<MirrorTop> {
-        Rc::new(MirrorTop { source, tap: RefCell::new(None) })
+    /// A filter above the child of `source` (an edge of role `Filtered`, named `backing`, for a stream `file`), without a
+    /// tap.
+    pub fn new(source: Rc<Edge>, purpose: Purpose) -> Rc<MirrorTop> {
+        Rc::new(MirrorTop { source, purpose, tap: RefCell::new(None) })
     }
 
     /// Lets `tap` carry out the requests that come from now on; `None` lets them pass.
@@ -49,7 +63,10 @@ impl MirrorTop {
 
 impl Node for MirrorTop {
     fn driver(&self) -> &'static str {
-        "mirror_top"
+        match self.purpose {
+            Purpose::Mirror | Purpose::Commit => "mirror_top",
+            Purpose::Stream => "copy-on-read",
+        }
     }
     fn len(&self) -> u64 {
         self.source.len()
@@ -61,7 +78,12 @@ impl Node for MirrorTop {
         vec![self.source.clone()]
     }
     fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
-        above
+        let needs = match self.purpose {
+            Purpose::Mirror => above.needs,
+            Purpose::Commit => above.needs.without(Perms::CONSISTENT_READ),
+            Purpose::Stream => above.needs.with(Perms::CONSISTENT_READ).with(Perms::WRITE_UNCHANGED),
+        };
+        Demand { needs, ..above }
     }
 
     fn read(&self, at: Span) -> Io<'_, Data> {
@@ -96,7 +118,7 @@ impl Node for MirrorTop {
     }
     fn resize(&self, _: u64, _: Prealloc) -> Io<'_> {
         Box::pin(async {
-            Err(BlockError::new(block::ErrorKind::Busy, "a disk cannot be resized while it is mirrored"))
+            Err(BlockError::new(block::ErrorKind::Busy, "a disk cannot be resized while a job copies it"))
         })
     }
     fn set_writable(&self, _: bool) -> Io<'_> {
@@ -109,7 +131,8 @@ impl Node for MirrorTop {
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
             let details = self.source.child().node().details().await?;
-            Ok(NodeDetails { record: self.tap().map(|tap| tap.record()), ..details })
+            let record = self.tap().filter(|_| self.purpose != Purpose::Stream).map(|tap| tap.record());
+            Ok(NodeDetails { record, ..details })
         })
     }
     fn filtered(&self) -> Option<Rc<Edge>> {

@@ -3,6 +3,7 @@
 //! headers alone.
 
 mod commits;
+mod streams;
 
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::tool;
