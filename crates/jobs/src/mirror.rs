@@ -90,7 +90,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
     let below = graph
         .attach_exact(&source, "backing", Role::Filtered, Parent::Node(RefCell::default()), Demand::NOTHING)
         .await?;
-    let top = MirrorTop::new(below, Purpose::Mirror);
+    let top = MirrorTop::with(below, Purpose::Mirror);
     let options = NodeOptions {
         name: args.filter_node_name.clone(),
         discard: true,

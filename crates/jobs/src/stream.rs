@@ -96,7 +96,7 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
     }
     let on_image = Parent::Node(RefCell::default());
     let on_image = graph.attach_exact(&device, "file", Role::Filtered, on_image, Demand::NOTHING).await?;
-    let top = MirrorTop::new(on_image.clone(), Purpose::Stream);
+    let top = MirrorTop::with(on_image.clone(), Purpose::Stream);
     let read_only = !device.is_writable();
     // the filter writes through to the image, so that has to be open for it first
     graph.apply(chain::turning(Plan::new(), &closed, true)).await?;

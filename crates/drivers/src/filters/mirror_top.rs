@@ -46,8 +46,13 @@ pub struct MirrorTop {
 impl MirrorTop {
     /// A filter above the child of `source` (an edge of role `Filtered`, named `backing`, for a stream `file`), without a
     /// tap.
-    pub fn new(source: Rc<Edge>, purpose: Purpose) -> Rc<MirrorTop> {
+    pub fn with(source: Rc<Edge>, purpose: Purpose) -> Rc<MirrorTop> {
         Rc::new(MirrorTop { source, purpose, tap: RefCell::new(None) })
+    }
+
+    /// A filter for a mirror.
+    pub fn new(source: Rc<Edge>) -> Rc<MirrorTop> {
+        MirrorTop::with(source, Purpose::Mirror)
     }
 
     /// Lets `tap` carry out the requests that come from now on; `None` lets them pass.
