@@ -333,6 +333,23 @@ impl History {
         values
     }
 
+    /// Whether `found` (all of a copy that is kept in step, now) has everything that was answered before `moment`, or something
+    /// newer.
+    pub fn has_all_since(&self, found: &[Value], moment: Moment) -> Result<(), String> {
+        let sectors = self.by_sector();
+        let empty = Sector::default();
+        for (number, value) in (0..).zip(found) {
+            let s = sectors.get(&number).unwrap_or(&empty);
+            if !self.survivors(number, s, moment).contains(value) {
+                return Err(format!(
+                    "sector {number} holds {value:?}; answered by {moment}: {:?}",
+                    s.writes.iter().filter(|w| w.2 < moment).map(|w| w.0).collect::<Vec<_>>()
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether `values` (of the whole disk, from sector 0) can be the disk at one instant between `from` and `to`: each
     /// sector gives the instants at which it can have held its value; all of them and the two limits must meet.
     pub fn one_instant(&self, values: &[Value], from: Moment, to: Moment) -> Result<(), String> {

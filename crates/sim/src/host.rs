@@ -259,6 +259,11 @@ impl Process {
         self.group.waiting()
     }
 
+    /// How many of its tasks with this name have not ended.
+    pub fn tasks_named(&self, name: &str) -> usize {
+        self.group.waiting().iter().filter(|n| **n == name).count()
+    }
+
     /// Files it has open.
     pub fn open_files(&self) -> usize {
         self.state.handles.borrow().len()

@@ -28,6 +28,15 @@ enum Defect {
     Named(&'static str),
 }
 
+impl Defect {
+    fn name(self) -> String {
+        match self {
+            Defect::Copy(bug) => format!("copy: {bug:?}"),
+            Defect::Named(name) => name.to_owned(),
+        }
+    }
+}
+
 /// What became of the search for one defect.
 #[derive(Clone, Debug)]
 pub struct Found {
@@ -50,10 +59,7 @@ fn plant(defect: Option<Defect>) {
 }
 
 fn search(defect: Defect, seeds: Range<u64>) -> Found {
-    let bug = match defect {
-        Defect::Copy(bug) => format!("copy: {bug:?}"),
-        Defect::Named(name) => name.to_owned(),
-    };
+    let bug = defect.name();
     plant(Some(defect));
     let hit = seeds.into_iter().find_map(|s| run_one(whole_daemon, s, false).violation.map(|v| (s, v)));
     plant(None);
@@ -61,10 +67,11 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
     Found { bug, seed, violation }
 }
 
-/// Searches for every defect, `jobs` at a time, and calls `tell` as each search ends.
-pub fn hunt(seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + Sync) -> Vec<Found> {
+/// Searches for every defect whose name contains `only`, `jobs` at a time, and calls `tell` as each search ends.
+pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + Sync) -> Vec<Found> {
     let named = NAMED.iter().map(|n| Defect::Named(n));
-    let all: Vec<Defect> = named.chain(Bug::ALL.into_iter().map(Defect::Copy)).collect();
+    let all = named.chain(Bug::ALL.into_iter().map(Defect::Copy));
+    let all: Vec<Defect> = all.filter(|d| d.name().contains(only)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {
         loop {

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 const HELP: &str = "\
 cargo xtask sim [--seeds N] [--start S] [--jobs J] [--scenario NAME]   many seeds
 cargo xtask sim --seed S [-v] [--scenario NAME]                        one seed; -v prints all that happens
-cargo xtask sim --planted                                              each planted bug, and the seed that finds it
+cargo xtask sim --planted [--bug TEXT]                                 each planted bug (whose name has TEXT in it), and the seed that finds it
 ";
 
 struct Arguments {
@@ -22,6 +22,7 @@ struct Arguments {
     seed: Option<u64>,
     verbose: bool,
     planted: bool,
+    bug: String,
     scenario: Option<String>,
     keep: bool,
 }
@@ -34,6 +35,7 @@ fn arguments() -> Result<Arguments, String> {
         seed: None,
         verbose: false,
         planted: false,
+        bug: String::new(),
         scenario: None,
         keep: true,
     };
@@ -50,6 +52,7 @@ fn arguments() -> Result<Arguments, String> {
             "--seed" => a.seed = Some(number("--seed")?),
             "-v" | "--verbose" => a.verbose = true,
             "--planted" => a.planted = true,
+            "--bug" => a.bug = args.next().ok_or("--bug needs a name")?,
             "--no-keep" => a.keep = false,
             "--scenario" => a.scenario = Some(args.next().ok_or("--scenario needs a name")?),
             "--help" | "-h" => return Err(HELP.to_owned()),
@@ -131,7 +134,7 @@ fn keep(name: &str, seed: u64, violation: &str) {
 #[cfg(feature = "planted-bugs")]
 fn planted(a: &Arguments) -> bool {
     let seeds = a.start..a.start.saturating_add(a.seeds);
-    let found = sim::planted::hunt(seeds, a.jobs, |found| match found.seed {
+    let found = sim::planted::hunt(&a.bug, seeds, a.jobs, |found| match found.seed {
         Some(seed) => println!("{:<40} seed {seed:>5}: {}", found.bug, found.violation),
         None => println!("{:<40} NOT FOUND in {} seeds", found.bug, a.seeds),
     });

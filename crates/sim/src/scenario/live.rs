@@ -67,6 +67,10 @@ struct Run {
     guests: RefCell<Vec<Guest>>,
     /// Actively synced was seen, and nothing since may have ended that.
     synced: Cell<bool>,
+    /// The copy mode; nobody knows while it is being switched.
+    mode: Cell<Option<&'static str>>,
+    /// The moment after the job's command was answered.
+    job_began: Cell<Moment>,
     /// The moment before the cancel was sent.
     asked_at: Cell<Moment>,
     asked: Cell<bool>,
@@ -81,6 +85,7 @@ impl Run {
         let (outside, process) = world.start();
         Run {
             world,
+            mode: Cell::new(Some(plan.copy_mode)),
             plan,
             rng: RefCell::new(rng),
             history: Rc::new(History::new()),
@@ -88,6 +93,7 @@ impl Run {
             _outside: process,
             guests: RefCell::default(),
             synced: Cell::new(false),
+            job_began: Cell::new(0),
             asked_at: Cell::new(0),
             asked: Cell::new(false),
             adding: Cell::new(false),
@@ -161,6 +167,7 @@ impl Run {
         self.pause(Duration::from_millis(100)).await;
         if self.plan.mirror {
             m.must("blockdev-mirror", self.plan.mirror()).await?;
+            self.job_began.set(self.history.tick());
             self.world.count("jobs", 1);
         }
         let trouble = self.clone();
@@ -176,7 +183,7 @@ impl Run {
             meddler.cancel();
             return Ok(Ended::Crash);
         }
-        let seen = self.drive(&m).await?;
+        let seen = self.drive(&m, &daemon.process).await?;
         meddler.cancel();
         self.judge(&seen);
         trouble.join().await;
@@ -192,7 +199,7 @@ impl Run {
                 || matches!(self.plan.end, End::Kill | End::PowerLoss | End::Quit),
             ..Habits::drawn(r, client, self.plan.sectors)
         });
-        self.discards.set(self.discards.get() || habits.discards > 0);
+        self.discards.set(self.discards.get() || habits.discards > 0 && self.plan.unmap);
         let (env, verdict) = (self.outside.clone(), self.world.verdict().clone());
         let mode = self.draw(|r| *r.choose(&[Mode::Simple, Mode::Structured, Mode::Extended]));
         let dial = Box::new(move || {
@@ -220,10 +227,13 @@ impl Run {
         if !self.synced.get() || self.discards.get() || self.plan.target.holds_metadata() {
             return;
         }
+        let mine = self.history.record(n);
+        if self.plan.sync == "none" && mine.start < self.job_began.get() {
+            return;
+        }
         self.world.count("synced writes checked", 1);
         let Some(image) = self.world.host().image("/target.img") else { return };
         let bytes = image.read(Span::between(at.start * SECTOR, at.end * SECTOR));
-        let mine = self.history.record(n);
         for (value, sector) in values_of(&bytes, at.start).into_iter().zip(at) {
             let newer = match value {
                 Value::Write(w) => w == n || self.history.record(w).end.is_none_or(|end| end > mine.start),
@@ -291,9 +301,8 @@ impl Run {
                 self.adding.set(false);
             }
         }
-        if let Some(mode) = self.plan.switch_mode {
+        if let Some(mode) = self.plan.switch_mode.filter(|_| !self.plan.switch_when_ready) {
             self.pause(Duration::from_millis(500)).await;
-            self.synced.set(false);
             self.change_mode(m, mode).await;
         }
         for _ in 0..self.plan.meddling {
@@ -315,17 +324,21 @@ impl Run {
         Ok(())
     }
 
-    async fn change_mode(&self, m: &Manager, mode: &str) {
+    async fn change_mode(&self, m: &Manager, mode: &'static str) {
+        self.synced.set(false);
+        self.mode.set(None);
         let arguments = json!({"id": "job", "type": "mirror", "copy-mode": mode});
         if m.execute("block-job-change", arguments).await.is_ok() {
             self.world.count("mode switches", 1);
+            self.mode.set(Some(mode));
         }
     }
 
     /// Takes the job to its end as the plan says.
-    async fn drive(&self, m: &Manager) -> Result<JobSeen, Refusal> {
+    async fn drive(&self, m: &Manager, daemon: &Process) -> Result<JobSeen, Refusal> {
         let began = self.outside.now();
         loop {
+            self.check_window(daemon);
             let seen = m.job("job");
             let id = json!({"id": "job"});
             match seen.status.as_str() {
@@ -355,6 +368,19 @@ impl Run {
 
     async fn when_ready(&self, m: &Manager) {
         self.world.count("ready", 1);
+        if let Some(mode) = self.plan.switch_mode.filter(|_| self.plan.switch_when_ready)
+            && self.mode.get() == Some(self.plan.copy_mode)
+        {
+            // there and back again: each time slow writes of the mode before are under way for a while
+            let both = [mode, self.plan.copy_mode];
+            for mode in both.into_iter().cycle().take(self.draw(|r| r.between(1, 7)) as usize) {
+                self.change_mode(m, mode).await;
+                for _ in 0..if mode == "background" { 1 } else { 8 } {
+                    self.look_whether_synced(m).await;
+                    self.pause(Duration::from_millis(3)).await;
+                }
+            }
+        }
         for _ in 0..self.draw(|r| r.below(6)) {
             self.pause(Duration::from_millis(40)).await;
             self.look_whether_synced(m).await;
@@ -384,16 +410,40 @@ impl Run {
     }
 
     async fn look_whether_synced(&self, m: &Manager) {
-        let settled = self.plan.switch_mode.is_none() && self.plan.copy_mode == "write-blocking";
-        if !settled || self.plan.trouble == Trouble::Target || self.asked.get() {
+        let blocking = |mode| matches!(mode, Some("write-blocking" | "read-write-blocking"));
+        if !blocking(self.mode.get()) || self.plan.trouble == Trouble::Target || self.asked.get() {
             return;
         }
+        let asked_at = self.history.tick();
         if let Ok(jobs) = m.execute("query-block-jobs", json!({})).await
             && jobs[0]["actively-synced"] == true
+            && blocking(self.mode.get())
             && !self.asked.get()
         {
             self.world.count("actively synced", 1);
-            self.synced.set(true);
+            if !self.synced.replace(true) {
+                self.target_has_all(asked_at);
+            }
+        }
+    }
+
+    /// Actively synced was reported for a moment after `asked_at`: all that was answered before is on the target. (What is
+    /// answered after is looked at as it happens, in [`Run::answered`].)
+    fn target_has_all(&self, asked_at: Moment) {
+        if self.plan.target.holds_metadata() || self.plan.sync != "full" {
+            return;
+        }
+        let Some(image) = self.world.host().image("/target.img") else { return };
+        let found = values_of(&image.read(Span::new(0, self.plan.bytes())), 0);
+        self.world.count("synced targets checked", 1);
+        self.world.verdict().check("actively synced", self.history.has_all_since(&found, asked_at));
+    }
+
+    /// The window of the copy holds: what is in flight (memory, and what a guest's request has to wait for) has a bound.
+    fn check_window(&self, daemon: &Process) {
+        let copies = daemon.tasks_named("copy");
+        if copies > copy::MAX_IN_FLIGHT as usize {
+            self.bad(format!("{copies} copies are in flight, more than {}", copy::MAX_IN_FLIGHT));
         }
     }
 

@@ -80,6 +80,8 @@ pub struct Plan {
     pub copy_mode: &'static str,
     /// Switch to another mode while it runs.
     pub switch_mode: Option<&'static str>,
+    /// Not at any time, but once the job is ready: then writes of the old mode are still under way.
+    pub switch_when_ready: bool,
     /// `granularity`; 0: default.
     pub granularity: u64,
     /// `buf-size`; 0: default.
@@ -137,7 +139,9 @@ impl Plan {
             Store::Overlay(_) => *rng.choose(&["full", "full", "top"]),
             _ => *rng.choose(&["full", "full", "full", "none"]),
         };
-        let copy_mode = *rng.choose(&["background", "write-blocking", "write-blocking"]);
+        let modes = ["background", "write-blocking", "read-write-blocking"];
+        let copy_mode = *rng.choose(&[modes[0], modes[1], modes[1], modes[2]]);
+        let other_mode = *rng.choose(&modes.map(|m| if m == copy_mode { modes[1] } else { m }));
         let mut net = NetProfile::drawn_calm(rng);
         if trouble == Trouble::Network {
             net.cut = 0.5;
@@ -156,9 +160,8 @@ impl Plan {
             guests: rng.between(1, 3) as u32,
             sync,
             copy_mode,
-            switch_mode: rng
-                .chance(0.3)
-                .then(|| if copy_mode == "background" { "write-blocking" } else { "background" }),
+            switch_mode: rng.chance(0.4).then_some(other_mode),
+            switch_when_ready: rng.chance(0.6),
             granularity: *rng.choose(&[0, 0, 512, 4096, 16384, 65536]),
             buf_size: *rng.choose(&[0, 0, 65536, 1 << 20]),
             speed: *rng.choose(&[0, 0, 0, 1 << 20, 16 << 20]),
