@@ -4,6 +4,7 @@
 //! disk does. Options that only tune QEMU's own machinery are accepted and have no effect (docs/compat.md lists them).
 
 use crate::address::SocketAddress;
+use crate::blockdev_filters;
 use crate::error::QmpError;
 use drivers::file::Locking;
 use drivers::nbd_client::NbdOptions;
@@ -18,27 +19,27 @@ use std::time::Duration;
 const MAX_DEPTH: usize = 64;
 
 /// Members of one object, read by name.
-struct Fields<'a>(&'a Map<String, Value>);
+pub(crate) struct Fields<'a>(pub(crate) &'a Map<String, Value>);
 
 impl<'a> Fields<'a> {
-    fn text(&self, key: &str) -> Option<&'a str> {
+    pub(crate) fn text(&self, key: &str) -> Option<&'a str> {
         self.0.get(key)?.as_str()
     }
-    fn flag(&self, key: &str) -> Option<bool> {
+    pub(crate) fn flag(&self, key: &str) -> Option<bool> {
         self.0.get(key)?.as_bool()
     }
-    fn signed(&self, key: &str) -> Option<i64> {
+    pub(crate) fn signed(&self, key: &str) -> Option<i64> {
         self.0.get(key)?.as_i64()
     }
-    fn object(&self, key: &str) -> Option<Fields<'a>> {
+    pub(crate) fn object(&self, key: &str) -> Option<Fields<'a>> {
         self.0.get(key)?.as_object().map(Fields)
     }
-    fn string(&self, key: &str) -> String {
+    pub(crate) fn string(&self, key: &str) -> String {
         self.text(key).unwrap_or_default().to_owned()
     }
 
     /// A number that must not be negative.
-    fn size(&self, key: &str) -> Result<Option<u64>, QmpError> {
+    pub(crate) fn size(&self, key: &str) -> Result<Option<u64>, QmpError> {
         let out_of_range =
             |n: i64| QmpError::generic(format!("Value '{n}' is out of range for parameter '{key}'"));
         self.signed(key).map(|n| u64::try_from(n).map_err(|_| out_of_range(n))).transpose()
@@ -71,6 +72,7 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
             size: f.size("size")?,
         },
         "null-co" => DriverSpec::NullCo(null(f)?),
+        "blkdebug" => blockdev_filters::blkdebug(f, depth)?,
         "qcow2" => DriverSpec::Qcow2(Box::new(qcow2_spec(f, depth)?)),
         "nbd" => DriverSpec::Nbd(nbd(f)?),
         other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),
@@ -199,7 +201,7 @@ fn overlap_check(value: Option<&Value>) -> OverlapCheck {
     }
 }
 
-fn child(f: &Fields<'_>, key: &str, depth: usize) -> Result<Child, QmpError> {
+pub(crate) fn child(f: &Fields<'_>, key: &str, depth: usize) -> Result<Child, QmpError> {
     match f.0.get(key) {
         Some(Value::String(name)) => Ok(Child::Reference(name.clone())),
         Some(Value::Object(map)) => Ok(Child::Inline(Box::new(read(&Fields(map), depth + 1)?))),

@@ -53,10 +53,10 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
 
 fn backing_depth(cell: &NodeCell) -> usize {
     let mut depth = 0;
-    let mut at = cell.node().backing().map(|e| e.child());
+    let mut at = cell.below();
     while let Some(below) = at {
         depth += 1;
-        at = below.node().backing().or_else(|| below.node().filtered()).map(|e| e.child());
+        at = below.below();
     }
     depth
 }
@@ -94,8 +94,7 @@ fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> 
                 out.insert("backing-filename-format".into(), json!(format));
             }
         }
-        if let (Some(edge), true) = (cell.node().backing(), below > 0) {
-            let child = edge.child();
+        if let (Some(child), true) = (cell.below(), below > 0) {
             let details = child.node().details().await?;
             out.insert("backing-image".into(), image(&child, &details, below - 1).await?);
         }

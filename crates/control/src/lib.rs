@@ -7,6 +7,7 @@
 
 mod address;
 mod blockdev;
+mod blockdev_filters;
 mod chardev;
 mod commands;
 mod daemon;

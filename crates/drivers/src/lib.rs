@@ -10,3 +10,4 @@ mod locks;
 pub mod nbd_client;
 pub mod null;
 pub mod raw;
+pub mod testing;

@@ -1,7 +1,7 @@
 //! `raw`: the bytes of the node below, or a window of them (`offset`, `size`).
 
 use block::{BlockError, Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
-use graph::{Demand, Edge, Node, NodeDetails, Perms};
+use graph::{DebugEvent, Demand, Edge, Node, NodeDetails, Perms};
 use std::any::Any;
 use std::rc::Rc;
 
@@ -58,9 +58,11 @@ impl Node for RawNode {
         Demand { needs: above.needs, shares: above.shares.without(Perms::RESIZE) }
     }
     fn read(&self, at: Span) -> Io<'_, Data> {
+        self.file.announce(DebugEvent::ReadAio);
         Box::pin(self.file.read(at.shifted(self.offset)))
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
+        self.file.announce(DebugEvent::WriteAio);
         Box::pin(self.file.write(at.start + self.offset, data, flags))
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {

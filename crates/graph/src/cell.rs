@@ -7,7 +7,7 @@
 
 use crate::ranges::RangeLocks;
 use crate::tree::Reaper;
-use crate::{Edge, Node};
+use crate::{DebugEvent, Edge, Node};
 use bitmap::DirtyBitmap;
 use block::{BlockError, Data, ErrorKind, Extent, Prealloc, ReqFlags, Result, Span};
 use std::cell::{Cell, RefCell};
@@ -78,6 +78,8 @@ pub struct NodeCell {
     covered_by: RefCell<Option<Weak<NodeCell>>>,
     ranges: RangeLocks,
     counters: Cell<Counters>,
+    /// How many writes there had been when the last flush began that succeeded.
+    flushed: Cell<u64>,
     write_threshold: Cell<u64>,
     threshold_hit: RefCell<Option<ThresholdHook>>,
     reaper: Weak<Reaper>,
@@ -134,6 +136,7 @@ impl NodeCell {
             covered_by: RefCell::new(None),
             ranges: RangeLocks::new(),
             counters: Cell::default(),
+            flushed: Cell::new(0),
             write_threshold: Cell::new(0),
             threshold_hit: RefCell::new(None),
             reaper,
@@ -336,11 +339,15 @@ impl NodeCell {
         let mut whole = Data::empty();
         let (head, tail) = (Span::between(outer.start, at.start), Span::between(at.end(), outer.end()));
         if !head.is_empty() {
+            self.node.debug_event(DebugEvent::PwritevRmwHead);
             whole.append(self.read_reshaped(head, self.node.limits().request_alignment, 0).await?);
+            self.node.debug_event(DebugEvent::PwritevRmwAfterHead);
         }
         whole.append(data);
         if !tail.is_empty() {
+            self.node.debug_event(DebugEvent::PwritevRmwTail);
             whole.append(self.read_reshaped(tail, self.node.limits().request_alignment, 0).await?);
+            self.node.debug_event(DebugEvent::PwritevRmwAfterTail);
         }
         Ok(whole)
     }
@@ -396,10 +403,19 @@ impl NodeCell {
     }
 
     pub(crate) async fn flush(&self) -> Result<()> {
+        let below = self.node.primary();
+        let tell = |event| below.iter().for_each(|edge| edge.announce(event));
+        tell(DebugEvent::FlushToOs);
         if self.options.borrow().cache_no_flush {
             return Ok(());
         }
-        self.node.flush().await
+        let written = self.counters.get().writes;
+        if written != self.flushed.get() {
+            tell(DebugEvent::FlushToDisk);
+        }
+        self.node.flush().await?;
+        self.flushed.set(written);
+        Ok(())
     }
 
     pub(crate) async fn resize(&self, len: u64, prealloc: Prealloc) -> Result<()> {

@@ -1,5 +1,6 @@
 //! The border between a parent and a node: every request crosses it, and it is checked here.
 
+use crate::DebugEvent;
 use crate::cell::NodeCell;
 use crate::gate::{Gate, Gated};
 use crate::perm::{Demand, Perms};
@@ -213,6 +214,11 @@ impl Edge {
     pub async fn flush(&self) -> Result<()> {
         let _pass = self.gate.enter().await;
         self.child().flush().await
+    }
+
+    /// Tells the child that its parent is about to take the step `event`.
+    pub fn announce(&self, event: DebugEvent) {
+        self.child.borrow().node().debug_event(event);
     }
 
     /// Changes the length of the child. The edge needs the permission `resize`.

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod cell;
+mod debug_event;
 mod edge;
 pub mod gate;
 pub mod node;
@@ -25,6 +26,7 @@ mod turn;
 pub mod walk;
 
 pub use cell::{Blocker, Counters, DetectZeroes, NodeCell, NodeOptions};
+pub use debug_event::DebugEvent;
 pub use edge::{Edge, Parent, Role};
 pub use node::{CopyRecord, Fact, Node, NodeDetails};
 pub use perm::{Demand, Perms};

@@ -1,7 +1,7 @@
 //! What every layer of a disk is.
 
-use crate::Edge;
 use crate::perm::Demand;
+use crate::{DebugEvent, Edge};
 use block::{Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
 use std::rc::Rc;
 
@@ -149,6 +149,11 @@ pub trait Node: 'static {
     fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
         let _ = (at, to, to_offset);
         Box::pin(async { Err(block::BlockError::unsupported("no copy offload")) })
+    }
+    /// A parent (or the common part of this node) is about to take the step `event`; only a driver for tests cares. Must
+    /// not wait.
+    fn debug_event(&self, event: DebugEvent) {
+        let _ = event;
     }
     /// For downcasts between cooperating drivers and jobs.
     fn as_any(&self) -> &dyn std::any::Any;

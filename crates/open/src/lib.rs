@@ -6,9 +6,11 @@
 #![forbid(unsafe_code)]
 
 pub mod create;
+mod filters;
 mod implicit;
 mod spec;
 
+pub use filters::FilterSpec;
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
 pub use spec::{Backing, Child, Common, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec};
 
@@ -165,6 +167,7 @@ impl Opener {
                 let edge = self.hold(&child, "file", Role::Primary, name, Demand::NOTHING).await?;
                 Ok(RawNode::open(edge, *offset, *size)?)
             }
+            DriverSpec::Filter(spec) => self.filter(spec, *now, name, trail).await,
             DriverSpec::Qcow2(spec) => Ok(self.qcow2(spec, now, name, trail).await?),
             DriverSpec::Nbd(spec) => {
                 let mut options = spec.options.clone();

@@ -1,5 +1,6 @@
 //! What to open: plain structs, one for each driver, as `blockdev-add` knows them. `control` makes them from JSON.
 
+use crate::filters::FilterSpec;
 use graph::DetectZeroes;
 
 /// Options that every driver takes. `None`: as the parent has it, or the driver's default.
@@ -91,6 +92,8 @@ pub struct NbdSpec {
 /// A driver with its options.
 #[derive(Clone, Debug)]
 pub enum DriverSpec {
+    /// A filter, or a driver for tests.
+    Filter(Box<FilterSpec>),
     /// A regular file.
     File(FileSpec),
     /// A device of the host.

@@ -42,6 +42,14 @@ fn the_same_answers_as_the_reference() {
     compare("twin.py", &[]);
 }
 
+/// Filters and drivers for tests beside QSD's: the same options, the same requests by the same clients, the same outcome
+/// (the scenes in tests/compat/twins say what may differ).
+#[test]
+fn filters_do_what_the_reference_does() {
+    let scenes = ["blkdebug"];
+    compare("twins.py", &scenes.map(|s| format!("../twins/{s}.txt")));
+}
+
 #[test]
 fn recorded_protocol() {
     replay(&["proto-negotiation", "proto-oob", "query-misc"]);
@@ -71,6 +79,11 @@ fn recorded_mirrors() {
         "null-co-mirror-many",
         "defaults-granularity",
     ]);
+}
+
+#[test]
+fn recorded_errors() {
+    replay(&["mirror-error-source", "mirror-error-flush-and-ready", "export-error-events"]);
 }
 
 #[test]

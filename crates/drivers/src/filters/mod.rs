@@ -1,4 +1,8 @@
-//! Filters: nodes in front of another node, of the same length.
+//! Filters: nodes that stand in front of one other and change how requests reach it.
 
+mod basics;
 pub mod commit_top;
 pub mod mirror_top;
+
+pub use basics::Given;
+pub(crate) use basics::filter_basics;

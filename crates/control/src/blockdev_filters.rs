@@ -1,0 +1,108 @@
+//! Options of filters and of drivers for tests: from JSON that fits the schema to what the crate `open` opens.
+
+use crate::blockdev::{Fields, child};
+use crate::error::QmpError;
+use drivers::filters::Given;
+use drivers::testing::blkdebug::{BlkdebugOptions, offset};
+use drivers::testing::blkdebug_rules::{Action, Inject, IoType, Rule};
+use graph::{DebugEvent, Perms};
+use open::{DriverSpec, FilterSpec};
+use qapi::{Map, Value};
+
+/// Options that every driver has: they are not part of a node's `json:{…}` file name.
+const COMMON: [&str; 9] = [
+    "driver",
+    "node-name",
+    "discard",
+    "cache",
+    "active",
+    "read-only",
+    "auto-read-only",
+    "force-share",
+    "detect-zeroes",
+];
+
+/// What the client said, flat, without common options and children.
+fn given(options: &Map<String, Value>, children: &[&str]) -> Given {
+    fn flatten(key: &str, value: &Value, out: &mut Vec<(String, String)>) {
+        match value {
+            Value::Object(members) => {
+                members.iter().for_each(|(k, v)| flatten(&format!("{key}.{k}"), v, out))
+            }
+            Value::Array(list) => {
+                list.iter().enumerate().for_each(|(i, v)| flatten(&format!("{key}.{i}"), v, out));
+            }
+            scalar => out.push((key.to_owned(), scalar.to_string())),
+        }
+    }
+    let own = |key: &&String| !COMMON.contains(&key.as_str()) && !children.contains(&key.as_str());
+    let mut out = Vec::new();
+    options.keys().filter(own).for_each(|key| flatten(key, &options[key], &mut out));
+    Given(out)
+}
+
+/// The objects of a list.
+fn list<'a>(f: &Fields<'a>, key: &str) -> impl Iterator<Item = Fields<'a>> {
+    f.0.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_object).map(Fields)
+}
+
+pub(crate) fn blkdebug(f: &Fields<'_>, depth: usize) -> Result<DriverSpec, QmpError> {
+    let errors = list(f, "inject-error").map(|r| inject(&r));
+    let states =
+        list(f, "set-state").map(|r| Ok(rule(&r, Action::SetState(r.signed("new_state").unwrap_or(0)))));
+    let options = BlkdebugOptions {
+        config: f.text("config").map(str::to_owned),
+        align: small(f, "align")?,
+        max_transfer: small(f, "max-transfer")?,
+        opt_write_zero: small(f, "opt-write-zero")?,
+        max_write_zero: small(f, "max-write-zero")?,
+        opt_discard: small(f, "opt-discard")?,
+        max_discard: small(f, "max-discard")?,
+        rules: errors.chain(states).collect::<Result<_, QmpError>>()?,
+        take: permissions(f, "take-child-perms"),
+        unshare: permissions(f, "unshare-child-perms"),
+        given: given(f.0, &["image"]),
+    };
+    Ok(DriverSpec::Filter(Box::new(FilterSpec::Blkdebug { image: child(f, "image", depth)?, options })))
+}
+
+/// A size that QMP keeps in 32 bits; 0 where missing.
+fn small(f: &Fields<'_>, key: &str) -> Result<u64, QmpError> {
+    let size = f.size(key)?.unwrap_or(0);
+    if key != "align" && i32::try_from(size).is_err() {
+        return Err(QmpError::generic(format!("Parameter '{key}' expects int32_t")));
+    }
+    Ok(size)
+}
+
+fn inject(r: &Fields<'_>) -> Result<Rule, QmpError> {
+    let errno = r.signed("errno").unwrap_or(i64::from(block::BlockError::EIO));
+    let Some(errno) = i32::try_from(errno).ok().filter(|n| *n >= 0) else {
+        return Err(QmpError::generic(format!("Value '{errno}' is out of range for parameter 'errno'")));
+    };
+    let inject = Inject {
+        io: r.text("iotype").and_then(IoType::named),
+        errno,
+        offset: offset(r.signed("sector").unwrap_or(-1)),
+        once: r.flag("once").unwrap_or(false),
+        immediately: r.flag("immediately").unwrap_or(false),
+    };
+    Ok(rule(r, Action::Inject(inject)))
+}
+
+fn rule(r: &Fields<'_>, action: Action) -> Rule {
+    // The schema has checked the name.
+    let event = r.text("event").and_then(DebugEvent::named).unwrap_or(DebugEvent::None);
+    Rule { event, state: r.signed("state").unwrap_or(0), action }
+}
+
+fn permissions(f: &Fields<'_>, key: &str) -> Perms {
+    let named = |name: &str| {
+        [Perms::CONSISTENT_READ, Perms::WRITE, Perms::WRITE_UNCHANGED, Perms::RESIZE]
+            .into_iter()
+            .find(|p| p.names().eq([name]))
+            .unwrap_or(Perms::NONE)
+    };
+    let names = f.0.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
+    names.fold(Perms::NONE, |all, name| all.with(named(name)))
+}

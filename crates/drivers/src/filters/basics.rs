@@ -1,0 +1,76 @@
+//! What every filter with one child does the same way, and how filters are named in queries.
+
+use graph::{Edge, NodeCell};
+use std::rc::Rc;
+
+/// The parts of [`graph::Node`] that are the same in every filter whose child is in the field `$child`: the length, the
+/// only edge, demands passed down as they come, and block status left to the child.
+macro_rules! filter_basics {
+    ($child:ident) => {
+        fn len(&self) -> u64 {
+            self.$child.len()
+        }
+        fn edges(&self) -> Vec<std::rc::Rc<graph::Edge>> {
+            vec![self.$child.clone()]
+        }
+        fn set_writable(&self, _: bool) -> block::Io<'_> {
+            Box::pin(async { Ok(()) })
+        }
+        fn filtered(&self) -> Option<std::rc::Rc<graph::Edge>> {
+            Some(self.$child.clone())
+        }
+        fn as_any(&self) -> &dyn std::any::Any {
+            self
+        }
+    };
+}
+pub(crate) use filter_basics;
+
+/// Options as the client gave them: flat keys (`inject-error.0.event`) with their value as JSON text. For file names of the
+/// form `json:{…}` alone; what the options mean is in structs.
+#[derive(Clone, Debug, Default)]
+pub struct Given(pub Vec<(String, String)>);
+
+impl Given {
+    /// Whether an option other than `key` was given.
+    pub fn any_but(&self, key: &str) -> bool {
+        self.0.iter().any(|(k, _)| k != key)
+    }
+
+    /// The file name of a node that only its options describe.
+    pub async fn filename(&self, driver: &str, children: &[&Rc<Edge>]) -> block::Result<String> {
+        let mut members = vec![format!("\"driver\": \"{driver}\"")];
+        for edge in children {
+            members.push(format!("\"{}\": {}", edge.name(), description(&edge.child()).await?));
+        }
+        members.extend(self.0.iter().map(|(key, value)| format!("\"{key}\": {value}")));
+        Ok(format!("json:{{{}}}", members.join(", ")))
+    }
+}
+
+/// The options that would open this node, as JSON text; of drivers that have a short file name, what that stands for.
+pub(crate) async fn description(cell: &Rc<NodeCell>) -> block::Result<String> {
+    let mut around = Vec::new();
+    let mut at = cell.clone();
+    let innermost = loop {
+        let driver = at.node().driver();
+        let name = at.node().details().await?.filename;
+        if let Some(json) = name.strip_prefix("json:") {
+            break json.to_owned();
+        }
+        if name == "null-co://" {
+            break "{\"driver\": \"null-co\"}".to_owned();
+        }
+        match at.node().primary() {
+            None => break format!("{{\"driver\": \"{driver}\", \"filename\": {name:?}}}"),
+            Some(edge) => {
+                around.push((driver, edge.name().to_owned()));
+                at = edge.child();
+            }
+        }
+    };
+    let wrapped = around.iter().rev().fold(innermost, |inner, (driver, child)| {
+        format!("{{\"driver\": \"{driver}\", \"{child}\": {inner}}}")
+    });
+    Ok(wrapped)
+}
