@@ -3,44 +3,42 @@
 //! What can happen: clients come, go and come again; a second one waits in the listen queue; the device is opened by one
 //! monitor only. What must stay true: a unix socket that was made here is removed at the end.
 
+mod ring;
+mod spec;
+
 use crate::error::QmpError;
-use crate::object::is_identifier;
+use crate::object::Objects;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use block::BlockError;
 use env::{Address, Env, Listener, Stream};
+use exports::ServerTls;
 use qapi::{Value, json};
+use ring::Ring;
+pub use spec::ChardevSpec;
+use spec::{Kind, Socket};
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
 /// The kinds there are.
-pub(crate) const KINDS: &[&str] = &["null", "socket", "stdio"];
+pub(crate) const KINDS: &[&str] = &["memory", "null", "ringbuf", "socket", "stdio"];
 /// Devices at a time: far above any use.
 const MAX_CHARDEVS: usize = 256;
 /// Pause after a failed accept (no descriptors left): long enough not to spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// What a `--chardev` argument says.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ChardevSpec {
-    id: String,
-    kind: Kind,
-}
-
-#[derive(Clone, PartialEq, Eq, Debug)]
-enum Kind {
-    Null,
-    Stdio,
-    Socket { address: Address, server: bool, wait: bool },
-}
+/// How long a client may take for its TLS handshake; others wait meanwhile.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 
 enum Backend {
     Null,
-    Listening(Rc<dyn Listener>),
+    Listening(Rc<dyn Listener>, Option<ServerTls>),
     Connected,
+    Ring(RefCell<Ring>),
 }
 
-struct Chardev {
+pub(crate) struct Chardev {
     id: String,
     name: String,
     backend: Backend,
@@ -55,113 +53,6 @@ struct Chardev {
 /// All of them, in the order they were made.
 #[derive(Default)]
 pub(crate) struct Chardevs(RefCell<Vec<Rc<Chardev>>>);
-
-/// `a=x,b=y` as `--chardev` takes it: no nesting; `b` alone is `b=on`, `nob` is `b=off`.
-fn options(text: &str) -> Vec<(String, String)> {
-    let mut fields = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match (c, fields.last_mut()) {
-            (',', Some(last)) if chars.peek() == Some(&',') => {
-                chars.next();
-                last.push(',');
-            }
-            (',', _) => fields.push(String::new()),
-            (c, Some(last)) => last.push(c),
-            (_, None) => {}
-        }
-    }
-    let mut out = Vec::new();
-    for (i, field) in fields.into_iter().enumerate().filter(|(_, f)| !f.is_empty()) {
-        out.push(match field.split_once('=') {
-            Some((k, v)) => (k.to_owned(), v.to_owned()),
-            None if i == 0 => ("backend".to_owned(), field),
-            None => match field.strip_prefix("no") {
-                Some(k) if matches!(k, "wait" | "server" | "delay" | "telnet") => {
-                    (k.to_owned(), "off".into())
-                }
-                _ => (field, "on".to_owned()),
-            },
-        });
-    }
-    out
-}
-
-impl ChardevSpec {
-    /// Reads a `--chardev` argument.
-    pub fn parse(text: &str) -> Result<ChardevSpec, QmpError> {
-        let all = options(text);
-        let get = |key: &str| all.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
-        let fail = |desc: String| Err(QmpError::generic(desc));
-        let on = |key: &str, default: bool| match get(key) {
-            None => Ok(default),
-            Some("on" | "yes" | "true" | "y") => Ok(true),
-            Some("off" | "no" | "false" | "n") => Ok(false),
-            Some(_) => Err(QmpError::generic(format!("Parameter '{key}' expects 'on' or 'off'"))),
-        };
-        for (key, value) in &all {
-            match key.as_str() {
-                "backend" | "id" | "path" | "host" | "port" | "fd" | "server" | "wait" => {}
-                "nodelay" | "delay" | "ipv4" | "ipv6" | "signal" | "logappend" | "tight" | "keep-alive" => {}
-                "telnet" | "tn3270" | "websocket" | "mux" | "abstract" => {
-                    if on(key, false)? {
-                        return fail(format!("Parameter '{key}' is not supported by liveblkd"));
-                    }
-                }
-                "reconnect" | "reconnect-ms" if value == "0" => {}
-                "reconnect" | "reconnect-ms" | "tls-creds" | "tls-authz" | "logfile" | "to" => {
-                    return fail(format!("Parameter '{key}' is not supported by liveblkd"));
-                }
-                _ => return fail(format!("Invalid parameter '{key}'")),
-            }
-        }
-        let Some(id) = get("id") else { return fail("chardev: no id specified".into()) };
-        if !is_identifier(id) {
-            return fail("Parameter 'id' expects an identifier".into());
-        }
-        let kind = match get("backend") {
-            Some("null") => Kind::Null,
-            Some("stdio") => Kind::Stdio,
-            Some("socket") => {
-                let server = on("server", false)?;
-                let address = match (get("path"), get("host"), get("fd"), get("port")) {
-                    (Some(path), None, None, _) => Address::Unix(path.into()),
-                    (None, None, Some(fd), _) => match fd.parse() {
-                        Ok(n) if n >= 0 => Address::Fd(n),
-                        _ => return fail(format!("Unable to parse FD number {fd}")),
-                    },
-                    (None, host, None, Some(port)) => {
-                        let host = host.unwrap_or("localhost").to_owned();
-                        match port.parse() {
-                            Ok(port) => Address::Tcp { host, port },
-                            Err(_) => return fail(format!("chardev: socket: bad port '{port}'")),
-                        }
-                    }
-                    (None, Some(_), None, None) => return fail("chardev: socket: no port given".into()),
-                    (None, None, None, None) => {
-                        return fail("chardev: socket: one of 'path', 'host' and 'fd' is needed".into());
-                    }
-                    _ => return fail("chardev: socket: 'path', 'host' and 'fd' exclude one another".into()),
-                };
-                if get("wait").is_some() && !server {
-                    return fail("'wait' option is incompatible with socket in client connect mode".into());
-                }
-                Kind::Socket { address, server, wait: on("wait", true)? }
-            }
-            Some(other) => return fail(format!("'{other}' is not a valid char driver name")),
-            None => return fail("chardev: \"id\" has no backend".into()),
-        };
-        Ok(ChardevSpec { id: id.to_owned(), kind })
-    }
-
-    /// Whether making it waits for a client; then the address, to tell people.
-    pub fn waits_at(&self) -> Option<String> {
-        match &self.kind {
-            Kind::Socket { address, server: true, wait: true } => Some(shown(address, true)),
-            _ => None,
-        }
-    }
-}
 
 fn shown(address: &Address, server: bool) -> String {
     let what = match address {
@@ -185,49 +76,175 @@ fn failed(what: &str, address: &Address, e: BlockError) -> QmpError {
     })
 }
 
+/// The stream to talk to a new client, under TLS where that is wanted; `None` if it may not enter.
+async fn admit(env: &Env, stream: Rc<dyn Stream>, tls: Option<&ServerTls>) -> Option<Rc<dyn Stream>> {
+    let Some(tls) = tls else { return Some(stream) };
+    env.timeout(HANDSHAKE_LIMIT, Box::pin(tls.protect(stream))).await.flatten()
+}
+
+/// Makes what a device needs.
+async fn make(env: &Env, objects: &Rc<Objects>, spec: ChardevSpec) -> Result<Chardev, QmpError> {
+    let (mut first, mut path) = (None, None);
+    let (name, backend) = match spec.kind {
+        Kind::Null => ("null".to_owned(), Backend::Null),
+        Kind::Ring(size) => ("ringbuf".to_owned(), Backend::Ring(RefCell::new(Ring::new(size)))),
+        Kind::Stdio => {
+            let at = Address::Stdio;
+            first = Some(env.connect(&at).await.map_err(|e| failed("open", &at, e))?);
+            ("stdio".to_owned(), Backend::Connected)
+        }
+        Kind::Socket(s) if s.server => {
+            let tls = objects.server_tls(s.tls_creds.as_deref(), s.tls_authz.clone())?;
+            let listener = env.listen(&s.address).await.map_err(|e| failed("bind socket", &s.address, e))?;
+            if let Address::Unix(p) = &s.address {
+                // the working directory may change before the end
+                path = std::path::absolute(p).ok();
+            }
+            while s.wait && first.is_none() {
+                let client = listener.accept().await.map_err(|e| failed("accept on", &s.address, e))?;
+                first = admit(env, client, tls.as_ref()).await;
+            }
+            (shown(&listener.address(), true), Backend::Listening(listener, tls))
+        }
+        Kind::Socket(s) => {
+            first = Some(connect(env, objects, &s).await?);
+            (shown(&s.address, false), Backend::Connected)
+        }
+    };
+    Ok(Chardev {
+        id: spec.id,
+        name,
+        backend,
+        connected: Cell::new(first.is_some()),
+        first: RefCell::new(first),
+        used: Cell::new(false),
+        path,
+    })
+}
+
+async fn connect(env: &Env, objects: &Rc<Objects>, s: &Socket) -> Result<Rc<dyn Stream>, QmpError> {
+    let credentials = match &s.tls_creds {
+        Some(id) => Some(objects.tls(id, tls::Endpoint::Client)?),
+        None => None,
+    };
+    let stream = env.connect(&s.address).await.map_err(|e| failed("connect to", &s.address, e))?;
+    let Some(credentials) = credentials else { return Ok(stream) };
+    let host = match &s.address {
+        Address::Tcp { host, .. } => Some(host.as_str()),
+        _ => None,
+    };
+    let shaking = Box::pin(credentials.connect(stream, host));
+    match env.timeout(HANDSHAKE_LIMIT, shaking).await {
+        Some(stream) => Ok(stream?),
+        None => Err(QmpError::generic(format!("TLS handshake with '{}' takes too long", s.address))),
+    }
+}
+
 impl Chardevs {
     /// Makes a device. A socket that is to wait for its client does so.
-    pub(crate) async fn add(&self, env: &Env, spec: ChardevSpec) -> Result<(), QmpError> {
-        if self.find(&spec.id).is_some() {
-            return Err(QmpError::generic(format!("Chardev with id '{}' already exists", spec.id)));
+    pub(crate) async fn add(
+        &self,
+        env: &Env,
+        objects: &Rc<Objects>,
+        spec: ChardevSpec,
+    ) -> Result<(), QmpError> {
+        self.check_room(&spec.id)?;
+        let device = make(env, objects, spec).await?;
+        // Somebody may have been quicker while this one waited.
+        self.check_room(&device.id)?;
+        self.0.borrow_mut().push(Rc::new(device));
+        Ok(())
+    }
+
+    fn check_room(&self, id: &str) -> Result<(), QmpError> {
+        if self.find(id).is_some() {
+            return Err(QmpError::generic(format!("Chardev with id '{id}' already exists")));
         }
         if self.0.borrow().len() >= MAX_CHARDEVS {
             return Err(QmpError::generic(format!("there are {MAX_CHARDEVS} chardevs already")));
         }
-        let (mut first, mut path) = (None, None);
-        let (name, backend) = match spec.kind {
-            Kind::Null => ("null".to_owned(), Backend::Null),
-            Kind::Stdio => {
-                first =
-                    Some(env.connect(&Address::Stdio).await.map_err(|e| failed("open", &Address::Stdio, e))?);
-                ("stdio".to_owned(), Backend::Connected)
-            }
-            Kind::Socket { address, server: false, .. } => {
-                first = Some(env.connect(&address).await.map_err(|e| failed("connect to", &address, e))?);
-                (shown(&address, false), Backend::Connected)
-            }
-            Kind::Socket { address, server: true, wait } => {
-                let listener = env.listen(&address).await.map_err(|e| failed("bind socket", &address, e))?;
-                if let Address::Unix(p) = &address {
-                    // the working directory may change before the end
-                    path = std::path::absolute(p).ok();
-                }
-                if wait {
-                    first = Some(listener.accept().await.map_err(|e| failed("accept on", &address, e))?);
-                }
-                (shown(&listener.address(), true), Backend::Listening(listener))
-            }
-        };
-        self.0.borrow_mut().push(Rc::new(Chardev {
-            id: spec.id,
-            name,
-            backend,
-            connected: Cell::new(first.is_some()),
-            first: RefCell::new(first),
-            used: Cell::new(false),
-            path,
-        }));
         Ok(())
+    }
+
+    /// Makes a device anew as something else; nobody must be using it.
+    pub(crate) async fn change(
+        &self,
+        env: &Env,
+        objects: &Rc<Objects>,
+        spec: ChardevSpec,
+    ) -> Result<(), QmpError> {
+        let unused = |id: &str| match self.find(id) {
+            None => Err(QmpError::generic(format!("Chardev '{id}' does not exist"))),
+            Some(c) if c.used.get() => {
+                Err(QmpError::generic("Chardev user does not support chardev hotswap"))
+            }
+            Some(c) => Ok(c),
+        };
+        unused(&spec.id)?;
+        let device = make(env, objects, spec).await?;
+        let old = unused(&device.id)?;
+        let device = Rc::new(device);
+        if let Some(place) = self.0.borrow_mut().iter_mut().find(|c| Rc::ptr_eq(c, &old)) {
+            *place = device.clone();
+        }
+        // The new one may listen at the same place.
+        if let Some(p) = old.path.as_ref().filter(|p| device.path.as_ref() != Some(p)) {
+            let _ = env.remove(p).await;
+        }
+        Ok(())
+    }
+
+    /// Removes a device that nobody is using.
+    pub(crate) async fn remove(&self, env: &Env, id: &str) -> Result<(), QmpError> {
+        let found = self.existing(id)?;
+        if found.used.get() {
+            return Err(QmpError::generic(format!("Chardev '{id}' is busy")));
+        }
+        self.0.borrow_mut().retain(|c| !Rc::ptr_eq(c, &found));
+        if let Some(p) = &found.path {
+            let _ = env.remove(p).await;
+        }
+        Ok(())
+    }
+
+    /// Fails if there is no such device.
+    pub(crate) fn existing(&self, id: &str) -> Result<Rc<Chardev>, QmpError> {
+        self.find(id).ok_or_else(|| QmpError::generic(format!("Chardev '{id}' not found")))
+    }
+
+    /// Runs `what` on a ring.
+    fn on_ring<T>(&self, id: &str, what: impl FnOnce(&mut Ring) -> T) -> Result<T, QmpError> {
+        let found = self.find(id).ok_or_else(|| QmpError::generic(format!("Device '{id}' not found")))?;
+        match &found.backend {
+            Backend::Ring(ring) => Ok(what(&mut ring.borrow_mut())),
+            _ => Err(QmpError::generic(format!("{id} is not a ringbuf device"))),
+        }
+    }
+
+    /// `ringbuf-write`.
+    pub(crate) fn ring_write(&self, id: &str, data: &str, base64: bool) -> Result<(), QmpError> {
+        self.on_ring(id, |_| ())?;
+        let bytes = if base64 {
+            STANDARD.decode(data).map_err(|_| QmpError::generic("Base64 data contains invalid characters"))?
+        } else {
+            data.as_bytes().to_vec()
+        };
+        self.on_ring(id, |ring| ring.write(&bytes))
+    }
+
+    /// `ringbuf-read`: at most `size` bytes, which are gone then. As text it ends at a NUL, as QSD's does.
+    pub(crate) fn ring_read(&self, id: &str, size: i64, base64: bool) -> Result<String, QmpError> {
+        self.on_ring(id, |_| ())?;
+        let size = usize::try_from(size).unwrap_or(0);
+        if size == 0 {
+            return Err(QmpError::generic("size must be greater than zero"));
+        }
+        let bytes = self.on_ring(id, |ring| ring.read(size))?;
+        if base64 {
+            return Ok(STANDARD.encode(bytes));
+        }
+        let text = bytes.split(|b| *b == 0).next().unwrap_or_default();
+        Ok(String::from_utf8_lossy(text).into_owned())
     }
 
     fn find(&self, id: &str) -> Option<Rc<Chardev>> {
@@ -251,7 +268,7 @@ impl Chardevs {
     /// `query-chardev`, newest first.
     pub(crate) fn query(&self) -> Value {
         let one = |c: &Rc<Chardev>| {
-            let offline = matches!(c.backend, Backend::Listening(_)) && !c.connected.get();
+            let offline = matches!(c.backend, Backend::Listening(..)) && !c.connected.get();
             let prefix = if offline { "disconnected:" } else { "" };
             json!({"label": c.id, "filename": format!("{prefix}{}", c.name), "frontend-open": c.used.get()})
         };
@@ -278,12 +295,14 @@ impl Taken {
         if first.is_some() {
             return first;
         }
-        let Backend::Listening(listener) = &self.0.backend else { return None };
+        let Backend::Listening(listener, tls) = &self.0.backend else { return None };
         loop {
             match listener.accept().await {
                 Ok(stream) => {
-                    self.0.connected.set(true);
-                    return Some(stream);
+                    if let Some(stream) = admit(env, stream, tls.as_ref()).await {
+                        self.0.connected.set(true);
+                        return Some(stream);
+                    }
                 }
                 Err(_) => env.sleep(ACCEPT_PAUSE).await,
             }
@@ -293,37 +312,5 @@ impl Taken {
     /// The client has left.
     pub(crate) fn left(&self) {
         self.0.connected.set(false);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn arguments() {
-        let ok = |text: &str| ChardevSpec::parse(text).unwrap();
-        let unix = |server, wait| Kind::Socket { address: Address::Unix("a,b".into()), server, wait };
-        assert_eq!(ok("socket,id=c,path=a,,b,server=on,wait=off").kind, unix(true, false));
-        assert_eq!(ok("socket,id=c,path=a,,b,server,nowait").kind, unix(true, false));
-        assert_eq!(ok("socket,id=c,path=a,,b").kind, unix(false, true));
-        assert_eq!(ok("backend=stdio,id=c,signal=off").kind, Kind::Stdio);
-        for (text, want) in [
-            ("foo,id=c", "'foo' is not a valid char driver name"),
-            ("socket,path=x", "chardev: no id specified"),
-            ("null,id=1c", "Parameter 'id' expects an identifier"),
-            ("socket,id=c,path=q,bogus=1", "Invalid parameter 'bogus'"),
-            ("socket,id=c,path=q,server=x", "Parameter 'server' expects 'on' or 'off'"),
-            ("socket,id=c,host=127.0.0.1,server=on", "chardev: socket: no port given"),
-            ("socket,id=c,path=q,reconnect=1", "Parameter 'reconnect' is not supported by liveblkd"),
-            ("socket,id=c,path=q,telnet=on", "Parameter 'telnet' is not supported by liveblkd"),
-            ("socket,id=c,path=q,fd=3", "chardev: socket: 'path', 'host' and 'fd' exclude one another"),
-            (
-                "socket,id=c,path=q,wait=on",
-                "'wait' option is incompatible with socket in client connect mode",
-            ),
-        ] {
-            assert_eq!(ChardevSpec::parse(text).unwrap_err().desc, want, "{text}");
-        }
     }
 }

@@ -192,7 +192,7 @@ impl Daemon {
 
     /// Makes a character device.
     pub async fn add_chardev(&self, spec: ChardevSpec) -> Result<(), QmpError> {
-        self.chardevs.add(&self.env, spec).await
+        self.chardevs.add(&self.env, &self.objects, spec).await
     }
 
     /// Whether there is a character device of that name.

@@ -4,6 +4,7 @@
 //! schema cannot say, and calling the part of the daemon that does the work.
 
 mod chain;
+mod chardev;
 mod create;
 mod export;
 mod job;
@@ -55,6 +56,7 @@ const fn entry<C: Command>() -> Entry {
 /// Every command, by family.
 pub(crate) const TABLE: &[&[Entry]] = &[
     protocol::COMMANDS,
+    chardev::COMMANDS,
     node::COMMANDS,
     create::COMMANDS,
     query::COMMANDS,

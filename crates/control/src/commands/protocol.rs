@@ -3,7 +3,7 @@
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::Reply;
-use qapi::{Value, json};
+use qapi::json;
 use serde::Deserialize;
 use std::rc::Rc;
 
@@ -12,8 +12,6 @@ pub(super) const COMMANDS: &[Entry] = &[
     entry::<QueryVersion>(),
     entry::<QueryCommands>(),
     entry::<QueryQmpSchema>(),
-    entry::<QueryChardev>(),
-    entry::<QueryChardevBackends>(),
     entry::<Quit>(),
 ];
 
@@ -58,28 +56,6 @@ impl Command for QueryQmpSchema {
     const NAME: &'static str = "query-qmp-schema";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         Ok(daemon.schema().answer().clone())
-    }
-}
-
-/// The character devices: what monitors talk through.
-#[derive(Deserialize)]
-struct QueryChardev {}
-
-impl Command for QueryChardev {
-    const NAME: &'static str = "query-chardev";
-    async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        Ok(daemon.chardevs().query())
-    }
-}
-
-/// The kinds of character devices.
-#[derive(Deserialize)]
-struct QueryChardevBackends {}
-
-impl Command for QueryChardevBackends {
-    const NAME: &'static str = "query-chardev-backends";
-    async fn run(self, _: Rc<Daemon>) -> Reply {
-        Ok(crate::chardev::KINDS.iter().map(|name| json!({"name": name})).collect::<Value>())
     }
 }
 

@@ -101,7 +101,7 @@ fn texts() {
         (vec!["--version"], "liveblkd version 10.0.2 (liveblk "),
         (vec!["--help"], "Usage: liveblkd [options]\n"),
         (vec!["-V", "--bogus-is-not-reached"], ""),
-        (vec!["--object", "help"], "List of user creatable objects:\n  iothread\n"),
+        (vec!["--object", "help"], "List of user creatable objects:\n  authz-list\n"),
         (vec!["--object", "iothread,help"], "iothread options:\n  aio-max-batch=<int>\n"),
         (vec!["--chardev", "help"], "Available chardev backend types: \n"),
     ] {

@@ -223,3 +223,60 @@ fn objects_show_and_change_their_properties() {
     let e = c.command("object-add", json!({"qom-type": "tls-creds-psk", "id": "p"})).unwrap_err();
     assert!(e.contains("tls-creds-psk"), "{e}");
 }
+
+#[test]
+fn a_monitor_over_tls() {
+    let dir = Dir::new();
+    let pki = pki(&dir);
+    let (tcp, creds) =
+        (dir.path("tls.sock"), format!("tls-creds-x509,id=srv,dir={pki}/ours,endpoint=server"));
+    let chardev = format!("socket,id=c1,path={tcp},server=on,wait=off,tls-creds=srv,tls-authz=who");
+    let who = "authz-simple,id=who,identity=CN=client.example,,O=Disks,,C=GB";
+    let daemon =
+        Daemon::start(&dir, &["--object", &creds, "--object", who, "--chardev", &chardev, "--monitor", "c1"]);
+    let ask = |pki: &str| {
+        let script = "
+import socket, ssl, sys
+c = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+c.load_verify_locations(sys.argv[2] + '/ca-cert.pem')
+c.load_cert_chain(sys.argv[2] + '/client-cert.pem', sys.argv[2] + '/client-key.pem')
+s = socket.socket(socket.AF_UNIX); s.settimeout(20); s.connect(sys.argv[1])
+f = c.wrap_socket(s, server_hostname='localhost').makefile('rw')
+print(f.readline()); f.write('{\"execute\": \"qmp_capabilities\"}'); f.flush(); print(f.readline())
+";
+        let out = python().args(["-c", script, &tcp, pki]).output().unwrap();
+        (out.status.success(), String::from_utf8_lossy(&out.stdout).into_owned())
+    };
+    assert!(!ask(&format!("{pki}/other")).0);
+    let (ok, said) = ask(&format!("{pki}/ours"));
+    assert!(ok && said.contains("QMP") && said.contains("return"), "{said}");
+    // In the clear: no greeting.
+    use std::io::{Read, Write};
+    let mut clear = std::os::unix::net::UnixStream::connect(&tcp).unwrap();
+    clear.write_all(b"{\"execute\": \"qmp_capabilities\"}\n").unwrap();
+    let mut said = Vec::new();
+    let _ = clear.read_to_end(&mut said);
+    assert!(!String::from_utf8_lossy(&said).contains("QMP"), "{said:?}");
+    drop(daemon);
+}
+
+#[test]
+fn chardevs_come_and_go_at_run_time() {
+    let dir = Dir::new();
+    let daemon = Daemon::start(&dir, &[]);
+    let mut c = daemon.client();
+    let all = c.command("query-chardev", json!({})).unwrap();
+    let busy = all[0]["label"].clone();
+    assert!(c.command("chardev-remove", json!({"id": busy})).unwrap_err().ends_with("is busy"));
+    let socket = |path: &str| json!({"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": path}}, "wait": false}});
+    let (a, b) = (dir.path("a.sock"), dir.path("b.sock"));
+    c.command("chardev-add", json!({"id": "s", "backend": socket(&a)})).unwrap();
+    assert!(std::path::Path::new(&a).exists());
+    c.command("chardev-change", json!({"id": "s", "backend": socket(&b)})).unwrap();
+    assert!(!std::path::Path::new(&a).exists() && std::path::Path::new(&b).exists());
+    // Its own place is taken, by itself: it stays what it was.
+    assert!(c.command("chardev-change", json!({"id": "s", "backend": socket(&b)})).is_err());
+    assert!(std::path::Path::new(&b).exists());
+    c.command("chardev-remove", json!({"id": "s"})).unwrap();
+    assert!(!std::path::Path::new(&b).exists());
+}

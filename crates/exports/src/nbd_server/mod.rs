@@ -57,6 +57,18 @@ pub struct ServerTls {
     pub authorize: Option<Authorize>,
 }
 
+impl ServerTls {
+    /// The stream under TLS, if the peer is one that may enter.
+    pub async fn protect(&self, stream: Rc<dyn Stream>) -> Option<Rc<dyn Stream>> {
+        let stream = self.credentials.accept(stream).await.ok()?;
+        let allowed = match &self.authorize {
+            Some(may) => stream.peer_name().is_some_and(|name| may(&name)),
+            None => true,
+        };
+        allowed.then_some(stream as Rc<dyn Stream>)
+    }
+}
+
 impl fmt::Debug for ServerTls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerTls").field("authorize", &self.authorize.is_some()).finish_non_exhaustive()
@@ -252,20 +264,10 @@ async fn handshake(
                 inbox.push(piece, usize::MAX);
             }
             Ok(HandshakeStep::Handled) => {}
-            Ok(HandshakeStep::StartTls) => stream = protect(stream, tls?).await?,
+            Ok(HandshakeStep::StartTls) => stream = tls?.protect(stream).await?,
             Ok(HandshakeStep::Ended | HandshakeStep::Enter(_)) | Err(_) => return None,
         }
     }
-}
-
-/// The stream under TLS, if the peer is one that may enter.
-async fn protect(stream: Rc<dyn Stream>, tls: &ServerTls) -> Option<Rc<dyn Stream>> {
-    let stream = tls.credentials.accept(stream).await.ok()?;
-    let allowed = match &tls.authorize {
-        Some(may) => stream.peer_name().is_some_and(|name| may(&name)),
-        None => true,
-    };
-    allowed.then_some(stream as Rc<dyn Stream>)
 }
 
 impl Catalog for Exports {
