@@ -158,6 +158,7 @@ AT_NOTE = {
 
 HELPERS = {
     "mirror-complete-replaces-users": {9: guest("src", 0, "64k", "0x33")},
+    "commit-active": {11: guest("top", 0, "64k", "0x44"), 14: guest("top", "64k", "64k", "0x45")},
     "mirror-write-blocking": {9: guest("src", 0, "64k")},
     "mirror-copy-mode-switch": {12: guest("src", 0, "64k"), 16: guest("src", "1M", "64k")},
     "mirror-export-added-later": {8: guest("src", 0, "64k"), 10: guest("filt", "1M", "64k")},

@@ -5,9 +5,9 @@
 //! images with the same content; what was turned read-write for a job is read-only again afterwards, whatever happened.
 
 use crate::JobError;
-use block::{BlockError, ErrorKind, Extent, Io, Kind, Result, Span};
+use block::{BlockError, ErrorKind, Extent, Io, Kind, Prealloc, Result, Span};
 use copy::{Fate, Next, OnWrite, Policy, Standing};
-use graph::{Blocker, Edge, Graph, NodeCell, Plan, Role, Step, walk};
+use graph::{Blocker, Demand, Edge, Graph, NodeCell, Perms, Plan, Role, Step, walk};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -17,6 +17,10 @@ pub(crate) const CHUNK: u64 = 512 << 10;
 pub(crate) const DEFAULT_BUFFER: u64 = 16 << 20;
 /// Finest and coarsest unit of work: what is allocated in smaller pieces is looked at when it is copied.
 const GRANULARITY: (u64, u64) = (4096, 1 << 20);
+
+/// What an image that is committed lets others do: nobody may rely on it, since the base is inconsistent.
+pub(crate) const COMMITTED: Demand =
+    Demand { needs: Perms::NONE, shares: Perms::WRITE.with(Perms::WRITE_UNCHANGED) };
 
 /// The node `name` (`device` of most commands).
 pub(crate) fn find_device(graph: &Graph, name: &str) -> Result<Rc<NodeCell>> {
@@ -224,6 +228,45 @@ pub(crate) fn check_free(nodes: &[Rc<NodeCell>]) -> Result<(), JobError> {
     Ok(())
 }
 
+/// What the layers of `source` above `base` hold of `at`, all of it.
+pub(crate) async fn held_above(source: &Edge, at: Span, base: &Rc<NodeCell>) -> Result<Vec<Extent>> {
+    held(source, at, Some(base), 0).await
+}
+
+/// The same without the `skipped` topmost layers: what those have, and what nobody has, is `Unallocated`.
+async fn held(source: &Edge, at: Span, base: Option<&Rc<NodeCell>>, skipped: u32) -> Result<Vec<Extent>> {
+    let mut list = Vec::new();
+    let mut left = at;
+    while !left.is_empty() {
+        let some = source.status_above(left, base).await?;
+        let end = some.last().map_or(left.start, |e| e.span.end());
+        if end <= left.start {
+            return Err(BlockError::invalid(format!("no block status of {left}")));
+        }
+        for e in some {
+            let kind = if e.depth > skipped { e.kind } else { Kind::Unallocated };
+            Extent::push_merged(&mut list, Extent::new(e.span, kind));
+        }
+        left = Span::between(end, left.end());
+    }
+    Ok(list)
+}
+
+/// Makes the base as long as what goes into it; `target` is the job's user of it. It stays as long as it is if it is longer.
+pub(crate) async fn grow(graph: &Graph, base: &Rc<NodeCell>, target: &Rc<Edge>, len: u64) -> Result<()> {
+    if target.len() >= len {
+        return Ok(());
+    }
+    let asked = target.demand();
+    graph.ask(target, Demand { needs: asked.needs.with(Perms::RESIZE), ..asked }).await?;
+    let grown = {
+        let _quiet = graph.quiesce(base, std::slice::from_ref(target)).await;
+        target.resize(len, Prealloc::Off).await
+    };
+    graph.ask(target, asked).await?;
+    grown
+}
+
 /// Copies what layers of a chain hold between two of its nodes.
 pub(crate) struct ChainPolicy {
     /// What lies below the layers that are copied.
@@ -248,30 +291,7 @@ impl Policy for ChainPolicy {
     }
 
     fn look<'a>(&'a self, source: &'a Edge, at: Span) -> Option<Io<'a, Vec<Extent>>> {
-        Some(Box::pin(async move {
-            let mut list = Vec::new();
-            let len = source.len();
-            let mut left = at.intersect(&Span::new(0, len));
-            while !left.is_empty() {
-                let some = source.status_above(left, self.base.as_ref()).await?;
-                let end = some.last().map_or(left.start, |e| e.span.end());
-                if end <= left.start {
-                    return Err(BlockError::invalid(format!("no block status of {left}")));
-                }
-                for e in some {
-                    let ours = e.depth > u32::from(self.up);
-                    let kind = if ours { e.kind } else { Kind::Unallocated };
-                    Extent::push_merged(&mut list, Extent::new(e.span, kind));
-                }
-                left = Span::between(end, left.end());
-            }
-            if at.end() > len {
-                // the base goes on where the image above it has ended, which reads as zero
-                let rest = Span::between(at.start.max(len), at.end());
-                Extent::push_merged(&mut list, Extent::new(rest, Kind::Zero));
-            }
-            Ok(list)
-        }))
+        Some(Box::pin(held(source, at, self.base.as_ref(), u32::from(self.up))))
     }
 
     fn fate(&self, extent: &Extent) -> Fate {

@@ -1,4 +1,5 @@
-//! `block-commit` of images below the active one: what they hold goes down into the base, then they leave the chain.
+//! `block-commit` of images below the active one: what they hold goes down into the base, then they leave the chain. (A commit
+//! of the active image is a [`mirror`](crate::mirror) to an image below.)
 //!
 //! Phases: the base is opened for writing, the filter goes between the overlay and the top image, and the images that are
 //! committed promise nothing to anybody any more; the base grows, if it must; what is allocated above it is copied; the base is
@@ -15,8 +16,9 @@ use crate::chain::{self, BackingName, ChainPolicy, Headers, Turned};
 use crate::commit_args::{Checked, CommitArgs};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
+use crate::mirror;
 use crate::registry::Registry;
-use block::{Io, Prealloc, Result, Span};
+use block::{Io, Result, Span};
 use copy::{Engine, Work, first};
 use drivers::filters::commit_top::CommitTop;
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step};
@@ -33,9 +35,6 @@ const WRITING: Demand = Demand {
     needs: Perms::CONSISTENT_READ.with(Perms::WRITE),
     shares: Perms::CONSISTENT_READ.with(Perms::WRITE_UNCHANGED),
 };
-/// What an image that is committed lets others do: nobody may rely on it, since the base is inconsistent.
-const COMMITTED: Demand = Demand { needs: Perms::NONE, shares: Perms::WRITE.with(Perms::WRITE_UNCHANGED) };
-
 /// A running commit of images below the active one.
 pub struct Commit {
     graph: Rc<Graph>,
@@ -72,6 +71,12 @@ pub async fn start(
     args: CommitArgs,
 ) -> std::result::Result<Rc<Job>, JobError> {
     let checked = args.check(graph).await?;
+    if checked.active {
+        let mirror = args.as_mirror(&checked.base);
+        let checked = mirror.check_commit(graph, checked.device, checked.base, checked.between).await?;
+        let job = registry.create(&args.job_id, Kind::Commit, mirror.job_options()?, None)?;
+        return mirror::start_checked(registry, graph, mirror, checked, job).await;
+    }
     let job = registry.create(&args.job_id, Kind::Commit, args.job_options(), None)?;
     let built = match args.check_speed() {
         Ok(()) => build(graph, args, checked).await,
@@ -90,7 +95,7 @@ pub async fn start(
 }
 
 async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked) -> Result<Rc<Commit>> {
-    let Checked { device, top, base, between } = checked;
+    let Checked { device, top, base, between, .. } = checked;
     let blockers = chain::block_all([&device, &base].into_iter().chain(&between), BUSY);
     let closed = chain::closed_to_writing(&base)?;
     let job = || Parent::Job(args.job_id.clone());
@@ -108,7 +113,7 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked) -> Result<
         for node in &between {
             let edge =
                 graph.attach_exact(node, "intermediate node", Role::Root, job(), Demand::NOTHING).await?;
-            plan = plan.then(Step::Ask { edge: edge.clone(), demand: COMMITTED });
+            plan = plan.then(Step::Ask { edge: edge.clone(), demand: chain::COMMITTED });
             edges.push(edge);
         }
         edges.push(graph.attach_exact(&base, "base", Role::Root, job(), Demand::NOTHING).await?);
@@ -154,7 +159,7 @@ impl Commit {
     async fn work_on(&self, job: &Rc<Job>) -> Result<()> {
         let Some(Copying { source, target }) = self.copying.borrow().clone() else { return Ok(()) };
         let tail = self.hidden_tail(&target);
-        self.grow(&target).await?;
+        chain::grow(&self.graph, &self.base, &target, self.top.node().len()).await?;
         first::mark_above(&self.work, &source, Some(&self.base), false).await?;
         let control: Rc<Job> = job.clone();
         let mut engine = Engine::new(
@@ -183,22 +188,6 @@ impl Commit {
         let reach = overlays.iter().map(|o| o.node().len()).max().unwrap_or(0);
         let top = self.top.node().len();
         Span::between(top, target.len().min(reach).max(top))
-    }
-
-    /// Makes the base as long as the image that goes into it.
-    async fn grow(&self, target: &Rc<Edge>) -> Result<()> {
-        let len = self.top.node().len();
-        if target.len() >= len {
-            return Ok(());
-        }
-        let needs = WRITING.needs.with(Perms::RESIZE);
-        self.graph.ask(target, Demand { needs, ..WRITING }).await?;
-        let grown = {
-            let _quiet = self.graph.quiesce(&self.base, std::slice::from_ref(target)).await;
-            target.resize(len, Prealloc::Off).await
-        };
-        self.graph.ask(target, WRITING).await?;
-        grown
     }
 
     async fn leave_chain(&self) -> Result<()> {

@@ -3,10 +3,12 @@
 use crate::JobError;
 use crate::chain;
 use crate::job::Options;
+use crate::mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
 use block::{BlockError, Result};
 use copy::OnError;
 use graph::{Graph, NodeCell, walk};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// One end of what is committed, as the client names it.
 #[derive(Clone, Debug, Default)]
@@ -40,6 +42,12 @@ pub struct CommitArgs {
     pub on_source_error: OnError,
     /// On failing writes.
     pub on_target_error: OnError,
+    /// How writes of clients reach the base, if the active image goes down.
+    pub copy_mode: CopyMode,
+    /// What to do when that does not converge.
+    pub convergence: Convergence,
+    /// How long to wait before that.
+    pub converge_after: Duration,
     /// Name of the filter node.
     pub filter_node_name: Option<String>,
     /// See [`Options`].
@@ -62,6 +70,9 @@ impl CommitArgs {
             buf_size: 0,
             on_source_error: OnError::Report,
             on_target_error: OnError::Report,
+            copy_mode: CopyMode::Background,
+            convergence: Convergence::None,
+            converge_after: Duration::from_secs(30),
             filter_node_name: None,
             auto_finalize: true,
             auto_dismiss: true,
@@ -113,13 +124,35 @@ impl CommitArgs {
         if top.id() == base.id() {
             return Err(JobError::refused("cannot commit an image into itself"));
         }
-        if top.id() == device.id() || top.id() == active.id() {
-            if self.backing_file.is_some() {
-                return Err(JobError::refused("'backing-file' specified, but 'top' is the active layer"));
-            }
-            return Err(JobError::refused("Committing the active layer is not supported"));
+        let is_active = top.id() == device.id() || top.id() == active.id();
+        if is_active && self.backing_file.is_some() {
+            return Err(JobError::refused("'backing-file' specified, but 'top' is the active layer"));
         }
-        Ok(Checked { device, top, base, between })
+        let between = if is_active {
+            // with the filters in front, without the disk itself
+            chain::above(&device, Some(&base)).split_off(1)
+        } else {
+            between
+        };
+        Ok(Checked { device, top, base, between, active: is_active })
+    }
+
+    /// The commit of the active image as the mirror that it is.
+    pub(crate) fn as_mirror(&self, base: &Rc<NodeCell>) -> MirrorArgs {
+        MirrorArgs {
+            sync: Sync::Top,
+            speed: self.speed,
+            buf_size: i64::try_from(self.buffer()).unwrap_or(i64::MAX),
+            on_source_error: self.on_source_error,
+            on_target_error: self.on_target_error,
+            copy_mode: self.copy_mode,
+            filter_node_name: self.filter_node_name.clone(),
+            auto_finalize: self.auto_finalize,
+            auto_dismiss: self.auto_dismiss,
+            convergence: self.convergence,
+            converge_after: self.converge_after,
+            ..MirrorArgs::new(&self.job_id, &self.device, base.name())
+        }
     }
 }
 
@@ -161,6 +194,8 @@ pub(crate) struct Checked {
     pub(crate) device: Rc<NodeCell>,
     pub(crate) top: Rc<NodeCell>,
     pub(crate) base: Rc<NodeCell>,
-    /// From `top` down to what is above `base`.
+    /// From `top` down to what is above `base`; if the active image goes down, from what is below it.
     pub(crate) between: Vec<Rc<NodeCell>>,
+    /// The active image goes down.
+    pub(crate) active: bool,
 }

@@ -10,10 +10,13 @@
 //!   then go to the target. Every other end leaves the client on the source, untouched.
 //! * A soft cancel leaves the target as of one instant: no request is split by it.
 //! * Whoever attaches to the source while the job runs goes through the filter.
+//! * A target that is an image below the source (a commit of the active image) is opened for writing; it stays so only if it
+//!   becomes the active image. Nothing relies on the images between meanwhile.
 //! * A target that hangs holds up neither a cancel nor, after it, the client. (Before: a synchronous write waits for
 //!   the target as long as the target takes. That is what it promises.)
 
 use crate::JobError;
+use crate::chain::{self, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::mirror_args::{Checked, CopyMode, MirrorArgs, Sync};
@@ -30,7 +33,11 @@ use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 
-const BUSY: &str = "block device is in use by block job: mirror";
+/// What a target below its source is asked for: it becomes its parents' disk without another change.
+const WRITING_BELOW: Demand = Demand {
+    needs: Perms::WRITE,
+    shares: Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED),
+};
 
 /// A running mirror.
 pub struct Mirror {
@@ -47,6 +54,8 @@ pub struct Mirror {
     /// The client is held here from completion to the end.
     quiet: RefCell<Option<Quiesced>>,
     buffer: u64,
+    /// Whether the target is an image below the source, and what was turned read-write for that.
+    below: Option<Turned>,
 }
 
 /// What the job has of the graph.
@@ -54,6 +63,7 @@ struct Hold {
     main: Rc<Edge>,
     source: Rc<Edge>,
     target: Rc<Edge>,
+    others: Vec<Rc<Edge>>,
     _blockers: Vec<Blocker>,
 }
 
@@ -66,6 +76,17 @@ pub async fn start(
 ) -> std::result::Result<Rc<Job>, JobError> {
     let checked = args.check(graph).await?;
     let job = registry.create(&args.job_id, Kind::Mirror, args.job_options()?, None)?;
+    start_checked(registry, graph, args, checked, job).await
+}
+
+/// Starts what was checked as a job that exists.
+pub(crate) async fn start_checked(
+    registry: &Registry,
+    graph: &Rc<Graph>,
+    args: MirrorArgs,
+    checked: Checked,
+    job: Rc<Job>,
+) -> std::result::Result<Rc<Job>, JobError> {
     match build(graph, args, checked, &job).await {
         Ok(body) => {
             registry.start(&job, body);
@@ -79,18 +100,46 @@ pub async fn start(
 }
 
 async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<Job>) -> Result<Rc<Mirror>> {
-    let Checked { source, target, replaces, granularity, buffer } = checked;
+    let Checked { source, target, replaces, granularity, buffer, below } = checked;
+    let busy = format!("block device is in use by block job: {}", job.kind().name());
     let parent = || Parent::Job(args.job_id.clone());
     let cr_w_wu = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);
     let reading = Demand { needs: Perms::CONSISTENT_READ, shares: cr_w_wu };
     let writing = Demand { needs: Perms::WRITE, shares: Perms::WRITE_UNCHANGED };
-    let source_edge = graph.attach_exact(&source, "source", Role::Root, parent(), reading).await?;
-    let target_edge = graph.attach_exact(&target, "target", Role::Root, parent(), writing).await?;
+    let mut others = Vec::new();
+    let mut plan = Plan::new();
+    let mut blocked = vec![source.clone(), target.clone()];
+    blocked.extend(replaces.clone());
+    let (source_edge, target_edge) = match &below {
+        None => (
+            graph.attach_exact(&source, "source", Role::Root, parent(), reading).await?,
+            graph.attach_exact(&target, "target", Role::Root, parent(), writing).await?,
+        ),
+        Some(below) => {
+            let shared = Demand { needs: Perms::NONE, shares: cr_w_wu };
+            let from = graph.attach_exact(&source, "source", Role::Root, parent(), shared).await?;
+            others.push(graph.attach_exact(&target, "target", Role::Root, parent(), Demand::NOTHING).await?);
+            for node in &below.between {
+                let edge = graph
+                    .attach_exact(node, "intermediate node", Role::Root, parent(), Demand::NOTHING)
+                    .await?;
+                plan = plan.then(Step::Ask { edge: edge.clone(), demand: chain::COMMITTED });
+                others.push(edge);
+            }
+            let own = Parent::Backend(args.job_id.clone());
+            let to = graph.attach_exact(&target, "root", Role::Root, own, Demand::NOTHING).await?;
+            plan = chain::turning(plan, &below.closed, true)
+                .then(Step::Ask { edge: to.clone(), demand: WRITING_BELOW });
+            blocked.extend(below.between.clone());
+            (from, to)
+        }
+    };
 
-    let below = graph
+    let under = graph
         .attach_exact(&source, "backing", Role::Filtered, Parent::Node(RefCell::default()), Demand::NOTHING)
         .await?;
-    let top = MirrorTop::with(below, Purpose::Mirror);
+    let purpose = if below.is_some() { Purpose::Commit } else { Purpose::Mirror };
+    let top = MirrorTop::with(under, purpose);
     let options = NodeOptions {
         name: args.filter_node_name.clone(),
         discard: true,
@@ -107,11 +156,12 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         args.copy_mode,
         args.convergence,
         args.converge_after,
+        below.is_some().then(|| target.clone()),
         job,
     ));
     let tap = CopyTap::new(work.clone(), target_edge.clone(), policy.clone(), job.clone());
     top.set_tap(Some(tap));
-    let plan = Plan::new()
+    let plan = plan
         .then(Step::MoveParents {
             from: source.clone(),
             to: filter.clone(),
@@ -119,9 +169,14 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         })
         .then(Step::Cover { node: source.clone(), filter: Some(filter.clone()) });
     graph.apply(plan).await?;
-    let nodes = [&source, &target, &filter];
-    let blockers = nodes.into_iter().chain(replaces.as_ref()).map(|n| n.block(BUSY)).collect();
-    let hold = Hold { main, source: source_edge, target: target_edge, _blockers: blockers };
+    blocked.push(filter.clone());
+    let blockers = chain::block_all(&blocked, &busy);
+    let hold = Hold { main, source: source_edge, target: target_edge, others, _blockers: blockers };
+    let below = below.map(|b| {
+        let turned = Turned::default();
+        turned.note(b.closed);
+        turned
+    });
     Ok(Rc::new(Mirror {
         graph: graph.clone(),
         args,
@@ -135,6 +190,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         hold: RefCell::new(Some(hold)),
         quiet: RefCell::new(None),
         buffer,
+        below,
     }))
 }
 
@@ -182,6 +238,9 @@ impl Mirror {
 
     async fn prepare_work(&self, source: &Edge, target: &Edge) -> Result<()> {
         let whole = Span::new(0, self.work.len());
+        if self.below.is_some() {
+            return first::mark_above(&self.work, source, Some(&self.target), false).await;
+        }
         match self.args.sync {
             Sync::Full => {
                 let efficient = target.limits().efficient_zero && self.target.options().discard;
@@ -210,7 +269,9 @@ impl Mirror {
             Some(h) => (h.source.clone(), h.target.clone()),
             None => return Ok(()),
         };
-        if source.len() != target.len() {
+        if self.below.is_some() {
+            chain::grow(&self.graph, &self.target, &target, source.len()).await?;
+        } else if source.len() != target.len() {
             return Err(BlockError::invalid("Source and target image have different sizes"));
         }
         self.prepare_work(&source, &target).await?;
@@ -275,9 +336,15 @@ impl Mirror {
 
     /// The graph as it was before the job.
     fn plan_back(&self) -> Plan {
-        let except = self.hold.borrow().as_ref().map(|h| h.main.clone()).into_iter().collect();
-        Plan::new()
-            .then(Step::MoveParents { from: self.filter.clone(), to: self.source.clone(), except })
+        let (mut except, mut plan) = (Vec::new(), Plan::new());
+        if let Some(h) = self.hold.borrow().as_ref() {
+            except.push(h.main.clone());
+            // images between source and target are again what their users may rely on
+            for edge in &h.others {
+                plan = plan.then(Step::Ask { edge: edge.clone(), demand: Demand::NOTHING });
+            }
+        }
+        plan.then(Step::MoveParents { from: self.filter.clone(), to: self.source.clone(), except })
             .then(Step::Cover { node: self.source.clone(), filter: None })
     }
 
@@ -344,6 +411,11 @@ impl Body for Mirror {
             }
             self.hold.take();
             self.graph.settle().await;
+            if let Some(turned) =
+                self.below.as_ref().filter(|_| !success || self.policy.wish() != Wish::Pivot)
+            {
+                turned.back(&self.graph).await;
+            }
         })
     }
 

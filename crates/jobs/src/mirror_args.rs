@@ -1,6 +1,6 @@
 //! Arguments of a mirror, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
 
-use crate::chain::find_device;
+use crate::chain::{self, find_device};
 use crate::job::Options;
 use block::{BlockError, ErrorKind, Result};
 use copy::OnError;
@@ -180,7 +180,26 @@ impl MirrorArgs {
         };
         let buffer = if buffer == 0 { DEFAULT_BUFFER } else { buffer };
         let buffer = buffer.div_ceil(granularity).saturating_mul(granularity);
-        Ok(Checked { source, target, replaces, granularity, buffer })
+        Ok(Checked { source, target, replaces, granularity, buffer, below: None })
+    }
+
+    /// The same for a commit of the active image, whose nodes have been looked up.
+    pub(crate) async fn check_commit(
+        &self,
+        graph: &Graph,
+        source: Rc<NodeCell>,
+        target: Rc<NodeCell>,
+        between: Vec<Rc<NodeCell>>,
+    ) -> Result<Checked> {
+        if let Some(name) = &self.filter_node_name {
+            graph.check_name(name)?;
+        }
+        let closed = chain::closed_to_writing(&target)?;
+        let granularity = default_granularity(&target).await;
+        let buffer = u64::try_from(self.buf_size).unwrap_or(0).max(1);
+        let buffer = buffer.div_ceil(granularity).saturating_mul(granularity);
+        let below = Some(Below { between, closed });
+        Ok(Checked { source, target, replaces: None, granularity, buffer, below })
     }
 }
 
@@ -191,6 +210,15 @@ pub(crate) struct Checked {
     pub(crate) replaces: Option<Rc<NodeCell>>,
     pub(crate) granularity: u64,
     pub(crate) buffer: u64,
+    pub(crate) below: Option<Below>,
+}
+
+/// The target is an image below the source: a commit of the active image.
+pub(crate) struct Below {
+    /// The images between source and target, without both.
+    pub(crate) between: Vec<Rc<NodeCell>>,
+    /// What has to turn read-write for the target to take writes.
+    pub(crate) closed: Vec<Rc<NodeCell>>,
 }
 
 fn unsupported_sync(name: &str) -> BlockError {

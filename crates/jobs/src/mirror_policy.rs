@@ -1,10 +1,12 @@
 //! What makes a mirror a mirror: which writes are synchronous, when a pass is over, and the user's convergence policy.
 
+use crate::chain;
 use crate::job::Job;
 use crate::mirror_args::{Convergence, CopyMode};
-use block::Span;
-use copy::{Next, Obstacle, OnWrite, Policy, Standing, Work};
+use block::{Extent, Io, Kind, Span};
+use copy::{Fate, Next, Obstacle, OnWrite, Policy, Standing, Work};
 use env::Env;
+use graph::{Edge, NodeCell};
 use std::cell::Cell;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
@@ -46,6 +48,8 @@ pub(crate) struct MirrorPolicy {
     convergence: Convergence,
     converge_after: Duration,
     started: Duration,
+    /// The target, where it is an image below the source.
+    base: Option<Rc<NodeCell>>,
     job: Weak<Job>,
 }
 
@@ -56,6 +60,7 @@ impl MirrorPolicy {
         mode: CopyMode,
         convergence: Convergence,
         converge_after: Duration,
+        base: Option<Rc<NodeCell>>,
         job: &Rc<Job>,
     ) -> MirrorPolicy {
         let started = env.now();
@@ -69,6 +74,7 @@ impl MirrorPolicy {
             convergence,
             converge_after,
             started,
+            base,
             job: Rc::downgrade(job),
         }
     }
@@ -141,6 +147,20 @@ impl Policy for MirrorPolicy {
     fn copy_reads(&self) -> bool {
         self.mode.get() == CopyMode::ReadWriteBlocking
             && matches!(self.phase.get(), Phase::Copying | Phase::Following)
+    }
+
+    fn look<'a>(&'a self, source: &'a Edge, at: Span) -> Option<Io<'a, Vec<Extent>>> {
+        let base = self.base.as_ref()?;
+        Some(Box::pin(chain::held_above(source, at, base)))
+    }
+
+    fn fate(&self, extent: &Extent) -> Fate {
+        match extent.kind {
+            Kind::Data => Fate::Copy,
+            // what nobody has above the base is there already
+            Kind::Unallocated => Fate::Skip,
+            Kind::Zero => Fate::Zero,
+        }
     }
 
     fn pass_over(&self, s: Standing) -> Next {

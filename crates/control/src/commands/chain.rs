@@ -1,19 +1,20 @@
 //! `block-commit`, `block-stream`: images leave a chain, into one below or above them.
 
-use super::mirror::ErrorPolicy;
+use super::mirror::{ConvergencePolicy, ErrorPolicy, Mode};
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::Reply;
 use copy::OnError;
-use jobs::{ChainEnd, CommitArgs, StreamArgs, commit, stream};
+use jobs::{ChainEnd, CommitArgs, Convergence, CopyMode, StreamArgs, commit, stream};
 use qapi::json;
 use serde::Deserialize;
 use std::rc::Rc;
+use std::time::Duration;
 
 pub(super) const COMMANDS: &[Entry] = &[entry::<BlockCommit>(), entry::<BlockStream>()];
 
-/// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error` and
-/// `buf-size` are not in QSD.
+/// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error`,
+/// `buf-size`, `copy-mode`, `convergence` and `converge-after` are not in QSD.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockCommit {
@@ -30,6 +31,9 @@ struct BlockCommit {
     on_error: Option<ErrorPolicy>,
     on_source_error: Option<ErrorPolicy>,
     on_target_error: Option<ErrorPolicy>,
+    copy_mode: Option<Mode>,
+    convergence: Option<ConvergencePolicy>,
+    converge_after: Option<u32>,
     filter_node_name: Option<String>,
     auto_finalize: Option<bool>,
     auto_dismiss: Option<bool>,
@@ -49,6 +53,11 @@ impl Command for BlockCommit {
             buf_size: self.buf_size.map_or(0, u64::from),
             on_source_error: self.on_source_error.map_or(both, OnError::from),
             on_target_error: self.on_target_error.map_or(both, OnError::from),
+            copy_mode: self.copy_mode.map_or(default.copy_mode, CopyMode::from),
+            convergence: self.convergence.map_or(default.convergence, Convergence::from),
+            converge_after: self
+                .converge_after
+                .map_or(default.converge_after, |s| Duration::from_secs(u64::from(s))),
             filter_node_name: self.filter_node_name,
             auto_finalize: self.auto_finalize.unwrap_or(true),
             auto_dismiss: self.auto_dismiss.unwrap_or(true),

@@ -45,7 +45,7 @@ impl From<ErrorPolicy> for OnError {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Mode {
+pub(super) enum Mode {
     Background,
     WriteBlocking,
     ReadWriteBlocking,
@@ -63,10 +63,20 @@ impl From<Mode> for CopyMode {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum ConvergencePolicy {
+pub(super) enum ConvergencePolicy {
     None,
     SwitchCopyMode,
     ThrottleGuest,
+}
+
+impl From<ConvergencePolicy> for Convergence {
+    fn from(p: ConvergencePolicy) -> Convergence {
+        match p {
+            ConvergencePolicy::None => Convergence::None,
+            ConvergencePolicy::SwitchCopyMode => Convergence::SwitchCopyMode,
+            ConvergencePolicy::ThrottleGuest => Convergence::ThrottleGuest,
+        }
+    }
 }
 
 /// Copies a disk to a target while clients write to it. `convergence`, `converge-after`, `target-is-zero` and the copy mode
@@ -117,11 +127,7 @@ impl Command for BlockdevMirror {
             auto_finalize: self.auto_finalize.unwrap_or(true),
             auto_dismiss: self.auto_dismiss.unwrap_or(true),
             target_is_zero: self.target_is_zero.unwrap_or(false),
-            convergence: match self.convergence {
-                None | Some(ConvergencePolicy::None) => Convergence::None,
-                Some(ConvergencePolicy::SwitchCopyMode) => Convergence::SwitchCopyMode,
-                Some(ConvergencePolicy::ThrottleGuest) => Convergence::ThrottleGuest,
-            },
+            convergence: self.convergence.map_or(default.convergence, Convergence::from),
             converge_after: self
                 .converge_after
                 .map_or(default.converge_after, |s| Duration::from_secs(u64::from(s))),

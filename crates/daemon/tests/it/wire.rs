@@ -98,7 +98,15 @@ fn recorded_ends_of_mirrors() {
 
 #[test]
 fn recorded_commits() {
-    replay(&["commit-intermediate", "commit-intermediate-backing-file", "commit-cancel-pause-speed"]);
+    replay(&[
+        "commit-intermediate",
+        "commit-intermediate-backing-file",
+        "commit-cancel-pause-speed",
+        "commit-active",
+        "commit-readonly-base",
+        "commit-errors",
+        "pending-and-guest-io",
+    ]);
 }
 
 #[test]

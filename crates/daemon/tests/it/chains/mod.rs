@@ -2,6 +2,7 @@
 //! QEMU's own tools: the disk as the chain shows it is what the client wrote, during the job, after it, and from the image
 //! headers alone.
 
+mod actives;
 mod commits;
 mod streams;
 
