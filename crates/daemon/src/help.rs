@@ -63,4 +63,5 @@ pub(crate) fn object(kind: &str) -> Option<String> {
 }
 
 /// `--chardev help`.
-pub(crate) const CHARDEVS: &str = "Available chardev backend types: \n  memory\n  null\n  ringbuf\n  socket\n  stdio\n";
+pub(crate) const CHARDEVS: &str =
+    "Available chardev backend types: \n  memory\n  null\n  ringbuf\n  socket\n  stdio\n";

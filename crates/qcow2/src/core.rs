@@ -60,6 +60,8 @@ pub(crate) struct Core {
     /// Work that goes on without its requests.
     pub(crate) background: Rc<Background>,
     pub(crate) on_corruption: RefCell<Option<OnCorruption>>,
+    /// Something in the header's first sector is being written.
+    pub(crate) heading: Loading,
 }
 
 impl Core {
@@ -174,6 +176,16 @@ impl Loading {
         }
         keys.push((key, Rc::new(Notify::new())));
         Ok(LoadGuard { of: self, key })
+    }
+
+    /// Becomes the one who does it, after whoever does it now.
+    pub(crate) async fn turn(&self, key: u64) -> LoadGuard<'_> {
+        loop {
+            match self.begin(key) {
+                Ok(guard) => return guard,
+                Err(n) => n.wait().await,
+            }
+        }
     }
 }
 

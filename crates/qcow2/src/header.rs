@@ -321,6 +321,37 @@ impl Header {
     /// # Errors
     /// If it does not fit in a cluster or a name is too long.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        let mut out = self.encode_front()?;
+        if let Some(name) = self.backing_name()? {
+            let at = out.len() as u64;
+            set_backing_place(&mut out, at, name.len() as u32);
+            out.extend_from_slice(name.as_bytes());
+        }
+        if out.len() as u64 > self.geometry.cluster_size() {
+            return Err(self.too_long(out.len()));
+        }
+        Ok(out)
+    }
+
+    /// The error for a header of `len` bytes.
+    pub(crate) fn too_long(&self, len: usize) -> BlockError {
+        let text = format!("the header needs {len} bytes, a cluster has {}", self.geometry.cluster_size());
+        BlockError::new(block::ErrorKind::NoSpace, text)
+    }
+
+    /// The backing name, if it is one that a header can have.
+    pub(crate) fn backing_name(&self) -> Result<Option<&str>> {
+        let name = self.backing.as_deref().filter(|n| !n.is_empty());
+        match name {
+            Some(n) if n.len() > MAX_BACKING_NAME as usize => {
+                Err(BlockError::invalid(format!("Backing file name too long ({} bytes)", n.len())))
+            }
+            name => Ok(name),
+        }
+    }
+
+    /// Fields and extensions up to their end mark, without a backing name and its place.
+    pub(crate) fn encode_front(&self) -> Result<Vec<u8>> {
         let g = &self.geometry;
         let mut raw = Raw::new_zeroed();
         raw.magic.set(MAGIC);
@@ -347,23 +378,6 @@ impl Header {
             encode_extension(e, &mut out)?;
         }
         out.extend_from_slice(&[0; 8]);
-        if let Some(name) = self.backing.as_deref().filter(|n| !n.is_empty()) {
-            if name.len() > MAX_BACKING_NAME as usize {
-                return Err(BlockError::invalid(format!(
-                    "Backing file name too long ({} bytes)",
-                    name.len()
-                )));
-            }
-            raw.backing_offset.set(out.len() as u64);
-            raw.backing_len.set(name.len() as u32);
-            let fixed = (self.header_length as usize).min(size_of::<Raw>());
-            out[..fixed].copy_from_slice(&raw.as_bytes()[..fixed]);
-            out.extend_from_slice(name.as_bytes());
-        }
-        if out.len() as u64 > g.cluster_size() {
-            let text = format!("the header needs {} bytes, a cluster has {}", out.len(), g.cluster_size());
-            return Err(BlockError::new(block::ErrorKind::NoSpace, text));
-        }
         Ok(out)
     }
 
@@ -617,6 +631,38 @@ fn parse_extensions(first: &[u8], start: usize, end: u64) -> Result<Vec<Extensio
         at += len.next_multiple_of(8);
     }
     Ok(out)
+}
+
+/// Lets the fields of an encoded header say where the backing name is.
+pub(crate) fn set_backing_place(front: &mut [u8], at: u64, len: u32) {
+    front[8..16].copy_from_slice(&at.to_be_bytes());
+    front[16..20].copy_from_slice(&len.to_be_bytes());
+}
+
+/// Where the backing name of an encoded header is; of none, nothing at 0.
+pub(crate) fn backing_place(first: &[u8]) -> std::ops::Range<usize> {
+    let mut raw = Raw::new_zeroed();
+    let n = first.len().min(size_of::<Raw>());
+    raw.as_mut_bytes()[..n].copy_from_slice(&first[..n]);
+    let at = usize::try_from(raw.backing_offset.get()).unwrap_or(0);
+    at..at.saturating_add(raw.backing_len.get() as usize)
+}
+
+/// Where the extensions of an encoded, valid header end, with their end mark.
+pub(crate) fn extensions_end(first: &[u8], header: &Header) -> usize {
+    let place = backing_place(first);
+    let limit = if place.start == 0 { first.len() } else { place.start.min(first.len()) };
+    let mut at = header.header_length as usize;
+    while at + 8 <= limit {
+        let word = |at: usize| u32::from_be_bytes([first[at], first[at + 1], first[at + 2], first[at + 3]]);
+        let (kind, len) = (word(at), word(at + 4) as usize);
+        at += 8;
+        if kind == EXT_END {
+            break;
+        }
+        at = at.saturating_add(len.next_multiple_of(8));
+    }
+    at.min(limit)
 }
 
 fn encode_extension(e: &Extension, out: &mut Vec<u8>) -> Result<()> {

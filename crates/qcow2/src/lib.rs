@@ -23,6 +23,7 @@ mod order;
 mod overlap;
 mod refcount;
 mod resize;
+pub mod rewrite;
 pub mod storage;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -1,6 +1,7 @@
 //! An open image as a node of the graph.
 
 use crate::core::{Core, OnCorruption};
+use crate::header::Header;
 use crate::options::Options;
 use crate::overlap::Corruption;
 use block::{Data, Extent, Io, Limits, ReqFlags, Result, Span};
@@ -59,25 +60,6 @@ impl Qcow2 {
             self.core.write(at, data).await?;
         }
         if flags.fua { self.core.flush().await } else { Ok(()) }
-    }
-
-    async fn rewrite_header(&self, change: impl FnOnce(&mut crate::header::Header)) -> Result<()> {
-        self.core.check_writable()?;
-        let (old, new) = {
-            let now = self.core.header.borrow();
-            let mut new = now.clone();
-            change(&mut new);
-            (now.encode()?, new)
-        };
-        let mut bytes = new.encode()?;
-        // What the old header had behind the new one's end is cleared.
-        let len = bytes.len().max(old.len()).next_multiple_of(512);
-        bytes.resize(len.min(self.core.geo.cluster_size() as usize), 0);
-        self.core.commit().await?;
-        self.core.file.write(0, bytes.into()).await?;
-        self.core.file.barrier().await?;
-        *self.core.header.borrow_mut() = new;
-        Ok(())
     }
 }
 
@@ -224,7 +206,13 @@ impl Node for Qcow2 {
     }
 
     fn write_backing_name<'a>(&'a self, name: Option<&'a str>, format: Option<&'a str>) -> Io<'a> {
-        Box::pin(self.rewrite_header(move |h| h.set_backing(name, format)))
+        let (name, format) = (name.map(str::to_owned), format.map(str::to_owned));
+        let core = self.core.clone();
+        Box::pin(async move {
+            let rewriting = core.clone();
+            let change = move |h: &mut Header| h.set_backing(name.as_deref(), format.as_deref());
+            core.detached("qcow2-header", async move { rewriting.rewrite_header(change).await }).await
+        })
     }
 
     fn make_empty(&self) -> Io<'_> {

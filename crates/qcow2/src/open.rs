@@ -8,7 +8,7 @@ use crate::alloc::Space;
 use crate::cache::SliceCache;
 use crate::check::{Fix, check, read_header};
 use crate::child::Child;
-use crate::core::{Background, Core};
+use crate::core::{Background, Core, Loading};
 use crate::header::{AUTOCLEAR_BITMAPS, Crypt, Header};
 use crate::l1l2::L1;
 use crate::options::Options;
@@ -75,6 +75,7 @@ pub(crate) async fn open(
         corrupt: Cell::new(false),
         background,
         on_corruption: RefCell::new(None),
+        heading: Loading::default(),
     });
     core.load_tables().await?;
     if writable {

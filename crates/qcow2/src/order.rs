@@ -175,6 +175,7 @@ impl Core {
 
     /// Brings the feature words of the header to the file, durably.
     pub(crate) async fn write_features(&self) -> Result<()> {
+        let _turn = self.heading.turn(0).await;
         let (at, bytes) = self.header.borrow().patch_features();
         self.file.write(at, Data::copy_from(&bytes)).await?;
         self.file.barrier().await
@@ -278,10 +279,12 @@ impl Core {
     /// Lets the header point at another table, durably. After a failure nobody knows which of the two tables the file has, so
     /// nothing may be written to either: the image counts as corrupt.
     pub(crate) async fn point_header(self: &Rc<Self>, (at, bytes): (u64, [u8; 12])) -> Result<()> {
+        let turn = self.heading.turn(0).await;
         let written = match self.file.write(at, Data::copy_from(&bytes)).await {
             Ok(()) => self.file.barrier().await,
             failed => failed,
         };
+        drop(turn);
         written.map_err(|e| {
             self.found_corrupt(format!("the header could not be written: {e}"), Some(0), Some(512))
         })

@@ -91,10 +91,12 @@ impl Core {
             h.size = len;
             h.patch_size()
         };
+        let turn = self.heading.turn(0).await;
         let mut written = self.file.write(at, Data::copy_from(&bytes)).await;
         if written.is_ok() {
             written = self.file.barrier().await;
         }
+        drop(turn);
         if let Err(e) = written {
             // The file may have either length; both are right with what is mapped now.
             self.header.borrow_mut().size = old;
