@@ -8,7 +8,7 @@ use crate::jobinfo::JobEvents;
 use crate::object::Objects;
 use crate::session::Session;
 use block::BlockError;
-use env::sync::Notify;
+use env::sync::{Notify, Semaphore};
 use env::{Env, Stream};
 use exports::ExportRegistry;
 use graph::{Graph, NodeCell};
@@ -18,6 +18,23 @@ use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+
+/// Commands that run at the same time, of all clients together: never met, since a client's own run one after another.
+const TURNS: usize = 1 << 20;
+
+/// How many turns a command takes: a transaction (or what is one) runs alone, so that nobody attaches to the nodes it holds
+/// still; what cannot attach anybody runs at any time.
+fn turns(command: &str) -> usize {
+    let beside = ["query-", "job-", "block-job-", "qom-"];
+    match command {
+        "transaction"
+        | "blockdev-snapshot"
+        | "blockdev-snapshot-sync"
+        | "blockdev-snapshot-internal-sync" => TURNS,
+        "quit" => 0,
+        other => usize::from(!beside.iter().any(|p| other.starts_with(p))),
+    }
+}
 
 /// How far the end has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -51,6 +68,8 @@ pub struct Daemon {
     exports: Rc<ExportRegistry>,
     objects: Rc<Objects>,
     chardevs: Chardevs,
+    /// A transaction takes all of them, other commands one.
+    turns: Semaphore,
     sessions: RefCell<Vec<Rc<Session>>>,
     session_left: Notify,
     /// What could not be written back at the end.
@@ -104,6 +123,7 @@ impl Daemon {
             events,
             objects,
             chardevs: Chardevs::default(),
+            turns: Semaphore::new(TURNS),
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
             trouble: RefCell::new(None),
@@ -187,6 +207,10 @@ impl Daemon {
         if self.phase.get() != Phase::Running && command != "quit" {
             return Err(QmpError::generic("The daemon is ending"));
         }
+        let _turn = match turns(command) {
+            0 => None,
+            n => Some(self.turns.acquire(n).await),
+        };
         (entry.run)(self.clone(), checked).await
     }
 

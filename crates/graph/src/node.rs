@@ -115,6 +115,10 @@ pub trait Node: 'static {
     fn backing(&self) -> Option<Rc<Edge>> {
         None
     }
+    /// Whether this driver can have a layer below ([`Node::set_backing`]).
+    fn supports_backing(&self) -> bool {
+        false
+    }
     /// For a filter: the edge whose child it is in front of.
     fn filtered(&self) -> Option<Rc<Edge>> {
         None

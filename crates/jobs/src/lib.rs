@@ -15,9 +15,11 @@ pub mod mirror;
 mod mirror_args;
 mod mirror_policy;
 mod registry;
+pub mod snapshot;
 pub mod state;
 pub mod stream;
 mod stream_args;
+pub mod txn;
 
 pub use commit_args::{ChainEnd, CommitArgs};
 pub use error::JobError;

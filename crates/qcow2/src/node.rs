@@ -197,6 +197,10 @@ impl Node for Qcow2 {
         self.core.backing.borrow().clone()
     }
 
+    fn supports_backing(&self) -> bool {
+        true
+    }
+
     fn primary(&self) -> Option<Rc<Edge>> {
         Some(self.core.file.edge().clone())
     }

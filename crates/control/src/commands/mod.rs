@@ -13,6 +13,8 @@ mod node;
 mod object;
 mod protocol;
 mod query;
+mod snapshot;
+mod transaction;
 
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
@@ -65,6 +67,8 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     chain::COMMANDS,
     job::COMMANDS,
     object::COMMANDS,
+    snapshot::COMMANDS,
+    transaction::COMMANDS,
 ];
 
 /// Every event that may be emitted.

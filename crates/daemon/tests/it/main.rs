@@ -7,5 +7,6 @@ mod common;
 mod disk;
 mod hostile;
 mod mirrors;
+mod snapshots;
 mod tls;
 mod wire;

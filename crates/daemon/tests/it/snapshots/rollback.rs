@@ -1,0 +1,81 @@
+//! A transaction that fails at whatever place leaves everything as it was.
+
+use super::{add, end, graph, served};
+use crate::common::{Client, Dir};
+use crate::disk::tool;
+use crate::mirrors::{DISK, Writer};
+use serde_json::{Value, json};
+
+/// Everything that a transaction could have changed.
+fn state(c: &mut Client) -> Value {
+    let nodes = c.command("query-named-block-nodes", json!({"flat": true})).unwrap();
+    let nodes: Vec<Value> = nodes
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|n| json!([n["node-name"], n["ro"], n["drv"], n["backing_file_depth"], n["image"]["snapshots"]]))
+        .collect();
+    json!([nodes, format!("{:?}", graph(c)), c.command("query-jobs", json!({})).unwrap()])
+}
+
+/// Actions of every kind that build on one another.
+fn actions() -> Vec<Value> {
+    let action = |kind: &str, data: Value| json!({"type": kind, "data": data});
+    vec![
+        action("blockdev-snapshot", json!({"node": "disk", "overlay": "o"})),
+        action(
+            "blockdev-snapshot-sync",
+            json!({"node-name": "o", "snapshot-file": "s.qcow2", "snapshot-node-name": "s"}),
+        ),
+        action(
+            "blockdev-snapshot-sync",
+            json!({"node-name": "other", "snapshot-file": "t.qcow2", "snapshot-node-name": "t"}),
+        ),
+        action("blockdev-snapshot", json!({"node": "s", "overlay": "p"})),
+    ]
+}
+
+#[test]
+fn at_every_place() {
+    let dir = Dir::new();
+    let (mut daemon, mut c) = served(&dir, &["disk", "other"]);
+    for name in ["o", "p"] {
+        tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|{name}.qcow2|8M"));
+        add(&mut c, name);
+    }
+    tool(&dir, "qemu-img|create|-q|-f|raw|model.raw|8M");
+    let writer = Writer::start(&dir, DISK, &["8", "2000"]);
+    let before = state(&mut c);
+    let all = actions();
+    let abort = json!({"type": "abort", "data": {}});
+    for place in 0..=all.len() {
+        let mut some = all.clone();
+        some.insert(place, abort.clone());
+        let error = c.command("transaction", json!({"actions": some})).unwrap_err();
+        assert_eq!(error, "Transaction aborted using Abort action");
+        assert_eq!(state(&mut c), before, "failed at {place}");
+        // the same once more where the action itself fails: what it names is not there
+        if let Some(failing) = all.get(place) {
+            let mut bad = failing.clone();
+            let data = bad["data"].as_object_mut().unwrap();
+            let key = ["node", "node-name", "device"].into_iter().find(|k| data.contains_key(*k)).unwrap();
+            data.insert(key.to_owned(), json!("nope"));
+            let mut some = all.clone();
+            some[place] = bad;
+            c.command("transaction", json!({"actions": some})).unwrap_err();
+            assert_eq!(state(&mut c), before, "failed in {place}");
+        }
+    }
+    c.command("transaction", json!({"actions": all})).unwrap();
+    assert_ne!(state(&mut c), before);
+    let exports = c.command("query-block-exports", json!({})).unwrap();
+    let on: Vec<&Value> = exports.as_array().unwrap().iter().map(|e| &e["node-name"]).collect();
+    assert!(on.contains(&&json!("p")) && on.contains(&&json!("t")), "{on:?}");
+    writer.stop();
+    let shown = tool(&dir, &format!("qemu-img|compare|-f|raw|-F|raw|model.raw|{DISK}"));
+    assert!(shown.contains("identical"), "{shown}");
+    end(&mut daemon, &mut c);
+    for name in ["disk", "other", "o", "s", "t", "p"] {
+        tool(&dir, &format!("qemu-img|check|-q|{name}.qcow2"));
+    }
+}

@@ -1,0 +1,105 @@
+//! One instant: what a transaction does to several disks, it does between the same two writes of their clients.
+
+use super::{add, end, served};
+use crate::common::{Client, Dir};
+use crate::disk::tool;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Stdio};
+
+/// A running `pair.py`.
+struct Pair(Child);
+
+impl Pair {
+    fn start(dir: &Dir, disks: &[&str]) -> Pair {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/snapshots/pair.py");
+        let uris = disks.iter().map(|d| format!("nbd+unix:///{d}?socket=nbd.sock"));
+        let mut child = crate::wire::python()
+            .arg(script)
+            .args(uris)
+            .current_dir(&dir.0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::with_capacity(1, child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "writing\n");
+        Pair(child)
+    }
+
+    /// The last number.
+    fn stop(mut self) -> u64 {
+        drop(self.0.stdin.take());
+        let mut out = String::new();
+        self.0.stdout.take().unwrap().read_to_string(&mut out).unwrap();
+        assert!(self.0.wait().unwrap().success());
+        out.trim().parse().unwrap()
+    }
+}
+
+/// The number at the start of an image.
+fn number(dir: &Dir, image: &Value) -> u64 {
+    let to = format!("{}.number", image["file.filename"].as_str().unwrap());
+    let spec = format!("json:{image}");
+    tool(dir, &format!("qemu-img|dd|-U|-O|raw|bs=512|count=1|if={spec}|of={to}"));
+    u64::from_le_bytes(std::fs::read(dir.0.join(to)).unwrap()[..8].try_into().unwrap())
+}
+
+/// Numbers that one client wrote to disks in turn, as they are at one instant.
+fn check_instant(numbers: &[u64]) {
+    assert!(numbers.iter().all(|n| *n > 0), "{numbers:?}");
+    let falls = numbers.windows(2).all(|w| w[0] >= w[1]);
+    assert!(falls && numbers[0] - numbers[numbers.len() - 1] <= 1, "not of one instant: {numbers:?}");
+}
+
+fn transaction(c: &mut Client, actions: &[Value]) {
+    c.command("transaction", json!({"actions": actions})).unwrap();
+}
+
+#[test]
+fn snapshots_of_four_disks() {
+    let dir = Dir::new();
+    let disks = ["a", "b", "c", "d"];
+    let (mut daemon, mut c) = served(&dir, &disks);
+    let pair = Pair::start(&dir, &disks);
+    const ROUNDS: usize = 12;
+    for round in 0..ROUNDS {
+        let below = |d: &str| if round == 0 { d.to_owned() } else { format!("{d}{}", round - 1) };
+        let mut actions = Vec::new();
+        // in an order that is not that of the writes
+        for d in ["c", "a", "d", "b"] {
+            let top = format!("{d}{round}");
+            if round % 2 == 0 {
+                tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|{top}.qcow2|8M"));
+                add(&mut c, &top);
+                actions
+                    .push(json!({"type": "blockdev-snapshot", "data": {"node": below(d), "overlay": top}}));
+            } else {
+                actions.push(json!({"type": "blockdev-snapshot-sync", "data": {"node-name": below(d),
+                    "snapshot-file": format!("{top}.qcow2"), "snapshot-node-name": top}}));
+            }
+        }
+        transaction(&mut c, &actions);
+    }
+    let last = pair.stop();
+    end(&mut daemon, &mut c);
+    // the layers below the last, each with those below it
+    let mut before = 0;
+    for round in 0..=ROUNDS {
+        let of = |d: &str| {
+            let mut spec = json!({"driver": "qcow2", "file.driver": "file", "file.filename": format!("{d}.qcow2"), "backing": null});
+            for r in 0..round {
+                let file = format!("{d}{r}.qcow2");
+                spec =
+                    json!({"driver": "qcow2", "file.driver": "file", "file.filename": file, "backing": spec});
+            }
+            number(&dir, &spec)
+        };
+        let numbers: Vec<u64> = disks.iter().map(|d| of(d)).collect();
+        check_instant(&numbers);
+        assert!(numbers[0] >= before, "{numbers:?} after {before}");
+        before = numbers[0];
+    }
+    assert_eq!(before, last);
+}

@@ -1,0 +1,293 @@
+//! External snapshots: a disk goes on in a new layer, and what it held until then stays as it is.
+//!
+//! Phases: the layer is there already, or its image is made and opened; the disk's node is flushed; one change of the graph
+//! puts the layer above the node and moves all its users there; the node is closed for writing.
+//!
+//! What must stay true: users see the same bytes before and after, and no write of theirs reaches the node below any more.
+//! Undone, the users are back on the node, which has missed nothing: they stood still meanwhile (see [`crate::txn`]).
+
+use crate::JobError;
+use crate::chain::{self, BackingName};
+use crate::txn::{Action, Doing};
+use block::{BlockError, ErrorKind, Prealloc, Result};
+use graph::{Demand, Edge, Graph, NodeCell, Parent, Plan, Role, Step, walk};
+use open::{Backing, Common, DriverSpec, NodeSpec, Opener};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// A new image for a layer.
+#[derive(Clone, Debug)]
+pub struct NewImage {
+    /// Its file.
+    pub file: String,
+    /// Its driver.
+    pub format: String,
+    /// The file is there already and is taken as it is.
+    pub existing: bool,
+    /// Name of its node.
+    pub node_name: Option<String>,
+}
+
+/// The layer that goes on top.
+#[derive(Clone, Debug)]
+pub enum Overlay {
+    /// A node (`blockdev-snapshot`).
+    Node(String),
+    /// An image of its own (`blockdev-snapshot-sync`).
+    Image(NewImage),
+}
+
+/// A snapshot, as an action.
+pub struct Snapshot {
+    opener: Rc<Opener>,
+    device: Option<String>,
+    node: Option<String>,
+    overlay: Overlay,
+    done: RefCell<Option<Done>>,
+}
+
+/// What was changed.
+struct Done {
+    node: Rc<NodeCell>,
+    overlay: Rc<NodeCell>,
+    moved: Vec<Rc<Edge>>,
+    /// Opened for this snapshot.
+    ours: bool,
+}
+
+impl Snapshot {
+    /// A snapshot of what `device` or `node` names.
+    pub fn new(
+        opener: &Rc<Opener>,
+        device: Option<String>,
+        node: Option<String>,
+        overlay: Overlay,
+    ) -> Rc<Snapshot> {
+        Rc::new(Snapshot { opener: opener.clone(), device, node, overlay, done: RefCell::default() })
+    }
+
+    fn graph(&self) -> &Rc<Graph> {
+        self.opener.graph()
+    }
+
+    fn find(&self) -> Result<Rc<NodeCell>> {
+        let (device, node) = (self.device.as_deref(), self.node.as_deref());
+        let found = [device, node].into_iter().flatten().find_map(|name| self.graph().find(name));
+        found.ok_or_else(|| {
+            let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
+            let message = format!("Cannot find device='{device}' nor node-name='{node}'");
+            BlockError::new(ErrorKind::NotFound, message)
+        })
+    }
+
+    async fn take(&self) -> std::result::Result<Done, JobError> {
+        let node = self.find()?;
+        check_free(&node)?;
+        flush(self.graph(), &node).await?;
+        let (overlay, ours) = match &self.overlay {
+            Overlay::Node(name) => (chain::find_device(self.graph(), name)?, false),
+            Overlay::Image(image) => (self.make(&node, image).await?, true),
+        };
+        let put = match check_overlay(&overlay) {
+            Ok(()) => self.put(&node, &overlay).await,
+            Err(e) => Err(e),
+        };
+        match put {
+            Ok(moved) => Ok(Done { node, overlay, moved, ours }),
+            Err(e) => {
+                if ours {
+                    let _ = self.graph().remove(&overlay).await;
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Makes and opens the image of the new layer.
+    async fn make(
+        &self,
+        node: &Rc<NodeCell>,
+        image: &NewImage,
+    ) -> std::result::Result<Rc<NodeCell>, JobError> {
+        if let Some(name) = &image.node_name {
+            if self.graph().find(name).is_some() {
+                return Err(JobError::refused("New overlay node-name already in use"));
+            }
+            self.graph().check_name(name)?;
+        } else if self.node.is_some() {
+            return Err(JobError::refused("New overlay node-name missing"));
+        }
+        if !image.existing {
+            self.create(node, image).await?;
+        }
+        let options = node.options();
+        let common = Common {
+            node_name: image.node_name.clone(),
+            discard: Some(options.discard),
+            direct: Some(options.cache_direct),
+            no_flush: Some(options.cache_no_flush),
+            ..Common::default()
+        };
+        let file = NodeSpec::file(&image.file);
+        let mut spec = match image.format.as_str() {
+            "qcow2" => file.qcow2(),
+            "raw" => file.raw(),
+            "file" => file,
+            other => return Err(JobError::refused(format!("Unknown driver '{other}'"))),
+        };
+        spec.common = common;
+        if let DriverSpec::Qcow2(q) = &mut spec.driver {
+            q.backing = Backing::None;
+        }
+        Ok(self.opener.open(&spec).await?)
+    }
+
+    async fn create(&self, node: &Rc<NodeCell>, image: &NewImage) -> std::result::Result<(), JobError> {
+        match image.format.as_str() {
+            "qcow2" => {}
+            "raw" | "file" => {
+                let message = format!("Backing file not supported for file format '{}'", image.format);
+                return Err(JobError::refused(message));
+            }
+            other => return Err(JobError::refused(format!("Unknown file format '{other}'"))),
+        }
+        let named = walk::skip_filters(node);
+        let backing = BackingName::of(&named, None, false).await?;
+        let options = qcow2::create::Options {
+            backing_file: backing.name,
+            backing_fmt: backing.format,
+            ..qcow2::create::Options::new(node.node().len())
+        };
+        options.validate()?;
+        self.opener.create_file(&image.file, 0, Prealloc::Off).await?;
+        let file = self.opener.open(&NodeSpec::file(&image.file)).await?;
+        let made = self.opener.create_qcow2(file.name(), None, &options).await;
+        let closed = self.graph().remove(&file).await;
+        made?;
+        Ok(closed?)
+    }
+
+    async fn put(
+        &self,
+        node: &Rc<NodeCell>,
+        overlay: &Rc<NodeCell>,
+    ) -> std::result::Result<Vec<Rc<Edge>>, JobError> {
+        if walk::chain(overlay).iter().chain([overlay]).any(|n| n.id() == node.id()) {
+            let message = format!(
+                "Making '{}' a backing child of '{}' would create a cycle",
+                node.name(),
+                overlay.name()
+            );
+            return Err(JobError::refused(message));
+        }
+        if !overlay.node().supports_backing() {
+            return Err(JobError::refused("The overlay does not support backing images"));
+        }
+        let parent = Parent::Node(RefCell::new(Some(overlay.name().to_owned())));
+        let edge = self.graph().attach_exact(node, "backing", Role::Backing, parent, Demand::NOTHING).await?;
+        let moved: Vec<Rc<Edge>> = node.parents().into_iter().filter(|e| e.id() != edge.id()).collect();
+        let mut plan = Plan::new().then(Step::SetBacking { node: overlay.clone(), edge: Some(edge) });
+        let point = |e: &Rc<Edge>| Step::Point { edge: e.clone(), to: overlay.clone() };
+        plan.steps.extend(moved.iter().map(point));
+        self.graph().apply(plan).await?;
+        Ok(moved)
+    }
+
+    async fn undo(&self, done: Done) {
+        let Done { node, overlay, moved, ours } = done;
+        let still = moved.iter().filter(|e| e.child().id() == overlay.id());
+        let mut plan = Plan::new();
+        plan.steps.extend(still.map(|e| Step::Point { edge: e.clone(), to: node.clone() }));
+        plan.steps.push(Step::SetBacking { node: overlay.clone(), edge: None });
+        // Nothing was taken from the node that its users would need now, so they get it back.
+        let _ = self.graph().apply(plan).await;
+        drop(moved);
+        if ours {
+            let _ = self.graph().remove(&overlay).await;
+        }
+    }
+
+    async fn keep(&self, done: Done) {
+        let Done { node, overlay, moved, ours } = done;
+        if node.is_writable() {
+            // Where that fails (the last changes of its header cannot be written, say) it stays open for writing, with nobody
+            // who may write.
+            let _ = self.graph().apply(chain::turning(Plan::new(), std::slice::from_ref(&node), false)).await;
+        }
+        drop(moved);
+        if ours {
+            // it belongs to its users from now on; without any it goes
+            overlay.set_monitor_owned(false);
+            if overlay.parents().is_empty() {
+                let _ = self.graph().remove(&overlay).await;
+            }
+        }
+    }
+}
+
+impl Action for Snapshot {
+    fn nodes(&self) -> Vec<String> {
+        let overlay = match &self.overlay {
+            Overlay::Node(name) => Some(name.clone()),
+            Overlay::Image(_) => None,
+        };
+        [self.device.clone(), self.node.clone(), overlay].into_iter().flatten().collect()
+    }
+
+    fn prepare(&self) -> Doing<'_, std::result::Result<(), JobError>> {
+        Box::pin(async move {
+            let done = self.take().await?;
+            *self.done.borrow_mut() = Some(done);
+            Ok(())
+        })
+    }
+
+    fn commit(&self) -> Doing<'_> {
+        Box::pin(async move {
+            let done = self.done.take();
+            if let Some(done) = done {
+                self.keep(done).await;
+            }
+        })
+    }
+
+    fn abort(&self) -> Doing<'_> {
+        Box::pin(async move {
+            let done = self.done.take();
+            if let Some(done) = done {
+                self.undo(done).await;
+            }
+        })
+    }
+}
+
+/// That no job and no overlay keeps the node where it is.
+fn check_free(node: &Rc<NodeCell>) -> std::result::Result<(), JobError> {
+    node.check_not_blocked()?;
+    match node.parents().iter().find(|e| e.role() == Role::Backing) {
+        None => Ok(()),
+        Some(edge) => {
+            let above = edge.parent_node().unwrap_or_default();
+            let message = format!("Node '{}' is busy: node is used as backing hd of '{above}'", node.name());
+            Err(JobError::refused(message))
+        }
+    }
+}
+
+fn check_overlay(overlay: &Rc<NodeCell>) -> std::result::Result<(), JobError> {
+    if overlay.parents().iter().any(|e| matches!(e.parent(), Parent::Backend(_))) {
+        return Err(JobError::refused("The overlay is already in use"));
+    }
+    check_free(overlay)?;
+    if overlay.node().backing().is_some() {
+        return Err(JobError::refused("The overlay already has a backing image"));
+    }
+    Ok(())
+}
+
+/// What was written to `node` before is on stable storage after.
+async fn flush(graph: &Graph, node: &Rc<NodeCell>) -> Result<()> {
+    let parent = Parent::Backend("snapshot".to_owned());
+    let edge = graph.attach_exact(node, "root", Role::Root, parent, Demand::NOTHING).await?;
+    edge.flush().await
+}
