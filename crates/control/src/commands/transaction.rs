@@ -28,11 +28,13 @@ pub(super) async fn carry_out(daemon: &Rc<Daemon>, command: impl Act) -> Reply {
     Ok(json!({}))
 }
 
+type Read = Result<Rc<dyn Action>, QmpError>;
+
 /// A row of the table of actions.
 struct Row {
     name: &'static str,
     makes_job: bool,
-    read: fn(Value, &Rc<Daemon>, Option<Rc<Group>>) -> Result<Rc<dyn Action>, QmpError>,
+    read: fn(Value, &Rc<Daemon>, Option<Rc<Group>>) -> Read,
 }
 
 const fn row<A: Act>(name: &'static str) -> Row {
