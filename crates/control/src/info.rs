@@ -38,8 +38,8 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
     if let (Some(name), Some(_)) = (&details.backing_filename, cell.node().backing()) {
         out.insert("backing_file".into(), json!(name));
     }
-    let own = details.record.map(record);
-    let bitmaps: Vec<Value> = own.into_iter().chain(cell.bitmaps().iter().rev().map(bitmap)).collect();
+    let own = details.records.iter().map(record);
+    let bitmaps: Vec<Value> = own.chain(cell.bitmaps().iter().rev().map(bitmap)).collect();
     if !bitmaps.is_empty() {
         out.insert("dirty-bitmaps".into(), json!(bitmaps));
     }
@@ -151,7 +151,7 @@ fn format_specific(driver: &str, details: &NodeDetails) -> Option<Value> {
 }
 
 /// A job's own record, as the bitmap without name that QSD has for it.
-fn record(r: CopyRecord) -> Value {
+fn record(r: &CopyRecord) -> Value {
     json!({"recording": false, "persistent": false, "busy": false, "granularity": r.granularity, "count": r.dirty})
 }
 

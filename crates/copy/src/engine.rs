@@ -76,7 +76,8 @@ impl Engine {
         let transfer = [source.limits().max_transfer, target.limits().max_transfer];
         let max_transfer = transfer.into_iter().filter(|t| *t > 0).min().unwrap_or(0);
         // detecting zeroes needs the bytes to pass through here
-        let offload = target.child().options().detect_zeroes == DetectZeroes::Off && !policy.unchanged();
+        let plain = !policy.unchanged() && !policy.compressed();
+        let offload = target.child().options().detect_zeroes == DetectZeroes::Off && plain;
         let window = Window::new(buffer, work.granularity(), max_transfer);
         Engine {
             shared: Rc::new(Shared { work, source, target, policy, offload: Cell::new(offload) }),
@@ -103,6 +104,11 @@ impl Engine {
     /// Pieces are kept short while requests pass through `node`. For a copy without a tap.
     pub fn watch(&mut self, node: Rc<NodeCell>) {
         self.watched = Some((node, 0));
+    }
+
+    /// At most `workers` copies in flight, in pieces of at most `piece` bytes (0: as by default).
+    pub fn set_most(&mut self, workers: u32, piece: u64) {
+        self.window.set_most(workers, piece);
     }
 
     /// Whether [`Engine::run`] and [`Engine::flush_target`] return instead of resting when a pause is wanted: for when
@@ -206,6 +212,9 @@ impl Engine {
         let dirty = work.dirty_bytes();
         let most = self.window.piece(dirty, active);
         self.ask_ahead(dirty, most);
+        if let Some(urgent) = work.urgent.take() {
+            self.cursor = urgent;
+        }
         let (at, waits) = match self.find(most) {
             Found::Nothing => return Err(None),
             Found::Piece(at) => (at, false),

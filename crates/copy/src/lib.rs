@@ -8,6 +8,7 @@
 pub mod bugs;
 mod engine;
 pub mod first;
+mod instant;
 mod piece;
 mod policy;
 mod ranges;
@@ -19,6 +20,7 @@ mod window;
 mod work;
 
 pub use engine::Engine;
+pub use instant::{KeepRules, OnSaveError, PointInTime};
 pub use policy::{Action, Control, Fate, Next, OnError, OnWrite, Policy, Side, Standing};
 pub use ranges::{Owner, RangeLocks, RangeTicket};
 pub use stats::{Meter, Obstacle, Outlook};

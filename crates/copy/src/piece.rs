@@ -183,6 +183,10 @@ impl Shared {
                     Fate::Zero => self.zero(step).await?,
                     Fate::Skip => {}
                 }
+                if self.policy.discard_source() {
+                    // it is on the target: that it may stay on the source costs space, nothing else
+                    let _ = self.source.discard(step).await;
+                }
                 unfinished.advance(step.len);
                 left = rest;
             }
@@ -217,7 +221,8 @@ impl Shared {
     }
 
     fn flags(&self) -> ReqFlags {
-        ReqFlags { unchanged: self.policy.unchanged(), ..ReqFlags::NONE }
+        let (unchanged, compressed) = (self.policy.unchanged(), self.policy.compressed());
+        ReqFlags { unchanged, compressed, ..ReqFlags::NONE }
     }
 
     async fn zero(&self, at: Span) -> Result<(), Failure> {
@@ -230,7 +235,7 @@ impl Shared {
         if self.work.target_is_zero(at) {
             return Ok(());
         }
-        let flags = ReqFlags { may_unmap: true, ..self.flags() };
+        let flags = ReqFlags { may_unmap: true, compressed: false, ..self.flags() };
         self.target.zero(at, flags).await.map_err(|e| (Side::Target, e))?;
         self.work.target_zeroed(at);
         Ok(())

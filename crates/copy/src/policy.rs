@@ -78,6 +78,14 @@ pub trait Policy {
         let _ = (at, error);
         false
     }
+    /// Whether the target stores what is copied compressed.
+    fn compressed(&self) -> bool {
+        false
+    }
+    /// Whether the source is told that it need not keep what has been copied.
+    fn discard_source(&self) -> bool {
+        false
+    }
     /// Whether to go on.
     fn pass_over(&self, standing: Standing) -> Next;
 }

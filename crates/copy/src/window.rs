@@ -32,6 +32,7 @@ pub(crate) struct Window {
     owes_until: Duration,
     speed: u64,
     chunk: u64,
+    max_copies: u32,
 }
 
 impl Window {
@@ -48,6 +49,17 @@ impl Window {
             owes_until: Duration::ZERO,
             speed: 0,
             chunk: 0,
+            max_copies: MAX_IN_FLIGHT,
+        }
+    }
+
+    /// At most `copies` in flight, in pieces of at most `piece` bytes; 0 leaves each as it is.
+    pub(crate) fn set_most(&mut self, copies: u32, piece: u64) {
+        if copies > 0 {
+            self.max_copies = copies.min(MAX_IN_FLIGHT);
+        }
+        if piece > 0 {
+            self.max_piece = self.max_piece.min(piece).max(self.granularity) & !(self.granularity - 1);
         }
     }
 
@@ -76,7 +88,7 @@ impl Window {
     pub(crate) fn has_room(&self, copies: u32, copying: u64, guest_active: bool) -> bool {
         let quick = self.average < SLOW_COPY;
         let most = if guest_active && quick { MAX_IN_FLIGHT_GUEST } else { MAX_IN_FLIGHT };
-        copies < most && (copies == 0 || copying + self.granularity <= self.limit)
+        copies < most.min(self.max_copies) && (copies == 0 || copying + self.granularity <= self.limit)
     }
 
     /// A piece has taken so long.

@@ -51,6 +51,8 @@ pub struct Work {
     pub(crate) wake: Notify,
     /// Failed synchronous writes, for the engine to act on.
     pub(crate) failure: RefCell<Option<BlockError>>,
+    /// Where a client waits for the copy to get to.
+    pub(crate) urgent: Cell<Option<u64>>,
     /// Ends waits for the target in guest requests: the copy is being called off.
     pub(crate) let_go: Cell<bool>,
     pub(crate) let_go_wake: Notify,
@@ -80,6 +82,7 @@ impl Work {
             frontier: Cell::new(0),
             wake: Notify::new(),
             failure: RefCell::new(None),
+            urgent: Cell::new(None),
             let_go: Cell::new(false),
             let_go_wake: Notify::new(),
             guest_limit: Cell::new(0),
@@ -227,6 +230,12 @@ impl Work {
             };
             z.set(inner);
         }
+    }
+
+    /// A client waits until `at` is copied: it is taken next.
+    pub(crate) fn urge(&self, at: Span) {
+        self.urgent.set(Some(at.start));
+        self.wake.notify_all();
     }
 
     pub(crate) fn guest_seen(&self) {

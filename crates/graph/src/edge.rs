@@ -2,7 +2,7 @@
 
 use crate::DebugEvent;
 use crate::cell::NodeCell;
-use crate::gate::{Gate, Gated};
+use crate::gate::{Gate, Gated, Pass};
 use crate::perm::{Demand, Perms};
 use block::{BlockError, Data, ErrorKind, Extent, Limits, ReqFlags, Result, Span};
 use std::cell::{Cell, RefCell};
@@ -146,6 +146,12 @@ impl Edge {
     /// below this edge), so they are hints for speed.
     pub fn limits(&self) -> Limits {
         self.child.borrow().node().limits()
+    }
+
+    /// Enters for a request that is not one of the disk's own (reading what a filter keeps). The child stays the same, and
+    /// no change of the graph touches it, until the pass is dropped.
+    pub async fn enter(&self) -> Pass<'_> {
+        self.gate.enter().await
     }
 
     /// Reads exactly `at`; bytes past the end of the node are an error (`OutOfRange`).

@@ -24,8 +24,8 @@ pub struct NodeDetails {
     pub compressed: Option<bool>,
     /// Format-specific facts as (QMP name, value), in QSD's order; empty where QSD has none.
     pub specific: Vec<(&'static str, Fact)>,
-    /// A job's own record of what is still to be copied, kept by its filter.
-    pub record: Option<CopyRecord>,
+    /// Records of what is still to be copied (and what was), kept by a job's filter.
+    pub records: Vec<CopyRecord>,
 }
 
 /// What a job's filter has marked for copying. QMP shows it as a bitmap without name of the filter.

@@ -52,6 +52,11 @@ pub enum Step {
         /// The filter in front of it.
         filter: Option<Rc<NodeCell>>,
     },
+    /// Calls `what` at the moment of the swap: nobody is inside the edges that the plan moves. It must not wait or fail.
+    At {
+        /// What is to happen at that instant.
+        what: Rc<dyn Fn()>,
+    },
 }
 
 /// Steps that happen together or not at all.
@@ -91,6 +96,7 @@ impl std::fmt::Debug for Step {
             Step::Cover { node, filter } => {
                 write!(f, "{} covered by {:?}", node.name(), filter.as_ref().map(|c| c.name().to_owned()))
             }
+            Step::At { .. } => write!(f, "an instant is taken"),
         }
     }
 }

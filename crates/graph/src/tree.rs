@@ -63,6 +63,7 @@ struct Changes {
     writable: BTreeMap<u64, (Rc<NodeCell>, bool)>,
     backing: BTreeMap<u64, (Rc<NodeCell>, Option<Rc<Edge>>)>,
     cover: Vec<(Rc<NodeCell>, Option<Rc<NodeCell>>)>,
+    at: Vec<Rc<dyn Fn()>>,
 }
 
 impl Changes {
@@ -405,6 +406,7 @@ impl Graph {
                     c.demand.insert(edge.id(), (edge, demand));
                 }
                 Step::Cover { node, filter } => c.cover.push((node, filter)),
+                Step::At { what } => c.at.push(what),
             }
         }
         c
@@ -591,6 +593,7 @@ impl Graph {
         for (cell, filter) in &changes.cover {
             cell.set_cover(filter.as_ref());
         }
+        changes.at.iter().for_each(|what| what());
     }
 
     /// Keeps the requests of everybody above `cells` out, through whatever layers they come, and waits until those under way

@@ -188,7 +188,7 @@ impl Node for Qcow2 {
                 dirty_flag: Some(h.is_dirty()),
                 compressed: None,
                 specific,
-                record: None,
+                records: Vec::new(),
             })
         })
     }

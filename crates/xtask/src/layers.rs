@@ -20,13 +20,14 @@ const LAYERS: &[(&str, u32)] = &[
     ("qcow2", 3),
     ("drivers", 3),
     ("copy", 4),
-    ("open", 4),
-    ("jobs", 5),
-    ("exports", 5),
-    ("replication", 5),
-    ("control", 6),
-    ("daemon", 7),
-    ("cli", 7),
+    // above `copy`: a copy-before-write filter that a user adds is a filter and who decides what it copies
+    ("open", 5),
+    ("jobs", 6),
+    ("exports", 6),
+    ("replication", 6),
+    ("control", 7),
+    ("daemon", 8),
+    ("cli", 8),
 ];
 
 pub(crate) fn run() -> Outcome {

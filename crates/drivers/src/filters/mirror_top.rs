@@ -136,8 +136,8 @@ impl Node for MirrorTop {
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
             let details = self.source.child().node().details().await?;
-            let record = self.tap().filter(|_| self.purpose != Purpose::Stream).map(|tap| tap.record());
-            Ok(NodeDetails { record, ..details })
+            let tap = self.tap().filter(|_| self.purpose != Purpose::Stream);
+            Ok(NodeDetails { records: tap.map(|tap| tap.record()).into_iter().collect(), ..details })
         })
     }
     fn filtered(&self) -> Option<Rc<Edge>> {
