@@ -11,6 +11,7 @@ pub struct DirtyBitmap {
     bits: RefCell<Bitmap>,
     enabled: Cell<bool>,
     busy: Cell<bool>,
+    frozen: Cell<bool>,
     persistent: Cell<bool>,
     inconsistent: Cell<bool>,
     readonly: Cell<bool>,
@@ -24,6 +25,7 @@ impl DirtyBitmap {
             bits: RefCell::new(Bitmap::new(len, granularity)?),
             enabled: Cell::new(true),
             busy: Cell::new(false),
+            frozen: Cell::new(false),
             persistent: Cell::new(false),
             inconsistent: Cell::new(false),
             readonly: Cell::new(false),
@@ -37,7 +39,7 @@ impl DirtyBitmap {
 
     /// Notes a change of `at`, if enabled.
     pub fn record(&self, at: Span) {
-        if self.enabled.get() {
+        if self.enabled.get() && !self.frozen.get() {
             self.bits.borrow_mut().set(at);
         }
     }
@@ -75,6 +77,11 @@ impl DirtyBitmap {
     /// Takes it into use, or gives it back.
     pub fn set_busy(&self, busy: bool) {
         self.busy.set(busy);
+    }
+
+    /// While frozen it keeps its bits as they are: a successor records in its place. It still counts as enabled.
+    pub fn set_frozen(&self, on: bool) {
+        self.frozen.set(on);
     }
 
     /// Whether it is stored in the image when the node is closed.

@@ -5,6 +5,7 @@
 
 use crate::address::SocketAddress;
 use crate::blockdev_filters;
+use crate::blockdev_backup;
 use crate::error::QmpError;
 use drivers::file::Locking;
 use drivers::nbd_client::NbdOptions;
@@ -73,6 +74,8 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
         },
         "null-co" => DriverSpec::NullCo(null(f)?),
         "blkdebug" => blockdev_filters::blkdebug(f, depth)?,
+        "copy-before-write" => blockdev_backup::copy_before_write(f, depth)?,
+        "snapshot-access" => DriverSpec::SnapshotAccess { file: child(f, "file", depth)? },
         "qcow2" => DriverSpec::Qcow2(Box::new(qcow2_spec(f, depth)?)),
         "nbd" => DriverSpec::Nbd(nbd(f)?),
         other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),

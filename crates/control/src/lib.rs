@@ -8,6 +8,7 @@
 mod address;
 mod blockdev;
 mod blockdev_filters;
+mod blockdev_backup;
 mod chardev;
 mod commands;
 mod daemon;

@@ -111,6 +111,17 @@ impl PointInTime {
         }
     }
 
+    /// From now on the instant is the whole disk. Call it when no request is inside.
+    pub fn begin_all(&self) {
+        self.work.dirty.borrow_mut().set_all();
+        self.readable.borrow_mut().set_all();
+    }
+
+    /// What may be read now.
+    pub fn wanted(&self) -> Bitmap {
+        self.readable.borrow().clone()
+    }
+
     /// Only what the top layer of the source holds is wanted: what is met from now on and is not in it is released.
     pub fn top_only(&self) {
         self.top_only.set(true);
@@ -155,6 +166,9 @@ impl PointInTime {
         self.lost.borrow_mut().get_or_insert(why);
         self.released.notify_all();
         self.work.wake.notify_all();
+        if let Some(drain) = &*self.drain.borrow() {
+            drain.wake.notify_all();
+        }
     }
 
     /// Nobody wants the instant any more: changes pass, whoever waits for the target stops waiting, readers fail.
@@ -244,9 +258,9 @@ impl PointInTime {
             None => saved.await,
             Some(limit) => {
                 let late = self.work.env.sleep(limit);
-                race(saved, late).await.unwrap_or_else(|| {
-                    Some(Err(BlockError::from_errno(BlockError::ETIMEDOUT)))
-                })
+                race(saved, late)
+                    .await
+                    .unwrap_or_else(|| Some(Err(BlockError::from_errno(BlockError::ETIMEDOUT))))
             }
         };
         // called off: the old bytes are wanted no more

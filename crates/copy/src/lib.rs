@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bugs;
+mod cluster;
 mod engine;
 pub mod first;
 mod instant;
@@ -19,6 +20,7 @@ mod verify;
 mod window;
 mod work;
 
+pub use cluster::cluster_size;
 pub use engine::Engine;
 pub use instant::{KeepRules, OnSaveError, PointInTime};
 pub use policy::{Action, Control, Fate, Next, OnError, OnWrite, Policy, Side, Standing};

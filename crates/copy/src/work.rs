@@ -16,7 +16,7 @@ use crate::stats::Meter;
 use bitmap::Bitmap;
 use block::{BlockError, Result, Span};
 use env::Env;
-use env::sync::Notify;
+use env::sync::{Notify, Wait};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
@@ -229,6 +229,33 @@ impl Work {
                 at.align_in(z.granularity())
             };
             z.set(inner);
+        }
+    }
+
+    /// From now on `bits` are to be copied, and nothing else.
+    pub fn begin(&self, bits: &Bitmap) {
+        {
+            let mut dirty = self.dirty.borrow_mut();
+            dirty.clear_all();
+            dirty.merge(bits);
+        }
+        self.wake.notify_all();
+    }
+
+    /// Looks at what is dirty now.
+    pub fn with_dirty<R>(&self, look: impl FnOnce(&Bitmap) -> R) -> R {
+        look(&self.dirty.borrow())
+    }
+
+    /// Ends when something changed that a policy may care about.
+    pub fn woken(&self) -> Wait<'_> {
+        self.wake.wait()
+    }
+
+    /// Waits until no copy is in flight: what those that were called off did not copy is dirty again.
+    pub async fn settled(&self) {
+        while self.copies.get() > 0 {
+            self.wake.wait().await;
         }
     }
 

@@ -13,6 +13,8 @@ pub enum Kind {
     Commit,
     /// `block-stream`.
     Stream,
+    /// `blockdev-backup`.
+    Backup,
     /// `blockdev-create`.
     Create,
 }
@@ -24,6 +26,7 @@ impl Kind {
             Kind::Mirror => "mirror",
             Kind::Commit => "commit",
             Kind::Stream => "stream",
+            Kind::Backup => "backup",
             Kind::Create => "create",
         }
     }

@@ -4,6 +4,9 @@
 //! [`commit`], [`stream`] and [`create`] are what jobs do. Events go to a [`Sink`]. No JSON and no QMP types here: `control` makes those.
 #![forbid(unsafe_code)]
 
+pub mod backup;
+mod backup_args;
+mod backup_bitmap;
 mod chain;
 pub mod commit;
 mod commit_args;
@@ -21,6 +24,7 @@ pub mod stream;
 mod stream_args;
 pub mod txn;
 
+pub use backup_args::{BackupArgs, BitmapMode, OnBufferFull};
 pub use commit_args::{ChainEnd, CommitArgs};
 pub use error::JobError;
 pub use event::{Event, Kind, NoSink, Progress, Sink};

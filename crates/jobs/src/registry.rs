@@ -191,6 +191,14 @@ impl Registry {
         self.shared.forget(job);
     }
 
+    /// A created job with all that `body` has done is given up before it runs (its transaction failed).
+    pub async fn give_up(&self, job: &Rc<Job>, body: Rc<dyn Body>) {
+        job.set_state(State::Aborting);
+        body.finish(false).await;
+        job.set_state(State::Concluded);
+        self.shared.forget(job);
+    }
+
     /// Starts a created job.
     pub fn start(&self, job: &Rc<Job>, body: Rc<dyn Body>) {
         job.set_body(body);

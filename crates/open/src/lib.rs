@@ -8,14 +8,18 @@
 pub mod create;
 mod filters;
 mod implicit;
+mod keep;
 mod spec;
 
 pub use filters::FilterSpec;
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
-pub use spec::{Backing, Child, Common, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec};
+pub use spec::{
+    Backing, Child, Common, CopyBeforeWriteSpec, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec,
+};
 
 use block::{BlockError, ErrorKind, Result, Span};
 use drivers::file::{FileNode, FileOptions};
+use drivers::filters::snapshot_access::SnapshotAccess;
 use drivers::nbd_client::{ClientTls, NbdClient};
 use drivers::null::NullNode;
 use drivers::raw::RawNode;
@@ -168,6 +172,11 @@ impl Opener {
                 Ok(RawNode::open(edge, *offset, *size)?)
             }
             DriverSpec::Filter(spec) => self.filter(spec, *now, name, trail).await,
+            DriverSpec::CopyBeforeWrite(spec) => Ok(self.copy_before_write(spec, *now, name, trail).await?),
+            DriverSpec::SnapshotAccess { file } => {
+                let child = self.child(file, *now, trail).await?;
+                Ok(SnapshotAccess::new(self.hold(&child, "file", Role::Other, name, Demand::NOTHING).await?))
+            }
             DriverSpec::Qcow2(spec) => Ok(self.qcow2(spec, now, name, trail).await?),
             DriverSpec::Nbd(spec) => {
                 let mut options = spec.options.clone();

@@ -89,11 +89,33 @@ pub struct NbdSpec {
     pub tls_hostname: Option<String>,
 }
 
+/// `copy-before-write`.
+#[derive(Clone, Debug)]
+pub struct CopyBeforeWriteSpec {
+    /// The disk.
+    pub file: Child,
+    /// Where old bytes go.
+    pub target: Child,
+    /// A node and its bitmap: only what that marks is kept.
+    pub bitmap: Option<(String, String)>,
+    /// How old bytes are kept.
+    pub rules: copy::KeepRules,
+    /// Smallest unit of copying, 0: default.
+    pub min_cluster_size: u64,
+}
+
 /// A driver with its options.
 #[derive(Clone, Debug)]
 pub enum DriverSpec {
     /// A filter, or a driver for tests.
     Filter(Box<FilterSpec>),
+    /// Keeps what a disk contains now.
+    CopyBeforeWrite(Box<CopyBeforeWriteSpec>),
+    /// Shows what such a filter keeps.
+    SnapshotAccess {
+        /// The filter.
+        file: Child,
+    },
     /// A regular file.
     File(FileSpec),
     /// A device of the host.

@@ -14,12 +14,24 @@ pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevMirror>(), entry::<Block
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum SyncMode {
+pub(super) enum SyncMode {
     Top,
     Full,
     None,
     Incremental,
     Bitmap,
+}
+
+impl From<SyncMode> for Sync {
+    fn from(mode: SyncMode) -> Sync {
+        match mode {
+            SyncMode::Top => Sync::Top,
+            SyncMode::Full => Sync::Full,
+            SyncMode::None => Sync::None,
+            SyncMode::Incremental => Sync::Incremental,
+            SyncMode::Bitmap => Sync::Bitmap,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -110,13 +122,7 @@ impl Command for BlockdevMirror {
         let default = MirrorArgs::new(&self.job_id.unwrap_or_default(), &self.device, &self.target);
         let args = MirrorArgs {
             replaces: self.replaces,
-            sync: match self.sync {
-                SyncMode::Top => Sync::Top,
-                SyncMode::Full => Sync::Full,
-                SyncMode::None => Sync::None,
-                SyncMode::Incremental => Sync::Incremental,
-                SyncMode::Bitmap => Sync::Bitmap,
-            },
+            sync: self.sync.into(),
             speed: self.speed.unwrap_or(0),
             granularity: self.granularity.map_or(0, u64::from),
             buf_size: self.buf_size.unwrap_or(0),

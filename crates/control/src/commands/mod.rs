@@ -3,6 +3,7 @@
 //! Before a command runs, its arguments have passed the schema ([`qapi::Schema::check_json`]); what is left to it is what the
 //! schema cannot say, and calling the part of the daemon that does the work.
 
+mod backup;
 mod chain;
 mod chardev;
 mod create;
@@ -64,6 +65,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     query::COMMANDS,
     export::COMMANDS,
     mirror::COMMANDS,
+    backup::COMMANDS,
     chain::COMMANDS,
     job::COMMANDS,
     object::COMMANDS,

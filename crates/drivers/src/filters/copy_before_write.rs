@@ -36,14 +36,16 @@ pub struct CopyBeforeWrite {
     keeper: RefCell<Option<Rc<dyn Keeper>>>,
     /// Whether nobody else may write to the disk even while nobody uses this filter.
     pinned: Cell<bool>,
+    /// Whether what has been copied is discarded in the disk, which is then written to.
+    discards: Cell<bool>,
 }
 
 impl CopyBeforeWrite {
     /// A filter above the child of `file` (role `Filtered`), which has old bytes copied to the child of `target`. Without a
     /// keeper everything passes.
     pub fn new(file: Rc<Edge>, target: Rc<Edge>) -> Rc<CopyBeforeWrite> {
-        let (keeper, pinned) = (RefCell::new(None), Cell::new(false));
-        Rc::new(CopyBeforeWrite { file, target, keeper, pinned })
+        let (keeper, pinned, discards) = (RefCell::new(None), Cell::new(false), Cell::new(false));
+        Rc::new(CopyBeforeWrite { file, target, keeper, pinned, discards })
     }
 
     /// Lets `keeper` see the changes that come from now on; `None` lets them pass.
@@ -56,6 +58,11 @@ impl CopyBeforeWrite {
     /// of the graph.
     pub fn pin(&self, on: bool) {
         self.pinned.set(on);
+    }
+
+    /// What has been copied will be discarded in the disk. Takes effect with the next change of the graph.
+    pub fn discard_source(&self, on: bool) {
+        self.discards.set(on);
     }
 
     /// The edge to the disk.
@@ -109,7 +116,12 @@ impl Node for CopyBeforeWrite {
             return above;
         }
         // what others write would not be kept
-        Demand { needs: above.needs.with(Perms::CONSISTENT_READ), shares: above.shares.common(others) }
+        let own = if self.discards.get() {
+            Perms::CONSISTENT_READ.with(Perms::WRITE)
+        } else {
+            Perms::CONSISTENT_READ
+        };
+        Demand { needs: above.needs.with(own), shares: above.shares.common(others) }
     }
 
     fn read(&self, at: Span) -> Io<'_, Data> {

@@ -1,0 +1,412 @@
+//! `blockdev-backup`: copies a disk as of one instant to a target while clients go on writing.
+//!
+//! The instant is when the filter comes in: then no request is inside the disk, and the bitmap, if there is one, begins
+//! anew. From then on old bytes go to the target before they are overwritten, and the engine brings the rest. With a
+//! *buffer* old bytes go there instead, which is fast, and the engine drains buffer and source to the target, which may be
+//! slow; what has drained is released from the buffer.
+//!
+//! What must stay true:
+//! * The target of a successful backup is the source as of the instant (or its parts that were asked for).
+//! * However the job ends, clients are back on the source, and the bitmap is as the table in [`crate::backup_bitmap`] says.
+//! * Clients are never held: neither at the end nor while the job is pending.
+//! * Two backups of one disk stack: each keeps its own instant.
+
+use crate::JobError;
+use crate::backup_args::{BackupArgs, Checked, OnBufferFull};
+use crate::backup_bitmap::BitmapUse;
+use crate::event::{Kind, Progress};
+use crate::job::{Body, Job};
+use crate::mirror_args::Sync;
+use crate::registry::{Group, Registry};
+use block::{Io, Result};
+use copy::{
+    Control, Engine, KeepRules, Next, OnSaveError, OnWrite, PointInTime, Policy, Standing, Work, first,
+};
+use drivers::filters::copy_before_write::CopyBeforeWrite;
+use drivers::filters::snapshot_access::SnapshotAccess;
+use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step};
+use std::any::Any;
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+
+const BUSY: &str = "block device is in use by block job: backup";
+/// Bytes in flight: as much as a mirror by default.
+const WINDOW: u64 = 16 << 20;
+
+/// A backup.
+pub struct Backup {
+    graph: Rc<Graph>,
+    args: BackupArgs,
+    sync: Sync,
+    filter: Rc<NodeCell>,
+    node: Rc<CopyBeforeWrite>,
+    point: Rc<PointInTime>,
+    /// What the engine has to bring to the target.
+    work: Rc<Work>,
+    bitmap: Option<BitmapUse>,
+    hold: RefCell<Option<Hold>>,
+    workers: u32,
+    chunk: u64,
+}
+
+/// What the job has of the graph.
+struct Hold {
+    main: Rc<Edge>,
+    _target: Rc<Edge>,
+    /// Where the engine reads and writes.
+    from: Rc<Edge>,
+    to: Rc<Edge>,
+    _blockers: Vec<Blocker>,
+}
+
+/// A backup whose instant is taken and that does not run yet: the members of a transaction are all created before the first
+/// one starts.
+pub struct Created {
+    job: Rc<Job>,
+    body: Rc<Backup>,
+}
+
+impl Created {
+    /// The job.
+    pub fn job(&self) -> &Rc<Job> {
+        &self.job
+    }
+
+    /// Lets it run.
+    pub fn start(self, registry: &Registry) -> Rc<Job> {
+        registry.start(&self.job, self.body);
+        self.job
+    }
+
+    /// Everything is as before it was created; the job is seen to have been given up.
+    pub async fn undo(self, registry: &Registry) {
+        registry.give_up(&self.job, self.body).await;
+    }
+}
+
+/// Checks the arguments, takes the instant and starts the job.
+pub async fn start(
+    registry: &Registry,
+    graph: &Rc<Graph>,
+    args: BackupArgs,
+) -> std::result::Result<Rc<Job>, JobError> {
+    Ok(create(registry, graph, args, None).await?.start(registry))
+}
+
+/// Checks the arguments, takes the instant and makes the job, as a member of `group` if one is given. On an error nothing
+/// is left behind (but the job may have been seen as created and gone).
+pub async fn create(
+    registry: &Registry,
+    graph: &Rc<Graph>,
+    args: BackupArgs,
+    group: Option<Rc<Group>>,
+) -> std::result::Result<Created, JobError> {
+    let checked = args.check(graph).await?;
+    let body = build(graph, args, checked).await?;
+    let job = match registry.create(&body.args.job_id, Kind::Backup, body.args.job_options(), group) {
+        Ok(job) => job,
+        Err(e) => {
+            body.finish(false).await;
+            return Err(e);
+        }
+    };
+    if let Err(e) = body.args.check_speed() {
+        body.finish(false).await;
+        registry.discard(&job);
+        return Err(e.into());
+    }
+    Ok(Created { job, body })
+}
+
+/// Whoever is outermost in front of `node`: the filter of another backup, or the node itself.
+fn outermost(node: &Rc<NodeCell>) -> Rc<NodeCell> {
+    let mut at = node.clone();
+    while let Some(filter) = at.cover() {
+        at = filter;
+    }
+    at
+}
+
+async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<Rc<Backup>> {
+    let Checked { source, target, buffer, bitmap, sync, cluster, chunk, workers } = checked;
+    let below = outermost(&source);
+    let keeping = buffer.as_ref().unwrap_or(&target);
+    let opening = || Parent::Node(RefCell::default());
+    let job = || Parent::Job(args.job_id.clone());
+    let file = graph.attach_exact(&below, "file", Role::Filtered, opening(), Demand::NOTHING).await?;
+    let kept = graph.attach_exact(keeping, "target", Role::Other, opening(), Demand::NOTHING).await?;
+    let node = CopyBeforeWrite::new(file.clone(), kept.clone());
+    node.pin(true);
+    node.discard_source(args.discard_source);
+    let options = NodeOptions {
+        name: args.filter_node_name.clone(),
+        discard: true,
+        read_only: !below.is_writable(),
+        ..NodeOptions::default()
+    };
+    let filter = graph.add(options, node.clone()).await?;
+    let made = async {
+        let main = graph.attach_exact(&filter, "main node", Role::Root, job(), Demand::NOTHING).await?;
+        let held = graph.attach_exact(&target, "target", Role::Root, job(), Demand::NOTHING).await?;
+        let len = below.node().len();
+        let point_work = Work::new(graph.env().clone(), len, cluster)?;
+        let point = PointInTime::new(point_work.clone(), file.clone(), kept.clone(), rules(&args));
+        if sync == Sync::Top {
+            point.top_only();
+        }
+        let (from, to, work) = match &buffer {
+            None => (file.clone(), kept.clone(), point_work),
+            Some(_) => {
+                let work = Work::new(graph.env().clone(), len, cluster)?;
+                point.drained_by(&work);
+                let (from, to) = drain(graph, &filter, &target, &args).await?;
+                (from, to, work)
+            }
+        };
+        let bitmap = bitmap.map(|(bitmap, mode)| BitmapUse::new(&source, bitmap, mode)).transpose()?;
+        node.set_keeper(Some(point.clone()));
+        let instant = instant(&point, &work, sync, bitmap.as_ref());
+        let stay = below.parents().into_iter().filter(|e| matches!(e.parent(), Parent::Job(_))).collect();
+        let plan = Plan::new()
+            .then(Step::MoveParents { from: below.clone(), to: filter.clone(), except: stay })
+            .then(Step::Cover { node: below.clone(), filter: Some(filter.clone()) })
+            .then(Step::At { what: instant });
+        if let Err(e) = graph.apply(plan).await {
+            bitmap.iter().for_each(BitmapUse::give_back);
+            return Err(e);
+        }
+        let nodes = [Some(&target), Some(&filter), buffer.as_ref()];
+        let blockers = nodes.into_iter().flatten().map(|n| n.block(BUSY)).collect();
+        Ok((point, work, bitmap, Hold { main, _target: held, from, to, _blockers: blockers }))
+    };
+    match made.await {
+        Ok((point, work, bitmap, hold)) => Ok(Rc::new(Backup {
+            graph: graph.clone(),
+            args,
+            sync,
+            filter,
+            node,
+            point,
+            work,
+            bitmap,
+            hold: RefCell::new(Some(hold)),
+            workers,
+            chunk,
+        })),
+        Err(e) => {
+            drop((file, kept));
+            graph.settle().await;
+            // where nobody ever used it, nobody else takes it away
+            let _ = graph.remove(&filter).await;
+            Err(e)
+        }
+    }
+}
+
+/// How old bytes are kept.
+fn rules(args: &BackupArgs) -> KeepRules {
+    let plain = KeepRules {
+        on_error: args.on_cbw_error,
+        compressed: args.compress,
+        discard_source: args.discard_source,
+        ..KeepRules::default()
+    };
+    if args.buffer.is_none() {
+        return plain;
+    }
+    let (on_error, wait_when_full) = match args.on_buffer_full {
+        OnBufferFull::Wait => (args.on_cbw_error, true),
+        OnBufferFull::BreakBackup => (OnSaveError::LoseInstant, false),
+        OnBufferFull::BreakGuestWrite => (OnSaveError::FailChange, false),
+    };
+    KeepRules { on_error, wait_when_full, most: args.buffer_size, compressed: false, ..plain }
+}
+
+/// What happens when nobody is inside the disk: the work of the job is what it is now, and the bitmap begins anew.
+fn instant(point: &Rc<PointInTime>, work: &Rc<Work>, sync: Sync, bitmap: Option<&BitmapUse>) -> Rc<dyn Fn()> {
+    let (point, work, bitmap) = (point.clone(), work.clone(), bitmap.cloned());
+    Rc::new(move || {
+        let bits = bitmap.as_ref().map(BitmapUse::begin);
+        match bits.filter(|_| sync == Sync::Bitmap) {
+            Some(bits) => point.begin(&bits),
+            None => point.begin_all(),
+        }
+        if !Rc::ptr_eq(point.work(), &work) {
+            work.begin(&point.wanted());
+        }
+    })
+}
+
+/// Edges for the engine of a buffered backup: from what the filter keeps, onto the target.
+async fn drain(
+    graph: &Rc<Graph>,
+    filter: &Rc<NodeCell>,
+    target: &Rc<NodeCell>,
+    args: &BackupArgs,
+) -> Result<(Rc<Edge>, Rc<Edge>)> {
+    let opening = Parent::Node(RefCell::default());
+    let edge = graph.attach_exact(filter, "file", Role::Other, opening, Demand::NOTHING).await?;
+    let options = NodeOptions { discard: true, ..NodeOptions::default() };
+    let view = graph.add(options, SnapshotAccess::new(edge)).await?;
+    let reading = Perms::CONSISTENT_READ.with(Perms::WRITE);
+    let job = || Parent::Job(args.job_id.clone());
+    let demand = Demand { needs: reading, shares: reading.with(Perms::WRITE_UNCHANGED) };
+    let from = graph.attach_exact(&view, "source", Role::Root, job(), demand).await?;
+    let shares = reading.with(Perms::WRITE_UNCHANGED);
+    let demand = Demand { needs: Perms::WRITE, shares };
+    let to = graph.attach_exact(target, "root", Role::Root, job(), demand).await?;
+    Ok((from, to))
+}
+
+/// All that is dirty is copied once.
+struct BackupPolicy {
+    point: Rc<PointInTime>,
+    compressed: bool,
+    discard_source: bool,
+}
+
+impl Policy for BackupPolicy {
+    fn guest_write(&self, _: block::Span) -> OnWrite {
+        // what clients do is seen by the filter that keeps the instant
+        OnWrite::Pass
+    }
+    fn compressed(&self) -> bool {
+        self.compressed
+    }
+    fn discard_source(&self) -> bool {
+        self.discard_source
+    }
+    fn pass_over(&self, standing: Standing) -> Next {
+        if standing.clean || self.point.lost().is_some() { Next::Done } else { Next::Again }
+    }
+}
+
+impl Backup {
+    async fn work_on(&self, job: &Rc<Job>) -> Result<()> {
+        let (from, to) = match self.hold.borrow().as_ref() {
+            Some(h) => (h.from.clone(), h.to.clone()),
+            None => return Ok(()),
+        };
+        if self.sync == Sync::None {
+            return self.keep_only(job).await;
+        }
+        if self.sync == Sync::Top {
+            self.point.release_lower_layers().await?;
+            if self.is_buffered() {
+                self.work.begin(&self.point.wanted());
+            }
+        }
+        if self.sync == Sync::Full && first::reads_as_zero(&self.work, &to).await? {
+            self.work.assume_target_zero()?;
+        }
+        let policy = Rc::new(BackupPolicy {
+            point: self.point.clone(),
+            compressed: self.args.compress,
+            discard_source: self.args.discard_source || self.is_buffered(),
+        });
+        let control: Rc<Job> = job.clone();
+        let mut engine = Engine::new(self.work.clone(), from, to, policy, control, WINDOW);
+        engine.set_most(self.workers, self.chunk);
+        engine.watch(self.filter.clone());
+        let copied = self.copy(&mut engine).await;
+        match self.point.lost() {
+            Some(why) => Err(why),
+            None => copied,
+        }
+    }
+
+    async fn copy(&self, engine: &mut Engine) -> Result<()> {
+        engine.run().await?;
+        engine.flush_target().await.map(|_| ())
+    }
+
+    /// Nothing is copied but what clients overwrite; only a cancel ends that, or the loss of the instant.
+    async fn keep_only(&self, job: &Rc<Job>) -> Result<()> {
+        job.set_idle(true);
+        loop {
+            let changed = job.changed().wait();
+            let lost = self.work.woken();
+            if let Some(why) = self.point.lost() {
+                return Err(why);
+            }
+            if job.pause_wanted() {
+                drop(changed);
+                job.park().await;
+                continue;
+            }
+            env::sync::race(changed, lost).await;
+        }
+    }
+
+    fn is_buffered(&self) -> bool {
+        self.args.buffer.is_some()
+    }
+
+    /// Bytes in the buffer of a buffered backup that have not drained yet.
+    pub fn buffered(&self) -> Option<u64> {
+        self.is_buffered().then(|| self.point.held())
+    }
+
+    /// The instant that it keeps.
+    pub fn point(&self) -> &Rc<PointInTime> {
+        &self.point
+    }
+
+    /// The graph without the filter.
+    fn plan_back(&self) -> Plan {
+        let below = self.node.file().child();
+        let except = self.hold.borrow().as_ref().map(|h| h.main.clone()).into_iter().collect();
+        Plan::new()
+            .then(Step::MoveParents { from: self.filter.clone(), to: below.clone(), except })
+            .then(Step::Cover { node: below, filter: self.filter.cover() })
+    }
+}
+
+impl Body for Backup {
+    fn run<'a>(&'a self, job: &'a Rc<Job>) -> Io<'a> {
+        Box::pin(self.work_on(job))
+    }
+
+    fn prepare(&self) -> Io<'_> {
+        Box::pin(async move {
+            match self.point.lost() {
+                Some(why) => Err(why),
+                None => Ok(()),
+            }
+        })
+    }
+
+    fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
+        Box::pin(async move {
+            self.point.end();
+            // Going back asks for nothing that was not granted before, so it is not refused.
+            let _ = self.graph.apply(self.plan_back()).await;
+            self.hold.take();
+            self.work.settled().await;
+            if let Some(bitmap) = &self.bitmap {
+                bitmap.end(success, &self.work);
+            }
+            self.graph.settle().await;
+        })
+    }
+
+    fn progress(&self) -> Progress {
+        let current = self.work.done();
+        if self.sync == Sync::None {
+            return Progress { total: self.work.len(), current };
+        }
+        Progress { total: current + self.work.remaining(), current }
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// The backup that `job` is, if it is one and not over.
+pub fn with<R>(job: &Job, look: impl FnOnce(&Backup) -> R) -> Option<R> {
+    let body = job.body()?;
+    body.as_any().downcast_ref::<Backup>().map(look)
+}

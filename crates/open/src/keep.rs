@@ -1,0 +1,61 @@
+//! A `copy-before-write` filter that a user adds: the filter, and what decides which old bytes it copies.
+
+use crate::spec::CopyBeforeWriteSpec;
+use crate::{Inherited, Opener, Trail};
+use block::{BlockError, ErrorKind, Result};
+use copy::{PointInTime, Work, cluster_size};
+use drivers::filters::copy_before_write::CopyBeforeWrite;
+use graph::{Demand, Role};
+use std::rc::Rc;
+
+impl Opener {
+    /// Opens the filter; what it keeps is the disk as of now.
+    pub(crate) async fn copy_before_write(
+        &self,
+        spec: &CopyBeforeWriteSpec,
+        now: Inherited,
+        name: &str,
+        trail: &Trail,
+    ) -> Result<Rc<CopyBeforeWrite>> {
+        let file = self.child(&spec.file, now, trail).await?;
+        let file = self.hold(&file, "file", Role::Filtered, name, Demand::NOTHING).await?;
+        let target = self.child(&spec.target, now, trail).await?;
+        let target = self.hold(&target, "target", Role::Other, name, Demand::NOTHING).await?;
+        if file.child().id() == target.child().id() {
+            return Err(BlockError::invalid("'file' and 'target' are the same node"));
+        }
+        let bits = match &spec.bitmap {
+            None => None,
+            Some((node, bitmap)) => Some(self.bits(node, bitmap)?),
+        };
+        let cluster = cluster_size(&target.child(), spec.min_cluster_size).await?;
+        let work = Work::new(self.graph().env().clone(), file.len(), cluster)?;
+        let node = CopyBeforeWrite::new(file.clone(), target.clone());
+        let point = PointInTime::new(work, file, target, spec.rules);
+        match bits {
+            None => point.begin_all(),
+            Some(bits) => point.begin(&bits),
+        }
+        node.set_keeper(Some(point));
+        Ok(node)
+    }
+
+    fn bits(&self, node: &str, name: &str) -> Result<bitmap::Bitmap> {
+        let missing = |what: String| BlockError::new(ErrorKind::NotFound, what);
+        let Some(cell) = self.graph().find(node) else {
+            return Err(missing(format!("Cannot find device='{node}' nor node-name='{node}'")));
+        };
+        let Some(bitmap) = cell.find_bitmap(name) else {
+            return Err(missing(format!("Dirty bitmap '{name}' not found")));
+        };
+        if bitmap.busy() {
+            let why = format!("Bitmap '{name}' is currently in use by another operation and cannot be used");
+            return Err(BlockError::new(ErrorKind::Busy, why));
+        }
+        if bitmap.inconsistent() {
+            return Err(BlockError::invalid(format!("Bitmap '{name}' is inconsistent and cannot be used")));
+        }
+        let bits = bitmap.bits().clone();
+        Ok(bits)
+    }
+}
