@@ -4,8 +4,8 @@
 //! disk does. Options that only tune QEMU's own machinery are accepted and have no effect (docs/compat.md lists them).
 
 use crate::address::SocketAddress;
-use crate::blockdev_filters;
 use crate::blockdev_backup;
+use crate::blockdev_filters;
 use crate::error::QmpError;
 use drivers::file::Locking;
 use drivers::nbd_client::NbdOptions;

@@ -2,6 +2,7 @@
 
 use crate::events::Events;
 use copy::{Action, Side};
+use jobs::backup::Backup;
 use jobs::mirror::Mirror;
 use jobs::{Event, IoStatus, Job, Kind, Progress, Sink, State};
 use qapi::{Map, Value, json};
@@ -105,6 +106,11 @@ fn more(job: &Rc<Job>, out: &mut Map<String, Value>) {
         out.insert("error".into(), json!(e.message()));
     }
     let Some(body) = job.body() else { return };
+    if let Some(backup) = body.as_any().downcast_ref::<Backup>()
+        && let Some(bytes) = backup.buffered()
+    {
+        out.insert("buffered".into(), json!(bytes));
+    }
     let Some(mirror) = body.as_any().downcast_ref::<Mirror>() else { return };
     let outlook = mirror.outlook(job);
     out.insert("copy-rate".into(), json!(outlook.copy_rate));

@@ -7,8 +7,8 @@
 
 mod address;
 mod blockdev;
-mod blockdev_filters;
 mod blockdev_backup;
+mod blockdev_filters;
 mod chardev;
 mod commands;
 mod daemon;

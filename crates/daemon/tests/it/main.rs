@@ -1,6 +1,7 @@
 //! liveblkd from the outside: the built program, real sockets, real peers.
 #![allow(clippy::unwrap_used)] // a test that cannot set itself up shall panic
 
+mod backups;
 mod chains;
 mod cmdline;
 mod common;

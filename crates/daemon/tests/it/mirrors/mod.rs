@@ -29,7 +29,7 @@ fn seed() -> String {
 }
 
 /// What the disk contains at the start: data, with a hole in the middle.
-fn model(dir: &Dir) {
+pub(crate) fn model(dir: &Dir) {
     let bytes: Vec<u8> = (0..SIZE)
         .map(|i| if (SIZE / 4..SIZE / 2).contains(&i) { 0 } else { (i / 512 % 251 + i % 7) as u8 })
         .collect();
@@ -83,11 +83,11 @@ impl Drop for Writer {
 }
 
 /// Another server, killed at the end.
-struct Server(Child);
+pub(crate) struct Server(Child);
 
 impl Server {
     /// Starts it and waits for its socket.
-    fn start(dir: &Dir, line: &str, socket: &str) -> Server {
+    pub(crate) fn start(dir: &Dir, line: &str, socket: &str) -> Server {
         let mut words = line.split('|');
         let mut command = Command::new(words.next().unwrap());
         command.args(words).current_dir(&dir.0).stdin(Stdio::null()).stdout(Stdio::null());
@@ -100,7 +100,7 @@ impl Server {
         server
     }
 
-    fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let pid = self.0.id().to_string();
         assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
     }
@@ -113,14 +113,14 @@ impl Drop for Server {
     }
 }
 
-fn pause(milliseconds: u64) {
+pub(crate) fn pause(milliseconds: u64) {
     std::thread::sleep(Duration::from_millis(milliseconds));
 }
 
 pub(crate) const DISK: &str = "nbd+unix:///disk?socket=nbd.sock";
 
 /// A daemon that serves node `src` as "disk", with `src` and `dst` as given.
-fn serve(dir: &Dir, src: &Value, dst: &Value) -> (Daemon, Client) {
+pub(crate) fn serve(dir: &Dir, src: &Value, dst: &Value) -> (Daemon, Client) {
     let with = |v: &Value, name: &str| {
         let mut v = v.clone();
         v["node-name"] = json!(name);
@@ -137,7 +137,7 @@ fn serve(dir: &Dir, src: &Value, dst: &Value) -> (Daemon, Client) {
     (daemon, client)
 }
 
-fn image(format: &str, file: &str) -> Value {
+pub(crate) fn image(format: &str, file: &str) -> Value {
     json!({"driver": format, "discard": "unmap", "file": {"driver": "file", "filename": file, "discard": "unmap"}})
 }
 
