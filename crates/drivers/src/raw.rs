@@ -73,7 +73,15 @@ impl Node for RawNode {
     }
     fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
         Box::pin(async move {
-            let mut found = self.file.extents(at.shifted(self.offset)).await?;
+            let inside = at.shifted(self.offset);
+            // what lies behind a filter, or in layers below, is part of these bytes too
+            let mut found: Vec<Extent> = match self.file.child().below() {
+                None => self.file.extents(inside).await?,
+                Some(_) => {
+                    let chain = self.file.status(inside).await?;
+                    chain.into_iter().map(|e| Extent::new(e.span, e.kind)).collect()
+                }
+            };
             for e in &mut found {
                 e.span.start -= self.offset;
             }

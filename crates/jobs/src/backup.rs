@@ -35,6 +35,12 @@ const BUSY: &str = "block device is in use by block job: backup";
 /// Bytes in flight: as much as a mirror by default.
 const WINDOW: u64 = 16 << 20;
 
+/// What the engine of a buffered backup asks of the node that shows what is kept: reading, and releasing by discards.
+const DRAINING: Demand = Demand {
+    needs: Perms::CONSISTENT_READ.with(Perms::WRITE),
+    shares: Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED),
+};
+
 /// A backup.
 pub struct Backup {
     graph: Rc<Graph>,
@@ -138,7 +144,6 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
     let file = graph.attach_exact(&below, "file", Role::Filtered, opening(), Demand::NOTHING).await?;
     let kept = graph.attach_exact(keeping, "target", Role::Other, opening(), Demand::NOTHING).await?;
     let node = CopyBeforeWrite::new(file.clone(), kept.clone());
-    node.pin(true);
     node.discard_source(args.discard_source);
     let options = NodeOptions {
         name: args.filter_node_name.clone(),
@@ -169,13 +174,21 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
         node.set_keeper(Some(point.clone()));
         let instant = instant(&point, &work, sync, bitmap.as_ref());
         let stay = below.parents().into_iter().filter(|e| matches!(e.parent(), Parent::Job(_))).collect();
-        let plan = Plan::new()
+        let mut plan = Plan::new()
             .then(Step::MoveParents { from: below.clone(), to: filter.clone(), except: stay })
             .then(Step::Cover { node: below.clone(), filter: Some(filter.clone()) })
             .then(Step::At { what: instant });
+        if buffer.is_some() {
+            plan = plan.then(Step::Ask { edge: from.clone(), demand: DRAINING });
+        }
         if let Err(e) = graph.apply(plan).await {
             bitmap.iter().for_each(BitmapUse::give_back);
             return Err(e);
+        }
+        // Writers have gone through the filter since; now nobody may come beside it, even while there are none.
+        node.pin(true);
+        if graph.ask(&main, Demand::NOTHING).await.is_err() {
+            node.pin(false);
         }
         let nodes = [Some(&target), Some(&filter), buffer.as_ref()];
         let blockers = nodes.into_iter().flatten().map(|n| n.block(BUSY)).collect();
@@ -250,12 +263,10 @@ async fn drain(
     let edge = graph.attach_exact(filter, "file", Role::Other, opening, Demand::NOTHING).await?;
     let options = NodeOptions { discard: true, ..NodeOptions::default() };
     let view = graph.add(options, SnapshotAccess::new(edge)).await?;
-    let reading = Perms::CONSISTENT_READ.with(Perms::WRITE);
     let job = || Parent::Job(args.job_id.clone());
-    let demand = Demand { needs: reading, shares: reading.with(Perms::WRITE_UNCHANGED) };
-    let from = graph.attach_exact(&view, "source", Role::Root, job(), demand).await?;
-    let shares = reading.with(Perms::WRITE_UNCHANGED);
-    let demand = Demand { needs: Perms::WRITE, shares };
+    // nothing is asked before the filter is where clients' writes go through it
+    let from = graph.attach_exact(&view, "source", Role::Root, job(), Demand::NOTHING).await?;
+    let demand = Demand { needs: Perms::WRITE, shares: DRAINING.shares };
     let to = graph.attach_exact(target, "root", Role::Root, job(), demand).await?;
     Ok((from, to))
 }
@@ -381,6 +392,7 @@ impl Body for Backup {
     fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
         Box::pin(async move {
             self.point.end();
+            self.node.pin(false);
             // Going back asks for nothing that was not granted before, so it is not refused.
             let _ = self.graph.apply(self.plan_back()).await;
             self.hold.take();

@@ -47,9 +47,9 @@ impl Node for SnapshotAccess {
     fn edges(&self) -> Vec<Rc<Edge>> {
         vec![self.file.clone()]
     }
-    fn wants(&self, _: &Edge, _: Demand, _: bool) -> Demand {
-        // whoever keeps the instant must not be passed by, whether it is being read now or not
-        Demand { needs: Perms::CONSISTENT_READ, shares: Perms::ALL }
+    fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
+        // what is written here goes nowhere, so only reading is passed on
+        Demand { needs: above.needs.common(Perms::CONSISTENT_READ), shares: Perms::ALL }
     }
 
     fn read(&self, at: Span) -> Io<'_, Data> {

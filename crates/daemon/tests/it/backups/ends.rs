@@ -7,7 +7,7 @@ use crate::mirrors::Server;
 use serde_json::{Value, json};
 
 fn failing(kind: &str, file: &str, errno: u64, once: bool) -> Value {
-    let rule = json!({"event": "none", "iotype": kind, "errno": errno, "once": once, "sector": 4096});
+    let rule = json!({"event": "none", "iotype": kind, "errno": errno, "once": once, "sector": 12288});
     json!({"driver": "raw", "file": {"driver": "blkdebug", "inject-error": [rule],
         "image": {"driver": "file", "filename": file}}})
 }
@@ -73,7 +73,7 @@ fn old_bytes_that_cannot_be_kept() {
             String::from_utf8_lossy(&[text.stdout, text.stderr].concat()).into_owned()
         };
         assert!(write("1M").contains("wrote 4096/4096"));
-        let said = write("2M");
+        let said = write("6M");
         if breaks == "break-guest-write" {
             assert!(said.contains("write failed: Input/output error"), "{said}");
             assert_eq!(job(&mut c)["status"], "running");
@@ -84,7 +84,7 @@ fn old_bytes_that_cannot_be_kept() {
             until(&mut c, "b", "BLOCK_JOB_COMPLETED");
         }
         until(&mut c, "b", "null");
-        assert!(write("2M").contains("wrote 4096/4096"), "afterwards nobody minds");
+        assert!(write("6M").contains("wrote 4096/4096"), "afterwards nobody minds");
         c.command("quit", json!({})).unwrap();
         assert!(daemon.wait().success());
     }
@@ -97,7 +97,8 @@ fn cancel_and_pause_under_load() {
     model(&dir);
     tool(&dir, "cp|model.raw|src.raw");
     tool(&dir, "truncate|-s|8M|dst.raw");
-    let server = Server::start(&dir, "qemu-nbd|-f|raw|-k|dst.sock|-t|-e|4|dst.raw", "dst.sock");
+    let line = format!("qemu-nbd|-f|raw|-k|{}|-t|-e|4|dst.raw", dir.path("dst.sock"));
+    let server = Server::start(&dir, &line, "dst.sock");
     let remote = json!({"driver": "nbd", "server": {"type": "unix", "path": "dst.sock"}});
     let (mut daemon, mut c) = serve(&dir, &image("raw", "src.raw"), &remote);
     backup(&mut c, &json!({"speed": 1 << 20, "auto-dismiss": false})).unwrap();
