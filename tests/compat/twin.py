@@ -72,6 +72,23 @@ COMMANDS = [
     add(driver="raw", node_name="r", file={"driver": "file", "filename": "DIR/raw.img"}, offset=1 << 40),
     add(driver="qcow2", node_name="a", file=FILE),
     add(driver="qcow2", node_name="a", file=FILE),
+    # bitmaps
+    *[c("block-dirty-bitmap-add", node=n, name=b, **more) for n, b, more in [
+        ("a", "b0", {}), ("a", "b0", {}), ("a", "", {}), ("nope", "x", {}), ("a", "x", {"granularity": 100}),
+        ("a", "x", {"granularity": 256}), ("a", "x", {"granularity": 0}), ("a", "x", {"granularity": -1}),
+        ("a", "x", {"granularity": 1 << 32}), ("a", "y" * 1024, {}), ("a", "y" * 1023, {}),
+        ("a", "g4k", {"granularity": 4096}), ("a", "big", {"granularity": 1 << 31}), ("a", "off", {"disabled": True}),
+    ]],
+    *[c(f"block-dirty-bitmap-{verb}", node="a", name=b) for verb in ["enable", "disable", "clear", "remove"]
+      for b in ["nope", "off", "y" * 1023]],
+    c("block-dirty-bitmap-add", node="a", name="off", disabled=True),
+    *[c("x-debug-block-dirty-bitmap-sha256", node="a", name=b) for b in ["b0", "g4k", "big", "nope"]],
+    *[c("block-dirty-bitmap-merge", node="a", target=t, bitmaps=s) for t, s in [
+        ("b0", ["g4k"]), ("off", ["b0", {"node": "a", "name": "g4k"}]), ("b0", ["b0"]), ("b0", ["nope"]),
+        ("nope", ["b0"]), ("b0", ["g4k", "nope"]), ("b0", [{"node": "nope", "name": "b0"}]), ("b0", [{"node": "a"}]),
+    ]],
+    c("query-named-block-nodes", flat=True),
+    *[c("block-dirty-bitmap-remove", node="a", name=b) for b in ["off", "g4k", "big", "b0", "b0"]],
     add(driver="file", node_name="again", filename="DIR/a.qcow2"),
     add(driver="qcow2", node_name="top", file={"driver": "file", "filename": "DIR/top.qcow2"}),
     c("query-named-block-nodes", flat=True),

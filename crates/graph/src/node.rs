@@ -2,7 +2,7 @@
 
 use crate::perm::Demand;
 use crate::{DebugEvent, Edge};
-use block::{Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
+use block::{Data, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
 use std::rc::Rc;
 
 /// Facts about a node for `query-named-block-nodes` and `query-block`-like output. Plain data; `control` makes JSON of it.
@@ -140,6 +140,16 @@ pub trait Node: 'static {
                 "driver '{driver}' does not support a backing file name"
             )))
         })
+    }
+    /// Whether the image can keep a bitmap of this name and granularity, beside those it has.
+    fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
+        let _ = (name, granularity);
+        Err(block::BlockError::unsupported("Operation not supported"))
+    }
+    /// Removes a bitmap from the image, durably, if it is kept there.
+    fn forget_bitmap<'a>(&'a self, name: &'a str) -> Io<'a> {
+        let _ = name;
+        Box::pin(async { Ok(()) })
     }
     /// Drops everything this layer holds, so that it reads as the layer below.
     fn make_empty(&self) -> Io<'_> {

@@ -137,7 +137,7 @@ pub(crate) fn run(_args: &[String]) -> Outcome {
     print!("{}", fio_summary(&stage.dir.join("fio.txt")));
     liveblk(&["complete", "back"])?;
     // SIGTERM is the daemon's orderly end: jobs finished, metadata written, locks given back.
-    shell::run(Command::new("kill").arg(stage.running[0].1.id().to_string()))?;
+    shell::run(&mut shell::kill(stage.running[0].1.id()))?;
     stage.end_of("liveblkd")?;
 
     say("the proof: QEMU's own tools look at both images");

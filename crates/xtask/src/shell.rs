@@ -43,6 +43,13 @@ pub(crate) fn output(command: &mut Command) -> Outcome<String> {
     }
 }
 
+/// Asks a process to end. By the shell, which has this built in: a small installation has no program named `kill`.
+pub(crate) fn kill(process: u32) -> Command {
+    let mut c = Command::new("sh");
+    c.args(["-c", "kill \"$0\"", &process.to_string()]);
+    c
+}
+
 /// Runs cargo in the checkout.
 pub(crate) fn cargo(args: &[&str]) -> Outcome {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

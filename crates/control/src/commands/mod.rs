@@ -4,6 +4,7 @@
 //! schema cannot say, and calling the part of the daemon that does the work.
 
 mod backup;
+pub(crate) mod bitmap;
 mod chain;
 mod chardev;
 mod create;
@@ -59,6 +60,7 @@ const fn entry<C: Command>() -> Entry {
 /// Every command, by family.
 pub(crate) const TABLE: &[&[Entry]] = &[
     protocol::COMMANDS,
+    bitmap::COMMANDS,
     chardev::COMMANDS,
     node::COMMANDS,
     create::COMMANDS,

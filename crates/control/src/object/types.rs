@@ -73,7 +73,7 @@ pub(super) struct Type {
 }
 
 const EVENT_LOOP: [Property; 3] =
-    [number("aio-max-batch", 0), number("thread-pool-min", 0), number("thread-pool-max", 64)];
+    [number("thread-pool-min", 0), number("aio-max-batch", 0), number("thread-pool-max", 64)];
 
 /// Every type, by name.
 const TYPES: &[Type] = &[

@@ -1,7 +1,7 @@
 //! A daemon under measurement: started with one command line on either side, its processor time read from /proc.
 
 use super::Side;
-use crate::shell::{Outcome, fail};
+use crate::shell::{self, Outcome, fail};
 use qmpclient::Client;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -85,7 +85,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let _ = Command::new("kill").arg(self.child.id().to_string()).status();
+        let _ = shell::kill(self.child.id()).status();
         let begin = Instant::now();
         while matches!(self.child.try_wait(), Ok(None)) {
             if begin.elapsed() > Duration::from_secs(10) {

@@ -1,0 +1,222 @@
+//! Dirty bitmaps.
+
+use super::{Command, Entry, entry};
+use crate::Daemon;
+use crate::error::{QmpError, Reply};
+use graph::NodeCell;
+use graph::bitmaps::{self, BitmapChange, NewBitmap, Source};
+use qapi::json;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use std::fmt::Write;
+use std::rc::Rc;
+
+pub(super) const COMMANDS: &[Entry] = &[
+    entry::<BitmapAdd>(),
+    entry::<BitmapRemove>(),
+    entry::<BitmapClear>(),
+    entry::<BitmapEnable>(),
+    entry::<BitmapDisable>(),
+    entry::<BitmapMerge>(),
+    entry::<BitmapSha256>(),
+];
+
+/// Bytes of a bitmap hashed at once.
+const HASH_STEP: usize = 64 << 10;
+
+/// A command that changes bitmaps, as a change that a transaction can take back.
+pub(crate) trait ChangesBitmap {
+    /// Makes the change.
+    async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError>;
+}
+
+fn node(daemon: &Daemon, name: &str) -> Result<Rc<NodeCell>, QmpError> {
+    let found = daemon.graph().find(name);
+    found.ok_or_else(|| QmpError::generic(format!("Node '{name}' not found")))
+}
+
+async fn at_once(command: &impl ChangesBitmap, daemon: &Daemon) -> Reply {
+    command.change(daemon).await?.commit();
+    Ok(json!({}))
+}
+
+/// Adds a bitmap.
+#[derive(Deserialize)]
+pub(crate) struct BitmapAdd {
+    node: String,
+    name: String,
+    granularity: Option<u64>,
+    #[serde(default)]
+    persistent: bool,
+    #[serde(default)]
+    disabled: bool,
+}
+
+impl ChangesBitmap for BitmapAdd {
+    async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
+        let cell = daemon.find_node(Some(&self.node), Some(&self.node))?;
+        let new = NewBitmap {
+            name: self.name.clone(),
+            granularity: self.granularity,
+            persistent: self.persistent,
+            disabled: self.disabled,
+        };
+        Ok(bitmaps::add(&cell, &new).await?)
+    }
+}
+
+impl Command for BitmapAdd {
+    const NAME: &'static str = "block-dirty-bitmap-add";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        at_once(&self, &daemon).await
+    }
+}
+
+/// A bitmap of a node.
+#[derive(Deserialize)]
+struct Named {
+    node: String,
+    name: String,
+}
+
+/// Removes a bitmap.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct BitmapRemove(Named);
+
+impl ChangesBitmap for BitmapRemove {
+    async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
+        Ok(bitmaps::remove(&node(daemon, &self.0.node)?, &self.0.name).await?)
+    }
+}
+
+impl Command for BitmapRemove {
+    const NAME: &'static str = "block-dirty-bitmap-remove";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        at_once(&self, &daemon).await
+    }
+}
+
+/// Makes a bitmap clean.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct BitmapClear(Named);
+
+impl ChangesBitmap for BitmapClear {
+    async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
+        Ok(bitmaps::clear(&node(daemon, &self.0.node)?, &self.0.name)?)
+    }
+}
+
+impl Command for BitmapClear {
+    const NAME: &'static str = "block-dirty-bitmap-clear";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        at_once(&self, &daemon).await
+    }
+}
+
+/// Lets a bitmap record.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct BitmapEnable(Named);
+
+impl ChangesBitmap for BitmapEnable {
+    async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
+        Ok(bitmaps::set_enabled(&node(daemon, &self.0.node)?, &self.0.name, true)?)
+    }
+}
+
+impl Command for BitmapEnable {
+    const NAME: &'static str = "block-dirty-bitmap-enable";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        at_once(&self, &daemon).await
+    }
+}
+
+/// Lets a bitmap record no more.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(crate) struct BitmapDisable(Named);
+
+impl ChangesBitmap for BitmapDisable {
+    async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
+        Ok(bitmaps::set_enabled(&node(daemon, &self.0.node)?, &self.0.name, false)?)
+    }
+}
+
+impl Command for BitmapDisable {
+    const NAME: &'static str = "block-dirty-bitmap-disable";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        at_once(&self, &daemon).await
+    }
+}
+
+/// A bitmap of this node, or of another.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum MergeSource {
+    Here(String),
+    There(Named),
+}
+
+/// Merges bitmaps into one: all of them or, if one cannot be used, none.
+#[derive(Deserialize)]
+pub(crate) struct BitmapMerge {
+    node: String,
+    target: String,
+    bitmaps: Vec<MergeSource>,
+}
+
+impl ChangesBitmap for BitmapMerge {
+    async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
+        let cell = node(daemon, &self.node)?;
+        bitmaps::find_bitmap(&cell, &self.target)?;
+        let source = |s: &MergeSource| -> Result<Source, QmpError> {
+            let (of, name) = match s {
+                MergeSource::Here(name) => (cell.clone(), name),
+                MergeSource::There(n) => (node(daemon, &n.node)?, &n.name),
+            };
+            let found = bitmaps::find_bitmap(&of, name)?;
+            Ok((of, found))
+        };
+        let sources: Vec<Source> = self.bitmaps.iter().map(source).collect::<Result<_, _>>()?;
+        Ok(bitmaps::merge(&cell, &self.target, &sources)?)
+    }
+}
+
+impl Command for BitmapMerge {
+    const NAME: &'static str = "block-dirty-bitmap-merge";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        at_once(&self, &daemon).await
+    }
+}
+
+/// A hash of a bitmap's bits, to compare bitmaps in tests: over the bits in order, least significant first, padded with
+/// zeroes to whole 64-bit words, as QEMU does.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct BitmapSha256(Named);
+
+impl Command for BitmapSha256 {
+    const NAME: &'static str = "x-debug-block-dirty-bitmap-sha256";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let cell = node(&daemon, &self.0.node)?;
+        let bitmap = bitmaps::find_bitmap(&cell, &self.0.name)?;
+        let (len, granularity) = (bitmap.bits().len(), bitmap.bits().granularity());
+        let bytes = len.div_ceil(granularity).div_ceil(64) * 8;
+        let (mut hash, mut at) = (Sha256::new(), 0);
+        let mut buffer = vec![0; HASH_STEP];
+        while at < bytes {
+            let step = HASH_STEP.min(usize::try_from(bytes - at).unwrap_or(HASH_STEP));
+            bitmap.bits().export_bits(at, &mut buffer[..step]);
+            hash.update(&buffer[..step]);
+            at += step as u64;
+            daemon.env().yield_now().await;
+        }
+        let mut hex = String::new();
+        for byte in hash.finalize() {
+            let _ = write!(hex, "{byte:02x}");
+        }
+        Ok(json!({"sha256": hex}))
+    }
+}
