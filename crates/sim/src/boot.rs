@@ -12,6 +12,10 @@ use std::time::Duration;
 
 const MONITOR: &str = "/monitor";
 const NBD: &str = "/nbd";
+/// The same of a second daemon.
+const FAR_MONITOR: &str = "/far-monitor";
+/// Also what a profile of the network names to cut the link between the two.
+pub(crate) const FAR_NBD: &str = "/far-nbd";
 /// How long a daemon may take to come up or to end once nothing fails any more.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -20,11 +24,7 @@ pub struct Booted {
     /// Its process.
     pub process: Process,
     daemon: Rc<Daemon>,
-}
-
-/// Where its monitor listens.
-pub(crate) fn monitor() -> Address {
-    Address::Unix(PathBuf::from(MONITOR))
+    monitor: &'static str,
 }
 
 /// Where its NBD server listens, once started.
@@ -35,10 +35,19 @@ pub(crate) fn nbd() -> Address {
 impl Booted {
     /// Starts a daemon with a monitor.
     pub async fn start(world: &World) -> Option<Booted> {
+        Booted::start_at(world, MONITOR).await
+    }
+
+    /// Starts a second daemon beside it, for what is far away.
+    pub async fn start_far(world: &World) -> Option<Booted> {
+        Booted::start_at(world, FAR_MONITOR).await
+    }
+
+    async fn start_at(world: &World, monitor: &'static str) -> Option<Booted> {
         let (env, process) = world.start();
         let daemon = Daemon::new(&env, "sim");
         let ready = async {
-            let text = format!("socket,id=monitor,path={MONITOR},server=on,wait=off");
+            let text = format!("socket,id=monitor,path={monitor},server=on,wait=off");
             let spec = ChardevSpec::parse(&text).map_err(|e| e.to_string())?;
             daemon.add_chardev(spec).await.map_err(|e| e.to_string())?;
             daemon.add_monitor("monitor", false).map_err(|e| e.to_string())?;
@@ -46,7 +55,7 @@ impl Booted {
             Ok::<(), String>(())
         };
         match world.within(&env, PATIENCE, "starting the daemon", ready).await? {
-            Ok(()) => Some(Booted { process, daemon }),
+            Ok(()) => Some(Booted { process, daemon, monitor }),
             Err(e) => {
                 world.verdict().violation(format!("the daemon does not start: {e}"));
                 None
@@ -61,12 +70,23 @@ impl Booted {
         env: &Env,
         history: &Rc<History>,
     ) -> Result<Rc<Manager>, Refusal> {
-        Manager::connect(env, &monitor(), world.machine(), history, world.verdict()).await
+        let at = Address::Unix(PathBuf::from(self.monitor));
+        Manager::connect(env, &at, world.machine(), history, world.verdict()).await
     }
 
     /// The `addr` of its NBD server for `nbd-server-start`.
     pub fn nbd_address() -> serde_json::Value {
         serde_json::json!({"type": "unix", "data": {"path": NBD}})
+    }
+
+    /// The same of the second daemon.
+    pub fn far_address() -> serde_json::Value {
+        serde_json::json!({"type": "unix", "data": {"path": FAR_NBD}})
+    }
+
+    /// The second daemon's server as a client names it in `blockdev-add`.
+    pub fn far_server() -> serde_json::Value {
+        serde_json::json!({"type": "unix", "path": FAR_NBD})
     }
 
     /// Ends the daemon in order, as on SIGTERM. Everything it held must be given back.
@@ -86,11 +106,15 @@ impl Booted {
                 .verdict()
                 .violation(format!("{open} files are open after the end; tasks that go on: {tasks:?}"));
         }
+        self.process.kill();
+    }
+
+    /// When no daemon is left, no file is locked.
+    pub fn all_have_quit(world: &World) {
         for path in world.host().list() {
             if world.host().locks_held(&path) > 0 {
                 world.verdict().violation(format!("{path} is locked after the end"));
             }
         }
-        self.process.kill();
     }
 }

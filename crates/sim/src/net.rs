@@ -135,6 +135,8 @@ struct Pipe {
 struct Connection {
     net: Net,
     id: u64,
+    /// The listener's key.
+    to: String,
     owners: [Owner; 2],
     /// `pipes[s]` carries what side `s` sends.
     pipes: [Pipe; 2],
@@ -158,9 +160,13 @@ impl Net {
         *self.0.profile.borrow_mut() = profile;
     }
 
-    /// Resets every connection that exists now.
-    pub fn cut_all(&self) {
-        self.each(|c| c.reset());
+    /// Resets every connection that exists now to an address that ends so.
+    pub fn cut(&self, at: &str) {
+        self.each(|c| {
+            if c.to.ends_with(at) {
+                c.reset();
+            }
+        });
     }
 
     /// Connections with at least one end open.
@@ -250,8 +256,13 @@ impl Net {
         let id = self.0.next.get();
         self.0.next.set(id + 1);
         let pipes = machine.draw(|r| [Pipe::drawn(r, &profile, faulty), Pipe::drawn(r, &profile, faulty)]);
-        let connection =
-            Rc::new(Connection { net: self.clone(), id, owners: [mine, listening.owner.clone()], pipes });
+        let connection = Rc::new(Connection {
+            net: self.clone(),
+            id,
+            to: key,
+            owners: [mine, listening.owner.clone()],
+            pipes,
+        });
         machine.note("connect", id, 0);
         self.0.connections.borrow_mut().insert(id, Rc::downgrade(&connection));
         let (a, b) =

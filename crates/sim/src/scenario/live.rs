@@ -9,7 +9,7 @@
 //! * once nothing fails any more everything ends, and everything is given back.
 
 use super::plan::{End, Plan, Store, Trouble, check_qcow2};
-use crate::boot::{Booted, nbd};
+use crate::boot::{Booted, FAR_NBD, nbd};
 use crate::history::{Crash, History, Moment, What};
 use crate::runner::Outcome;
 use crate::{
@@ -64,6 +64,8 @@ struct Run {
     /// Where guests and manager live: a process that is never killed.
     outside: Env,
     _outside: Process,
+    /// The daemon that has an NBD target.
+    far: RefCell<Option<Booted>>,
     guests: RefCell<Vec<Guest>>,
     /// Actively synced was seen, and nothing since may have ended that.
     synced: Cell<bool>,
@@ -91,6 +93,7 @@ impl Run {
             history: Rc::new(History::new()),
             outside,
             _outside: process,
+            far: RefCell::default(),
             guests: RefCell::default(),
             synced: Cell::new(false),
             job_began: Cell::new(0),
@@ -124,6 +127,9 @@ impl Run {
         net.faults_at = "/nbd".to_owned();
         self.world.net().set_profile(net);
         let Some(daemon) = Booted::start(&self.world).await else { return };
+        if self.plan.target == Store::Nbd && !self.start_far().await {
+            return;
+        }
         let (life, alive) = (self.clone(), self.live(&daemon));
         let limit = PATIENCE + TROUBLE * 10;
         let ended = self.world.within(&life.outside, limit, "the run", alive).await;
@@ -136,6 +142,24 @@ impl Run {
         self.world.count("operations", self.history.len() as u64);
         self.world.count("answered", self.history.answered() as u64);
         self.world.count("faults", self.world.host().faults());
+    }
+
+    /// Starts the daemon that exports the target. Whether it runs.
+    async fn start_far(&self) -> bool {
+        let Some(far) = Booted::start_far(&self.world).await else { return false };
+        let ready = async {
+            let m = far.manage(&self.world, &self.outside, &self.history).await?;
+            let node =
+                json!({"driver": "file", "node-name": "far", "filename": "/target.img", "discard": "unmap"});
+            m.must("blockdev-add", node).await?;
+            m.must("nbd-server-start", json!({"addr": Booted::far_address(), "max-connections": 0})).await?;
+            let export =
+                json!({"type": "nbd", "id": "e", "node-name": "far", "name": "far", "writable": true});
+            m.must("block-export-add", export).await.map(drop)
+        };
+        let ready = self.world.within(&self.outside, PATIENCE, "starting the other daemon", ready).await;
+        *self.far.borrow_mut() = Some(far);
+        matches!(ready, Some(Ok(())))
     }
 
     fn history_is_good(&self) {
@@ -280,6 +304,23 @@ impl Run {
                 }
             });
         }
+        match self.plan.trouble {
+            Trouble::Link => {
+                for _ in 0..self.draw(|r| r.between(1, 4)) {
+                    self.world.count("links cut", 1);
+                    self.world.net().cut(FAR_NBD);
+                    self.pause(Duration::from_millis(300)).await;
+                }
+            }
+            Trouble::Restart => {
+                let far = self.far.take();
+                far.iter().for_each(|f| f.process.kill());
+                self.world.count("restarts", 1);
+                self.pause(Duration::from_millis(300)).await;
+                self.start_far().await;
+            }
+            _ => {}
+        }
         let lasts = self.draw(|r| r.duration(Duration::from_millis(1), TROUBLE));
         self.outside.sleep(lasts).await;
         host.clear_faults();
@@ -392,7 +433,7 @@ impl Run {
             End::Complete => {
                 // from now on the target is the disk: what is checked is what the guest reads
                 self.synced.set(false);
-                if self.plan.trouble == Trouble::Target {
+                if self.plan.trouble == Trouble::Target || self.loses_link() {
                     self.guests.borrow().iter().for_each(Guest::allow_errors);
                 }
                 self.asked.set(true);
@@ -411,7 +452,7 @@ impl Run {
 
     async fn look_whether_synced(&self, m: &Manager) {
         let blocking = |mode| matches!(mode, Some("write-blocking" | "read-write-blocking"));
-        if !blocking(self.mode.get()) || self.plan.trouble == Trouble::Target || self.asked.get() {
+        if !blocking(self.mode.get()) || self.asked.get() {
             return;
         }
         let asked_at = self.history.tick();
@@ -421,10 +462,18 @@ impl Run {
             && !self.asked.get()
         {
             self.world.count("actively synced", 1);
-            if !self.synced.replace(true) {
+            if !self.synced.get() {
                 self.target_has_all(asked_at);
             }
+            // A request that fails on either side leaves a part dirty, and that ends it, until it is copied.
+            let fails = matches!(self.plan.trouble, Trouble::Source | Trouble::Target) || self.loses_link();
+            self.synced.set(!fails);
         }
+    }
+
+    /// Whether requests to the target may fail because the other daemon is not there for a while.
+    fn loses_link(&self) -> bool {
+        matches!(self.plan.trouble, Trouble::Link | Trouble::Restart) && !self.plan.bridges()
     }
 
     /// Actively synced was reported for a moment after `asked_at`: all that was answered before is on the target. (What is
@@ -449,8 +498,9 @@ impl Run {
 
     /// The job is over: was that an end it may have had?
     fn judge(&self, seen: &JobSeen) {
-        let expected_fault =
-            matches!(self.plan.trouble, Trouble::Target | Trouble::Source) && self.world.host().faults() > 0;
+        let expected_fault = matches!(self.plan.trouble, Trouble::Target | Trouble::Source)
+            && self.world.host().faults() > 0
+            || self.loses_link();
         match &seen.completed {
             Some(None) => self.world.count(
                 match self.plan.end {
@@ -539,7 +589,9 @@ impl Run {
             }
             End::PowerLoss => {
                 self.world.count("power losses", 1);
-                host.power_loss(&[&daemon.process]);
+                let far = self.far.take();
+                let all: Vec<&Process> = far.iter().chain([&daemon]).map(|b| &b.process).collect();
+                host.power_loss(&all);
                 Crash::PowerLoss
             }
             _ => {
@@ -550,6 +602,13 @@ impl Run {
             }
         };
         self.guests.borrow().iter().for_each(Guest::abandon);
+        let far = self.far.take();
+        if let Some(far) = far {
+            host.clear_faults();
+            host.release_hung();
+            far.quit(&self.world, &self.outside).await;
+        }
+        Booted::all_have_quit(&self.world);
         host.clear_faults();
         host.set_profile(Profile { inline: 1.0, ..Profile::calm() });
         self.world.net().set_profile(NetProfile::calm());
@@ -599,7 +658,7 @@ impl Run {
         if self.world.verdict().is_bad() {
             return None;
         }
-        if matches!(store, Store::Raw | Store::File) {
+        if !store.holds_metadata() {
             let image = self.world.host().image(&format!("/{name}.img"))?;
             return Some(values_of(&image.read(Span::new(0, self.plan.bytes())), 0));
         }
@@ -618,6 +677,7 @@ impl Run {
         match self.world.within(&self.outside, PATIENCE, "reading an image at rest", values).await? {
             Ok(values) => {
                 daemon.quit(&self.world, &self.outside).await;
+                Booted::all_have_quit(&self.world);
                 Some(values)
             }
             Err(e) => {

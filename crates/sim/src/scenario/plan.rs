@@ -1,6 +1,7 @@
 //! What a run of the whole daemon is going to do: everything drawn from the seed before it starts, so that a failing seed
 //! can be read.
 
+use crate::boot::Booted;
 use crate::history::{History, What};
 use crate::{Host, Image, NetProfile, Profile, Rng, stamped};
 use block::SECTOR;
@@ -20,6 +21,8 @@ pub enum Store {
     Qcow2(u64),
     /// `qcow2` over a raw base.
     Overlay(u64),
+    /// An export of another daemon, which has it as `file`. Only a target.
+    Nbd,
 }
 
 impl Store {
@@ -59,6 +62,10 @@ pub enum Trouble {
     TargetHangs,
     /// Guests' connections are cut.
     Network,
+    /// The connections to the other daemon are cut.
+    Link,
+    /// The other daemon is killed and starts again.
+    Restart,
 }
 
 /// One run.
@@ -112,6 +119,8 @@ pub struct Plan {
     pub net: NetProfile,
     /// `discard=unmap` on the nodes.
     pub unmap: bool,
+    /// `reconnect-delay` of the NBD client, in seconds.
+    pub reconnect: u64,
 }
 
 impl Plan {
@@ -134,6 +143,7 @@ impl Plan {
         ]);
         let policies = ["report", "ignore", "enospc", "stop"];
         let (source, target) = (store(rng), store(rng));
+        let target = if rng.chance(0.2) { Store::Nbd } else { target };
         let sync = match source {
             // top needs a backing image to say anything else than full, and none leaves the target without the old data
             Store::Overlay(_) => *rng.choose(&["full", "full", "top"]),
@@ -142,12 +152,16 @@ impl Plan {
         let modes = ["background", "write-blocking", "read-write-blocking"];
         let copy_mode = *rng.choose(&[modes[0], modes[1], modes[1], modes[2]]);
         let other_mode = *rng.choose(&modes.map(|m| if m == copy_mode { modes[1] } else { m }));
+        let trouble = match target {
+            Store::Nbd if sync != "top" && rng.chance(0.6) => *rng.choose(&[Trouble::Link, Trouble::Restart]),
+            _ => trouble,
+        };
         let mut net = NetProfile::drawn_calm(rng);
         if trouble == Trouble::Network {
             net.cut = 0.5;
             net.cut_within = *rng.choose(&[2000, 1 << 16, 1 << 20]);
         }
-        Plan {
+        let mut plan = Plan {
             sectors: *rng.choose(&[64, 640, 2048, 4096]),
             source,
             // a target over the source's base is what "top" is for; "full" would leave it no use for the base
@@ -188,7 +202,18 @@ impl Plan {
             profile: Profile::drawn_calm(rng),
             net,
             unmap: rng.chance(0.5),
+            reconnect: *rng.choose(&[0, 1, 30, 30]),
+        };
+        if plan.trouble == Trouble::Restart && matches!(plan.end, End::Kill | End::PowerLoss | End::Quit) {
+            // one crash at a time
+            plan.trouble = Trouble::Link;
         }
+        plan
+    }
+
+    /// Whether a link that is lost comes back before anybody is told.
+    pub fn bridges(&self) -> bool {
+        self.reconnect >= 30
     }
 
     /// Bytes of the disk.
@@ -218,10 +243,10 @@ impl Plan {
             match store {
                 Store::Raw | Store::File if name == "source" => host.install(&path, base.clone()),
                 // what is in the target before must not be there after a full copy: bytes nobody wrote
-                Store::Raw | Store::File if self.sync == "full" && rng.chance(0.4) => {
+                Store::Raw | Store::File | Store::Nbd if self.sync == "full" && rng.chance(0.4) => {
                     host.install(&path, Image::from_bytes(&vec![0x77; self.bytes() as usize]));
                 }
-                Store::Raw | Store::File => {
+                Store::Raw | Store::File | Store::Nbd => {
                     host.install(&path, Image::from_bytes(&vec![0; self.bytes() as usize]));
                 }
                 Store::Qcow2(cluster) => host.install(&path, empty_qcow2(self.bytes(), cluster, None)),
@@ -243,6 +268,10 @@ impl Plan {
                 file["node-name"] = json!(name);
                 file
             }
+            Store::Nbd => json!({
+                "driver": "nbd", "node-name": name, "server": Booted::far_server(), "export": "far",
+                "reconnect-delay": self.reconnect, "discard": discard,
+            }),
             Store::Raw => json!({"driver": "raw", "node-name": name, "file": file, "discard": discard}),
             Store::Qcow2(_) => {
                 json!({"driver": "qcow2", "node-name": name, "file": file, "discard": discard, "backing": null})
