@@ -4,6 +4,7 @@
 //! while clients use it. What must stay true: the edge is held until the last request of the last client has ended.
 
 use env::sync::Notify;
+use graph::ranges::RangeLocks;
 use graph::{Demand, Edge, Perms};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -47,6 +48,9 @@ pub struct Export {
     clients: RefCell<BTreeMap<u64, Rc<dyn env::Stream>>>,
     next_client: Cell<u64>,
     pub(crate) idle: Notify,
+    /// What clients are changing. A client whose connection was lost sends a write again on another, while the first may
+    /// still be on its way to the disk: the second waits for it, or the first could land after a third, newer one.
+    pub(crate) changing: RangeLocks,
 }
 
 /// A client's hold on an export.
@@ -80,6 +84,7 @@ impl Export {
             clients: RefCell::new(BTreeMap::new()),
             next_client: Cell::new(0),
             idle: Notify::new(),
+            changing: RangeLocks::new(),
         })
     }
 

@@ -276,18 +276,27 @@ impl Core {
         a.and(b)
     }
 
-    /// Lets the header point at another table, durably. After a failure nobody knows which of the two tables the file has, so
-    /// nothing may be written to either: the image counts as corrupt.
-    pub(crate) async fn point_header(self: &Rc<Self>, (at, bytes): (u64, [u8; 12])) -> Result<()> {
-        let turn = self.heading.turn(0).await;
-        let written = match self.file.write(at, Data::copy_from(&bytes)).await {
-            Ok(()) => self.file.barrier().await,
-            failed => failed,
-        };
-        drop(turn);
-        written.map_err(|e| {
-            self.found_corrupt(format!("the header could not be written: {e}"), Some(0), Some(512))
-        })
+    /// Lets the header point at another table, durably. If that fails, `old` is put back, and nothing has changed; if that fails
+    /// as well, nobody knows which of the two tables the file has, so nothing may be written to either: the image counts as
+    /// corrupt.
+    pub(crate) async fn point_header(
+        self: &Rc<Self>,
+        new: (u64, [u8; 12]),
+        old: (u64, [u8; 12]),
+    ) -> Result<()> {
+        let _turn = self.heading.turn(0).await;
+        let Err(e) = self.write_header(new).await else { return Ok(()) };
+        match self.write_header(old).await {
+            Ok(()) => Err(e.context(format_args!("image '{}': writing the header", self.name()))),
+            Err(_) => {
+                Err(self.found_corrupt(format!("the header could not be written: {e}"), Some(0), Some(512)))
+            }
+        }
+    }
+
+    async fn write_header(&self, (at, bytes): (u64, [u8; 12])) -> Result<()> {
+        self.file.write(at, Data::copy_from(&bytes)).await?;
+        self.file.barrier().await
     }
 
     async fn write_sectors(&self, sectors: &[Sector]) -> Result<()> {

@@ -235,13 +235,20 @@ impl Core {
         self.file.write(at.0, data).await?;
         self.file.barrier().await?;
         // Blocks that were made meanwhile? None: making excludes itself. Entries are only added by making.
-        let patch = {
+        let (before, old, new) = {
             let mut h = self.header.borrow_mut();
+            let before = (h.refcount_table_offset, h.refcount_table_clusters);
+            let old = h.patch_refcount_table();
             h.refcount_table_offset = table_at;
             h.refcount_table_clusters = table as u32;
-            h.patch_refcount_table()
+            (before, old, h.patch_refcount_table())
         };
-        self.point_header(patch).await?;
+        if let Err(e) = self.point_header(new, old).await {
+            // What was written for the new table is nobody's: only its own blocks counted it.
+            let mut h = self.header.borrow_mut();
+            (h.refcount_table_offset, h.refcount_table_clusters) = before;
+            return Err(e);
+        }
         {
             let mut rt = self.rt.borrow_mut();
             rt.at = table_at;

@@ -251,7 +251,7 @@ impl Core {
         let (at, moved) = if needed * 8 <= room {
             // There is room behind the table in its own cluster; what is there now is nobody's.
             self.file.write(old_at.0 + old_bytes, Data::zeroes((needed * 8 - old_bytes) as usize)).await?;
-            (old_at, false)
+            (old_at, None)
         } else {
             let n = self.geo.clusters_for(needed * 8);
             let first = self.adjoining(n).await?;
@@ -262,25 +262,34 @@ impl Core {
                 self.give_back(first, n);
                 return Err(e.context("Failed to grow the L1 table"));
             }
-            (at, true)
+            (at, Some((first, n)))
         };
         // Refcounts and the table are durable before the header says so.
         self.commit().await?;
         self.barriers().await?;
-        let patch = {
+        let (old_size, old, new) = {
             let mut h = self.header.borrow_mut();
+            let (old_size, old) = (h.l1_size, h.patch_l1());
             h.l1_offset = at;
             h.l1_size = needed as u32;
-            h.patch_l1()
+            (old_size, old, h.patch_l1())
         };
-        self.point_header(patch).await?;
+        if let Err(e) = self.point_header(new, old).await {
+            let mut h = self.header.borrow_mut();
+            (h.l1_offset, h.l1_size) = (old_at, old_size);
+            drop(h);
+            if let Some((first, n)) = moved.filter(|_| !self.corrupt.get()) {
+                self.give_back(first, n);
+            }
+            return Err(e);
+        }
         {
             let mut l1 = self.l1.borrow_mut();
             l1.at = at;
             l1.entries = entries;
             l1.dirty.clear();
         }
-        if moved {
+        if moved.is_some() {
             let n = self.geo.clusters_for(old_bytes);
             let first = self.geo.host_cluster(old_at).0;
             if n > 0 {

@@ -15,6 +15,7 @@ pub const NAMED: &[&str] = &[
     "graph: nobody waits for the gate",
     "nbd: reply to the wrong request",
     "nbd: flush answered before older writes",
+    "nbd: overlapping writes side by side",
     "qcow2: mapping before refcounts",
     "qcow2: no barrier before the mapping",
     "qcow2: flush without its barrier",

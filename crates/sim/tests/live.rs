@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
 use sim::runner::{Options, Report, run, run_one};
-use sim::scenario::{find, live};
+use sim::scenario::{find, live, nth};
 
 /// Seeds of each scenario in the tests; `cargo xtask sim` runs more.
 const SHARE: u64 = 150;
@@ -42,6 +42,19 @@ fn a_mirror_is_never_wrong() {
     clean(&report);
     for what in ["completed", "cancelled softly", "ready", "kills", "power losses", "synced writes checked"] {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
+/// One case of so many is tried in the tests; prime, so that scripts, I/Os and kinds of failure all take turns.
+const STRIDE: u64 = 29;
+
+#[test]
+fn whatever_io_fails_nothing_is_lost_and_a_repeat_succeeds() {
+    let cases = nth::cases().div_ceil(STRIDE);
+    let report = run(|s, v| nth::case(s * STRIDE, v), 0..cases, &Options { jobs: 2, ..Options::default() });
+    clean(&report);
+    for what in ["EIO", "ENOSPC", "short", "hang", "failed, and done again"] {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 10), "{what}: a run without them proves little");
     }
 }
 

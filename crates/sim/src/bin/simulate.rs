@@ -108,6 +108,9 @@ fn one(name: &str, scenario: Scenario, seed: u64, verbose: bool) -> bool {
 }
 
 fn many(name: &str, scenario: Scenario, a: &Arguments) -> bool {
+    if name == "nth" {
+        println!("nth: {} cases in all", sim::scenario::nth::cases());
+    }
     let options = Options { jobs: a.jobs, ..Options::default() };
     let report = run(scenario, a.start..a.start.saturating_add(a.seeds), &options);
     print!("{name}: {report}");

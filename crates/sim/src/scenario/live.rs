@@ -536,7 +536,7 @@ impl Run {
             return Ok(());
         }
         self.world.net().set_profile(NetProfile::calm());
-        let last = async {
+        let last = async || {
             let d = NbdDisk::connect(&self.outside, &nbd(), "disk", Mode::Structured, self.world.verdict())
                 .await?;
             read_all(&*d, &self.history, u32::MAX).await?;
@@ -545,6 +545,17 @@ impl Run {
             self.history.end(n);
             d.disconnect();
             Ok::<(), BlockError>(())
+        };
+        let last = async {
+            // a link that was lost comes back in a while
+            let mut tries = if self.loses_link() { 30 } else { 1 };
+            loop {
+                tries -= 1;
+                match last().await {
+                    Err(_) if tries > 0 => self.outside.sleep(Duration::from_secs(1)).await,
+                    done => return done,
+                }
+            }
         };
         if let Some(Err(e)) = self.world.within(&self.outside, PATIENCE, "the last read", last).await {
             self.bad(format!("the last read of everything: {e:?}"));

@@ -1,14 +1,16 @@
 //! What is played in a simulated world, and watched.
 
 pub mod live;
+pub mod nth;
+mod nth_table;
 pub mod plan;
 pub mod storage;
 
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 3] =
-    [("storage", storage::honest), ("serve", live::served), ("live", live::whole_daemon)];
+pub const SCENARIOS: [(&str, Scenario); 4] =
+    [("storage", storage::honest), ("serve", live::served), ("live", live::whole_daemon), ("nth", nth::case)];
 
 /// The scenario of that name.
 pub fn find(name: &str) -> Option<(&'static str, Scenario)> {

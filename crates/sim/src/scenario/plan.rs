@@ -249,10 +249,10 @@ impl Plan {
                 Store::Raw | Store::File | Store::Nbd => {
                     host.install(&path, Image::from_bytes(&vec![0; self.bytes() as usize]));
                 }
-                Store::Qcow2(cluster) => host.install(&path, empty_qcow2(self.bytes(), cluster, None)),
+                Store::Qcow2(cluster) => host.install(&path, empty_qcow2(self.bytes(), cluster, None, false)),
                 Store::Overlay(cluster) => {
                     host.install("/base.img", base.clone());
-                    host.install(&path, empty_qcow2(self.bytes(), cluster, Some("/base.img")));
+                    host.install(&path, empty_qcow2(self.bytes(), cluster, Some("/base.img"), true));
                 }
             }
         }
@@ -301,13 +301,17 @@ impl Plan {
     }
 }
 
+/// Bytes, cluster size, what is below, whether that is raw.
+type Wanted = (u64, u64, Option<String>, bool);
+
 thread_local! {
     /// Empty images, since each seed needs some and making one costs more than a run's I/O.
-    static EMPTY: RefCell<BTreeMap<(u64, u64, bool), Image>> = const { RefCell::new(BTreeMap::new()) };
+    static EMPTY: RefCell<BTreeMap<Wanted, Image>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-fn empty_qcow2(bytes: u64, cluster: u64, backing: Option<&str>) -> Image {
-    let key = (bytes, cluster, backing.is_some());
+/// An image of `bytes` with nothing in it, over `backing` (`raw`, or else qcow2) if there is one.
+pub(crate) fn empty_qcow2(bytes: u64, cluster: u64, backing: Option<&str>, raw: bool) -> Image {
+    let key = (bytes, cluster, backing.map(str::to_owned), raw);
     if let Some(image) = EMPTY.with_borrow(|e| e.get(&key).cloned()) {
         return image;
     }
@@ -315,7 +319,7 @@ fn empty_qcow2(bytes: u64, cluster: u64, backing: Option<&str>) -> Image {
     options.cluster_size = cluster;
     if let Some(b) = backing {
         options.backing_file = Some(b.to_owned());
-        options.backing_fmt = Some("raw".to_owned());
+        options.backing_fmt = Some(if raw { "raw" } else { "qcow2" }.to_owned());
     }
     let memory = qcow2::storage::Memory::new(Vec::new());
     let made = qcow2::storage::now(qcow2::create::create(&memory, None::<&qcow2::storage::Memory>, &options));
