@@ -2,10 +2,10 @@
 
 use crate::error::QmpError;
 use bitmap::DirtyBitmap;
+use drivers::names;
 use graph::{CopyRecord, DetectZeroes, Fact, NodeCell, NodeDetails};
 use qapi::{Map, Value, json};
 use std::future::Future;
-use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
 
@@ -28,14 +28,15 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
     out.insert("detect_zeroes".into(), json!(detect_zeroes));
     out.insert("active".into(), json!(true));
     let depth = if flat { 0 } else { backing_depth(cell) };
-    out.insert("image".into(), image(cell, &details, if flat { 0 } else { MAX_LAYERS }).await?);
+    let names = names::exact_chain(cell).await?;
+    out.insert("image".into(), image(cell, &details, &names, if flat { 0 } else { MAX_LAYERS }).await?);
     // a node that turns read-write on demand counts as read-write
     out.insert("ro".into(), json!(!cell.is_writable() && !options.auto_read_only));
     out.insert("node-name".into(), json!(cell.name()));
     out.insert("backing_file_depth".into(), json!(depth));
     out.insert("drv".into(), json!(cell.node().driver()));
     out.insert("write_threshold".into(), json!(cell.write_threshold()));
-    if let (Some(name), Some(_)) = (&details.backing_filename, cell.node().backing()) {
+    if let (Some(name), Some(_)) = (names.get(1), cell.node().backing()) {
         out.insert("backing_file".into(), json!(name));
     }
     let own = details.records.iter().map(record);
@@ -47,7 +48,7 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
     let cache =
         json!({"no-flush": options.cache_no_flush, "direct": options.cache_direct, "writeback": true});
     out.insert("cache".into(), cache);
-    out.insert("file".into(), json!(details.filename));
+    out.insert("file".into(), json!(names.first()));
     Ok(Value::Object(out))
 }
 
@@ -63,14 +64,20 @@ fn backing_depth(cell: &NodeCell) -> usize {
 
 type Boxed<'a> = Pin<Box<dyn Future<Output = Result<Value, QmpError>> + 'a>>;
 
-/// `ImageInfo`, with up to `below` layers nested in it.
-fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> Boxed<'a> {
+/// `ImageInfo`, with up to `below` layers nested in it; `exact` are the names of `cell` and those layers.
+fn image<'a>(
+    cell: &'a Rc<NodeCell>,
+    details: &'a NodeDetails,
+    exact: &'a [String],
+    below: usize,
+) -> Boxed<'a> {
     Box::pin(async move {
         let driver = cell.node().driver();
         let mut out = Map::new();
         // a file of any length counts whole sectors
         out.insert("virtual-size".into(), json!(cell.node().len().next_multiple_of(block::SECTOR)));
-        out.insert("filename".into(), json!(details.filename));
+        let (name, exact) = exact.split_first().map_or((&details.filename, exact), |(n, rest)| (n, rest));
+        out.insert("filename".into(), json!(name));
         out.insert("format".into(), json!(driver));
         if let Some(size) = details.cluster_size {
             out.insert("cluster-size".into(), json!(size));
@@ -89,14 +96,14 @@ fn image<'a>(cell: &'a Rc<NodeCell>, details: &'a NodeDetails, below: usize) -> 
         }
         if let Some(name) = &details.backing_filename {
             out.insert("backing-filename".into(), json!(name));
-            out.insert("full-backing-filename".into(), json!(full_name(&details.filename, name)));
+            out.insert("full-backing-filename".into(), json!(names::full_name(&details.filename, name)));
             if let Some(format) = &details.backing_format {
                 out.insert("backing-filename-format".into(), json!(format));
             }
         }
         if let (Some(child), true) = (cell.below(), below > 0) {
             let details = child.node().details().await?;
-            out.insert("backing-image".into(), image(&child, &details, below - 1).await?);
+            out.insert("backing-image".into(), image(&child, &details, exact, below - 1).await?);
         }
         Ok(Value::Object(out))
     })
@@ -115,18 +122,6 @@ fn has_dirty_flag(cell: &Rc<NodeCell>) -> bool {
             Some(edge) => at = edge.child(),
             None => return true,
         }
-    }
-}
-
-/// A backing file's name as seen from the working directory: relative names are relative to the image.
-fn full_name(image: &str, backing: &str) -> String {
-    let protocol = backing.split_once(':').is_some_and(|(p, _)| !p.contains('/'));
-    let elsewhere = image.starts_with("json:") || image.contains("://");
-    match Path::new(image).parent() {
-        Some(dir) if !protocol && !elsewhere && !backing.starts_with('/') => {
-            dir.join(backing).to_string_lossy().into_owned()
-        }
-        _ => backing.to_owned(),
     }
 }
 
@@ -225,17 +220,4 @@ pub(crate) fn stats(cell: &Rc<NodeCell>) -> Value {
         out.insert("backing".into(), self::stats(&edge.child()));
     }
     Value::Object(out)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::full_name;
-
-    #[test]
-    fn backing_names_are_relative_to_the_image() {
-        assert_eq!(full_name("a/b.qcow2", "c.raw"), "a/c.raw");
-        assert_eq!(full_name("b.qcow2", "c.raw"), "c.raw");
-        assert_eq!(full_name("/x/b.qcow2", "/c.raw"), "/c.raw");
-        assert_eq!(full_name("/x/b.qcow2", "nbd://h/e"), "nbd://h/e");
-    }
 }

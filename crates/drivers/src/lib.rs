@@ -7,6 +7,7 @@
 pub mod file;
 pub mod filters;
 mod locks;
+pub mod names;
 pub mod nbd_client;
 pub mod null;
 pub mod raw;

@@ -147,7 +147,7 @@ impl BackingName {
         let format = if protocol && mask_protocol { "raw" } else { node.driver() };
         let name = match file {
             Some(f) => f.to_owned(),
-            None => node.details().await?.filename,
+            None => drivers::names::exact(base).await?,
         };
         Ok(BackingName { name: Some(name), format: Some(format.to_owned()) })
     }
@@ -202,6 +202,37 @@ pub(crate) async fn put(graph: &Graph, image: &Rc<NodeCell>, to: &BackingName) -
     let written = image.node().write_backing_name(to.name.as_deref(), to.format.as_deref()).await;
     turned.back(graph).await;
     written
+}
+
+/// `change-backing-file`: lets the header of the image `image`, in the chain of the disk `device`, say that its backing file is
+/// `file` (nothing if that is empty). The format it says stays; so does the graph.
+pub async fn change_backing_file(graph: &Graph, device: &str, image: &str, file: &str) -> Result<()> {
+    let top = find_device(graph, device)?;
+    if !walk::is_root(&top) {
+        return Err(BlockError::invalid("Need a root block node"));
+    }
+    let image = find_node(graph, image)?;
+    if walk::skip_filters(&image).node().backing().is_none() {
+        return Err(BlockError::invalid(
+            "not allowing backing file change on an image without a backing file",
+        ));
+    }
+    image.check_not_blocked()?;
+    if !walk::contains(&top, &image) {
+        let message = format!("'{}' and image file are not in the same chain", top.name());
+        return Err(BlockError::invalid(message));
+    }
+    let _blocked = image.block("its backing file's name is being changed");
+    let old = BackingName::in_header(&image).await?;
+    let name = Some(file).filter(|f| !f.is_empty()).map(str::to_owned);
+    let new = if name.is_some() { BackingName { name, ..old.clone() } } else { BackingName::NONE };
+    let put_new = put(graph, &image, &new).await;
+    if let Err(e) = put_new {
+        // whichever of the two it says now, it shall be the old one
+        let _ = put(graph, &image, &old).await;
+        return Err(e.context(format_args!("Could not change backing file to '{file}'")));
+    }
+    Ok(())
 }
 
 /// The images whose backing file `node` is, as far as they see it through filters: those whose headers name it.

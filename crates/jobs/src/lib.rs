@@ -25,6 +25,7 @@ mod stream_args;
 pub mod txn;
 
 pub use backup_args::{BackupArgs, BitmapMode, OnBufferFull};
+pub use chain::change_backing_file;
 pub use commit_args::{ChainEnd, CommitArgs};
 pub use error::JobError;
 pub use event::{Event, Kind, NoSink, Progress, Sink};

@@ -180,7 +180,11 @@ impl Node for Qcow2 {
                 specific.push(("data-file-raw", Fact::Flag(raw)));
             }
             Ok(NodeDetails {
-                filename: below.filename,
+                filename: match below.filename.strip_prefix("json:") {
+                    // a file that only its options describe: they do not say what is in it
+                    Some(file) => format!("json:{{\"driver\": \"qcow2\", \"file\": {file}}}"),
+                    None => below.filename,
+                },
                 actual_size: below.actual_size,
                 cluster_size: Some(self.core.geo.cluster_size()),
                 backing_filename: h.backing.clone(),

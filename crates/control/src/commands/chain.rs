@@ -1,4 +1,5 @@
-//! `block-commit`, `block-stream`: images leave a chain, into one below or above them.
+//! `block-commit`, `block-stream`: images leave a chain, into one below or above them. `change-backing-file`: what an image says
+//! of the one below it.
 
 use super::mirror::{ConvergencePolicy, ErrorPolicy, Mode};
 use super::{Command, Entry, entry};
@@ -11,7 +12,8 @@ use serde::Deserialize;
 use std::rc::Rc;
 use std::time::Duration;
 
-pub(super) const COMMANDS: &[Entry] = &[entry::<BlockCommit>(), entry::<BlockStream>()];
+pub(super) const COMMANDS: &[Entry] =
+    &[entry::<BlockCommit>(), entry::<BlockStream>(), entry::<ChangeBackingFile>()];
 
 /// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error`,
 /// `buf-size`, `copy-mode`, `convergence` and `converge-after` are not in QSD.
@@ -105,6 +107,24 @@ impl Command for BlockStream {
             ..default
         };
         stream::start(daemon.jobs(), daemon.graph(), args).await?;
+        Ok(json!({}))
+    }
+}
+
+/// Changes what the header of an image says of its backing file.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct ChangeBackingFile {
+    device: String,
+    image_node_name: String,
+    backing_file: String,
+}
+
+impl Command for ChangeBackingFile {
+    const NAME: &'static str = "change-backing-file";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let graph = daemon.graph();
+        jobs::change_backing_file(graph, &self.device, &self.image_node_name, &self.backing_file).await?;
         Ok(json!({}))
     }
 }

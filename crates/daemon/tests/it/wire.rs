@@ -117,6 +117,7 @@ fn recorded_streams() {
         "stream-cancel-pause",
         "concluded-job-holds-nodes",
         "block-job-cancel-plain",
+        "change-backing-file-cmd",
     ]);
 }
 

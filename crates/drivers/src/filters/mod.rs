@@ -7,4 +7,5 @@ pub mod mirror_top;
 pub mod snapshot_access;
 
 pub use basics::Given;
+pub(crate) use basics::description;
 pub(crate) use basics::filter_basics;

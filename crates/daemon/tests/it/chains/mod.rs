@@ -4,6 +4,7 @@
 
 mod actives;
 mod commits;
+mod failures;
 mod streams;
 
 use crate::common::{Client, Daemon, Dir};
