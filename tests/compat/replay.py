@@ -80,15 +80,9 @@ KNOWN = [
 # What is not there yet (docs/compat.md says when it comes). Commands that need it are left out of the replay, and so is all
 # that is about a job they would have started.
 MISSING_COMMANDS = {
-<<<<<<< HEAD
     "block-set-write-threshold",
-    "blockdev-backup", "blockdev-reopen", "blockdev-set-active", "change-backing-file",
+    "blockdev-backup", "blockdev-reopen", "blockdev-set-active",
     "qom-get", "qom-set", "qom-list-types", "query-chardev-backends", "x-blockdev-amend", "x-blockdev-set-iothread",
-=======
-    "block-dirty-bitmap-add", "block-dirty-bitmap-clear", "block-dirty-bitmap-remove", "block-set-write-threshold",
-    "blockdev-backup", "blockdev-reopen", "blockdev-set-active", 
-    "qom-get", "qom-list-types", "qom-set", "query-chardev-backends", "x-blockdev-amend", "x-blockdev-set-iothread",
->>>>>>> 3da53ad (change-backing-file; names by which nodes can be opened again, with their chain as it is; failures of commit and stream under every policy)
 }  # fmt: skip
 MISSING_KINDS = {("driver", "throttle"), ("qom-type", "throttle-group")}
 
