@@ -5,6 +5,7 @@
 //! operation for goes to helper threads, in both modes.
 
 mod buffers;
+mod copy;
 mod epoll;
 mod file;
 mod net;

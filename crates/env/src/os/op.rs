@@ -7,6 +7,7 @@
 
 use super::Core;
 use super::buffers::Buf;
+use super::copy::Copy;
 use super::sys::{self, again, as_completion};
 use crate::sync::Notify;
 use block::Data;
@@ -69,7 +70,7 @@ pub(super) enum Request {
     Sync { fd: RawFd },
     Fallocate { fd: RawFd, mode: i32, start: u64, len: u64 },
     SetLen { fd: RawFd, len: u64 },
-    Copy { from: RawFd, from_offset: u64, to: RawFd, to_offset: u64, len: u32 },
+    Copy(Copy),
     Device { fd: RawFd, zero: bool, start: u64, len: u64 },
     Receive { fd: RawFd, ptr: *mut u8, len: u32 },
     Poll { fd: RawFd, events: u32 },
@@ -101,7 +102,7 @@ impl Request {
             Request::Receive { fd, ptr, len } => opcode::Recv::new(types::Fd(fd), ptr, len).build(),
             Request::Poll { fd, events } => opcode::PollAdd::new(types::Fd(fd), events).build(),
             // newer than the kernels we want to run on, or not there at all
-            Request::SetLen { .. } | Request::Copy { .. } | Request::Device { .. } => return None,
+            Request::SetLen { .. } | Request::Copy(_) | Request::Device { .. } => return None,
         })
     }
 
@@ -130,11 +131,7 @@ impl Request {
             }
             // SAFETY: no pointers.
             Request::SetLen { fd, len } => again(|| i64::from(unsafe { libc::ftruncate(fd, len as i64) })),
-            Request::Copy { from, from_offset, to, to_offset, len } => again(|| {
-                let (mut a, mut b) = (from_offset as i64, to_offset as i64);
-                // SAFETY: the two offsets are valid for the call.
-                unsafe { libc::copy_file_range(from, &raw mut a, to, &raw mut b, len as usize, 0) as i64 }
-            }),
+            Request::Copy(copy) => copy.run(),
             Request::Device { fd, zero, start, len } => sys::device_range(fd, zero, start, len),
             Request::Receive { .. } | Request::Poll { .. } => Err(libc::EINVAL),
         })

@@ -3,6 +3,7 @@
 //! All of these may take long (a large hole, a slow device), so they run in the ring's workers or on helper threads, but
 //! for small ones on tmpfs. What must stay true: zeroing never changes the length of a file.
 
+use super::copy::{Copy, Way};
 use super::file::OsFile;
 use super::op::{Memory, OnDrop, Request};
 use super::{Ask, sys};
@@ -138,6 +139,20 @@ impl OsFile {
         self.core.blocking(Some(&self.handle), move || scan(fd, at, MAX_EXTENTS)).await
     }
 
+    /// How bytes get from this file to `to` without passing through the home thread.
+    fn way_to(&self, to: &OsFile) -> Result<Way> {
+        let plain = |f: &OsFile| f.facts.in_memory || f.facts.write_back;
+        let regular = self.facts.kind == FileKind::Regular && to.facts.kind == FileKind::Regular;
+        let direct = self.facts.direct || to.facts.direct;
+        match () {
+            // what goes past the page cache is better kept in flight in numbers, by the ring
+            () if !regular || direct => Err(BlockError::unsupported("no copies inside the host for these files")),
+            () if plain(self) || plain(to) => Ok(Way::Bytes { write_back: to.facts.write_back }),
+            // the file system may share the blocks, or have a server do the work
+            () => Ok(Way::Host),
+        }
+    }
+
     pub(super) async fn copy_range(&self, at: Span, to: &Rc<dyn File>, to_offset: u64) -> Result<u64> {
         let Some(to) = to.as_any().downcast_ref::<OsFile>() else {
             return Err(BlockError::unsupported("the two files are not on the same host"));
@@ -148,13 +163,14 @@ impl OsFile {
         }
         to.check_range(Span::new(to_offset, len))?;
         let _turn = to.copies.acquire(1).await;
-        let request = Request::Copy {
+        let request = Request::Copy(Copy {
             from: self.handle.fd(),
             from_offset: at.start,
             to: to.handle.fd(),
             to_offset,
             len: len as u32,
-        };
+            way: self.way_to(to)?,
+        });
         let (result, _) = self
             .core
             .submit(Ask {
