@@ -34,8 +34,13 @@ const RETRY_MAX: Duration = Duration::from_secs(1);
 const MAX_SKIPS: u32 = 64;
 /// Longest sleep without a look around: rates are sampled, and policies that depend on time are asked again.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
-/// How much of the disk is asked about at once, to find large runs of zeroes.
-const HINT_SPAN: u64 = 1 << 30;
+/// Smaller pieces pass through here: what a guest changes in a disk that is nearly in sync is copied sooner without the hop to
+/// another thread, and seen to be zero if it is.
+const OFFLOAD_LEAST: u64 = 256 << 10;
+/// How much of the disk is asked about at first, to find large runs of zeroes, and at the most: each question is about four times
+/// as much as the one before, so that the copy begins at once and a large disk does not take many.
+const HINT_FIRST: u64 = 32 << 20;
+const HINT_MOST: u64 = 1 << 30;
 
 /// Copies from one edge to another what [`Work`] says is dirty.
 pub struct Engine {
@@ -49,6 +54,7 @@ pub struct Engine {
     hints: Vec<Extent>,
     hinting: bool,
     hints_of: u64,
+    hint_span: u64,
     retry: Option<(Duration, Duration)>,
     leave_on_pause: bool,
     /// A node whose requests are the guest's, and how many it had when last looked at.
@@ -89,6 +95,7 @@ impl Engine {
             hints: Vec::new(),
             hinting: false,
             hints_of: 0,
+            hint_span: HINT_FIRST,
             retry: None,
             leave_on_pause: false,
             watched: None,
@@ -211,9 +218,12 @@ impl Engine {
         }
         let dirty = work.dirty_bytes();
         let most = self.window.piece(dirty, active);
-        self.ask_ahead(dirty, most);
-        if let Some(urgent) = work.urgent.take() {
+        let urgent = work.urgent.take();
+        if let Some(urgent) = urgent {
             self.cursor = urgent;
+        }
+        if self.ask_ahead(dirty, most) && urgent.is_none() {
+            return Err(None);
         }
         let (at, waits) = match self.find(most) {
             Found::Nothing => return Err(None),
@@ -281,34 +291,53 @@ impl Engine {
         (e.kind == Kind::Zero && run > 0).then_some(run)
     }
 
-    /// Whether the source is known to hold data in all of `at`. If it no longer does, zeroes are copied as data.
+    /// Whether the source is known to hold data in all of `at`, and that is enough to leave it to the host. If it no longer
+    /// holds data, zeroes are copied as data.
     fn data_ahead(&self, at: Span) -> bool {
-        self.hints.iter().any(|e| e.kind == Kind::Data && e.span.contains(&at))
+        at.len >= OFFLOAD_LEAST
+            && (self.shared.work.dirty_is_data()
+                || self.hints.iter().any(|e| e.kind == Kind::Data && e.span.contains(&at)))
     }
 
-    /// Far from in sync, asks what the source holds around the cursor, without waiting for the answer.
-    fn ask_ahead(&mut self, dirty: u64, most: u64) {
-        if self.hinting || dirty < 8 * most.max(MAX_PIECE) {
-            return;
+    /// Far from in sync, asks what the source holds around the cursor. Whether nothing is known there yet and the answer is to
+    /// be waited for.
+    fn ask_ahead(&mut self, dirty: u64, most: u64) -> bool {
+        let work = &self.shared.work;
+        if dirty < 8 * most.max(MAX_PIECE) || work.dirty_is_data() {
+            return false;
         }
-        let known = self.hints.iter().any(|e| e.span.contains_offset(self.cursor));
-        let len = self.shared.work.len();
-        let next = self.shared.work.dirty.borrow().next_dirty(self.cursor % len.max(1));
-        let Some(from) = next.filter(|_| !known) else { return };
-        self.hinting = true;
-        let (source, outcomes) = (self.shared.source.clone(), self.outcomes.clone());
-        let at = Span::between(from, len.min(from + HINT_SPAN));
-        self.tasks.push(self.shared.work.env.spawn("copy hint", async move {
-            let found = status(&source, at).await.unwrap_or_default();
-            outcomes.push(Ended { outcome: Outcome::Hint(found), took: Duration::ZERO });
-        }));
+        let len = work.len();
+        let Some(at) = work.dirty.borrow().next_dirty(self.cursor % len.max(1)) else { return false };
+        let mut known = at;
+        for e in &self.hints {
+            if e.span.contains_offset(known) {
+                known = e.span.end();
+            }
+        }
+        if !self.hinting && known < len && known - at < self.hint_span / 2 {
+            self.hinting = true;
+            let ask = Span::between(known, len.min(known + self.hint_span));
+            self.hint_span = (self.hint_span * 4).min(HINT_MOST);
+            let (source, outcomes) = (self.shared.source.clone(), self.outcomes.clone());
+            self.tasks.push(work.env.spawn("copy hint", async move {
+                let found = status(&source, ask).await.unwrap_or_default();
+                outcomes.push(Ended { outcome: Outcome::Hint(ask, found), took: Duration::ZERO });
+            }));
+        }
+        known == at && self.hinting
     }
 
     fn take_in(&mut self, ended: Ended, now: Duration) {
         match ended.outcome {
-            Outcome::Hint(found) => {
+            Outcome::Hint(asked, found) => {
                 self.hinting = false;
-                self.hints = found;
+                let cursor = self.cursor;
+                self.hints.retain(|e| e.span.end() > cursor);
+                if found.is_empty() {
+                    // nobody knows: looked at piece by piece, and not asked again
+                    self.hints.push(Extent::new(asked, Kind::Unallocated));
+                }
+                self.hints.extend(found);
             }
             Outcome::Copied => {
                 self.window.took(ended.took);

@@ -15,7 +15,10 @@ const STEP: u64 = 1 << 30;
 
 /// Marks all that the source's layers hold as data. For a target that reads as zero where nothing is copied.
 pub async fn mark_data(work: &Work, source: &Edge) -> Result<()> {
-    scan(work, source, false).await
+    let zeroed = work.zeroed.get();
+    scan(work, source, false).await?;
+    work.data_of.set(Some(zeroed));
+    Ok(())
 }
 
 /// Marks all that the top layer of the source holds (data and zeroes).

@@ -29,8 +29,8 @@ pub(crate) enum Outcome {
     Copied,
     /// A request failed; what was not copied is dirty again.
     Failed(Side, BlockError, Span),
-    /// What the source holds.
-    Hint(Vec<Extent>),
+    /// What the source holds in the span that was asked about, from its start.
+    Hint(Span, Vec<Extent>),
 }
 
 /// An outcome, and how long it took.
@@ -196,16 +196,9 @@ impl Shared {
 
     /// `known` says that the source holds data there.
     async fn copy(&self, at: Span, known: bool) -> Result<(), Failure> {
-        if known && self.offload.get() {
-            self.work.target_written(at);
-            match self.source.copy_to(at, &self.target, at.start).await {
-                Ok(copied) if copied >= at.len => return Ok(()),
-                // a part: what follows copies all of it again
-                Ok(_) => {}
-                Err(e) if e.kind() == ErrorKind::Unsupported => self.offload.set(false),
-                // a real failure shows itself again below, and then on which side
-                Err(_) => {}
-            }
+        let at = if known && self.offload.get() { self.offloaded(at).await } else { at };
+        if at.is_empty() {
+            return Ok(());
         }
         let data = self.source.read(at).await.map_err(|e| (Side::Source, e))?;
         if planted(Bug::ClearAfterRead) {
@@ -223,6 +216,26 @@ impl Shared {
     fn flags(&self) -> ReqFlags {
         let (unchanged, compressed) = (self.policy.unchanged(), self.policy.compressed());
         ReqFlags { unchanged, compressed, ..ReqFlags::NONE }
+    }
+
+    /// Has the host copy what it can of `at`, from its start; what is left.
+    async fn offloaded(&self, at: Span) -> Span {
+        self.work.target_written(at);
+        let mut left = at;
+        while !left.is_empty() {
+            match self.source.copy_to(left, &self.target, left.start).await {
+                Ok(0) => break,
+                Ok(copied) => left = left.split_at(copied).1,
+                Err(e) => {
+                    // a real failure shows itself again when the bytes pass through here, and then on which side
+                    if e.kind() == ErrorKind::Unsupported {
+                        self.offload.set(false);
+                    }
+                    break;
+                }
+            }
+        }
+        left
     }
 
     async fn zero(&self, at: Span) -> Result<(), Failure> {

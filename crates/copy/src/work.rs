@@ -44,6 +44,8 @@ pub struct Work {
     pub(crate) healing: Cell<u32>,
     /// How often a guest zeroed or discarded something.
     pub(crate) zeroed: Cell<u64>,
+    /// All that was dirty at the start is data, as long as [`Work::zeroed`] has this value.
+    pub(crate) data_of: Cell<Option<u64>>,
     /// Bytes brought to the target.
     pub(crate) done: Cell<u64>,
     /// How far the first pass over the disk has come.
@@ -78,6 +80,7 @@ impl Work {
             loose: Cell::new(0),
             healing: Cell::new(0),
             zeroed: Cell::new(0),
+            data_of: Cell::new(None),
             done: Cell::new(0),
             frontier: Cell::new(0),
             wake: Notify::new(),
@@ -203,6 +206,11 @@ impl Work {
         zero.set_all();
         *self.target_zero.borrow_mut() = Some(zero);
         Ok(())
+    }
+
+    /// Whether what is dirty is known to be data: it was looked for, and no guest has made zeroes since.
+    pub(crate) fn dirty_is_data(&self) -> bool {
+        self.data_of.get() == Some(self.zeroed.get())
     }
 
     pub(crate) fn target_is_zero(&self, at: Span) -> bool {

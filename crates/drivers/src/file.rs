@@ -9,7 +9,7 @@
 use crate::locks::ImageLocks;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
 use env::{Env, Existing, File, FileInfo, FileKind, OpenMode, Punch};
-use graph::{Demand, Edge, Node, NodeDetails};
+use graph::{Demand, Edge, HostBytes, Node, NodeCell, NodeDetails};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
@@ -326,13 +326,25 @@ impl Node for FileNode {
             })
         })
     }
-    fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
-        let (from, target) = (self.file(), to.as_any().downcast_ref::<FileNode>());
+    fn copy_to<'a>(&'a self, at: Span, to: &'a NodeCell, to_offset: u64) -> Io<'a, u64> {
         Box::pin(async move {
-            let Some(target) = target else {
-                return Err(BlockError::unsupported("no copy offload to this driver"));
-            };
-            from.copy_to(at, &target.file(), to_offset).await
+            to.write_from(to_offset, HostBytes { file: self.file(), at }).await?;
+            Ok(at.len)
+        })
+    }
+    fn write_from(&self, offset: u64, from: HostBytes) -> Io<'_> {
+        let file = self.file();
+        Box::pin(async move {
+            let mut done = 0;
+            while done < from.at.len {
+                let rest = from.slice(done, from.at.len - done);
+                match rest.file.copy_to(rest.at, &file, offset + done).await? {
+                    // its end: zeroes, which a reader gets there, are not there to be copied
+                    0 => return Err(BlockError::from_errno(BlockError::EIO)),
+                    n => done += n,
+                }
+            }
+            Ok(())
         })
     }
     fn as_any(&self) -> &dyn Any {

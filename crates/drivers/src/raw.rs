@@ -1,7 +1,7 @@
 //! `raw`: the bytes of the node below, or a window of them (`offset`, `size`).
 
 use block::{BlockError, Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
-use graph::{DebugEvent, Demand, Edge, Node, NodeDetails, Perms};
+use graph::{DebugEvent, Demand, Edge, HostBytes, Node, NodeCell, NodeDetails, Perms};
 use std::any::Any;
 use std::rc::Rc;
 
@@ -130,14 +130,11 @@ impl Node for RawNode {
     fn primary(&self) -> Option<Rc<Edge>> {
         Some(self.file.clone())
     }
-    fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
-        let target = to.as_any().downcast_ref::<RawNode>();
-        Box::pin(async move {
-            let Some(target) = target else {
-                return Err(BlockError::unsupported("no copy offload to this driver"));
-            };
-            self.file.copy_to(at.shifted(self.offset), &target.file, to_offset + target.offset).await
-        })
+    fn copy_to<'a>(&'a self, at: Span, to: &'a NodeCell, to_offset: u64) -> Io<'a, u64> {
+        Box::pin(self.file.copy_onto(at.shifted(self.offset), to, to_offset))
+    }
+    fn write_from(&self, offset: u64, from: HostBytes) -> Io<'_> {
+        Box::pin(self.file.write_from(offset + self.offset, from))
     }
     fn as_any(&self) -> &dyn Any {
         self

@@ -7,7 +7,7 @@
 
 use crate::ranges::RangeLocks;
 use crate::tree::Reaper;
-use crate::{DebugEvent, Edge, Node};
+use crate::{DebugEvent, Edge, HostBytes, Node};
 use bitmap::DirtyBitmap;
 use block::{BlockError, Data, ErrorKind, Extent, Prealloc, ReqFlags, Result, Span};
 use std::cell::{Cell, RefCell};
@@ -428,17 +428,31 @@ impl NodeCell {
     }
 
     pub(crate) async fn copy_to(&self, at: Span, to: &NodeCell, to_offset: u64) -> Result<u64> {
-        to.check_writable()?;
-        let span = Span::new(to_offset, at.len);
-        let align = self.node.limits().request_alignment.max(to.node.limits().request_alignment);
-        if !at.is_aligned(align) || !span.is_aligned(align) {
+        if !at.is_aligned(self.node.limits().request_alignment) {
             return Err(BlockError::unsupported("copy offload of unaligned ranges"));
         }
-        let _change = Change { cell: to, span };
-        let _lock = to.ranges.lock(span, false).await;
-        let copied = self.node.copy_to(at, &*to.node, to_offset).await?;
-        to.count_write(Span::new(to_offset, copied));
+        let copied = self.node.copy_to(at, to, to_offset).await?;
+        let mut c = self.counters.get();
+        c.reads += 1;
+        c.read_bytes += copied;
+        self.counters.set(c);
         Ok(copied)
+    }
+
+    /// Writes bytes that lie in a file of the host; for drivers that carry out [`Node::copy_to`], which are inside an edge to
+    /// this node. `Unsupported` where the bytes have to be seen.
+    pub async fn write_from(&self, offset: u64, from: HostBytes) -> Result<()> {
+        self.check_writable()?;
+        let at = Span::new(offset, from.at.len);
+        let limits = self.node.limits();
+        let plain = at.is_aligned(limits.request_alignment) && within(at.len, limits.max_transfer);
+        if !plain || self.options.borrow().detect_zeroes != DetectZeroes::Off {
+            return Err(BlockError::unsupported("no copy offload to this node"));
+        }
+        let _change = Change { cell: self, span: at };
+        let _lock = self.ranges.lock(at, false).await;
+        self.count_write(at);
+        self.node.write_from(offset, from).await
     }
 
     fn check_writable(&self) -> Result<()> {

@@ -3,6 +3,7 @@
 use crate::DebugEvent;
 use crate::cell::NodeCell;
 use crate::gate::{Gate, Gated, Pass};
+use crate::node::HostBytes;
 use crate::perm::{Demand, Perms};
 use block::{BlockError, Data, ErrorKind, Extent, Limits, ReqFlags, Result, Span};
 use std::cell::{Cell, RefCell};
@@ -237,16 +238,31 @@ impl Edge {
         child.resize(len, prealloc).await
     }
 
-    /// Copies inside the host from this edge's node to that of `to`: the bytes copied (at least one), or `Unsupported`
-    /// where the two cannot. Both spans must be inside.
+    /// Copies from this edge's node to that of `to` without the bytes passing through here, as [`crate::Node::copy_to`] says.
+    /// Both spans must be inside.
     pub async fn copy_to(&self, at: Span, to: &Edge, to_offset: u64) -> Result<u64> {
-        let _pass = self.gate.enter().await;
         let _other = to.gate.enter().await;
-        let (from, onto) = (self.child(), to.child());
-        self.check(&from, at, "read")?;
+        let onto = to.child();
         to.check(&onto, Span::new(to_offset, at.len), "write")?;
         to.check_write(&onto, ReqFlags::NONE)?;
-        from.copy_to(at, &onto, to_offset).await
+        self.copy_onto(at, &onto, to_offset).await
+    }
+
+    /// As [`Edge::copy_to`], for nodes on the way down: the caller is inside the edge to `onto`.
+    pub async fn copy_onto(&self, at: Span, onto: &NodeCell, to_offset: u64) -> Result<u64> {
+        let _pass = self.gate.enter().await;
+        let from = self.child();
+        self.check(&from, at, "read")?;
+        from.copy_to(at, onto, to_offset).await
+    }
+
+    /// Writes bytes that lie in a file of the host, as [`crate::Node::write_from`] says.
+    pub async fn write_from(&self, offset: u64, from: HostBytes) -> Result<()> {
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, Span::new(offset, from.at.len), "write")?;
+        self.check_write(&child, ReqFlags::NONE)?;
+        child.write_from(offset, from).await
     }
 
     fn check(&self, child: &NodeCell, at: Span, what: &str) -> Result<()> {

@@ -1,7 +1,7 @@
 //! What every layer of a disk is.
 
 use crate::perm::Demand;
-use crate::{DebugEvent, Edge};
+use crate::{DebugEvent, Edge, NodeCell};
 use block::{Data, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
 use std::rc::Rc;
 
@@ -46,6 +46,22 @@ pub enum Fact {
     Number(u64),
     /// A flag.
     Flag(bool),
+}
+
+/// Bytes that lie in a file of the host.
+#[derive(Clone)]
+pub struct HostBytes {
+    /// The file.
+    pub file: Rc<dyn env::File>,
+    /// Where in it.
+    pub at: Span,
+}
+
+impl HostBytes {
+    /// `len` of the bytes from number `from` on.
+    pub fn slice(&self, from: u64, len: u64) -> HostBytes {
+        HostBytes { file: self.file.clone(), at: Span::new(self.at.start + from, len) }
+    }
 }
 
 /// A layer of a disk: protocol, format or filter. Lives on its disk's home thread.
@@ -158,9 +174,10 @@ pub trait Node: 'static {
             Err(block::BlockError::unsupported(format!("driver '{driver}' cannot be emptied")))
         })
     }
-    /// Copies inside the host from this node to `to`, returning the bytes copied (at least one, perhaps fewer than
-    /// asked); `Unsupported` where it cannot. Protocol drivers, and formats that store bytes plainly.
-    fn copy_to<'a>(&'a self, at: Span, to: &'a dyn Node, to_offset: u64) -> Io<'a, u64> {
+    /// Brings `at` to `to` without the bytes passing through here: finds the file they lie in and hands that to
+    /// [`NodeCell::write_from`]. Gives the bytes copied from the start of `at`, perhaps fewer than asked; 0 where they lie
+    /// in no file (zeroes, compressed data) or in too many places. `Unsupported` where that is so of the whole node.
+    fn copy_to<'a>(&'a self, at: Span, to: &'a NodeCell, to_offset: u64) -> Io<'a, u64> {
         let _ = (at, to, to_offset);
         Box::pin(async { Err(block::BlockError::unsupported("no copy offload")) })
     }
@@ -168,6 +185,12 @@ pub trait Node: 'static {
     /// not wait.
     fn debug_event(&self, event: DebugEvent) {
         let _ = event;
+    }
+    /// As [`Node::write`] of `from`'s length at `offset`, with bytes that lie in a file of the host and stay there meanwhile.
+    /// `Unsupported` where it cannot; nothing has changed then that the guest sees.
+    fn write_from(&self, offset: u64, from: HostBytes) -> Io<'_> {
+        let _ = (offset, from);
+        Box::pin(async { Err(block::BlockError::unsupported("no copy offload")) })
     }
     /// For downcasts between cooperating drivers and jobs.
     fn as_any(&self) -> &dyn std::any::Any;

@@ -9,7 +9,7 @@ use crate::core::Background;
 use block::{BlockError, Data, ErrorKind, Prealloc, ReqFlags, Result, Span};
 use env::Env;
 use env::sync::{Notify, oneshot};
-use graph::Edge;
+use graph::{Edge, HostBytes};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -76,6 +76,17 @@ impl Child {
             self.grow(end).await?;
         }
         let r = self.edge.write(at, data, ReqFlags::NONE).await;
+        self.dirty.set(true);
+        r
+    }
+
+    /// Writes bytes that lie in a file of the host, growing this one if need be.
+    pub(crate) async fn write_from(self: &Rc<Self>, at: u64, from: HostBytes) -> Result<()> {
+        let end = Span::new(at, from.at.len).end();
+        if end > self.edge.len() {
+            self.grow(end).await?;
+        }
+        let r = self.edge.write_from(at, from).await;
         self.dirty.set(true);
         r
     }

@@ -21,6 +21,7 @@ mod open;
 mod options;
 mod order;
 mod overlap;
+mod payload;
 mod refcount;
 mod resize;
 pub mod rewrite;

@@ -8,6 +8,7 @@ use crate::core::Core;
 use crate::l1l2::Slice;
 use crate::types::{Compressed, GuestOffset, HostOffset, L2Entry, Subcluster};
 use block::{Data, Extent, Kind, Result, Span};
+use graph::NodeCell;
 use smallvec::SmallVec;
 use std::rc::Rc;
 
@@ -18,6 +19,10 @@ const MAX_EXTENT_SLICES: u64 = 256;
 /// Places read at a time by one request. More are taken up as the first ones end, so that a request that meets nothing
 /// but single clusters does not keep thousands of requests in flight.
 const READS_AT_ONCE: usize = 32;
+
+/// Smaller pieces than this are not copied from file to file on a helper thread: a request of many of them is better read
+/// all at once and written in one go.
+const LEAST_COPY: u64 = 128 << 10;
 
 /// Where bytes are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -161,6 +166,27 @@ impl Core {
                 }
                 Ok(out)
             }
+        }
+    }
+
+    /// Has what is at the start of `at` copied to `to` from where it lies; how many bytes, 0 if it lies in small pieces,
+    /// packed, or nowhere.
+    pub(crate) async fn copy_to(self: &Rc<Self>, at: Span, to: &NodeCell, to_offset: u64) -> Result<u64> {
+        let _ticket = self.epochs.enter();
+        let pieces = self.map(at).await?;
+        let Some(first) = pieces.first().filter(|p| p.span.len >= LEAST_COPY.min(at.len)) else {
+            return Ok(0);
+        };
+        match first.place {
+            Place::At(host) => {
+                self.data().edge().copy_onto(Span::new(host.0, first.span.len), to, to_offset).await
+            }
+            Place::Below => {
+                let Some(below) = self.backing.borrow().clone() else { return Ok(0) };
+                let there = first.span.intersect(&Span::new(0, below.len()));
+                if there.is_empty() { Ok(0) } else { below.copy_onto(there, to, to_offset).await }
+            }
+            Place::Zero | Place::Packed(_) => Ok(0),
         }
     }
 

@@ -4,10 +4,11 @@ use crate::core::{Core, OnCorruption};
 use crate::header::Header;
 use crate::options::Options;
 use crate::overlap::Corruption;
+use crate::payload::Payload;
 use block::{Data, Extent, Io, Limits, ReqFlags, Result, Span};
 use env::Env;
 use graph::node::Fact;
-use graph::{Demand, Edge, Node, NodeDetails, Perms, Role};
+use graph::{Demand, Edge, HostBytes, Node, NodeCell, NodeDetails, Perms, Role};
 use std::rc::Rc;
 
 /// An open qcow2 image.
@@ -115,6 +116,19 @@ impl Node for Qcow2 {
 
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         Box::pin(self.write_data(at, data, flags))
+    }
+
+    fn copy_to<'a>(&'a self, at: Span, to: &'a NodeCell, to_offset: u64) -> Io<'a, u64> {
+        Box::pin(
+            async move { if at.is_empty() { Ok(0) } else { self.core.copy_to(at, to, to_offset).await } },
+        )
+    }
+
+    fn write_from(&self, offset: u64, from: HostBytes) -> Io<'_> {
+        let at = Span::new(offset, from.at.len);
+        Box::pin(async move {
+            if at.is_empty() { Ok(()) } else { self.core.write_payload(at, Payload::Host(from)).await }
+        })
     }
 
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {

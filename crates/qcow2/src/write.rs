@@ -16,6 +16,7 @@ use crate::cache::SlotId;
 use crate::core::Core;
 use crate::inflight::Busy;
 use crate::l1l2::Slice;
+use crate::payload::Payload;
 use crate::types::{GuestOffset, HostOffset, L2Entry, SUBCLUSTERS, Subcluster, SubclusterBitmap};
 use block::{Data, Io, Result, Span};
 use env::sync::Notify;
@@ -62,6 +63,11 @@ struct Target {
 impl Core {
     /// Writes `data` at `at`, which is inside the disk.
     pub(crate) async fn write(self: &Rc<Self>, at: Span, data: Data) -> Result<()> {
+        self.write_payload(at, Payload::Bytes(data)).await
+    }
+
+    /// As [`Core::write`]; the bytes may lie in a file.
+    pub(crate) async fn write_payload(self: &Rc<Self>, at: Span, data: Payload) -> Result<()> {
         self.check_writable()?;
         let _ticket = self.epochs.enter();
         let mut steps: Vec<Io<'_>> = Vec::new();
@@ -178,8 +184,8 @@ impl Core {
     }
 
     /// Prepares a run: finds space for it. Gives the end of what the step will do, and the step.
-    async fn step(self: &Rc<Self>, mut run: Run, base: u64, data: &Data) -> Result<(u64, Step)> {
-        let piece = |span: Span| data.slice((span.start - base) as usize, span.len as usize);
+    async fn step(self: &Rc<Self>, mut run: Run, base: u64, data: &Payload) -> Result<(u64, Step)> {
+        let piece = |span: Span| data.slice(span.start - base, span.len);
         let bits = self.geo.cluster_bits();
         let first = run.span.start >> bits;
         let target = match run.class {
@@ -235,9 +241,12 @@ impl Core {
         Landing::new(&self.space, Span::new(at.0, len))
     }
 
-    async fn write_host(self: &Rc<Self>, at: HostOffset, data: Data) -> Result<()> {
-        let landing = self.landing(at, data.len() as u64);
-        let r = self.data().write(at.0, data).await;
+    async fn write_host(self: &Rc<Self>, at: HostOffset, data: Payload) -> Result<()> {
+        let landing = self.landing(at, data.len());
+        let r = match data {
+            Payload::Bytes(data) => self.data().write(at.0, data).await,
+            Payload::Host(from) => self.data().write_from(at.0, from).await,
+        };
         landing.landed();
         r
     }
@@ -258,7 +267,7 @@ impl Core {
     }
 
     /// An allocating step: filling, data, then the mapping.
-    async fn write_allocating(self: &Rc<Self>, run: &Run, target: &Taken, data: Data) -> Result<()> {
+    async fn write_allocating(self: &Rc<Self>, run: &Run, target: &Taken, data: Payload) -> Result<()> {
         let window = self.window(run).await?;
         let (head, tail) =
             (Span::between(window.start, run.span.start), Span::between(run.span.end(), window.end()));
@@ -271,15 +280,20 @@ impl Core {
             (a?, b?)
         };
         let mut start = run.span.start;
-        let mut all = data;
-        if let Some(mut d) = before {
-            start = window.start;
-            d.append(all);
-            all = d;
-        }
-        if let Some(d) = after {
-            all.append(d);
-        }
+        let all = if before.is_none() && after.is_none() {
+            data
+        } else {
+            let mut all = Data::empty();
+            if let Some(d) = before {
+                start = window.start;
+                all.append(d);
+            }
+            all.append(data.bytes().await?);
+            if let Some(d) = after {
+                all.append(d);
+            }
+            Payload::Bytes(all)
+        };
         let first = self.guest_start(run.span.start >> self.geo.cluster_bits());
         self.write_host(HostOffset(target.target.host.0 + (start - first)), all).await?;
         self.link(run, window, target).await
@@ -411,8 +425,8 @@ impl Drop for Taken {
 
 /// Something ready to run.
 enum Step {
-    InPlace { host: HostOffset, data: Data },
-    Allocating { run: Run, target: Taken, data: Data },
+    InPlace { host: HostOffset, data: Payload },
+    Allocating { run: Run, target: Taken, data: Payload },
 }
 
 impl Step {
@@ -423,6 +437,7 @@ impl Step {
             // already, a late write of filling could hit what another request wrote since: that must not be dropped.
             Step::Allocating { run, target, data } if target.target.taken.is_none() => {
                 let owner = core.clone();
+                let data = Payload::Bytes(data.bytes().await?);
                 core.detached("qcow2-reuse", async move { owner.write_allocating(&run, &target, data).await })
                     .await
             }

@@ -14,6 +14,8 @@ use std::rc::Rc;
 
 /// On tmpfs, ranges up to this are punched on this thread: some 256 pages to free, a few tens of microseconds.
 const INLINE_RANGE: u64 = 1 << 20;
+/// On tmpfs, data is looked for in up to this on this thread: the search is a walk over 4096 pages, some 300 µs.
+const INLINE_SCAN: u64 = 16 << 20;
 /// Bytes that one copy inside the host moves: long enough to be worth the hop, short enough to be called off.
 const MAX_COPY: u64 = 16 << 20;
 /// Copies inside the host that go on at once into one file. The kernel writes to a file one request at a time; a second has
@@ -132,8 +134,7 @@ impl OsFile {
             return Ok(list);
         }
         let fd = self.handle.fd();
-        if self.facts.in_memory {
-            // one step of the search is a walk through memory
+        if self.facts.in_memory && at.len <= INLINE_SCAN {
             return Ok(scan(fd, at, 64));
         }
         self.core.blocking(Some(&self.handle), move || scan(fd, at, MAX_EXTENTS)).await
@@ -146,7 +147,9 @@ impl OsFile {
         let direct = self.facts.direct || to.facts.direct;
         match () {
             // what goes past the page cache is better kept in flight in numbers, by the ring
-            () if !regular || direct => Err(BlockError::unsupported("no copies inside the host for these files")),
+            () if !regular || direct => {
+                Err(BlockError::unsupported("no copies inside the host for these files"))
+            }
             () if plain(self) || plain(to) => Ok(Way::Bytes { write_back: to.facts.write_back }),
             // the file system may share the blocks, or have a server do the work
             () => Ok(Way::Host),
