@@ -176,8 +176,16 @@ fn copies_inside_the_host() {
         assert_eq!(a.copy_to(Span::new(300_000, 10), &b, 0).await.unwrap(), 0, "nothing past the end");
         let other = Dir::new(if dir.path("").starts_with("/dev/shm") { "/var/tmp" } else { "/dev/shm" });
         let c = create(&env, &other, "c").await;
-        let e = a.copy_to(Span::new(0, 10), &c, 0).await.unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Unsupported, "not across file systems");
+        match a.copy_to(Span::new(1000, len), &c, 77).await {
+            Ok(n) => {
+                assert_eq!(c.len_hint(), 77 + n);
+                assert_eq!(c.read(Span::new(77, n)).await.unwrap().to_vec(), pattern(1000, n as usize));
+            }
+            Err(e) => assert_eq!(e.kind(), ErrorKind::Unsupported, "across file systems that know nothing better"),
+        }
+        let writable_not = env.open(&dir.path("b"), OpenMode::default()).await.unwrap();
+        let e = a.copy_to(Span::new(0, 10), &writable_not, 0).await.unwrap_err();
+        assert_eq!(e.errno(), libc::EBADF, "the target is not open for writing");
     });
 }
 
