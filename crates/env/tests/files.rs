@@ -181,7 +181,9 @@ fn copies_inside_the_host() {
                 assert_eq!(c.len_hint(), 77 + n);
                 assert_eq!(c.read(Span::new(77, n)).await.unwrap().to_vec(), pattern(1000, n as usize));
             }
-            Err(e) => assert_eq!(e.kind(), ErrorKind::Unsupported, "across file systems that know nothing better"),
+            Err(e) => {
+                assert_eq!(e.kind(), ErrorKind::Unsupported, "across file systems that know nothing better")
+            }
         }
         let writable_not = env.open(&dir.path("b"), OpenMode::default()).await.unwrap();
         let e = a.copy_to(Span::new(0, 10), &writable_not, 0).await.unwrap_err();

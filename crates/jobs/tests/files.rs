@@ -153,3 +153,96 @@ fn every_mode_under_a_writing_client() {
         std::fs::remove_dir_all(dir).unwrap();
     }
 }
+
+/// A raw file in which each 512 bytes say where they are.
+fn stamped(path: &Path, len: u64) {
+    let bytes: Vec<u8> = (0..len / 8).flat_map(|i| ((i / 64) << 8 | 1).to_le_bytes()).collect();
+    std::fs::write(path, bytes).unwrap();
+}
+
+/// A chain of three layers with plain, packed and zero clusters, longer than its backing files and of an odd length.
+fn layered(dir: &Path) -> PathBuf {
+    let (plain, base, middle, top) =
+        (dir.join("plain"), dir.join("base"), dir.join("middle"), dir.join("top.qcow2"));
+    stamped(&plain, 20 << 20);
+    let s = |p: &Path| p.to_str().unwrap().to_owned();
+    run("qemu-img", &["convert", "-q", "-f", "raw", "-O", "qcow2", &s(&plain), &s(&base)]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &s(&base), "-F", "qcow2", &s(&middle), "24M"]);
+    let writes =
+        ["write -q -P 7 3M 2M", "write -q -c -P 9 6M 64k", "write -q -z 8M 1M", "write -q -P 11 21M 1M"];
+    writes.iter().for_each(|w| drop(run("qemu-io", &["-f", "qcow2", "-c", w, &s(&middle)])));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &s(&middle), "-F", "qcow2", &s(&top), "31461888"]);
+    let writes =
+        ["write -q -P 13 12M 3M", "write -q -P 15 4100k 4k", "write -q -P 17 30M 4608", "discard -q 13M 64k"];
+    writes.iter().for_each(|w| drop(run("qemu-io", &["-f", "qcow2", "-c", w, &s(&top)])));
+    top
+}
+
+#[test]
+fn layered_disks_are_copied_from_file_to_file() {
+    let dir = scratch("layers");
+    let top = layered(&dir);
+    let (from, len) = (top.to_str().unwrap().to_owned(), "31461888");
+    for (n, options) in
+        ["", "cluster_size=512", "cluster_size=2M", "extended_l2=on", "data_file"].iter().enumerate()
+    {
+        let to = dir.join(format!("to{n}.qcow2")).to_str().unwrap().to_owned();
+        let mut create = vec!["create", "-q", "-f", "qcow2"];
+        let outside = format!("data_file={to}.data");
+        match *options {
+            "" => {}
+            "data_file" => create.extend(["-o", &outside]),
+            o => create.extend(["-o", o]),
+        }
+        create.extend([to.as_str(), len]);
+        run("qemu-img", &create);
+        mirrored(NodeSpec::file(&from).qcow2(), NodeSpec::file(&to).qcow2(), CopyMode::Background, false);
+        run("qemu-img", &["compare", "-f", "qcow2", "-F", "qcow2", &from, &to]);
+        run("qemu-img", &["check", "-q", &to]);
+    }
+    let to = dir.join("to.raw").to_str().unwrap().to_owned();
+    run("qemu-img", &["create", "-q", "-f", "raw", &to, len]);
+    mirrored(NodeSpec::file(&from).qcow2(), NodeSpec::file(&to).raw(), CopyMode::Background, false);
+    run("qemu-img", &["compare", "-f", "qcow2", "-F", "raw", &from, &to]);
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_qcow2_disk_hands_on_where_its_bytes_lie() {
+    let dir = scratch("hand-on");
+    let (top, to) = (layered(&dir), dir.join("to.qcow2"));
+    run("qemu-img", &["create", "-q", "-f", "qcow2", to.to_str().unwrap(), "31461888"]);
+    let executor = env::os::start(env::os::OsConfig::default());
+    let env: Env = executor.env();
+    let (from, onto) = (top.to_str().unwrap().to_owned(), to.to_str().unwrap().to_owned());
+    executor.run(async move {
+        let graph = Graph::new(&env);
+        let opener = Opener::new(&graph);
+        for (path, name) in [(&from, "src"), (&onto, "dst")] {
+            let node = opener.open(&NodeSpec::file(path).qcow2().named(name)).await.unwrap();
+            node.set_monitor_owned(true);
+        }
+        let (a, b) = (client(&graph, "src").await, client(&graph, "dst").await);
+        let mib = |start: u64, len: u64| block::Span::new(start << 20, len << 20);
+        // (where, what can be handed on from there): the lowest layer, the middle one, the top; zeroes, packed, nothing
+        for (at, expected) in [
+            (mib(0, 1), 1 << 20),
+            (mib(3, 1), 1 << 20),
+            (mib(4, 1), 0),
+            (mib(12, 1), 1 << 20),
+            (mib(11, 4), 1 << 20),
+            (mib(8, 1), 0),
+            (block::Span::new(6 << 20, 64 << 10), 0),
+            (mib(26, 1), 0),
+        ] {
+            let copied = a.copy_to(at, &b, at.start).await.unwrap();
+            assert_eq!(copied, expected, "{at}");
+            let done = block::Span::new(at.start, copied);
+            assert!(a.read(done).await.unwrap() == b.read(done).await.unwrap(), "{at}");
+        }
+        drop((a, b));
+        graph.close_all().await.unwrap();
+    });
+    run("qemu-img", &["check", "-q", to.to_str().unwrap()]);
+    std::fs::remove_dir_all(dir).unwrap();
+}

@@ -1,6 +1,7 @@
 //! Mirrors: time to READY for each pair, and what a client feels meanwhile in each mode.
 
 use super::daemon::Daemon;
+use super::limit;
 use super::nbd::{Load, finish, make_image, number, order, serving, socket};
 use super::table::{Better, Figures, heading, row};
 use super::{Options, Side};
@@ -14,7 +15,9 @@ use std::time::{Duration, Instant};
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) fn measure(options: &Options) -> Outcome {
-    heading("Mirror, full, nobody writing (time from start to READY)");
+    heading(
+        "Mirror, full, nobody writing (time from start to READY; beside it a loop of plain calls from file to file)",
+    );
     for (name, source, target) in [
         ("mirror raw to raw", "raw", "raw"),
         ("mirror qcow2 to raw", "qcow2", "raw"),
@@ -23,6 +26,12 @@ pub(super) fn measure(options: &Options) -> Outcome {
     ] {
         if options.wants(name) {
             throughput(options, name, source, target)?;
+        }
+    }
+    for format in ["raw", "qcow2"] {
+        let name = format!("mirror sparse {format}, 1 TiB");
+        if options.wants(&name) {
+            sparse(options, &name, format)?;
         }
     }
     heading("A client at full speed, depth 16, while a mirror runs");
@@ -119,6 +128,7 @@ fn throughput(options: &Options, name: &str, from: &str, to: &str) -> Outcome {
             let daemon = Daemon::start(side, &options.dir, &serving(options, side, &format, &file))?;
             let mut client = daemon.client()?;
             let peer = target(options, side, to, &mut client)?;
+            limit::warm(options.image_mib);
             let before = daemon.cpu();
             let seconds = until_ready(&mut client, &json!({}))?;
             let used = daemon.cpu() - before;
@@ -130,9 +140,51 @@ fn throughput(options: &Options, name: &str, from: &str, to: &str) -> Outcome {
             drop((client, daemon));
             end(peer);
         }
+        let from = make_image(options, "raw", "source-plain", true)?;
+        limit::warm(options.image_mib);
+        rate.add(Side::Nothing, limit::copy(&from, &options.path("target-plain"))?);
     }
     row(name, "MiB/s", Better::Higher, &rate);
     row("", "CPU s/GiB", Better::Lower, &cpu);
+    Ok(())
+}
+
+/// An almost empty disk: the time is to be that of its data, not of its size.
+fn sparse(options: &Options, name: &str, format: &str) -> Outcome {
+    const PIECES: u64 = 16;
+    let mut ready = Figures::default();
+    for round in 0..options.rounds {
+        for side in order(round) {
+            let (file, copy) =
+                (options.path(&format!("sparse-{side:?}")), options.path(&format!("sparse-target-{side:?}")));
+            for image in [&file, &copy] {
+                let _ = std::fs::remove_file(image);
+                shell::output(Command::new("qemu-img").args(["create", "-q", "-f", format, image, "1T"]))?;
+            }
+            let mut write = Command::new("qemu-io");
+            write.args(["-f", format]);
+            for i in 0..PIECES {
+                let (at, len) = (i * (1024 / PIECES), options.image_mib / PIECES);
+                write.args(["-c", &format!("write -q -P 0x5a {at}G {len}M")]);
+            }
+            shell::output(write.arg(&file))?;
+            let daemon = Daemon::start(side, &options.dir, &serving(options, side, format, &file))?;
+            let mut client = daemon.client()?;
+            let below = json!({"driver": "file", "filename": copy, "discard": "unmap"});
+            client.execute(
+                "blockdev-add",
+                &json!({"driver": format, "node-name": "t", "discard": "unmap", "file": below}),
+            )?;
+            limit::warm(options.image_mib);
+            if let Some(s) = until_ready(&mut client, &json!({}))? {
+                ready.add(side, s);
+            }
+            client.execute("job-cancel", &json!({"id": "m"}))?;
+            drop((client, daemon));
+            let _ = (std::fs::remove_file(&file), std::fs::remove_file(&copy));
+        }
+    }
+    row(name, "READY s", Better::Lower, &ready);
     Ok(())
 }
 

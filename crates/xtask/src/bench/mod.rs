@@ -2,10 +2,11 @@
 //!
 //! What must stay true: both get the same command line, the same images and the same load; they take turns within a round,
 //! and who goes first alternates; every load stamps its blocks and checks what it reads (`nbdload --verify`); what is
-//! printed is medians with spread, and ratios. A do-nothing server (`nbdideal`) shows what the load client could see.
+//! printed is medians with spread, and ratios; memory that is needed was in use just before (see `limit`). A do-nothing server (`nbdideal`) shows what the load client could see.
 //! Machines differ and are noisy: ratios are the result, not absolute numbers.
 
 mod daemon;
+mod limit;
 mod mirror;
 mod nbd;
 mod table;
@@ -47,6 +48,8 @@ pub(super) struct Options {
     pub(super) image_mib: u64,
     /// Only cases whose name has this word.
     pub(super) only: Option<String>,
+    /// The daemons get the processor before all other sessions (root only): for machines that do other work meanwhile.
+    pub(super) priority: bool,
     /// Where images lie; tmpfs unless told otherwise, so that the daemons and not the disk are measured.
     pub(super) dir: PathBuf,
 }
@@ -58,6 +61,7 @@ impl Options {
             seconds: 1.0,
             image_mib: 256,
             only: None,
+            priority: false,
             dir: PathBuf::from(format!("/dev/shm/liveblk-bench-{}", std::process::id())),
         };
         let mut args = args.iter();
@@ -67,11 +71,14 @@ impl Options {
                 "--quick" => (o.rounds, o.seconds) = (3, 0.5),
                 "--rounds" => o.rounds = value()?.parse().map_err(|e| format!("--rounds: {e}"))?,
                 "--seconds" => o.seconds = value()?.parse().map_err(|e| format!("--seconds: {e}"))?,
+                "--mib" => o.image_mib = value()?.parse().map_err(|e| format!("--mib: {e}"))?,
+                "--priority" => o.priority = true,
                 "--only" => o.only = Some(value()?.clone()),
                 "--dir" => o.dir = PathBuf::from(value()?).join("liveblk-bench"),
                 other => {
                     return fail(format!(
-                        "no such option: {other} (--quick, --rounds N, --seconds S, --only WORD, --dir D)"
+                        "no such option: {other} (--quick, --rounds N, --seconds S, --mib N, --priority, \
+                         --only WORD, --dir D)"
                     ));
                 }
             }
@@ -94,9 +101,20 @@ pub(crate) fn run(args: &[String]) -> Outcome {
     shell::cargo(&["build", "--quiet", "--release", "--package", "daemon", "--package", "nbdload"])?;
     std::fs::create_dir_all(&options.dir)
         .map_err(|e| format!("cannot make {}: {e}", options.dir.display()))?;
+    if options.priority {
+        priority(-20)?;
+    }
     let outcome = measure(&options);
+    if options.priority {
+        priority(0)?;
+    }
     let _ = std::fs::remove_dir_all(&options.dir);
     outcome
+}
+
+/// The weight of this session against others (`sched_autogroup`; `nice` counts only among processes of one session).
+fn priority(nice: i32) -> Outcome {
+    std::fs::write("/proc/self/autogroup", nice.to_string()).map_err(|e| format!("--priority: {e}"))
 }
 
 fn measure(options: &Options) -> Outcome {
