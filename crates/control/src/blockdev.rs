@@ -154,6 +154,7 @@ fn qcow2_spec(f: &Fields<'_>, depth: usize) -> Result<Qcow2Spec, QmpError> {
         refcount_cache_size: f.size("refcount-cache-size")?,
         lazy_refcounts: f.flag("lazy-refcounts"),
         pass_discard_request: f.flag("pass-discard-request").unwrap_or(default.pass_discard_request),
+        pass_discard_snapshot: f.flag("pass-discard-snapshot").unwrap_or(default.pass_discard_snapshot),
         pass_discard_other: f.flag("pass-discard-other").unwrap_or(default.pass_discard_other),
         discard_no_unref: f.flag("discard-no-unref").unwrap_or(default.discard_no_unref),
         overlap_check: overlap_check(f.0.get("overlap-check")),

@@ -3,7 +3,7 @@
 use crate::error::QmpError;
 use bitmap::DirtyBitmap;
 use drivers::names;
-use graph::{CopyRecord, DetectZeroes, Fact, NodeCell, NodeDetails};
+use graph::{CopyRecord, DetectZeroes, Fact, NodeCell, NodeDetails, SnapshotDetails};
 use qapi::{Map, Value, json};
 use std::future::Future;
 use std::pin::Pin;
@@ -91,6 +91,10 @@ fn image<'a>(
         if has_dirty_flag(cell) {
             out.insert("dirty-flag".into(), json!(details.dirty_flag.unwrap_or(false)));
         }
+        if !details.snapshots.is_empty() {
+            let list: Vec<Value> = details.snapshots.iter().map(snapshot).collect();
+            out.insert("snapshots".into(), list.into());
+        }
         if let Some(true) = details.compressed {
             out.insert("compressed".into(), json!(true));
         }
@@ -107,6 +111,21 @@ fn image<'a>(
         }
         Ok(Value::Object(out))
     })
+}
+
+/// `SnapshotInfo`.
+pub(crate) fn snapshot(s: &SnapshotDetails) -> Value {
+    let (seconds, nanoseconds) = (s.vm_clock / 1_000_000_000, s.vm_clock % 1_000_000_000);
+    let mut out = Map::new();
+    out.insert("id".into(), json!(s.id));
+    out.insert("name".into(), json!(s.name));
+    out.insert("vm-state-size".into(), json!(s.vm_state_size));
+    out.insert("date-sec".into(), json!(s.date.0));
+    out.insert("date-nsec".into(), json!(s.date.1));
+    out.insert("vm-clock-sec".into(), json!(seconds));
+    out.insert("vm-clock-nsec".into(), json!(nanoseconds));
+    out.extend(s.icount.map(|n| ("icount".to_owned(), json!(n))));
+    Value::Object(out)
 }
 
 /// Whether QSD shows a dirty flag: it asks through raw nodes and filters, and not all drivers answer.

@@ -29,7 +29,7 @@ pub mod walk;
 pub use cell::{Blocker, Counters, DetectZeroes, NodeCell, NodeOptions};
 pub use debug_event::DebugEvent;
 pub use edge::{Edge, Parent, Role};
-pub use node::{CopyRecord, Fact, HostBytes, Node, NodeDetails};
+pub use node::{CopyRecord, Fact, HostBytes, Node, NodeDetails, SnapshotDetails};
 pub use perm::{Demand, Perms};
 pub use plan::{Plan, Step};
 pub use tree::{Graph, MAX_NODE_NAME, Quiesced, WeakGraph};

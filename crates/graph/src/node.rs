@@ -24,8 +24,27 @@ pub struct NodeDetails {
     pub compressed: Option<bool>,
     /// Format-specific facts as (QMP name, value), in QSD's order; empty where QSD has none.
     pub specific: Vec<(&'static str, Fact)>,
+    /// Internal snapshots, oldest first.
+    pub snapshots: Vec<SnapshotDetails>,
     /// Records of what is still to be copied (and what was), kept by a job's filter.
     pub records: Vec<CopyRecord>,
+}
+
+/// An internal snapshot of an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotDetails {
+    /// Id.
+    pub id: String,
+    /// Name.
+    pub name: String,
+    /// When it was taken: seconds since 1970, nanoseconds.
+    pub date: (u32, u32),
+    /// The guest's clock then, in nanoseconds.
+    pub vm_clock: u64,
+    /// Bytes of machine state in it.
+    pub vm_state_size: u64,
+    /// Instructions executed then, if that was counted.
+    pub icount: Option<u64>,
 }
 
 /// What a job's filter has marked for copying. QMP shows it as a bitmap without name of the filter.

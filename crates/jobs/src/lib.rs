@@ -13,6 +13,7 @@ mod commit_args;
 pub mod create;
 mod error;
 mod event;
+pub mod internal;
 mod job;
 pub mod mirror;
 mod mirror_args;

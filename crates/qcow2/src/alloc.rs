@@ -61,6 +61,11 @@ impl Space {
         Space { virgin_from: Cell::new(file_clusters), ..Space::default() }
     }
 
+    /// No more compressed data goes into the cluster that has room for some.
+    pub(crate) fn close_packed_data(&self) {
+        self.packed.set(None);
+    }
+
     /// Clusters were taken by hand.
     pub(crate) fn took(&self, first: u64, n: u64) {
         self.virgin_from.set(self.virgin_from.get().max(first + n));
@@ -323,7 +328,7 @@ impl Core {
         Ok(())
     }
 
-    fn drop_reference(&self, slot: SlotId, c: u64, n: u64) {
+    pub(crate) fn drop_reference(&self, slot: SlotId, c: u64, n: u64) {
         self.set_refcount(slot, c, n - 1);
         if n == 1 {
             self.space.hint.set(self.space.hint.get().min(c));
@@ -338,7 +343,7 @@ impl Core {
         }
     }
 
-    async fn loaded_counts(self: &Rc<Self>, c: u64) -> Result<Option<SlotId>> {
+    pub(crate) async fn loaded_counts(self: &Rc<Self>, c: u64) -> Result<Option<SlotId>> {
         loop {
             match self.counts(c)? {
                 Counts::Here(slot) => return Ok(Some(slot)),

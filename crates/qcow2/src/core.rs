@@ -15,6 +15,7 @@ use crate::options::{CacheSizes, Options};
 use crate::order::Order;
 use crate::overlap::{Corruption, MetaMap};
 use crate::refcount::RefTable;
+use crate::snapshot::Snapshots;
 use crate::types::{Compressed, Geometry};
 use block::{BlockError, ErrorKind, Result};
 use bytes::Bytes;
@@ -56,6 +57,7 @@ pub(crate) struct Core {
     pub(crate) epochs: Epochs,
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,
+    pub(crate) snapshots: RefCell<Snapshots>,
     pub(crate) corrupt: Cell<bool>,
     /// Work that goes on without its requests.
     pub(crate) background: Rc<Background>,

@@ -25,6 +25,7 @@ mod payload;
 mod refcount;
 mod resize;
 pub mod rewrite;
+mod snapshot;
 pub mod storage;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -36,3 +37,4 @@ pub use crate::core::OnCorruption;
 pub use node::Qcow2;
 pub use options::{L2_CACHE_MAX, L2_SLICE, Options, OverlapCheck};
 pub use overlap::Corruption;
+pub use snapshot::{MAX_NAME as MAX_SNAPSHOT_NAME, Snapshot};

@@ -5,6 +5,7 @@ use crate::header::Header;
 use crate::options::Options;
 use crate::overlap::Corruption;
 use crate::payload::Payload;
+use crate::snapshot::Snapshot;
 use block::{Data, Extent, Io, Limits, ReqFlags, Result, Span};
 use env::Env;
 use graph::node::Fact;
@@ -44,6 +45,30 @@ impl Qcow2 {
     pub fn backing_name(&self) -> (Option<String>, Option<String>) {
         let h = self.core.header.borrow();
         (h.backing.clone(), h.backing_format().map(str::to_owned))
+    }
+
+    /// The internal snapshots, oldest first.
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        self.core.snapshots.borrow().list.clone()
+    }
+
+    /// Takes an internal snapshot; `date` is now in seconds since 1970 and nanoseconds, `vm_clock` the guest's clock in
+    /// nanoseconds. The caller keeps all requests out meanwhile.
+    ///
+    /// # Errors
+    /// Read-only or corrupt images, those with an external data file, refcounts that cannot count one user more, the file's.
+    /// Nothing has changed then.
+    pub async fn take_snapshot(&self, name: &str, date: (u32, u32), vm_clock: u64) -> Result<()> {
+        self.core.take_snapshot(name, date, vm_clock).await
+    }
+
+    /// Deletes the internal snapshot number `index` of [`Qcow2::snapshots`], and gives it. The caller keeps all requests out
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// As [`Qcow2::take_snapshot`]; after an error of the file the snapshot may be gone without its space.
+    pub async fn delete_snapshot(&self, index: usize) -> Result<Snapshot> {
+        self.core.delete_snapshot(index).await
     }
 
     /// Barriers issued on the image file so far.
@@ -207,6 +232,7 @@ impl Node for Qcow2 {
                 compressed: None,
                 specific,
                 records: Vec::new(),
+                snapshots: self.core.snapshots.borrow().list.iter().map(Snapshot::details).collect(),
             })
         })
     }

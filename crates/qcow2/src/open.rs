@@ -14,6 +14,7 @@ use crate::l1l2::L1;
 use crate::options::Options;
 use crate::overlap::{Meta, MetaMap};
 use crate::refcount::RefTable;
+use crate::snapshot::Snapshot;
 use crate::types::HostOffset;
 use block::{BlockError, ErrorKind, Result, Span};
 use env::Env;
@@ -21,9 +22,6 @@ use graph::Edge;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
-
-/// Bytes of the fixed part of an entry of the snapshot table.
-const SNAPSHOT_FIXED: u64 = 40;
 
 /// Reads `n` big-endian words at `at`.
 async fn read_words(file: &Child, at: HostOffset, n: u64) -> Result<Vec<u64>> {
@@ -74,6 +72,7 @@ pub(crate) async fn open(
         meta: RefCell::new(MetaMap::default()),
         corrupt: Cell::new(false),
         background,
+        snapshots: Default::default(),
         on_corruption: RefCell::new(None),
         heading: Loading::default(),
     });
@@ -110,17 +109,20 @@ impl Core {
         let cluster = self.geo.cluster_size();
         self.l2.borrow_mut().clear();
         self.rb.borrow_mut().clear();
-        let l1 = read_words(&self.file, h.l1_offset, u64::from(h.l1_size)).await?;
         let rt_bytes = u64::from(h.refcount_table_clusters) * cluster;
         let rt = read_words(&self.file, h.refcount_table_offset, rt_bytes / 8).await?;
         *self.meta.borrow_mut() = MetaMap::default();
+        self.load_snapshots(&h).await?;
+        let l1 = match &self.opts.snapshot {
+            None => read_words(&self.file, h.l1_offset, u64::from(h.l1_size)).await?,
+            Some(name) => self.show_snapshot(name).await?,
+        };
         self.note_meta(HostOffset(0), 1, Meta::Header);
         self.note_meta(h.l1_offset, u64::from(h.l1_size) * 8, Meta::ActiveL1);
         self.note_meta(h.refcount_table_offset, rt_bytes, Meta::RefcountTable);
         for at in rt.iter().filter_map(|raw| self.geo.refcount_table_entry(*raw).ok().flatten()) {
             self.note_meta(at, cluster, Meta::RefcountBlock);
         }
-        self.note_snapshots(&h).await?;
         if let Ok(Some(d)) = h.bitmaps() {
             self.note_meta(d.at, d.len, Meta::BitmapDirectory);
         }
@@ -129,32 +131,6 @@ impl Core {
         }
         *self.l1.borrow_mut() = L1 { at: h.l1_offset, entries: l1, dirty: BTreeSet::new() };
         *self.rt.borrow_mut() = RefTable { at: h.refcount_table_offset, entries: rt, dirty: BTreeSet::new() };
-        Ok(())
-    }
-
-    /// Enters the snapshot table and the snapshots' L1 tables into the overlap map, as far as they make sense: what does not
-    /// is the checker's business.
-    async fn note_snapshots(&self, h: &Header) -> Result<()> {
-        let start = h.snapshots_offset.0;
-        let mut at = start;
-        for _ in 0..h.snapshot_count {
-            let fixed = self.file.read(Span::new(at, SNAPSHOT_FIXED)).await?.contiguous();
-            let be = |from: usize, n: usize| {
-                fixed[from..from + n].iter().fold(0u64, |v, b| v << 8 | u64::from(*b))
-            };
-            let (l1, entries) = (HostOffset(be(0, 8)), be(8, 4));
-            if self.geo.in_cluster(l1.0) == 0 && l1.0.checked_add(entries * 8).is_some() {
-                self.note_meta(l1, entries * 8, Meta::InactiveL1);
-            }
-            let len = (SNAPSHOT_FIXED + be(36, 4) + be(12, 2) + be(14, 2)).next_multiple_of(8);
-            at = match at.checked_add(len) {
-                Some(next) if next <= self.file.len().saturating_add(7) => next,
-                _ => break,
-            };
-        }
-        if at > start {
-            self.note_meta(HostOffset(start), at - start, Meta::SnapshotTable);
-        }
         Ok(())
     }
 
@@ -178,7 +154,7 @@ impl Core {
         if stale != 0 {
             self.write_features().await?;
         }
-        let lazy = self.opts.lazy_refcounts.unwrap_or(self.header.borrow().lazy_refcounts());
+        let lazy = self.wants_lazy();
         if lazy && self.geo.version() < 3 {
             return Err(BlockError::invalid(
                 "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
@@ -188,6 +164,28 @@ impl Core {
         self.space.reset(self.geo.clusters_for(self.file.len()));
         self.writable.set(true);
         Ok(())
+    }
+
+    /// Whether refcounts may be behind while the image is in use.
+    pub(crate) fn wants_lazy(&self) -> bool {
+        self.opts.lazy_refcounts.unwrap_or(self.header.borrow().lazy_refcounts())
+    }
+
+    /// The L1 table of the snapshot of that id or name, whose disk this is from now on.
+    async fn show_snapshot(&self, name: &str) -> Result<Vec<u64>> {
+        let found = {
+            let all = self.snapshots.borrow();
+            let by = |f: fn(&Snapshot) -> &str| all.list.iter().find(|s| f(s) == name).cloned();
+            by(|s| &s.id).or_else(|| by(|s| &s.name))
+        };
+        let Some(s) = found.filter(|_| !self.opts.writable) else {
+            return Err(BlockError::invalid(match self.opts.writable {
+                true => "An internal snapshot can only be opened read-only".to_owned(),
+                false => format!("image '{}' has no snapshot '{name}'", self.name()),
+            }));
+        };
+        self.size.set(s.disk_size & !511);
+        self.snapshot_l1(&s).await
     }
 
     /// The image was not closed and its refcounts are stale: counts them anew.

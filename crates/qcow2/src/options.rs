@@ -73,6 +73,10 @@ pub struct Options {
     pub pass_discard_request: bool,
     /// Pass to the file what is freed for other reasons (`pass-discard-other`).
     pub pass_discard_other: bool,
+    /// Pass to the file what is freed by deleting a snapshot (`pass-discard-snapshot`).
+    pub pass_discard_snapshot: bool,
+    /// Show the disk as it was at the internal snapshot of that id or name. Read-only.
+    pub snapshot: Option<String>,
     /// Keep the cluster of what the guest discards (`discard-no-unref`).
     pub discard_no_unref: bool,
     /// What to protect (`overlap-check`).
@@ -92,6 +96,8 @@ impl Default for Options {
             lazy_refcounts: None,
             pass_discard_request: true,
             pass_discard_other: false,
+            pass_discard_snapshot: true,
+            snapshot: None,
             discard_no_unref: false,
             overlap_check: OverlapCheck::CACHED,
             node_name: String::new(),

@@ -194,7 +194,7 @@ impl Core {
         done
     }
 
-    async fn settle_metadata(self: &Rc<Self>) -> Result<()> {
+    pub(crate) async fn settle_metadata(self: &Rc<Self>) -> Result<()> {
         self.commit().await?;
         let frees = self.frees_until_now();
         self.release(frees, true).await?;

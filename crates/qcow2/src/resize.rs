@@ -302,7 +302,7 @@ impl Core {
     }
 
     /// Takes `n` adjoining clusters, wherever refcount blocks come to lie.
-    async fn adjoining(self: &Rc<Self>, n: u64) -> Result<u64> {
+    pub(crate) async fn adjoining(self: &Rc<Self>, n: u64) -> Result<u64> {
         if n == 1 {
             return Ok(self.alloc_clusters(1).await?.first);
         }

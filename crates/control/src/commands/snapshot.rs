@@ -1,16 +1,24 @@
-//! `blockdev-snapshot`, `blockdev-snapshot-sync`: a transaction with one action each.
+//! `blockdev-snapshot`, `blockdev-snapshot-sync`, `blockdev-snapshot-internal-sync`: a transaction with one action each. And the
+//! deletion of internal snapshots, which can be part of none.
 
 use super::transaction::{Act, carry_out};
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
+use crate::info;
 use jobs::Group;
+use jobs::internal::{self, InternalSnapshot};
 use jobs::snapshot::{NewImage, Overlay, Snapshot};
 use jobs::txn::Action;
 use serde::Deserialize;
 use std::rc::Rc;
 
-pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevSnapshot>(), entry::<BlockdevSnapshotSync>()];
+pub(super) const COMMANDS: &[Entry] = &[
+    entry::<BlockdevSnapshot>(),
+    entry::<BlockdevSnapshotSync>(),
+    entry::<InternalSync>(),
+    entry::<DeleteInternalSync>(),
+];
 
 /// Puts a node on top of another: its users go on there.
 #[derive(Deserialize)]
@@ -69,5 +77,42 @@ impl Command for BlockdevSnapshotSync {
     const NAME: &'static str = "blockdev-snapshot-sync";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         carry_out(&daemon, self).await
+    }
+}
+
+/// Takes a snapshot inside an image.
+#[derive(Deserialize)]
+pub(super) struct InternalSync {
+    device: String,
+    name: String,
+}
+
+impl Act for InternalSync {
+    fn action(self, daemon: &Rc<Daemon>, _: Option<Rc<Group>>) -> Result<Rc<dyn Action>, QmpError> {
+        Ok(InternalSnapshot::new(daemon.graph(), self.device, self.name))
+    }
+}
+
+impl Command for InternalSync {
+    const NAME: &'static str = "blockdev-snapshot-internal-sync";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        carry_out(&daemon, self).await
+    }
+}
+
+/// Deletes a snapshot inside an image.
+#[derive(Deserialize)]
+struct DeleteInternalSync {
+    device: String,
+    id: Option<String>,
+    name: Option<String>,
+}
+
+impl Command for DeleteInternalSync {
+    const NAME: &'static str = "blockdev-snapshot-delete-internal-sync";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let (id, name) = (self.id.as_deref(), self.name.as_deref());
+        let gone = internal::delete(daemon.graph(), &self.device, id, name).await?;
+        Ok(info::snapshot(&gone))
     }
 }

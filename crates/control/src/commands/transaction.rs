@@ -1,6 +1,6 @@
 //! `transaction`: the table of what can be part of one. What happens when is said in [`jobs::txn`].
 
-use super::snapshot::{BlockdevSnapshot, BlockdevSnapshotSync};
+use super::snapshot::{BlockdevSnapshot, BlockdevSnapshotSync, InternalSync};
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
@@ -53,6 +53,7 @@ const ACTIONS: &[Row] = &[
     row::<AbortNow>("abort"),
     row::<BlockdevSnapshot>("blockdev-snapshot"),
     row::<BlockdevSnapshotSync>("blockdev-snapshot-sync"),
+    row::<InternalSync>("blockdev-snapshot-internal-sync"),
 ];
 
 #[derive(Deserialize)]

@@ -31,6 +31,7 @@ fn actions() -> Vec<Value> {
             "blockdev-snapshot-sync",
             json!({"node-name": "other", "snapshot-file": "t.qcow2", "snapshot-node-name": "t"}),
         ),
+        action("blockdev-snapshot-internal-sync", json!({"device": "s", "name": "inside"})),
         action("blockdev-snapshot", json!({"node": "s", "overlay": "p"})),
     ]
 }

@@ -103,3 +103,44 @@ fn snapshots_of_four_disks() {
     }
     assert_eq!(before, last);
 }
+
+#[test]
+fn internal_snapshots_of_three_disks() {
+    let dir = Dir::new();
+    let disks = ["a", "b", "c"];
+    let (mut daemon, mut c) = served(&dir, &disks);
+    let pair = Pair::start(&dir, &disks);
+    const ROUNDS: usize = 8;
+    for round in 0..ROUNDS {
+        let take = |d| json!({"type": "blockdev-snapshot-internal-sync", "data": {"device": d, "name": format!("s{round}")}});
+        transaction(&mut c, &["b", "a", "c"].map(take));
+        if round % 3 == 2 {
+            let gone = json!({"device": "b", "name": format!("s{}", round - 1), "id": round.to_string()});
+            let record = c.command("blockdev-snapshot-delete-internal-sync", gone).unwrap();
+            assert_eq!((&record["id"], &record["vm-state-size"]), (&json!(round.to_string()), &json!(0)));
+        }
+    }
+    let nodes = c.command("query-named-block-nodes", json!({"flat": true})).unwrap();
+    let a = nodes.as_array().unwrap().iter().find(|n| n["node-name"] == "a").unwrap();
+    assert_eq!(a["image"]["snapshots"].as_array().unwrap().len(), ROUNDS);
+    pair.stop();
+    end(&mut daemon, &mut c);
+    for d in disks {
+        tool(&dir, &format!("qemu-img|check|-q|{d}.qcow2"));
+    }
+    let mut before = 0;
+    for round in (0..ROUNDS).filter(|r| !matches!(r, 1 | 4)) {
+        let numbers = disks.map(|d| {
+            tool(
+                &dir,
+                &format!("qemu-img|convert|-f|qcow2|-l|snapshot.name=s{round}|-O|raw|{d}.qcow2|{d}.out"),
+            );
+            u64::from_le_bytes(
+                std::fs::read(dir.0.join(format!("{d}.out"))).unwrap()[..8].try_into().unwrap(),
+            )
+        });
+        check_instant(&numbers);
+        assert!(numbers[0] >= before, "{numbers:?} after {before}");
+        before = numbers[0];
+    }
+}
