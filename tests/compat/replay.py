@@ -8,7 +8,7 @@ client sent ("m" an object, "raw" bytes, "conn" another connection), "S" what th
 no transcript differs; 1: some do; 2: wrong use.
 
 What is compared: every reply, in order, per connection; every event, in order, per job (or export, or node). What is not:
-times, names that the daemon invents (#blockNNN), versions, actual-size, racy members (busy), where events stand between
+times (of snapshots, too), names that the daemon invents (#blockNNN), versions, actual-size, racy members (busy), where events stand between
 replies, and pause/resume pairs of jobs that nobody asked for (the reference drains by pausing). Members that we add to a
 reply are ignored: the contract is that what clients know stays as it is.
 """
@@ -28,7 +28,7 @@ import time
 REPLY_LIMIT = 10.0   # seconds for a reply; a daemon that hangs shall fail the test, not hang it
 EVENT_LIMIT = 3.0    # seconds for an expected event
 GAP_LIMIT = 0.4      # longest pause between commands that is kept
-RACY = {"busy", "actual-size", "microseconds", "seconds", "package", "timestamp"}
+RACY = {"busy", "date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec", "actual-size", "microseconds", "seconds", "package", "timestamp"}
 
 
 # (transcript, what a problem contains, why it may differ). Each is also told in docs/compat.md.
