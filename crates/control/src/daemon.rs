@@ -150,7 +150,7 @@ impl Daemon {
     pub(crate) fn opener(&self) -> &Rc<Opener> {
         &self.opener
     }
-    pub(crate) fn jobs(&self) -> &Registry {
+    pub(crate) fn jobs(&self) -> &Rc<Registry> {
         &self.jobs
     }
     pub(crate) fn graph(&self) -> &Rc<Graph> {

@@ -1,12 +1,14 @@
 //! `blockdev-backup`.
 
 use super::mirror::{ErrorPolicy, SyncMode};
+use super::transaction::{Act, Read};
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::blockdev_backup::min_cluster_size;
 use crate::error::{QmpError, Reply};
 use copy::OnSaveError;
-use jobs::{BackupArgs, BitmapMode, OnBufferFull, backup};
+use jobs::txn::BackupAction;
+use jobs::{BackupArgs, BitmapMode, Group, OnBufferFull, backup};
 use qapi::json;
 use serde::Deserialize;
 use std::rc::Rc;
@@ -136,6 +138,13 @@ impl BlockdevBackup {
             buffer_size: size,
             ..self.common.args(&target)?
         })
+    }
+}
+
+impl Act for BlockdevBackup {
+    const MAKES_JOB: bool = true;
+    fn action(self, daemon: &Rc<Daemon>, group: Option<Rc<Group>>) -> Read {
+        Ok(BackupAction::new(daemon.jobs(), daemon.graph(), self.args()?, group))
     }
 }
 

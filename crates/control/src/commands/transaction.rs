@@ -1,5 +1,6 @@
 //! `transaction`: the table of what can be part of one. What happens when is said in [`jobs::txn`].
 
+use super::backup::BlockdevBackup;
 use super::snapshot::{BlockdevSnapshot, BlockdevSnapshotSync, InternalSync};
 use super::{Command, Entry, entry};
 use crate::Daemon;
@@ -18,7 +19,7 @@ pub(super) trait Act: DeserializeOwned {
     /// Whether it makes a job, so that transactions can let it end together with others (`completion-mode`).
     const MAKES_JOB: bool = false;
     /// What it does there. A job that it makes belongs to `group`, if there is one.
-    fn action(self, daemon: &Rc<Daemon>, group: Option<Rc<Group>>) -> Result<Rc<dyn Action>, QmpError>;
+    fn action(self, daemon: &Rc<Daemon>, group: Option<Rc<Group>>) -> Read;
 }
 
 /// A transaction of this one command.
@@ -28,7 +29,8 @@ pub(super) async fn carry_out(daemon: &Rc<Daemon>, command: impl Act) -> Reply {
     Ok(json!({}))
 }
 
-type Read = Result<Rc<dyn Action>, QmpError>;
+/// An action as it was read.
+pub(super) type Read = Result<Rc<dyn Action>, QmpError>;
 
 /// A row of the table of actions.
 struct Row {
@@ -51,6 +53,7 @@ const fn row<A: Act>(name: &'static str) -> Row {
 /// What can be part of a transaction.
 const ACTIONS: &[Row] = &[
     row::<AbortNow>("abort"),
+    row::<BlockdevBackup>("blockdev-backup"),
     row::<BlockdevSnapshot>("blockdev-snapshot"),
     row::<BlockdevSnapshotSync>("blockdev-snapshot-sync"),
     row::<InternalSync>("blockdev-snapshot-internal-sync"),
@@ -60,7 +63,7 @@ const ACTIONS: &[Row] = &[
 struct AbortNow {}
 
 impl Act for AbortNow {
-    fn action(self, _: &Rc<Daemon>, _: Option<Rc<Group>>) -> Result<Rc<dyn Action>, QmpError> {
+    fn action(self, _: &Rc<Daemon>, _: Option<Rc<Group>>) -> Read {
         Ok(Rc::new(Abort))
     }
 }

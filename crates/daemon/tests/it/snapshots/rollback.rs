@@ -2,7 +2,7 @@
 
 use super::{add, end, graph, served};
 use crate::common::{Client, Dir};
-use crate::disk::tool;
+use crate::disk::{tool, until};
 use crate::mirrors::{DISK, Writer};
 use serde_json::{Value, json};
 
@@ -29,9 +29,13 @@ fn actions() -> Vec<Value> {
         ),
         action(
             "blockdev-snapshot-sync",
-            json!({"node-name": "other", "snapshot-file": "t.qcow2", "snapshot-node-name": "t"}),
+            json!({"node-name": "third", "snapshot-file": "t.qcow2", "snapshot-node-name": "t"}),
         ),
         action("blockdev-snapshot-internal-sync", json!({"device": "s", "name": "inside"})),
+        action(
+            "blockdev-backup",
+            json!({"job-id": "j", "device": "other", "target": "into", "sync": "full"}),
+        ),
         action("blockdev-snapshot", json!({"node": "s", "overlay": "p"})),
     ]
 }
@@ -39,8 +43,8 @@ fn actions() -> Vec<Value> {
 #[test]
 fn at_every_place() {
     let dir = Dir::new();
-    let (mut daemon, mut c) = served(&dir, &["disk", "other"]);
-    for name in ["o", "p"] {
+    let (mut daemon, mut c) = served(&dir, &["disk", "other", "third"]);
+    for name in ["o", "p", "into"] {
         tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|{name}.qcow2|8M"));
         add(&mut c, name);
     }
@@ -67,7 +71,9 @@ fn at_every_place() {
             assert_eq!(state(&mut c), before, "failed in {place}");
         }
     }
+    c.events.clear();
     c.command("transaction", json!({"actions": all})).unwrap();
+    until(&mut c, "j", "null");
     assert_ne!(state(&mut c), before);
     let exports = c.command("query-block-exports", json!({})).unwrap();
     let on: Vec<&Value> = exports.as_array().unwrap().iter().map(|e| &e["node-name"]).collect();
@@ -76,7 +82,7 @@ fn at_every_place() {
     let shown = tool(&dir, &format!("qemu-img|compare|-f|raw|-F|raw|model.raw|{DISK}"));
     assert!(shown.contains("identical"), "{shown}");
     end(&mut daemon, &mut c);
-    for name in ["disk", "other", "o", "s", "t", "p"] {
+    for name in ["disk", "other", "third", "into", "o", "s", "t", "p"] {
         tool(&dir, &format!("qemu-img|check|-q|{name}.qcow2"));
     }
 }

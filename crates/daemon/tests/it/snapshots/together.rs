@@ -2,7 +2,7 @@
 
 use super::{add, end, served};
 use crate::common::{Client, Dir};
-use crate::disk::tool;
+use crate::disk::{tool, until};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Stdio};
@@ -143,4 +143,96 @@ fn internal_snapshots_of_three_disks() {
         assert!(numbers[0] >= before, "{numbers:?} after {before}");
         before = numbers[0];
     }
+}
+
+/// Backups of all disks share one instant, with a snapshot of one of them; grouped they end together.
+#[test]
+fn backups_of_three_disks_and_a_snapshot() {
+    let dir = Dir::new();
+    let disks = ["a", "b", "c"];
+    let (mut daemon, mut c) = served(&dir, &disks);
+    let pair = Pair::start(&dir, &disks);
+    const ROUNDS: usize = 6;
+    for round in 0..ROUNDS {
+        let backup = |d: &str| {
+            let target = format!("{d}-{round}");
+            tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|{target}.qcow2|8M"));
+            (target, d.to_owned())
+        };
+        let mut actions = Vec::new();
+        for (target, d) in ["c", "a", "b"].map(backup) {
+            add(&mut c, &target);
+            actions.push(json!({"type": "blockdev-backup", "data":
+                {"job-id": format!("j{d}"), "device": d, "target": target, "sync": "full", "auto-dismiss": false}}));
+        }
+        let grouped = round % 2 == 0;
+        let mut arguments = json!({"actions": actions});
+        if grouped {
+            arguments["properties"] = json!({"completion-mode": "grouped"});
+        } else {
+            let inside = json!({"device": "b", "name": format!("s{round}")});
+            arguments["actions"]
+                .as_array_mut()
+                .unwrap()
+                .insert(1, json!({"type": "blockdev-snapshot-internal-sync", "data": inside}));
+        }
+        c.command("transaction", arguments).unwrap();
+        for d in disks {
+            let id = format!("j{d}");
+            until(&mut c, &id, "concluded");
+            c.command("job-dismiss", json!({"id": id})).unwrap();
+            c.command("blockdev-del", json!({"node-name": format!("{d}-{round}")})).unwrap();
+        }
+        let mut numbers = disks
+            .map(|d| {
+                let file = format!("{d}-{round}.qcow2");
+                number(&dir, &json!({"driver": "qcow2", "file.driver": "file", "file.filename": file}))
+            })
+            .to_vec();
+        check_instant(&numbers);
+        if !grouped {
+            tool(
+                &dir,
+                &format!("qemu-img|convert|-U|-f|qcow2|-l|snapshot.name=s{round}|-O|raw|b.qcow2|b.out"),
+            );
+            numbers[1] =
+                u64::from_le_bytes(std::fs::read(dir.0.join("b.out")).unwrap()[..8].try_into().unwrap());
+            check_instant(&numbers);
+        }
+    }
+    pair.stop();
+    end(&mut daemon, &mut c);
+    disks.iter().for_each(|d| drop(tool(&dir, &format!("qemu-img|check|-q|{d}.qcow2"))));
+}
+
+/// One of a group is cancelled: so are the others, and none of them has taken effect.
+#[test]
+fn a_group_is_cancelled_as_one() {
+    let dir = Dir::new();
+    let disks = ["a", "b"];
+    let (mut daemon, mut c) = served(&dir, &disks);
+    let mut actions = Vec::new();
+    for d in disks {
+        tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|{d}-to.qcow2|8M"));
+        add(&mut c, &format!("{d}-to"));
+        actions.push(json!({"type": "blockdev-backup", "data":
+            {"job-id": format!("j{d}"), "device": d, "target": format!("{d}-to"), "sync": "full", "auto-finalize": false}}));
+    }
+    let grouped = json!({"completion-mode": "grouped"});
+    c.command("transaction", json!({"actions": actions, "properties": grouped})).unwrap();
+    until(&mut c, "jb", "pending");
+    c.command("job-cancel", json!({"id": "ja"})).unwrap();
+    for d in disks {
+        until(&mut c, &format!("j{d}"), "BLOCK_JOB_CANCELLED");
+    }
+    assert_eq!(c.command("query-jobs", json!({})).unwrap(), json!([]));
+    let mixed = json!({"type": "blockdev-snapshot-internal-sync", "data": {"device": "a", "name": "s"}});
+    actions.push(mixed);
+    let error = c.command("transaction", json!({"actions": actions, "properties": grouped})).unwrap_err();
+    let kind = "blockdev-snapshot-internal-sync";
+    assert_eq!(
+        error,
+        format!("Action '{kind}' does not support transaction property completion-mode = grouped")
+    );
+    end(&mut daemon, &mut c);
 }
