@@ -122,11 +122,6 @@ fn recorded_streams() {
 }
 
 #[test]
-fn recorded_snapshots() {
-    replay(&["snapshot-internal"]);
-}
-
-#[test]
 fn qemus_own_client_library() {
     let dir = Dir::new();
     let daemon = Daemon::start(&dir, &["--object", "iothread,id=i0"]);
