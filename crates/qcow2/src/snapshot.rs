@@ -410,14 +410,19 @@ impl Core {
         if let Some(l1) = l1 {
             self.set_flags(l1.to_vec()).await?;
         }
-        let (old_at, patch) = {
+        let (old_count, old_at, before, after) = {
             let mut h = self.header.borrow_mut();
-            let old = h.snapshots_offset;
+            let (count_now, at_now, before) = (h.snapshot_count, h.snapshots_offset, h.patch_snapshots());
             h.snapshot_count = count as u32;
             h.snapshots_offset = at;
-            (old, h.patch_snapshots())
+            (count_now, at_now, before, h.patch_snapshots())
         };
-        self.point_header(patch).await?;
+        if let Err(e) = self.point_header(after, before).await {
+            let mut h = self.header.borrow_mut();
+            h.snapshot_count = old_count;
+            h.snapshots_offset = old_at;
+            return Err(e);
+        }
         let old = self.geo.clusters_for(self.snapshots.borrow().len);
         self.free_clusters(self.geo.host_cluster(old_at).0, old, false);
         Ok(())

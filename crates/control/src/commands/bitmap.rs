@@ -1,13 +1,19 @@
 //! Dirty bitmaps.
 
+use super::transaction::{Act, Read};
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
+use block::BlockError;
 use graph::NodeCell;
 use graph::bitmaps::{self, BitmapChange, NewBitmap, Source};
+use jobs::txn::{Action, Doing};
+use jobs::{Group, JobError};
 use qapi::json;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
+use std::cell::RefCell;
 use std::fmt::Write;
 use std::rc::Rc;
 
@@ -26,6 +32,8 @@ const HASH_STEP: usize = 64 << 10;
 
 /// A command that changes bitmaps, as a change that a transaction can take back.
 pub(crate) trait ChangesBitmap {
+    /// The node whose bitmaps change.
+    fn node(&self) -> &str;
     /// Makes the change.
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError>;
 }
@@ -33,6 +41,42 @@ pub(crate) trait ChangesBitmap {
 fn node(daemon: &Daemon, name: &str) -> Result<Rc<NodeCell>, QmpError> {
     let found = daemon.graph().find(name);
     found.ok_or_else(|| QmpError::generic(format!("Node '{name}' not found")))
+}
+
+/// A change as an action of a transaction.
+struct BitmapAction<C> {
+    daemon: Rc<Daemon>,
+    command: C,
+    done: RefCell<Option<BitmapChange>>,
+}
+
+impl<C: ChangesBitmap> Action for BitmapAction<C> {
+    fn nodes(&self) -> Vec<String> {
+        vec![self.command.node().to_owned()]
+    }
+
+    fn prepare(&self) -> Doing<'_, Result<(), JobError>> {
+        Box::pin(async move {
+            let change = self.command.change(&self.daemon).await;
+            let change = change.map_err(|e| JobError::from(BlockError::invalid(e.desc)))?;
+            *self.done.borrow_mut() = Some(change);
+            Ok(())
+        })
+    }
+
+    fn commit(&self) -> Doing<'_> {
+        Box::pin(async move { self.done.take().into_iter().for_each(BitmapChange::commit) })
+    }
+
+    fn abort(&self) -> Doing<'_> {
+        Box::pin(async move { self.done.take().into_iter().for_each(BitmapChange::undo) })
+    }
+}
+
+impl<C: ChangesBitmap + DeserializeOwned + 'static> Act for C {
+    fn action(self, daemon: &Rc<Daemon>, _: Option<Rc<Group>>) -> Read {
+        Ok(Rc::new(BitmapAction { daemon: daemon.clone(), command: self, done: RefCell::default() }))
+    }
 }
 
 async fn at_once(command: &impl ChangesBitmap, daemon: &Daemon) -> Reply {
@@ -53,6 +97,9 @@ pub(crate) struct BitmapAdd {
 }
 
 impl ChangesBitmap for BitmapAdd {
+    fn node(&self) -> &str {
+        &self.node
+    }
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
         let cell = daemon.find_node(Some(&self.node), Some(&self.node))?;
         let new = NewBitmap {
@@ -85,6 +132,9 @@ struct Named {
 pub(crate) struct BitmapRemove(Named);
 
 impl ChangesBitmap for BitmapRemove {
+    fn node(&self) -> &str {
+        &self.0.node
+    }
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
         Ok(bitmaps::remove(&node(daemon, &self.0.node)?, &self.0.name).await?)
     }
@@ -103,6 +153,9 @@ impl Command for BitmapRemove {
 pub(crate) struct BitmapClear(Named);
 
 impl ChangesBitmap for BitmapClear {
+    fn node(&self) -> &str {
+        &self.0.node
+    }
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
         Ok(bitmaps::clear(&node(daemon, &self.0.node)?, &self.0.name)?)
     }
@@ -121,6 +174,9 @@ impl Command for BitmapClear {
 pub(crate) struct BitmapEnable(Named);
 
 impl ChangesBitmap for BitmapEnable {
+    fn node(&self) -> &str {
+        &self.0.node
+    }
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
         Ok(bitmaps::set_enabled(&node(daemon, &self.0.node)?, &self.0.name, true)?)
     }
@@ -139,6 +195,9 @@ impl Command for BitmapEnable {
 pub(crate) struct BitmapDisable(Named);
 
 impl ChangesBitmap for BitmapDisable {
+    fn node(&self) -> &str {
+        &self.0.node
+    }
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
         Ok(bitmaps::set_enabled(&node(daemon, &self.0.node)?, &self.0.name, false)?)
     }
@@ -168,6 +227,9 @@ pub(crate) struct BitmapMerge {
 }
 
 impl ChangesBitmap for BitmapMerge {
+    fn node(&self) -> &str {
+        &self.node
+    }
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
         let cell = node(daemon, &self.node)?;
         bitmaps::find_bitmap(&cell, &self.target)?;

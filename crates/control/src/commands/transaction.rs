@@ -1,6 +1,7 @@
 //! `transaction`: the table of what can be part of one. What happens when is said in [`jobs::txn`].
 
 use super::backup::BlockdevBackup;
+use super::bitmap::{BitmapAdd, BitmapClear, BitmapDisable, BitmapEnable, BitmapMerge, BitmapRemove};
 use super::snapshot::{BlockdevSnapshot, BlockdevSnapshotSync, InternalSync};
 use super::{Command, Entry, entry};
 use crate::Daemon;
@@ -53,6 +54,12 @@ const fn row<A: Act>(name: &'static str) -> Row {
 /// What can be part of a transaction.
 const ACTIONS: &[Row] = &[
     row::<AbortNow>("abort"),
+    row::<BitmapAdd>("block-dirty-bitmap-add"),
+    row::<BitmapRemove>("block-dirty-bitmap-remove"),
+    row::<BitmapClear>("block-dirty-bitmap-clear"),
+    row::<BitmapEnable>("block-dirty-bitmap-enable"),
+    row::<BitmapDisable>("block-dirty-bitmap-disable"),
+    row::<BitmapMerge>("block-dirty-bitmap-merge"),
     row::<BlockdevBackup>("blockdev-backup"),
     row::<BlockdevSnapshot>("blockdev-snapshot"),
     row::<BlockdevSnapshotSync>("blockdev-snapshot-sync"),

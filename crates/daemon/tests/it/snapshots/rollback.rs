@@ -13,16 +13,41 @@ fn state(c: &mut Client) -> Value {
         .as_array()
         .unwrap()
         .iter()
-        .map(|n| json!([n["node-name"], n["ro"], n["drv"], n["backing_file_depth"], n["image"]["snapshots"]]))
+        .map(|n| {
+            json!([
+                n["node-name"],
+                n["ro"],
+                n["drv"],
+                n["backing_file_depth"],
+                n["image"]["snapshots"],
+                bitmaps(n)
+            ])
+        })
         .collect();
     json!([nodes, format!("{:?}", graph(c)), c.command("query-jobs", json!({})).unwrap()])
+}
+
+/// Names and states of a node's bitmaps; their counts where nobody writes.
+fn bitmaps(node: &Value) -> Vec<Value> {
+    let all = node["dirty-bitmaps"].as_array().cloned().unwrap_or_default();
+    let still = node["node-name"] == "third";
+    all.iter()
+        .map(|b| json!([b["name"], b["recording"], b["busy"], still.then(|| b["count"].clone())]))
+        .collect()
 }
 
 /// Actions of every kind that build on one another.
 fn actions() -> Vec<Value> {
     let action = |kind: &str, data: Value| json!({"type": kind, "data": data});
     vec![
+        action("block-dirty-bitmap-add", json!({"node": "disk", "name": "fresh"})),
+        action("block-dirty-bitmap-merge", json!({"node": "disk", "target": "fresh", "bitmaps": ["old"]})),
+        action("block-dirty-bitmap-clear", json!({"node": "disk", "name": "old"})),
+        action("block-dirty-bitmap-disable", json!({"node": "disk", "name": "old"})),
         action("blockdev-snapshot", json!({"node": "disk", "overlay": "o"})),
+        action("block-dirty-bitmap-add", json!({"node": "o", "name": "next"})),
+        action("block-dirty-bitmap-remove", json!({"node": "third", "name": "third"})),
+        action("block-dirty-bitmap-enable", json!({"node": "disk", "name": "old"})),
         action(
             "blockdev-snapshot-sync",
             json!({"node-name": "o", "snapshot-file": "s.qcow2", "snapshot-node-name": "s"}),
@@ -49,6 +74,10 @@ fn at_every_place() {
         add(&mut c, name);
     }
     tool(&dir, "qemu-img|create|-q|-f|raw|model.raw|8M");
+    for (node, name) in [("disk", "old"), ("third", "third")] {
+        c.command("block-dirty-bitmap-add", json!({"node": node, "name": name})).unwrap();
+    }
+    tool(&dir, "qemu-io|-f|raw|-c|write -P 5 1M 300k|nbd+unix:///third?socket=nbd.sock");
     let writer = Writer::start(&dir, DISK, &["8", "2000"]);
     let before = state(&mut c);
     let all = actions();
