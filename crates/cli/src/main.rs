@@ -6,6 +6,7 @@
 //! and its own daemon ended.
 #![forbid(unsafe_code)]
 
+mod convert;
 mod daemon;
 mod mirror;
 mod status;
@@ -28,6 +29,8 @@ struct Cli {
 enum Command {
     /// Copy a disk while it is in use, or two files that nobody uses
     Mirror(mirror::MirrorArgs),
+    /// Write an image anew: in another format, compressed, with other options
+    Convert(convert::ConvertArgs),
     /// Show disks, exports and jobs of a running daemon
     Status(SocketArgs),
     /// Show the progress of jobs until they end
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
 fn run(command: Command) -> Outcome {
     match command {
         Command::Mirror(args) => mirror::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Status(args) => status::run(&mut Client::connect(&args.socket)?),
         Command::Watch(args) => watch::run(&args),
         Command::Complete(args) => {

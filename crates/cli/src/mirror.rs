@@ -46,7 +46,7 @@ pub(crate) struct MirrorArgs {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
+pub(crate) enum Format {
     Raw,
     Qcow2,
 }
@@ -72,7 +72,7 @@ enum Convergence {
     ThrottleGuest,
 }
 
-fn name<T: ValueEnum + Copy>(v: T) -> String {
+pub(crate) fn name<T: ValueEnum + Copy>(v: T) -> String {
     v.to_possible_value().map(|p| p.get_name().to_owned()).unwrap_or_default()
 }
 
@@ -92,7 +92,7 @@ fn offline(args: &MirrorArgs) -> Outcome {
     };
     let daemon = OwnDaemon::start()?;
     let mut client = daemon.client()?;
-    add(&mut client, SOURCE, format, &args.source, true)?;
+    add_image(&mut client, SOURCE, format, &args.source, true)?;
     make_target(args, &mut client, SOURCE, format)?;
     start(args, &mut client, SOURCE, TARGET)?;
     follow(&mut client, &args.job)?;
@@ -133,7 +133,7 @@ fn live(args: &MirrorArgs, client: &mut Client) -> Outcome {
 }
 
 /// qcow2 by its magic, else raw.
-fn look(file: &Path) -> Outcome<Format> {
+pub(crate) fn look(file: &Path) -> Outcome<Format> {
     let mut magic = [0u8; 4];
     let mut f = std::fs::File::open(file).map_err(|e| format!("cannot open {}: {e}", file.display()))?;
     let qcow2 = f.read_exact(&mut magic).is_ok() && &magic == b"QFI\xfb";
@@ -158,7 +158,13 @@ fn protocol(place: &str) -> Outcome<Value> {
     Ok(json!({"driver": "file", "filename": place, "discard": "unmap"}))
 }
 
-fn add(client: &mut Client, node: &str, format: Format, place: &str, read_only: bool) -> Outcome {
+pub(crate) fn add_image(
+    client: &mut Client,
+    node: &str,
+    format: Format,
+    place: &str,
+    read_only: bool,
+) -> Outcome {
     let mut file = protocol(place)?;
     file["read-only"] = json!(read_only);
     let options = json!({"driver": name(format), "node-name": node, "read-only": read_only, "discard": "unmap", "file": file});
@@ -178,24 +184,35 @@ fn make_target(args: &MirrorArgs, client: &mut Client, source: &str, source_form
     };
     if is_file && !file.exists() {
         let size = size_of(client, source)?;
-        let file_size = if format == Format::Raw { size } else { 0 };
-        create(client, "liveblk-create", &json!({"driver": "file", "filename": place, "size": file_size}))?;
-        if format == Format::Qcow2 {
-            let node = json!({"driver": "file", "node-name": "liveblk-new", "filename": place});
-            client.execute("blockdev-add", &node)?;
-            let made = create(
-                client,
-                "liveblk-format",
-                &json!({"driver": "qcow2", "file": "liveblk-new", "size": size}),
-            );
-            client.execute("blockdev-del", &json!({"node-name": "liveblk-new"}))?;
-            made?;
-        }
+        make_image(client, place, format, size, &[])?;
     }
-    add(client, TARGET, format, place, false)
+    add_image(client, TARGET, format, place, false)
 }
 
-fn size_of(client: &mut Client, node: &str) -> Outcome<u64> {
+/// Makes an image file; `options` are further options of its format.
+pub(crate) fn make_image(
+    client: &mut Client,
+    place: &str,
+    format: Format,
+    size: u64,
+    options: &[(String, Value)],
+) -> Outcome {
+    if format == Format::Raw {
+        let mut file = json!({"driver": "file", "filename": place, "size": size});
+        options.iter().for_each(|(key, value)| file[key] = value.clone());
+        return create(client, "liveblk-create", &file);
+    }
+    create(client, "liveblk-create", &json!({"driver": "file", "filename": place, "size": 0}))?;
+    let node = json!({"driver": "file", "node-name": "liveblk-new", "filename": place});
+    client.execute("blockdev-add", &node)?;
+    let mut image = json!({"driver": "qcow2", "file": "liveblk-new", "size": size});
+    options.iter().for_each(|(key, value)| image[key] = value.clone());
+    let made = create(client, "liveblk-format", &image);
+    client.execute("blockdev-del", &json!({"node-name": "liveblk-new"}))?;
+    made
+}
+
+pub(crate) fn size_of(client: &mut Client, node: &str) -> Outcome<u64> {
     let nodes = client.execute("query-named-block-nodes", &json!({"flat": true}))?;
     let found = nodes.as_array().and_then(|a| a.iter().find(|n| n["node-name"] == node));
     found

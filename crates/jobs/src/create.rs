@@ -1,4 +1,5 @@
-//! `blockdev-create`: makes an image in the background. Stays until dismissed, so that its result can be read.
+//! `blockdev-create` and `x-blockdev-amend`: make an image or change what it is, in the background. Such a job stays until
+//! dismissed, so that its result can be read.
 
 use crate::error::JobError;
 use crate::event::{Kind, Progress};
@@ -34,10 +35,10 @@ impl Body for Create {
     }
 }
 
-/// Starts a job of type `create` that runs `work`. Whatever `work` finds wrong is the job's error, not the command's.
-pub fn start(registry: &Registry, id: &str, work: Io<'static>) -> Result<Rc<Job>, JobError> {
+/// Starts a job of type `kind` that runs `work`. Whatever `work` finds wrong is the job's error, not the command's.
+pub fn start(registry: &Registry, id: &str, kind: Kind, work: Io<'static>) -> Result<Rc<Job>, JobError> {
     let options = Options { auto_dismiss: false, ..Options::default() };
-    let job = registry.create(id, Kind::Create, options, None)?;
+    let job = registry.create(id, kind, options, None)?;
     let body = Rc::new(Create { work: RefCell::new(Some(work)), done: Cell::new(false) });
     registry.start(&job, body);
     Ok(job)

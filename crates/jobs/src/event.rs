@@ -17,6 +17,8 @@ pub enum Kind {
     Backup,
     /// `blockdev-create`.
     Create,
+    /// `x-blockdev-amend`.
+    Amend,
 }
 
 impl Kind {
@@ -28,12 +30,13 @@ impl Kind {
             Kind::Stream => "stream",
             Kind::Backup => "backup",
             Kind::Create => "create",
+            Kind::Amend => "amend",
         }
     }
 
     /// Whether the `block-job-*` commands and `BLOCK_JOB_*` events know this kind.
     pub const fn is_block_job(self) -> bool {
-        !matches!(self, Kind::Create)
+        !matches!(self, Kind::Create | Kind::Amend)
     }
 }
 

@@ -148,17 +148,17 @@ fn create_jobs_stay_until_dismissed_and_are_no_block_jobs() {
             env.sleep(Duration::from_millis(3)).await;
             Err(BlockError::invalid("Cluster size must be a power of two between 512 and 2048k"))
         });
-        let job = jobs::create::start(&w.registry, "c1", work).unwrap();
+        let job = jobs::create::start(&w.registry, "c1", Kind::Create, work).unwrap();
         assert_eq!(job.progress(), Progress { total: 1, current: 0 });
         job.concluded().await;
         assert_eq!(w.log.0.take(), ["c1 created", "c1 running", "c1 aborting", "c1 concluded"]);
         assert_eq!(job.progress(), Progress { total: 1, current: 1 });
         assert!(job.error().unwrap().message().starts_with("Cluster size"));
         assert_eq!(w.registry.find_block_job("c1").err().unwrap().to_string(), "Block job 'c1' not found");
-        let again = jobs::create::start(&w.registry, "c1", Box::pin(async { Ok(()) }));
+        let again = jobs::create::start(&w.registry, "c1", Kind::Create, Box::pin(async { Ok(()) }));
         assert_eq!(again.err().unwrap().to_string(), "Job ID 'c1' already in use");
         w.registry.dismiss(&job).unwrap();
-        let job = jobs::create::start(&w.registry, "c1", Box::pin(async { Ok(()) })).unwrap();
+        let job = jobs::create::start(&w.registry, "c1", Kind::Create, Box::pin(async { Ok(()) })).unwrap();
         job.concluded().await;
         let said = w.log.0.take();
         assert_eq!(said[1..], ["c1 created", "c1 running", "c1 waiting", "c1 pending", "c1 concluded"]);

@@ -1,4 +1,4 @@
-//! `blockdev-create`: makes images, as a job.
+//! `blockdev-create`, `x-blockdev-amend`: make images and change what they are, as jobs.
 
 use super::{Command, Entry, entry};
 use crate::Daemon;
@@ -6,6 +6,7 @@ use crate::blockdev;
 use crate::error::{QmpError, Reply};
 use block::{BlockError, Prealloc, Result};
 use graph::NodeCell;
+use jobs::Kind;
 use open::{Child, Opener};
 use qapi::{Map, Value, json};
 use qcow2::create::Options as Qcow2Options;
@@ -13,7 +14,7 @@ use qcow2::header::Compression;
 use serde::Deserialize;
 use std::rc::Rc;
 
-pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevCreate>()];
+pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevCreate>(), entry::<BlockdevAmend>()];
 
 /// Makes an image in the background. What the schema cannot say about the options is the job's error.
 #[derive(Deserialize)]
@@ -140,7 +141,39 @@ impl Command for BlockdevCreate {
                 return Err(QmpError::generic(desc));
             }
         };
-        jobs::create::start(daemon.jobs(), &self.job_id, work)?;
+        jobs::create::start(daemon.jobs(), &self.job_id, Kind::Create, work)?;
+        Ok(json!({}))
+    }
+}
+
+/// Changes what an image is. Of qcow2 images only the encryption can be changed this way, and encrypted ones are not opened: so
+/// there is nothing to do, or what is asked for does not fit the image.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockdevAmend {
+    job_id: String,
+    node_name: String,
+    options: Map<String, Value>,
+}
+
+impl Command for BlockdevAmend {
+    const NAME: &'static str = "x-blockdev-amend";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let cell = daemon.find_node(None, Some(&self.node_name))?;
+        if self.options["driver"] != cell.node().driver() {
+            return Err(QmpError::generic("x-blockdev-amend doesn't support changing the block driver"));
+        }
+        if cell.node().driver() != "qcow2" {
+            return Err(QmpError::generic("Driver does not support x-blockdev-amend"));
+        }
+        let encrypt = self.options.contains_key("encrypt");
+        let work = async move {
+            match encrypt {
+                false => Ok(()),
+                true => Err(BlockError::invalid("image is not encrypted, can't amend")),
+            }
+        };
+        jobs::create::start(daemon.jobs(), &self.job_id, Kind::Amend, Box::pin(work))?;
         Ok(json!({}))
     }
 }
