@@ -246,7 +246,9 @@ pub async fn create<S: Storage, D: Storage>(file: &S, data: Option<&D>, options:
         }
         other => other?,
     }
-    let for_file = if g.data_file() { Prealloc::Off } else { prealloc };
+    // Metadata is this format's own: to the files below it means nothing.
+    let below = if prealloc == Prealloc::Metadata { Prealloc::Off } else { prealloc };
+    let for_file = if g.data_file() { Prealloc::Off } else { below };
     match file.resize(cluster(layout.total), for_file).await {
         Err(e) if e.kind() == ErrorKind::Unsupported && file.len() >= cluster(layout.total) => (),
         other => other.map_err(|e| e.context("Could not resize image: Failed to resize underlying file"))?,
@@ -257,7 +259,7 @@ pub async fn create<S: Storage, D: Storage>(file: &S, data: Option<&D>, options:
         && data.len() < options.size
     {
         let context = "Could not resize image: Failed to resize data file";
-        data.resize(options.size, prealloc).await.map_err(|e| e.context(context))?;
+        data.resize(options.size, below).await.map_err(|e| e.context(context))?;
         data.barrier().await?;
     }
     file.barrier().await?;

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
 use sim::runner::{Options, Report, run, run_one};
-use sim::scenario::{find, live, nth};
+use sim::scenario::{chain, find, live, nth};
 
 /// Seeds of each scenario in the tests; `cargo xtask sim` runs more.
 const SHARE: u64 = 150;
@@ -45,8 +45,22 @@ fn a_mirror_is_never_wrong() {
     }
 }
 
+#[test]
+fn no_job_on_a_chain_changes_what_the_guest_reads() {
+    let report = run(
+        chain::chain,
+        start()..start() + SHARE,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    let wanted = ["snapshots", "commits below", "commits of the active image", "streams", "full backups"];
+    for what in wanted.into_iter().chain(["incremental backups", "cancelled", "kills", "power losses"]) {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
 /// One case of so many is tried in the tests; prime, so that scripts, I/Os and kinds of failure all take turns.
-const STRIDE: u64 = 29;
+const STRIDE: u64 = 61;
 
 #[test]
 fn whatever_io_fails_nothing_is_lost_and_a_repeat_succeeds() {
@@ -54,7 +68,7 @@ fn whatever_io_fails_nothing_is_lost_and_a_repeat_succeeds() {
     let report = run(|s, v| nth::case(s * STRIDE, v), 0..cases, &Options { jobs: 2, ..Options::default() });
     clean(&report);
     for what in ["EIO", "ENOSPC", "short", "hang", "failed, and done again"] {
-        assert!(report.counts.get(what).is_some_and(|n| *n > 10), "{what}: a run without them proves little");
+        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is played in a simulated world, and watched.
 
+pub mod chain;
 pub mod live;
 pub mod nth;
 mod nth_table;
@@ -9,8 +10,13 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 4] =
-    [("storage", storage::honest), ("serve", live::served), ("live", live::whole_daemon), ("nth", nth::case)];
+pub const SCENARIOS: [(&str, Scenario); 5] = [
+    ("storage", storage::honest),
+    ("serve", live::served),
+    ("live", live::whole_daemon),
+    ("chain", chain::chain),
+    ("nth", nth::case),
+];
 
 /// The scenario of that name.
 pub fn find(name: &str) -> Option<(&'static str, Scenario)> {

@@ -79,6 +79,8 @@ pub(crate) enum Finish {
     Stop,
     /// `job-finalize` when it is pending, `job-dismiss` when it has concluded.
     ByHand,
+    /// [`Finish::Complete`], then [`Finish::ByHand`].
+    CompleteByHand,
 }
 
 /// What is tried.
@@ -214,7 +216,7 @@ fn write_layers(script: &'static Script) -> Result<Written, String> {
 }
 
 /// Adds a node, exports it, connects.
-async fn opened(w: &World, daemon: &Booted, outside: &Env, node: Json) -> Option<Rc<NbdDisk>> {
+pub(crate) async fn opened(w: &World, daemon: &Booted, outside: &Env, node: Json) -> Option<Rc<NbdDisk>> {
     let ready = async {
         let m = daemon.manage(w, outside, &Rc::new(History::new())).await?;
         let name = node["node-name"].clone();
@@ -232,7 +234,7 @@ async fn opened(w: &World, daemon: &Booted, outside: &Env, node: Json) -> Option
     }
 }
 
-async fn connect(w: &World, outside: &Env) -> Option<Rc<NbdDisk>> {
+pub(crate) async fn connect(w: &World, outside: &Env) -> Option<Rc<NbdDisk>> {
     match NbdDisk::connect(outside, &nbd(), "disk", Mode::Structured, w.verdict()).await {
         Ok(d) => Some(d),
         Err(e) => {
@@ -242,7 +244,7 @@ async fn connect(w: &World, outside: &Env) -> Option<Rc<NbdDisk>> {
     }
 }
 
-async fn all_of(w: &World, disk: &dyn Disk) -> Vec<Value> {
+pub(crate) async fn all_of(w: &World, disk: &dyn Disk) -> Vec<Value> {
     match read_all(disk, &History::new(), 0).await {
         Ok(values) => values,
         Err(e) => {
@@ -368,6 +370,7 @@ impl Play {
         finish: Finish,
     ) -> Result<Ended, Refusal> {
         let id = || json!({"id": "job"});
+        let by_hand = matches!(finish, Finish::ByHand | Finish::CompleteByHand);
         let began = self.outside.now();
         match self.patiently(m, command, arguments).await {
             Ok(_) => {}
@@ -378,7 +381,7 @@ impl Play {
         loop {
             let seen = m.job("job");
             match seen.status.as_str() {
-                "ready" if !asked && finish != Finish::Itself => {
+                "ready" if !asked && !matches!(finish, Finish::Itself | Finish::ByHand) => {
                     asked = true;
                     let _refused_if_over = match finish {
                         Finish::Stop => self.patiently(m, "block-job-cancel", json!({"device": "job"})).await,
@@ -389,10 +392,10 @@ impl Play {
                 "paused" | "standby" => {
                     let _refused_if_over = m.execute("job-resume", id()).await;
                 }
-                "pending" if finish == Finish::ByHand => {
+                "pending" if by_hand => {
                     let _refused_if_over = self.patiently(m, "job-finalize", id()).await;
                 }
-                "concluded" if finish == Finish::ByHand => {
+                "concluded" if by_hand => {
                     // a failed job-prepare is told here alone
                     let jobs = m.must("query-jobs", json!({})).await?;
                     error = jobs[0]["error"].as_str().map(str::to_owned);
@@ -407,7 +410,7 @@ impl Play {
                         }
                         (Some(e), false) => Ended::Badly(e.or(error).unwrap_or_default()),
                         // no block job: only query-jobs told
-                        (None, false) if finish == Finish::ByHand => error.map_or(Ended::Well, Ended::Badly),
+                        (None, false) if by_hand => error.map_or(Ended::Well, Ended::Badly),
                         (None, true) if cancelled || error.is_some() => Ended::Badly("cancelled".to_owned()),
                         (completed, by) => {
                             self.bad(format!(

@@ -56,6 +56,26 @@ const BESIDE: &[Layer] = &[
     Layer { name: "target", cluster: 4096, over: Some("base"), written: &[], open: true },
 ];
 
+/// A disk, and an empty image that is to go on top.
+const CHAIN_AND_EMPTY: &[Layer] = &[
+    Layer { name: "base", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
+    Layer { name: "mid", cluster: 4096, over: Some("base"), written: &[(30, 60), (300, 50)], open: true },
+    Layer { name: "new", cluster: 4096, over: Some("mid"), written: &[], open: false },
+];
+/// Two disks, and the images that are to go on top of them.
+const TWO_AND_EMPTY: &[Layer] = &[
+    Layer { name: "disk", cluster: 4096, over: None, written: &[(0, 60), (200, 90)], open: true },
+    Layer { name: "other", cluster: 0, over: None, written: &[(7, 60)], open: true },
+    Layer { name: "new", cluster: 4096, over: Some("disk"), written: &[], open: false },
+    Layer { name: "newer", cluster: 512, over: Some("other"), written: &[], open: false },
+];
+const CHAIN_OF_FOUR: &[Layer] = &[
+    Layer { name: "base", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
+    Layer { name: "two", cluster: 512, over: Some("base"), written: &[(30, 60), (300, 50)], open: true },
+    Layer { name: "three", cluster: 4096, over: Some("two"), written: &[(50, 9), (333, 30)], open: true },
+    Layer { name: "top", cluster: 65536, over: Some("three"), written: &[(80, 30), (210, 10)], open: true },
+];
+
 fn mirror(more: Value) -> Value {
     with(
         json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full", "granularity": 65536}),
@@ -69,6 +89,10 @@ fn commit(more: Value) -> Value {
 
 fn stream(more: Value) -> Value {
     with(json!({"job-id": "job", "device": "top"}), more)
+}
+
+fn backup(more: Value) -> Value {
+    with(json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full"}), more)
 }
 
 fn with(mut all: Value, more: Value) -> Value {
@@ -241,6 +265,223 @@ pub(crate) const SCRIPTS: &[Script] = &[
             ),
             Step::Do("block_resize", || json!({"node-name": "n", "size": 64 << 20})),
             Step::Do("blockdev-del", || json!({"node-name": "n"})),
+        ],
+    },
+    Script {
+        name: "back up all to qcow2",
+        layers: QCOW2_TO_SMALL,
+        disk: "disk",
+        steps: &[Step::Job("blockdev-backup", || backup(json!({})), Finish::Itself)],
+    },
+    Script {
+        name: "back up all to raw, by hand",
+        layers: QCOW2_TO_RAW,
+        disk: "disk",
+        steps: &[Step::Job(
+            "blockdev-backup",
+            || backup(json!({"auto-finalize": false, "auto-dismiss": false})),
+            Finish::ByHand,
+        )],
+    },
+    Script {
+        name: "back up the top layer",
+        layers: BESIDE,
+        disk: "disk",
+        steps: &[Step::Job("blockdev-backup", || backup(json!({"sync": "top"})), Finish::Itself)],
+    },
+    Script {
+        name: "back up with on-error=stop",
+        layers: QCOW2_TO_SMALL,
+        disk: "disk",
+        steps: &[Step::Job(
+            "blockdev-backup",
+            || backup(json!({"on-source-error": "stop", "on-target-error": "stop"})),
+            Finish::Itself,
+        )],
+    },
+    Script {
+        name: "back up by a bitmap",
+        layers: QCOW2_TO_RAW,
+        disk: "disk",
+        steps: &[
+            Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b"})),
+            Step::Job(
+                "blockdev-backup",
+                || backup(json!({"sync": "incremental", "bitmap": "b"})),
+                Finish::Itself,
+            ),
+            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"})),
+        ],
+    },
+    Script {
+        name: "put a layer on top",
+        layers: CHAIN_AND_EMPTY,
+        disk: "mid",
+        steps: &[
+            Step::Do("blockdev-add", || {
+                json!({"driver": "qcow2", "node-name": "new", "backing": null,
+                       "file": {"driver": "file", "filename": "/new.img"}})
+            }),
+            Step::Do("blockdev-snapshot", || json!({"node": "mid", "overlay": "new"})),
+        ],
+    },
+    Script {
+        name: "put layers on two disks at once",
+        layers: TWO_AND_EMPTY,
+        disk: "disk",
+        steps: &[
+            Step::Do("blockdev-add", || {
+                json!({"driver": "qcow2", "node-name": "new", "backing": null,
+                       "file": {"driver": "file", "filename": "/new.img"}})
+            }),
+            Step::Do("blockdev-add", || {
+                json!({"driver": "qcow2", "node-name": "newer", "backing": null,
+                       "file": {"driver": "file", "filename": "/newer.img"}})
+            }),
+            Step::Do("transaction", || {
+                json!({"actions": [
+                    {"type": "blockdev-snapshot", "data": {"node": "disk", "overlay": "new"}},
+                    {"type": "blockdev-snapshot", "data": {"node": "other", "overlay": "newer"}},
+                ]})
+            }),
+        ],
+    },
+    Script {
+        name: "commit the active layer by hand",
+        layers: CHAIN,
+        disk: "top",
+        steps: &[Step::Job(
+            "block-commit",
+            || commit(json!({"base-node": "mid", "auto-finalize": false, "auto-dismiss": false})),
+            Finish::CompleteByHand,
+        )],
+    },
+    Script {
+        name: "mirror by hand",
+        layers: RAW_TO_QCOW2,
+        disk: "disk",
+        steps: &[Step::Job(
+            "blockdev-mirror",
+            || mirror(json!({"auto-finalize": false, "auto-dismiss": false})),
+            Finish::CompleteByHand,
+        )],
+    },
+    Script {
+        name: "stream by hand",
+        layers: SMALL,
+        disk: "top",
+        steps: &[Step::Job(
+            "block-stream",
+            || stream(json!({"base-node": "base", "auto-finalize": false, "auto-dismiss": false})),
+            Finish::ByHand,
+        )],
+    },
+    Script {
+        name: "stream a layer below the active one",
+        layers: CHAIN_OF_FOUR,
+        disk: "top",
+        steps: &[Step::Job(
+            "block-stream",
+            || json!({"job-id": "job", "device": "three", "base-node": "base"}),
+            Finish::Itself,
+        )],
+    },
+    Script {
+        name: "mirror in read-write-blocking mode",
+        layers: QCOW2_TO_SMALL,
+        disk: "disk",
+        steps: &[Step::Job(
+            "blockdev-mirror",
+            || mirror(json!({"copy-mode": "read-write-blocking"})),
+            Finish::Complete,
+        )],
+    },
+    Script {
+        name: "mirror within a small buffer",
+        layers: QCOW2_TO_RAW,
+        disk: "disk",
+        steps: &[Step::Job(
+            "blockdev-mirror",
+            || mirror(json!({"granularity": 512, "buf-size": 4096})),
+            Finish::Complete,
+        )],
+    },
+    Script {
+        name: "commit two layers in the middle",
+        layers: CHAIN_OF_FOUR,
+        disk: "top",
+        steps: &[Step::Job(
+            "block-commit",
+            || commit(json!({"top-node": "three", "base-node": "base"})),
+            Finish::Itself,
+        )],
+    },
+    Script {
+        name: "commit with on-error=ignore",
+        layers: SMALL,
+        disk: "top",
+        steps: &[Step::Job(
+            "block-commit",
+            || commit(json!({"top-node": "mid", "on-error": "ignore"})),
+            Finish::Itself,
+        )],
+    },
+    Script {
+        name: "stream with on-error=ignore",
+        layers: SMALL,
+        disk: "top",
+        steps: &[Step::Job("block-stream", || stream(json!({"on-error": "ignore"})), Finish::Itself)],
+    },
+    Script {
+        name: "commit the active layer with on-error=stop",
+        layers: CHAIN,
+        disk: "top",
+        steps: &[Step::Job("block-commit", || commit(json!({"on-error": "stop"})), Finish::Complete)],
+    },
+    Script {
+        name: "export a disk and take it back",
+        layers: CLOSED,
+        disk: "disk",
+        steps: &[
+            Step::Do(
+                "blockdev-add",
+                || json!({"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "/mid.img"}}),
+            ),
+            Step::Do(
+                "block-export-add",
+                || json!({"type": "nbd", "id": "e1", "node-name": "n", "name": "n", "writable": true}),
+            ),
+            Step::Do("block-export-del", || json!({"id": "e1", "mode": "hard"})),
+        ],
+    },
+    Script {
+        name: "create a raw image, preallocated",
+        layers: CLOSED,
+        disk: "disk",
+        steps: &[Step::Job(
+            "blockdev-create",
+            || {
+                json!({"job-id": "job", "options": {
+                    "driver": "file", "filename": "/created.img", "size": 1 << 20, "preallocation": "full"}})
+            },
+            Finish::ByHand,
+        )],
+    },
+    Script {
+        name: "create a preallocated qcow2 image of small clusters",
+        layers: CLOSED,
+        disk: "disk",
+        steps: &[
+            Step::Do("blockdev-add", || json!({"driver": "file", "node-name": "f", "filename": "/base.img"})),
+            Step::Job(
+                "blockdev-create",
+                || {
+                    json!({"job-id": "job", "options": {
+                        "driver": "qcow2", "file": "f", "size": 1 << 18, "cluster-size": 512,
+                        "preallocation": "metadata"}})
+                },
+                Finish::ByHand,
+            ),
         ],
     },
 ];
