@@ -84,7 +84,7 @@ MISSING_COMMANDS = {
     "blockdev-backup", "blockdev-reopen", "blockdev-set-active",
     "qom-get", "qom-set", "qom-list-types", "query-chardev-backends", "x-blockdev-amend", "x-blockdev-set-iothread",
 }  # fmt: skip
-MISSING_KINDS = {("driver", "throttle"), ("qom-type", "throttle-group")}
+MISSING_KINDS = set()
 
 
 def missing(message):

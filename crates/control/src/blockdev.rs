@@ -73,9 +73,11 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
             size: f.size("size")?,
         },
         "null-co" => DriverSpec::NullCo(null(f)?),
-        "blkdebug" => blockdev_filters::blkdebug(f, depth)?,
         "copy-before-write" => blockdev_backup::copy_before_write(f, depth)?,
         "snapshot-access" => DriverSpec::SnapshotAccess { file: child(f, "file", depth)? },
+        "blkdebug" | "compress" | "copy-on-read" | "preallocate" | "throttle" => {
+            blockdev_filters::filter(f, depth)?
+        }
         "qcow2" => DriverSpec::Qcow2(Box::new(qcow2_spec(f, depth)?)),
         "nbd" => DriverSpec::Nbd(nbd(f)?),
         other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),

@@ -3,6 +3,7 @@
 use crate::blockdev::{Fields, child};
 use crate::error::QmpError;
 use drivers::filters::Given;
+use drivers::filters::preallocate::PreallocateOptions;
 use drivers::testing::blkdebug::{BlkdebugOptions, offset};
 use drivers::testing::blkdebug_rules::{Action, Inject, IoType, Rule};
 use graph::{DebugEvent, Perms};
@@ -46,7 +47,31 @@ fn list<'a>(f: &Fields<'a>, key: &str) -> impl Iterator<Item = Fields<'a>> {
     f.0.get(key).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_object).map(Fields)
 }
 
-pub(crate) fn blkdebug(f: &Fields<'_>, depth: usize) -> Result<DriverSpec, QmpError> {
+/// The filter that the options describe.
+pub(crate) fn filter(f: &Fields<'_>, depth: usize) -> Result<DriverSpec, QmpError> {
+    let file = || child(f, "file", depth);
+    let spec = match f.text("driver").unwrap_or_default() {
+        "blkdebug" => blkdebug(f, depth)?,
+        "compress" => FilterSpec::Compress { file: file()? },
+        "copy-on-read" => {
+            FilterSpec::CopyOnRead { file: file()?, bottom: f.text("bottom").map(str::to_owned) }
+        }
+        "preallocate" => FilterSpec::Preallocate { file: file()?, options: preallocate(f)? },
+        "throttle" => FilterSpec::Throttle { file: file()?, group: f.string("throttle-group") },
+        other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),
+    };
+    Ok(DriverSpec::Filter(Box::new(spec)))
+}
+
+fn preallocate(f: &Fields<'_>) -> Result<PreallocateOptions, QmpError> {
+    let default = PreallocateOptions::default();
+    Ok(PreallocateOptions {
+        align: f.size("prealloc-align")?.unwrap_or(default.align),
+        size: f.size("prealloc-size")?.unwrap_or(default.size),
+    })
+}
+
+fn blkdebug(f: &Fields<'_>, depth: usize) -> Result<FilterSpec, QmpError> {
     let errors = list(f, "inject-error").map(|r| inject(&r));
     let states =
         list(f, "set-state").map(|r| Ok(rule(&r, Action::SetState(r.signed("new_state").unwrap_or(0)))));
@@ -63,7 +88,7 @@ pub(crate) fn blkdebug(f: &Fields<'_>, depth: usize) -> Result<DriverSpec, QmpEr
         unshare: permissions(f, "unshare-child-perms"),
         given: given(f.0, &["image"]),
     };
-    Ok(DriverSpec::Filter(Box::new(FilterSpec::Blkdebug { image: child(f, "image", depth)?, options })))
+    Ok(FilterSpec::Blkdebug { image: child(f, "image", depth)?, options })
 }
 
 /// A size that QMP keeps in 32 bits; 0 where missing.

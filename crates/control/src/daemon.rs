@@ -108,6 +108,8 @@ impl Daemon {
         opener.find_credentials(Rc::new(move |id| {
             named.tls(id, tls::Endpoint::Client).map_err(|e| BlockError::invalid(e.desc))
         }));
+        let named = objects.clone();
+        opener.find_throttle_groups(Rc::new(move |id| named.throttle_group(id)));
         Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),

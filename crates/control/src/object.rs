@@ -6,10 +6,12 @@
 
 mod authz;
 mod secret;
+mod throttle;
 mod types;
 
 use crate::error::{Class, QmpError, Reply};
 use authz::Rules;
+use drivers::filters::throttle::ThrottleGroup;
 use env::Env;
 use exports::{Authorize, ServerTls};
 use qapi::{Map, Value, json};
@@ -32,6 +34,7 @@ enum Content {
     Secret(Rc<[u8]>),
     Tls(Rc<Credentials>),
     Authz(Rc<Rules>),
+    Throttle(Rc<ThrottleGroup>),
 }
 
 struct Object {
@@ -100,6 +103,9 @@ impl Objects {
         kind: &Type,
         properties: &Map<String, Value>,
     ) -> Result<Content, QmpError> {
+        if kind.name == "throttle-group" {
+            return Ok(Content::Throttle(ThrottleGroup::new(env, throttle::read(properties)?)));
+        }
         for (name, value) in properties {
             if value.as_i64().is_some_and(|n| n < 0) {
                 let desc = format!("{name} value must be in range [0, {}]", i64::MAX);
@@ -138,6 +144,11 @@ impl Objects {
     pub(crate) fn remove(&self, id: &str) -> Result<(), QmpError> {
         let at = self.0.borrow().iter().position(|o| o.id == id);
         let at = at.ok_or_else(|| QmpError::generic(format!("object '{id}' not found")))?;
+        if let Content::Throttle(group) = &self.0.borrow()[at].content
+            && group.members() > 0
+        {
+            return Err(QmpError::generic(format!("object '{id}' is in use, can not be deleted")));
+        }
         self.0.borrow_mut().remove(at);
         Ok(())
     }
@@ -157,6 +168,14 @@ impl Objects {
             Some(Content::Secret(bytes)) => Ok(bytes),
             Some(_) => Err(QmpError::generic(format!("Object with id '{id}' is not a secret"))),
             None => Err(QmpError::generic(format!("No secret with id '{id}'"))),
+        }
+    }
+
+    /// The throttle group `id`.
+    pub(crate) fn throttle_group(&self, id: &str) -> Option<Rc<ThrottleGroup>> {
+        match self.content(id) {
+            Some(Content::Throttle(group)) => Some(group),
+            _ => None,
         }
     }
 
@@ -222,6 +241,9 @@ impl Objects {
                 return Ok(json!(o.kind.name));
             }
             let declared = types::property(o.kind, property)?;
+            if let Content::Throttle(group) = &o.content {
+                return Ok(throttle::show(&group.config(), property));
+            }
             Ok(o.properties.get(property).cloned().unwrap_or_else(|| declared.default.value()))
         })?
     }
@@ -230,6 +252,10 @@ impl Objects {
     pub(crate) async fn set(&self, env: &Env, path: &str, property: &str, value: Value) -> Reply {
         let (kind, mut properties) = self.at(path, |o| (o.kind, o.properties.clone()))?;
         types::property(kind, property)?.check(property, &value)?;
+        if let Content::Throttle(group) = self.at(path, |o| o.content.clone())? {
+            group.configure(throttle::changed(group.config(), property, &value)?);
+            return Ok(json!({}));
+        }
         properties.insert(property.to_owned(), value);
         let content = self.make(env, kind, &properties).await?;
         self.at(path, |o| (o.properties, o.content) = (properties, content))?;

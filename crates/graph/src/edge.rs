@@ -6,7 +6,9 @@ use crate::gate::{Gate, Gated, Pass};
 use crate::node::HostBytes;
 use crate::perm::{Demand, Perms};
 use block::{BlockError, Data, ErrorKind, Extent, Limits, ReqFlags, Result, Span};
+use std::any::Any;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 
 /// What an edge is for; decides walks and messages.
@@ -58,6 +60,18 @@ pub struct Edge {
 impl Gated for Edge {
     fn gate(&self) -> &Gate {
         &self.gate
+    }
+
+    /// Requests wait in nodes below, at any depth.
+    fn hurry(&self) -> Vec<Box<dyn Any>> {
+        let (mut seen, mut todo, mut hurried) = (BTreeSet::new(), vec![self.child()], Vec::new());
+        while let Some(cell) = todo.pop() {
+            if seen.insert(cell.id()) {
+                hurried.extend(cell.node().hurry());
+                todo.extend(cell.node().edges().iter().map(|e| e.child()));
+            }
+        }
+        hurried
     }
 }
 

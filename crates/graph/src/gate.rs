@@ -8,6 +8,7 @@
 use crate::turn::Turn;
 use env::bugs::planted;
 use env::sync::Notify;
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -121,30 +122,38 @@ impl Drop for Pass<'_> {
 pub trait Gated {
     /// The gate.
     fn gate(&self) -> &Gate;
+    /// Lets those inside hurry until the returned values are dropped.
+    fn hurry(&self) -> Vec<Box<dyn Any>> {
+        Vec::new()
+    }
 }
 
 /// A closed gate; dropping it opens the gate again.
-pub struct Closed<T: Gated>(Rc<T>);
+pub struct Closed<T: Gated> {
+    of: Rc<T>,
+    _hurry: Vec<Box<dyn Any>>,
+}
 
 impl<T: Gated> Closed<T> {
     /// Closes the gate of `of` and waits until nobody is inside. Dropping the future opens it again.
     pub async fn close(of: Rc<T>) -> Closed<T> {
         of.gate().shut();
-        let closed = Closed(of);
+        let hurry = if of.gate().inside() > 0 { of.hurry() } else { Vec::new() };
+        let closed = Closed { of, _hurry: hurry };
         if !planted("graph: nobody waits for the gate") {
-            closed.0.gate().emptied().await;
+            closed.of.gate().emptied().await;
         }
         closed
     }
 
     /// Whose gate it is.
     pub fn of(&self) -> &Rc<T> {
-        &self.0
+        &self.of
     }
 }
 
 impl<T: Gated> Drop for Closed<T> {
     fn drop(&mut self) {
-        self.0.gate().open();
+        self.of.gate().open();
     }
 }

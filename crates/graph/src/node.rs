@@ -211,6 +211,10 @@ pub trait Node: 'static {
         let _ = (offset, from);
         Box::pin(async { Err(block::BlockError::unsupported("no copy offload")) })
     }
+    /// Until the returned value is dropped, requests that wait for nothing but time go on at once: somebody waits for them.
+    fn hurry(&self) -> Option<Box<dyn std::any::Any>> {
+        None
+    }
     /// For downcasts between cooperating drivers and jobs.
     fn as_any(&self) -> &dyn std::any::Any;
 }

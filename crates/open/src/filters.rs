@@ -1,10 +1,17 @@
 //! Filters and drivers for tests: what to open, and how their children are held.
 
 use crate::{Child, Inherited, Opener, Trail};
-use block::Result;
+use block::{BlockError, ErrorKind, Result};
+use drivers::filters::compress::Compress;
+use drivers::filters::copy_on_read::CopyOnRead;
+use drivers::filters::preallocate::{Preallocate, PreallocateOptions};
+use drivers::filters::throttle::{Throttle, ThrottleGroup};
 use drivers::testing::blkdebug::{Blkdebug, BlkdebugOptions};
-use graph::{Demand, Edge, Node, Role};
+use graph::{Demand, Edge, Node, NodeCell, Role, walk};
 use std::rc::Rc;
+
+/// Finds a throttle group by the id that the user gave it.
+pub type ThrottleHook = Rc<dyn Fn(&str) -> Option<Rc<ThrottleGroup>>>;
 
 /// A filter, or a driver for tests, with its options.
 #[derive(Clone, Debug)]
@@ -15,6 +22,32 @@ pub enum FilterSpec {
         image: Child,
         /// What it does.
         options: BlkdebugOptions,
+    },
+    /// What is written is compressed.
+    Compress {
+        /// Which node it is in front of.
+        file: Child,
+    },
+    /// What is read comes up into the image.
+    CopyOnRead {
+        /// Which node it is in front of.
+        file: Child,
+        /// The lowest node from which is copied.
+        bottom: Option<String>,
+    },
+    /// Files grow more than asked for.
+    Preallocate {
+        /// Which node it is in front of.
+        file: Child,
+        /// How much.
+        options: PreallocateOptions,
+    },
+    /// Requests wait.
+    Throttle {
+        /// Which node it is in front of.
+        file: Child,
+        /// Id of the group.
+        group: String,
     },
 }
 
@@ -32,7 +65,44 @@ impl Opener {
                 let image = self.filtered(image, "image", now, name, trail).await?;
                 Ok(Blkdebug::open(env, image, options.clone()).await?)
             }
+            FilterSpec::Compress { file } => {
+                Ok(Compress::open(self.filtered(file, "file", now, name, trail).await?)?)
+            }
+            FilterSpec::CopyOnRead { file, bottom } => {
+                let file = self.filtered(file, "file", now, name, trail).await?;
+                let bottom = bottom.as_deref().map(|b| self.bottom(&file, b)).transpose()?;
+                Ok(CopyOnRead::new(file, bottom.as_ref()))
+            }
+            FilterSpec::Preallocate { file, options } => {
+                Ok(Preallocate::open(self.filtered(file, "file", now, name, trail).await?, *options)?)
+            }
+            FilterSpec::Throttle { file, group: id } => {
+                let group = self.throttle_group(id)?;
+                Ok(Throttle::new(self.filtered(file, "file", now, name, trail).await?, id, group))
+            }
         }
+    }
+
+    /// The throttle group of this id.
+    pub fn throttle_group(&self, id: &str) -> Result<Rc<ThrottleGroup>> {
+        let found = self.throttle.borrow().as_ref().and_then(|find| find(id));
+        found.ok_or_else(|| {
+            BlockError::new(ErrorKind::NotFound, format!("Throttle group '{id}' does not exist"))
+        })
+    }
+
+    /// The node that bounds copying on read.
+    fn bottom(&self, file: &Rc<Edge>, name: &str) -> Result<Rc<NodeCell>> {
+        let found = self.graph().find(name);
+        let bottom = found
+            .ok_or_else(|| BlockError::new(ErrorKind::NotFound, format!("Bottom node '{name}' not found")))?;
+        if bottom.node().filtered().is_some() {
+            return Err(BlockError::invalid(format!("Bottom node '{name}' is a filter")));
+        }
+        if !walk::contains(&file.child(), &bottom) {
+            return Err(BlockError::invalid(format!("Bottom node '{name}' is not in the backing chain")));
+        }
+        Ok(bottom)
     }
 
     /// The child of a filter, behind the edge called `edge`.

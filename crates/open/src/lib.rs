@@ -11,7 +11,7 @@ mod implicit;
 mod keep;
 mod spec;
 
-pub use filters::FilterSpec;
+pub use filters::{FilterSpec, ThrottleHook};
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
 pub use spec::{
     Backing, Child, Common, CopyBeforeWriteSpec, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec,
@@ -40,6 +40,7 @@ pub struct Opener {
     gate: Rc<dyn ImplicitOpenGate>,
     on_corruption: RefCell<Option<CorruptionHook>>,
     credentials: RefCell<Option<CredentialsHook>>,
+    throttle: RefCell<Option<ThrottleHook>>,
 }
 
 /// What a node takes over from its parent.
@@ -76,6 +77,7 @@ impl Opener {
             gate,
             on_corruption: RefCell::default(),
             credentials: RefCell::default(),
+            throttle: RefCell::default(),
         })
     }
 
@@ -87,6 +89,11 @@ impl Opener {
     /// `hook` is told of corrupt images that are opened from now on.
     pub fn on_corruption(&self, hook: CorruptionHook) {
         *self.on_corruption.borrow_mut() = Some(hook);
+    }
+
+    /// `hook` gives the throttle groups that users name.
+    pub fn find_throttle_groups(&self, hook: ThrottleHook) {
+        *self.throttle.borrow_mut() = Some(hook);
     }
 
     /// `hook` gives the TLS credentials that users name.

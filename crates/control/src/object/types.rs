@@ -12,6 +12,8 @@ pub(super) enum Default {
     Flag(bool),
     /// An empty list.
     List,
+    /// Members of its own.
+    Object,
 }
 
 impl Default {
@@ -21,6 +23,7 @@ impl Default {
             Default::Number(n) => json!(n),
             Default::Flag(b) => json!(b),
             Default::List => json!([]),
+            Default::Object => json!({}),
         }
     }
 }
@@ -54,6 +57,7 @@ impl Property {
             Default::Number(_) => (value.is_i64(), "integer"),
             Default::Flag(_) => (value.is_boolean(), "boolean"),
             Default::List => (value.is_array(), "array"),
+            Default::Object => (value.is_object(), "object"),
         };
         if fits {
             return Ok(());
@@ -111,6 +115,33 @@ const TYPES: &[Type] = &[
             choice("format", "QCryptoSecretFormat", "raw"),
             text("file"),
             text("data"),
+        ],
+    },
+    Type {
+        name: "throttle-group",
+        parent: "object",
+        alone: false,
+        properties: &[
+            Property { name: "limits", kind: "ThrottleLimits", default: Default::Object },
+            number("x-iops-total", 0),
+            number("x-iops-total-max", 0),
+            number("x-iops-total-max-length", 1),
+            number("x-iops-read", 0),
+            number("x-iops-read-max", 0),
+            number("x-iops-read-max-length", 1),
+            number("x-iops-write", 0),
+            number("x-iops-write-max", 0),
+            number("x-iops-write-max-length", 1),
+            number("x-bps-total", 0),
+            number("x-bps-total-max", 0),
+            number("x-bps-total-max-length", 1),
+            number("x-bps-read", 0),
+            number("x-bps-read-max", 0),
+            number("x-bps-read-max-length", 1),
+            number("x-bps-write", 0),
+            number("x-bps-write-max", 0),
+            number("x-bps-write-max-length", 1),
+            number("x-iops-size", 0),
         ],
     },
     Type {

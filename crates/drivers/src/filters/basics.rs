@@ -1,6 +1,6 @@
 //! What every filter with one child does the same way, and how filters are named in queries.
 
-use graph::{Edge, NodeCell};
+use graph::{Edge, NodeCell, NodeDetails};
 use std::rc::Rc;
 
 /// The parts of [`graph::Node`] that are the same in every filter whose child is in the field `$child`: the length, the
@@ -35,6 +35,17 @@ impl Given {
     /// Whether an option other than `key` was given.
     pub fn any_but(&self, key: &str) -> bool {
         self.0.iter().any(|(k, _)| k != key)
+    }
+
+    /// Facts of a filter that shows its child's but for the name.
+    pub(crate) async fn details(&self, driver: &str, child: &Rc<Edge>) -> block::Result<NodeDetails> {
+        let below = child.child().node().details().await?;
+        Ok(NodeDetails {
+            filename: self.filename(driver, &[child]).await?,
+            actual_size: below.actual_size,
+            cluster_size: below.cluster_size,
+            ..NodeDetails::default()
+        })
     }
 
     /// The file name of a node that only its options describe.
