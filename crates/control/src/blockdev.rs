@@ -75,7 +75,7 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
         "null-co" => DriverSpec::NullCo(null(f)?),
         "copy-before-write" => blockdev_backup::copy_before_write(f, depth)?,
         "snapshot-access" => DriverSpec::SnapshotAccess { file: child(f, "file", depth)? },
-        "blkdebug" | "compress" | "copy-on-read" | "preallocate" | "throttle" => {
+        "blkdebug" | "compress" | "copy-on-read" | "preallocate" | "quorum" | "throttle" => {
             blockdev_filters::filter(f, depth)?
         }
         "qcow2" => DriverSpec::Qcow2(Box::new(qcow2_spec(f, depth)?)),
@@ -209,9 +209,17 @@ fn overlap_check(value: Option<&Value>) -> OverlapCheck {
 
 pub(crate) fn child(f: &Fields<'_>, key: &str, depth: usize) -> Result<Child, QmpError> {
     match f.0.get(key) {
-        Some(Value::String(name)) => Ok(Child::Reference(name.clone())),
-        Some(Value::Object(map)) => Ok(Child::Inline(Box::new(read(&Fields(map), depth + 1)?))),
-        _ => Err(QmpError::generic(format!("Parameter '{key}' is missing"))),
+        Some(value) => node(value, depth),
+        None => Err(QmpError::generic(format!("Parameter '{key}' is missing"))),
+    }
+}
+
+/// A node by name or by description.
+pub(crate) fn node(value: &Value, depth: usize) -> Result<Child, QmpError> {
+    match value {
+        Value::String(name) => Ok(Child::Reference(name.clone())),
+        Value::Object(map) => Ok(Child::Inline(Box::new(read(&Fields(map), depth + 1)?))),
+        _ => Err(QmpError::generic("A node is a name or an object")),
     }
 }
 

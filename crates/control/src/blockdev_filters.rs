@@ -1,14 +1,15 @@
 //! Options of filters and of drivers for tests: from JSON that fits the schema to what the crate `open` opens.
 
-use crate::blockdev::{Fields, child};
+use crate::blockdev::{Fields, child, node};
 use crate::error::QmpError;
 use drivers::filters::Given;
 use drivers::filters::preallocate::PreallocateOptions;
+use drivers::filters::quorum::{QuorumEvent, QuorumOptions, ReadPattern};
 use drivers::testing::blkdebug::{BlkdebugOptions, offset};
 use drivers::testing::blkdebug_rules::{Action, Inject, IoType, Rule};
 use graph::{DebugEvent, Perms};
 use open::{DriverSpec, FilterSpec};
-use qapi::{Map, Value};
+use qapi::{Map, Value, json};
 
 /// Options that every driver has: they are not part of a node's `json:{…}` file name.
 const COMMON: [&str; 9] = [
@@ -57,6 +58,7 @@ pub(crate) fn filter(f: &Fields<'_>, depth: usize) -> Result<DriverSpec, QmpErro
             FilterSpec::CopyOnRead { file: file()?, bottom: f.text("bottom").map(str::to_owned) }
         }
         "preallocate" => FilterSpec::Preallocate { file: file()?, options: preallocate(f)? },
+        "quorum" => quorum(f, depth)?,
         "throttle" => FilterSpec::Throttle { file: file()?, group: f.string("throttle-group") },
         other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),
     };
@@ -69,6 +71,43 @@ fn preallocate(f: &Fields<'_>) -> Result<PreallocateOptions, QmpError> {
         align: f.size("prealloc-align")?.unwrap_or(default.align),
         size: f.size("prealloc-size")?.unwrap_or(default.size),
     })
+}
+
+fn quorum(f: &Fields<'_>, depth: usize) -> Result<FilterSpec, QmpError> {
+    let listed = f.0.get("children").and_then(Value::as_array).into_iter().flatten();
+    let children = listed.map(|c| node(c, depth)).collect::<Result<_, _>>()?;
+    let options = QuorumOptions {
+        // What is below 1 is refused with the rest.
+        threshold: f.signed("vote-threshold").and_then(|n| usize::try_from(n).ok()).unwrap_or(0),
+        blkverify: f.flag("blkverify").unwrap_or(false),
+        rewrite: f.flag("rewrite-corrupted").unwrap_or(false),
+        pattern: if f.text("read-pattern") == Some("fifo") { ReadPattern::Fifo } else { ReadPattern::Quorum },
+        given: given(f.0, &["children"]),
+    };
+    Ok(FilterSpec::Quorum { children, options })
+}
+
+/// `QUORUM_REPORT_BAD` or `QUORUM_FAILURE`: its name and data. Places are in sectors.
+pub(crate) fn quorum_event(event: QuorumEvent) -> (&'static str, Value) {
+    let sectors = |at: block::Span| {
+        let first = at.start / block::SECTOR;
+        (first, at.end().div_ceil(block::SECTOR) - first)
+    };
+    match event {
+        QuorumEvent::Bad { operation, node, error, at } => {
+            let (first, count) = sectors(at);
+            let mut data =
+                json!({"type": operation, "node-name": node, "sector-num": first, "sectors-count": count});
+            if let (Some(error), Some(members)) = (error, data.as_object_mut()) {
+                members.insert("error".to_owned(), json!(error));
+            }
+            ("QUORUM_REPORT_BAD", data)
+        }
+        QuorumEvent::Failure { node, at } => {
+            let (first, count) = sectors(at);
+            ("QUORUM_FAILURE", json!({"reference": node, "sector-num": first, "sectors-count": count}))
+        }
+    }
 }
 
 fn blkdebug(f: &Fields<'_>, depth: usize) -> Result<FilterSpec, QmpError> {

@@ -108,6 +108,11 @@ impl Daemon {
         opener.find_credentials(Rc::new(move |id| {
             named.tls(id, tls::Endpoint::Client).map_err(|e| BlockError::invalid(e.desc))
         }));
+        let told = events.clone();
+        opener.on_quorum(Rc::new(move |event| {
+            let (name, data) = crate::blockdev_filters::quorum_event(event);
+            told.emit(name, data);
+        }));
         let named = objects.clone();
         opener.find_throttle_groups(Rc::new(move |id| named.throttle_group(id)));
         Rc::new(Daemon {

@@ -133,7 +133,7 @@ fn has_dirty_flag(cell: &Rc<NodeCell>) -> bool {
     let mut at = cell.clone();
     loop {
         let below = match at.node().driver() {
-            "null-co" | "nbd" => return false,
+            "null-co" | "nbd" | "quorum" => return false,
             "raw" => at.node().primary(),
             _ => at.node().filtered(),
         };

@@ -4,6 +4,7 @@
 //! while clients use it. What must stay true: the edge is held until the last request of the last client has ended.
 
 use env::sync::Notify;
+use graph::gate::Gated;
 use graph::ranges::RangeLocks;
 use graph::{Demand, Edge, Perms};
 use std::cell::{Cell, RefCell};
@@ -136,8 +137,9 @@ impl Export {
         streams.iter().for_each(|s| s.shutdown());
     }
 
-    /// Waits until the last client's requests have ended.
+    /// Waits until the last client's requests have ended. None of them waits for its turn in a throttle meanwhile.
     pub(crate) async fn drained(&self) {
+        let _hurried = self.edge.hurry();
         while self.clients() > 0 {
             self.idle.wait().await;
         }

@@ -5,6 +5,7 @@ use block::{BlockError, ErrorKind, Result};
 use drivers::filters::compress::Compress;
 use drivers::filters::copy_on_read::CopyOnRead;
 use drivers::filters::preallocate::{Preallocate, PreallocateOptions};
+use drivers::filters::quorum::{Quorum, QuorumEvent, QuorumOptions};
 use drivers::filters::throttle::{Throttle, ThrottleGroup};
 use drivers::testing::blkdebug::{Blkdebug, BlkdebugOptions};
 use graph::{Demand, Edge, Node, NodeCell, Role, walk};
@@ -42,6 +43,13 @@ pub enum FilterSpec {
         /// How much.
         options: PreallocateOptions,
     },
+    /// Several children that vote.
+    Quorum {
+        /// The children.
+        children: Vec<Child>,
+        /// How they vote.
+        options: QuorumOptions,
+    },
     /// Requests wait.
     Throttle {
         /// Which node it is in front of.
@@ -76,11 +84,34 @@ impl Opener {
             FilterSpec::Preallocate { file, options } => {
                 Ok(Preallocate::open(self.filtered(file, "file", now, name, trail).await?, *options)?)
             }
+            FilterSpec::Quorum { children, options } => {
+                self.quorum(children, options.clone(), now, name, trail).await
+            }
             FilterSpec::Throttle { file, group: id } => {
                 let group = self.throttle_group(id)?;
                 Ok(Throttle::new(self.filtered(file, "file", now, name, trail).await?, id, group))
             }
         }
+    }
+
+    async fn quorum(
+        &self,
+        children: &[Child],
+        options: QuorumOptions,
+        now: Inherited,
+        name: &str,
+        trail: &Trail,
+    ) -> Result<Rc<dyn Node>> {
+        options.check(children.len())?;
+        let mut edges = Vec::new();
+        for (i, child) in children.iter().enumerate() {
+            let child = self.child(child, now, trail).await?;
+            edges
+                .push(self.hold(&child, &format!("children.{i}"), Role::Other, name, Demand::NOTHING).await?);
+        }
+        let told = self.on_quorum.borrow().clone();
+        let hook = told.unwrap_or_else(|| Rc::new(|_: QuorumEvent| ()));
+        Ok(Quorum::open(name, edges, options, hook)?)
     }
 
     /// The throttle group of this id.

@@ -19,6 +19,7 @@ pub use spec::{
 
 use block::{BlockError, ErrorKind, Result, Span};
 use drivers::file::{FileNode, FileOptions};
+use drivers::filters::quorum::QuorumHook;
 use drivers::filters::snapshot_access::SnapshotAccess;
 use drivers::nbd_client::{ClientTls, NbdClient};
 use drivers::null::NullNode;
@@ -41,6 +42,7 @@ pub struct Opener {
     on_corruption: RefCell<Option<CorruptionHook>>,
     credentials: RefCell<Option<CredentialsHook>>,
     throttle: RefCell<Option<ThrottleHook>>,
+    on_quorum: RefCell<Option<QuorumHook>>,
 }
 
 /// What a node takes over from its parent.
@@ -78,6 +80,7 @@ impl Opener {
             on_corruption: RefCell::default(),
             credentials: RefCell::default(),
             throttle: RefCell::default(),
+            on_quorum: RefCell::default(),
         })
     }
 
@@ -89,6 +92,11 @@ impl Opener {
     /// `hook` is told of corrupt images that are opened from now on.
     pub fn on_corruption(&self, hook: CorruptionHook) {
         *self.on_corruption.borrow_mut() = Some(hook);
+    }
+
+    /// `hook` is told of what happens in quorums that are opened from now on.
+    pub fn on_quorum(&self, hook: QuorumHook) {
+        *self.on_quorum.borrow_mut() = Some(hook);
     }
 
     /// `hook` gives the throttle groups that users name.

@@ -85,4 +85,6 @@ pub(crate) const EVENTS: &[&str] = &[
     "BLOCK_JOB_PENDING",
     "BLOCK_JOB_READY",
     "JOB_STATUS_CHANGE",
+    "QUORUM_FAILURE",
+    "QUORUM_REPORT_BAD",
 ];

@@ -7,6 +7,7 @@ pub mod copy_before_write;
 pub mod copy_on_read;
 pub mod mirror_top;
 pub mod preallocate;
+pub mod quorum;
 pub mod snapshot_access;
 pub mod throttle;
 pub mod throttle_limits;
