@@ -153,9 +153,44 @@ def server_dies(replay):
     guest("src", 0, "64k")(replay)
 
 
+def client(export, program, works=True, before=lambda replay: None):
+    """A client that does what `program` says and no more (it does not flush when it goes)."""
+
+    def run(replay):
+        before(replay)
+        words = ["nbdsh", "-u", f"nbd+unix:///{export}?socket={replay.dir}/nbd.sock", "-c", program]
+        # nbdsh takes the first python3 there is, and the system's alone knows libnbd
+        path = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=20, env=path)
+        if (ran.returncode == 0) != works:
+            replay.problem(f"client of {export}: {program}: {ran.stdout}{ran.stderr}")
+
+    return run
+
+
+def scribble(file, offset, text):
+    """Writes into an image behind the daemon's back."""
+
+    def run(replay):
+        with open(os.path.join(replay.dir, file), "r+b") as f:
+            f.seek(offset)
+            f.write(text)
+
+    return run
+
+
 # At a note of the transcript.
 AT_NOTE = {
     "mirror-error-flush-and-ready": {"guest write result (0, b'')": guest("src", "1M", "64k")},
+    "quorum-events": {
+        "write with one failing child 0": client("quo", "h.pwrite(bytes(4096), 1 << 20)"),
+        "read with one failing child 0": client("quo", "h.pread(4096, 2 << 20)"),
+        "flush 0": client("quo", "h.flush()"),
+        "one child has different data (0, b'\\x00\\x00\\x00\\x00')": client(
+            "quo", "h.pread(512, 3 << 20)", before=scribble("q0.raw", 3 << 20, b"x" * 512)
+        ),
+        "no majority (5, b'')": client("quo", "h.pread(512, 3 << 20)", works=False, before=scribble("q1.raw", 3 << 20, b"y" * 512)),
+    },
     "export-error-events": {"write errno 28 read errno 5": guest("a", 0, "512", works=False)},
 }
 

@@ -20,6 +20,8 @@ import tempfile
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from replay import Connection, clean, differences  # noqa: E402
 
+# nbdsh takes the first python3 there is, and the system's alone knows libnbd
+ENV = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
 EVENT_LIMIT = 3.0  # seconds for an event that the twin emitted
 
 
@@ -46,7 +48,7 @@ class Side:
         line = line.replace("DIR", self.dir)
         if line.startswith("!"):
             # what it runs must not outlive a hanging daemon
-            ran = subprocess.run(line[1:], shell=True, cwd=self.dir, capture_output=True, text=True, timeout=60)
+            ran = subprocess.run(line[1:], shell=True, cwd=self.dir, capture_output=True, text=True, timeout=60, env=ENV)
             out = re.sub(r"\n?.*(ops/sec|ops; ).*", "", ran.stdout + ran.stderr)
             said = {"exit": ran.returncode, "output": out.strip().split("\n")}
         else:
