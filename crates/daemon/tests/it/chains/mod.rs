@@ -5,6 +5,7 @@
 mod actives;
 mod commits;
 mod failures;
+mod large;
 mod streams;
 
 use crate::common::{Client, Daemon, Dir};
