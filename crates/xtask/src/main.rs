@@ -26,6 +26,7 @@ cargo xtask COMMAND
   sim       the whole daemon in a simulated world: --seeds N [--start S] | --seed S | --planted
   crash     enumerated crash states of qcow2: --states N [--seed S]
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
+  interleave jobs on a chain in real processes, steered and failing at random: [--rounds N] [--seed S]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
 ";
 
@@ -46,6 +47,7 @@ fn main() {
         "sim" => run_tool("sim", "simulate", &rest),
         "crash" => run_tool("crashlab", "crashlab", &rest),
         "histories" => run_tool("crashlab", "histories", &rest),
+        "interleave" => interleave(&rest),
         "bench" => bench::run(&rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
@@ -70,4 +72,26 @@ fn run_tool_with(package: &str, bin: &str, options: &[&str], args: &[String]) ->
     line.push("--");
     line.extend(args.iter().map(String::as_str));
     shell::cargo(&line)
+}
+
+/// The random rounds of the daemon's tests, many of them.
+fn interleave(args: &[String]) -> Outcome {
+    let value = |name: &str| args.iter().position(|a| a == name).and_then(|i| args.get(i + 1));
+    let rounds = value("--rounds").map_or("1000", String::as_str);
+    let mut command = std::process::Command::new("cargo");
+    command.args([
+        "test",
+        "--package",
+        "daemon",
+        "--test",
+        "it",
+        "--",
+        "chains::interleavings",
+        "--nocapture",
+    ]);
+    command.env("LIVEBLK_ROUNDS", rounds);
+    if let Some(seed) = value("--seed") {
+        command.env("LIVEBLK_SEED", seed);
+    }
+    shell::run(&mut command)
 }

@@ -5,6 +5,7 @@
 mod actives;
 mod commits;
 mod failures;
+mod interleavings;
 mod large;
 mod streams;
 

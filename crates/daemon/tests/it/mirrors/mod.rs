@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 const SIZE: usize = 8 << 20;
 const MODES: [&str; 3] = ["background", "write-blocking", "read-write-blocking"];
 
-fn seed() -> String {
+pub(crate) fn seed() -> String {
     let seed = std::env::var("LIVEBLK_SEED").unwrap_or_else(|_| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
         now.subsec_nanos().to_string()

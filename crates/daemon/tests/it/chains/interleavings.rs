@@ -1,0 +1,179 @@
+//! Jobs on a chain in use, steered at random, with requests that fail at random: whatever happens, the disk shows what its client
+//! wrote, the images are sound, and nothing is left of the job.
+//!
+//! LIVEBLK_SEED sets the first seed, LIVEBLK_ROUNDS how many there are (`cargo xtask interleave` runs 1,000).
+
+use super::images;
+use crate::common::{Client, Daemon, Dir};
+use crate::disk::tool;
+use crate::mirrors::{DISK, Writer, seed};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// Rounds in the ordinary tests.
+const ROUNDS: u64 = 4;
+/// A job that has not ended by then hangs.
+const LIMIT: Duration = Duration::from_secs(30);
+
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % n
+    }
+    fn pick<T: Clone>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u64) as usize].clone()
+    }
+}
+
+/// The chain as nodes `n0` to `n3`, served; a request here and there fails.
+fn serve(dir: &Dir, rng: &mut Rng) -> (Daemon, Client) {
+    let mut words = Vec::new();
+    for i in 0..4 {
+        let backing = if i > 0 { json!(format!("n{}", i - 1)) } else { Value::Null };
+        let mut file = json!({"driver": "file", "filename": format!("{i}.qcow2"), "auto-read-only": true,
+            "discard": "unmap"});
+        // only writes: what cannot be read the client could not read either
+        if i < 3 && rng.below(2) == 0 {
+            let rule = |rng: &mut Rng| {
+                let sector = (0x15_0000 + 65536 * rng.below(8)) / 512;
+                let errno = rng.pick(&[5, 28]);
+                json!({"event": "none", "iotype": "write", "sector": sector, "errno": errno, "once": true})
+            };
+            let rules: Vec<Value> = (0..=rng.below(2)).map(|_| rule(rng)).collect();
+            file["read-only"] = json!(false);
+            file = json!({"driver": "blkdebug", "image": file, "inject-error": rules, "read-only": false});
+        }
+        let mut node = json!({"driver": "qcow2", "node-name": format!("n{i}"), "backing": backing, "file": file,
+            "discard": "unmap", "read-only": i < 3});
+        node["auto-read-only"] = json!(true);
+        words.extend(["--blockdev".to_owned(), node.to_string()]);
+    }
+    let export = "nbd,id=e0,node-name=n3,name=disk,writable=on";
+    words
+        .extend(["--nbd-server", "addr.type=unix,addr.path=nbd.sock", "--export", export].map(str::to_owned));
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let daemon = Daemon::start(dir, &words);
+    let client = daemon.client();
+    (daemon, client)
+}
+
+/// One of the jobs.
+fn job(rng: &mut Rng) -> (&'static str, Value) {
+    match rng.below(5) {
+        0 => ("block-commit", json!({"device": "n3", "top-node": "n2", "base-node": "n0"})),
+        1 => ("block-commit", json!({"device": "n3", "top-node": "n1", "base-node": "n0"})),
+        2 => (
+            "block-commit",
+            json!({"device": "n3", "base-node": rng.pick(&["n0", "n1", "n2"]),
+                "copy-mode": rng.pick(&["background", "write-blocking"])}),
+        ),
+        3 => ("block-stream", json!({"device": "n3"})),
+        _ => ("block-stream", json!({"device": rng.pick(&["n3", "n2"]), "base-node": "n0"})),
+    }
+}
+
+fn status(c: &mut Client) -> Option<String> {
+    let jobs = c.command("query-jobs", json!({})).unwrap();
+    Some(jobs.get(0)?["status"].as_str()?.to_owned())
+}
+
+/// Steers the job for a while, then to its end.
+fn steer(c: &mut Client, rng: &mut Rng) {
+    for _ in 0..rng.below(12) {
+        let id = json!({"id": "j"});
+        let device = json!({"device": "j"});
+        // any of these may come too late or too early: that is an answer, too
+        let _ = match rng.below(9) {
+            0 | 1 => c.command("job-pause", id),
+            2 | 3 => c.command("job-resume", id),
+            4 => c.command(
+                "block-job-set-speed",
+                json!({"device": "j", "speed": rng.pick(&[0, 1 << 20, 64 << 20])}),
+            ),
+            5 => c.command("job-complete", id),
+            6 if rng.below(3) == 0 => {
+                c.command("block-job-cancel", json!({"device": "j", "force": rng.below(2) == 0}))
+            }
+            7 => c.command("job-finalize", id),
+            _ => c.command("block-job-resume", device),
+        };
+        std::thread::sleep(Duration::from_millis(rng.below(8)));
+    }
+    let begun = Instant::now();
+    let give_up = rng.below(4) == 0;
+    loop {
+        assert!(begun.elapsed() < LIMIT, "{}", c.command("query-block-jobs", json!({})).unwrap());
+        let Some(status) = status(c) else { return };
+        let _ = match status.as_str() {
+            "concluded" => break,
+            "paused" | "standby" => c.command("job-resume", json!({"id": "j"})),
+            "ready" if give_up => c.command("block-job-cancel", json!({"device": "j"})),
+            "ready" => c.command("job-complete", json!({"id": "j"})),
+            "pending" if give_up => c.command("job-cancel", json!({"id": "j"})),
+            "pending" => c.command("job-finalize", json!({"id": "j"})),
+            _ => c.command("block-job-set-speed", json!({"device": "j", "speed": 0})),
+        };
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    c.command("job-dismiss", json!({"id": "j"})).unwrap();
+}
+
+/// Nothing is left of the job: no filter, and no image open for writing but the one that the client uses.
+fn nothing_left(c: &mut Client, active: &str) {
+    let graph = c.command("x-debug-query-block-graph", json!({})).unwrap();
+    let nodes = graph["nodes"].as_array().unwrap();
+    let edges = graph["edges"].as_array().unwrap();
+    for n in nodes {
+        let name = n["name"].as_str().unwrap_or_default();
+        assert!(n["type"] != "block-job", "{graph}");
+        if ["n0", "n1", "n2"].contains(&name) && name != active {
+            let file = edges.iter().find(|e| e["parent"] == n["id"] && e["name"] == "file").unwrap();
+            assert!(!file["perm"].as_array().unwrap().contains(&json!("write")), "{name}: {graph}");
+        }
+    }
+    for n in c.command("query-named-block-nodes", json!({"flat": true})).unwrap().as_array().unwrap() {
+        assert!(!["commit_top", "mirror_top", "copy-on-read"].contains(&n["drv"].as_str().unwrap()), "{n}");
+    }
+}
+
+fn round(seed: u64, pristine: &Dir) {
+    println!("LIVEBLK_SEED={seed}");
+    // neighbouring seeds shall have nothing in common
+    let (dir, mut rng) = (Dir::new(), Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+    for f in ["0.qcow2", "1.qcow2", "2.qcow2", "3.qcow2", "model.raw"] {
+        std::fs::copy(pristine.0.join(f), dir.0.join(f)).unwrap();
+    }
+    let (mut daemon, mut c) = serve(&dir, &mut rng);
+    let writer = Writer::start(&dir, DISK, &["4", "600"]);
+    let (command, mut arguments) = job(&mut rng);
+    arguments["job-id"] = json!("j");
+    arguments["auto-dismiss"] = json!(false);
+    arguments["auto-finalize"] = json!(rng.below(2) == 0);
+    arguments["on-error"] = json!(rng.pick(&["report", "stop", "ignore", "enospc"]));
+    arguments["speed"] = json!(rng.pick(&[0, 1 << 20, 4 << 20]));
+    println!("{command} {arguments}");
+    c.command(command, arguments).unwrap();
+    steer(&mut c, &mut rng);
+    let active =
+        c.command("query-block-exports", json!({})).unwrap()[0]["node-name"].as_str().unwrap().to_owned();
+    nothing_left(&mut c, &active);
+    writer.stop();
+    c.command("quit", json!({})).unwrap();
+    assert!(daemon.wait().success());
+    let file = format!("{}.qcow2", active.trim_start_matches('n'));
+    tool(&dir, &format!("qemu-img|compare|-f|raw|-F|qcow2|model.raw|{file}"));
+    (0..4).for_each(|n| drop(tool(&dir, &format!("qemu-img|check|-q|{n}.qcow2"))));
+}
+
+#[test]
+fn at_random() {
+    let first: u64 = seed().parse().unwrap();
+    let rounds = std::env::var("LIVEBLK_ROUNDS").ok().and_then(|r| r.parse().ok()).unwrap_or(ROUNDS);
+    let pristine = Dir::new();
+    images(&pristine, 4);
+    for i in 0..rounds {
+        round(first.wrapping_add(i), &pristine);
+    }
+}
