@@ -36,6 +36,14 @@ fn as_qmp(event: Event) -> Option<(&'static str, Value)> {
             }
             ("BLOCK_JOB_COMPLETED", data)
         }
+        Event::Image { id, node, filename, error } => {
+            let mut data =
+                json!({"device": id, "node-name": node, "filename": filename, "deleted": error.is_none()});
+            if let Some(e) = error {
+                data["reason"] = json!(e);
+            }
+            ("BLOCK_JOB_IMAGE_DELETED", data)
+        }
         Event::Error { id, side, action } => {
             let operation = match side {
                 Side::Source => "read",

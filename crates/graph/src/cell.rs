@@ -34,6 +34,8 @@ pub struct NodeOptions {
     pub read_only: bool,
     /// Opened read-only because writing was refused; turns read-write when somebody needs it.
     pub auto_read_only: bool,
+    /// Opened for its parent, read-only or not as that is: turns with it.
+    pub follows: bool,
     /// See [`DetectZeroes`].
     pub detect_zeroes: DetectZeroes,
     /// Discards are passed to the driver (`discard=unmap`).

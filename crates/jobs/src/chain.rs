@@ -79,7 +79,7 @@ pub(crate) fn block_all<'a>(nodes: impl IntoIterator<Item = &'a Rc<NodeCell>>, r
 }
 
 /// What has to turn read-write for `cell` to take writes. A job may turn the image itself; what stores it only if whoever opened
-/// it said so (`auto-read-only`).
+/// it said so (`auto-read-only`) or said nothing.
 pub(crate) fn closed_to_writing(cell: &Rc<NodeCell>) -> Result<Vec<Rc<NodeCell>>> {
     if cell.is_writable() {
         return Ok(Vec::new());
@@ -90,7 +90,8 @@ pub(crate) fn closed_to_writing(cell: &Rc<NodeCell>) -> Result<Vec<Rc<NodeCell>>
         if edge.role() == Role::Backing || child.is_writable() {
             continue;
         }
-        if !child.options().auto_read_only {
+        let options = child.options();
+        if !options.auto_read_only && !options.follows {
             return Err(BlockError::new(ErrorKind::ReadOnly, "Block node is read-only"));
         }
         closed.extend(closed_to_writing(&child)?);

@@ -16,12 +16,13 @@ use crate::chain::{self, BackingName, ChainPolicy, Headers, Turned};
 use crate::commit_args::{Checked, CommitArgs};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
+use crate::leavers::Leavers;
 use crate::mirror;
 use crate::registry::Registry;
 use block::{Io, Result, Span};
 use copy::{Engine, Work, first};
 use drivers::filters::commit_top::CommitTop;
-use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step};
+use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step, walk};
 use std::any::Any;
 use std::cell::RefCell;
 use std::future::Future;
@@ -48,6 +49,8 @@ pub struct Commit {
     turned: Turned,
     copying: RefCell<Option<Copying>>,
     hold: RefCell<Option<Hold>>,
+    /// Whose files are to go when they have left.
+    leavers: RefCell<Option<Leavers>>,
 }
 
 /// The job's own users of top and base: for as long as it copies.
@@ -72,14 +75,17 @@ pub async fn start(
 ) -> std::result::Result<Rc<Job>, JobError> {
     let checked = args.check(graph).await?;
     if checked.active {
-        let mirror = args.as_mirror(&checked.base);
+        let (mirror, device) = (args.as_mirror(&checked.base), checked.device.clone());
         let checked = mirror.check_commit(graph, checked.device, checked.base, checked.between).await?;
         let job = registry.create(&args.job_id, Kind::Commit, mirror.job_options()?, None)?;
-        return mirror::start_checked(registry, graph, mirror, checked, job).await;
+        let mut gone = vec![walk::skip_filters(&device)];
+        gone.extend(checked.below.iter().flat_map(|b| b.between.clone()));
+        let leavers = args.delete_images.then(|| Leavers::note(&job, &gone));
+        return mirror::start_checked(registry, graph, mirror, checked, job, leavers).await;
     }
     let job = registry.create(&args.job_id, Kind::Commit, args.job_options(), None)?;
     let built = match args.check_speed() {
-        Ok(()) => build(graph, args, checked).await,
+        Ok(()) => build(graph, args, checked, &job).await,
         Err(e) => Err(e),
     };
     match built {
@@ -94,7 +100,7 @@ pub async fn start(
     }
 }
 
-async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked) -> Result<Rc<Commit>> {
+async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Job>) -> Result<Rc<Commit>> {
     let Checked { device, top, base, between, .. } = checked;
     let blockers = chain::block_all([&device, &base].into_iter().chain(&between), BUSY);
     let closed = chain::closed_to_writing(&base)?;
@@ -140,7 +146,9 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked) -> Result<
     };
     let turned = Turned::default();
     turned.note(closed);
+    let leavers = args.delete_images.then(|| Leavers::note(of, &between));
     Ok(Rc::new(Commit {
+        leavers: RefCell::new(leavers),
         graph: graph.clone(),
         policy: ChainPolicy::new(Some(base.clone()), false),
         args,
@@ -231,7 +239,15 @@ impl Body for Commit {
             }
             self.copying.take();
             self.turned.back(&self.graph).await;
+            let leavers = self.leavers.take().filter(|_| success);
+            if leavers.is_some() {
+                // held no longer than now, so that they can go
+                self.hold.take();
+            }
             self.graph.settle().await;
+            if let Some(leavers) = leavers {
+                leavers.delete(&self.graph).await;
+            }
         })
     }
 

@@ -48,6 +48,8 @@ pub struct CommitArgs {
     pub convergence: Convergence,
     /// How long to wait before that.
     pub converge_after: Duration,
+    /// Delete the files of the images that leave the chain.
+    pub delete_images: bool,
     /// Name of the filter node.
     pub filter_node_name: Option<String>,
     /// See [`Options`].
@@ -73,6 +75,7 @@ impl CommitArgs {
             copy_mode: CopyMode::Background,
             convergence: Convergence::None,
             converge_after: Duration::from_secs(30),
+            delete_images: false,
             filter_node_name: None,
             auto_finalize: true,
             auto_dismiss: true,

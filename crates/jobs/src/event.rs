@@ -102,6 +102,17 @@ pub enum Event {
         /// Rate limit.
         speed: u64,
     },
+    /// BLOCK_JOB_IMAGE_DELETED: an image left a chain, and its file was to be deleted.
+    Image {
+        /// Job id.
+        id: String,
+        /// The node that the image was.
+        node: String,
+        /// Its file; empty if it has none.
+        filename: String,
+        /// Why the file is still there, if it is.
+        error: Option<String>,
+    },
     /// BLOCK_JOB_ERROR: a request failed.
     Error {
         /// Job id.

@@ -15,6 +15,7 @@ mod error;
 mod event;
 pub mod internal;
 mod job;
+mod leavers;
 pub mod mirror;
 mod mirror_args;
 mod mirror_policy;

@@ -19,6 +19,7 @@ use crate::JobError;
 use crate::chain::{self, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
+use crate::leavers::Leavers;
 use crate::mirror_args::{Checked, CopyMode, MirrorArgs, Sync};
 use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
 use crate::registry::Registry;
@@ -56,6 +57,8 @@ pub struct Mirror {
     buffer: u64,
     /// Whether the target is an image below the source, and what was turned read-write for that.
     below: Option<Turned>,
+    /// Whose files are to go when the target has taken their place.
+    leavers: RefCell<Option<Leavers>>,
 }
 
 /// What the job has of the graph.
@@ -76,7 +79,7 @@ pub async fn start(
 ) -> std::result::Result<Rc<Job>, JobError> {
     let checked = args.check(graph).await?;
     let job = registry.create(&args.job_id, Kind::Mirror, args.job_options()?, None)?;
-    start_checked(registry, graph, args, checked, job).await
+    start_checked(registry, graph, args, checked, job, None).await
 }
 
 /// Starts what was checked as a job that exists.
@@ -86,9 +89,11 @@ pub(crate) async fn start_checked(
     args: MirrorArgs,
     checked: Checked,
     job: Rc<Job>,
+    leavers: Option<Leavers>,
 ) -> std::result::Result<Rc<Job>, JobError> {
     match build(graph, args, checked, &job).await {
         Ok(body) => {
+            *body.leavers.borrow_mut() = leavers;
             registry.start(&job, body);
             Ok(job)
         }
@@ -191,6 +196,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         quiet: RefCell::new(None),
         buffer,
         below,
+        leavers: RefCell::new(None),
     }))
 }
 
@@ -411,10 +417,12 @@ impl Body for Mirror {
             }
             self.hold.take();
             self.graph.settle().await;
-            if let Some(turned) =
-                self.below.as_ref().filter(|_| !success || self.policy.wish() != Wish::Pivot)
-            {
+            let pivoted = success && self.policy.wish() == Wish::Pivot;
+            if let Some(turned) = self.below.as_ref().filter(|_| !pivoted) {
                 turned.back(&self.graph).await;
+            }
+            if let Some(leavers) = self.leavers.take().filter(|_| pivoted) {
+                leavers.delete(&self.graph).await;
             }
         })
     }

@@ -15,6 +15,7 @@ use crate::JobError;
 use crate::chain::{self, BackingName, ChainPolicy, Headers, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
+use crate::leavers::Leavers;
 use crate::registry::Registry;
 use crate::stream_args::{Checked, StreamArgs};
 use block::{Io, Result};
@@ -52,6 +53,8 @@ pub struct Stream {
     /// The job's own users of the filter, until it is over.
     on_filter: RefCell<Vec<Rc<Edge>>>,
     hold: RefCell<Option<Hold>>,
+    /// Whose files are to go when they have left.
+    leavers: RefCell<Option<Leavers>>,
 }
 
 /// What the job has of the graph, until it is dismissed.
@@ -140,7 +143,9 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
             return Err(e);
         }
     };
+    let leavers = args.delete_images.then(|| Leavers::note(job, &between));
     Ok(Rc::new(Stream {
+        leavers: RefCell::new(leavers),
         graph: graph.clone(),
         args,
         device,
@@ -255,8 +260,16 @@ impl Body for Stream {
                 let _ = self.graph.apply(self.plan_back()).await;
             }
             self.on_filter.take();
+            let leavers = self.leavers.take().filter(|_| success);
+            if leavers.is_some() {
+                // held no longer than now, so that they can go
+                self.hold.take();
+            }
             self.graph.settle().await;
             self.turned.back(&self.graph).await;
+            if let Some(leavers) = leavers {
+                leavers.delete(&self.graph).await;
+            }
         })
     }
 

@@ -30,6 +30,8 @@ pub struct StreamArgs {
     pub buf_size: u64,
     /// On failing requests.
     pub on_error: OnError,
+    /// Delete the files of the images that leave the chain.
+    pub delete_images: bool,
     /// Name of the filter node.
     pub filter_node_name: Option<String>,
     /// See [`Options`].
@@ -51,6 +53,7 @@ impl StreamArgs {
             speed: 0,
             buf_size: 0,
             on_error: OnError::Report,
+            delete_images: false,
             filter_node_name: None,
             auto_finalize: true,
             auto_dismiss: true,

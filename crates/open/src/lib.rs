@@ -151,6 +151,7 @@ impl Opener {
                 name: Some(name),
                 read_only: now.read_only,
                 auto_read_only: now.auto_read_only,
+                follows: c.read_only.is_none() && !now.monitor_owned,
                 detect_zeroes: c.detect_zeroes,
                 discard: now.discard,
                 monitor_owned: now.monitor_owned,

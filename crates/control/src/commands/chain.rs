@@ -16,7 +16,7 @@ pub(super) const COMMANDS: &[Entry] =
     &[entry::<BlockCommit>(), entry::<BlockStream>(), entry::<ChangeBackingFile>()];
 
 /// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error`,
-/// `buf-size`, `copy-mode`, `convergence` and `converge-after` are not in QSD.
+/// `buf-size`, `delete-images`, `copy-mode`, `convergence` and `converge-after` are not in QSD.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockCommit {
@@ -30,6 +30,7 @@ struct BlockCommit {
     backing_mask_protocol: Option<bool>,
     speed: Option<i64>,
     buf_size: Option<u32>,
+    delete_images: Option<bool>,
     on_error: Option<ErrorPolicy>,
     on_source_error: Option<ErrorPolicy>,
     on_target_error: Option<ErrorPolicy>,
@@ -53,6 +54,7 @@ impl Command for BlockCommit {
             backing_mask_protocol: self.backing_mask_protocol.unwrap_or(false),
             speed: self.speed.unwrap_or(0),
             buf_size: self.buf_size.map_or(0, u64::from),
+            delete_images: self.delete_images.unwrap_or(false),
             on_source_error: self.on_source_error.map_or(both, OnError::from),
             on_target_error: self.on_target_error.map_or(both, OnError::from),
             copy_mode: self.copy_mode.map_or(default.copy_mode, CopyMode::from),
@@ -70,7 +72,8 @@ impl Command for BlockCommit {
     }
 }
 
-/// Brings what the images below one hold up into it, and takes them out of the chain. `buf-size` is not in QSD.
+/// Brings what the images below one hold up into it, and takes them out of the chain. `buf-size` and
+/// `delete-images` are not in QSD.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockStream {
@@ -83,6 +86,7 @@ struct BlockStream {
     backing_mask_protocol: Option<bool>,
     speed: Option<i64>,
     buf_size: Option<u32>,
+    delete_images: Option<bool>,
     on_error: Option<ErrorPolicy>,
     filter_node_name: Option<String>,
     auto_finalize: Option<bool>,
@@ -100,6 +104,7 @@ impl Command for BlockStream {
             backing_mask_protocol: self.backing_mask_protocol.unwrap_or(false),
             speed: self.speed.unwrap_or(0),
             buf_size: self.buf_size.map_or(0, u64::from),
+            delete_images: self.delete_images.unwrap_or(false),
             on_error: self.on_error.map_or(OnError::Report, OnError::from),
             filter_node_name: self.filter_node_name,
             auto_finalize: self.auto_finalize.unwrap_or(true),

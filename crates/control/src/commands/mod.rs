@@ -82,6 +82,7 @@ pub(crate) const EVENTS: &[&str] = &[
     "BLOCK_JOB_CANCELLED",
     "BLOCK_JOB_COMPLETED",
     "BLOCK_JOB_ERROR",
+    "BLOCK_JOB_IMAGE_DELETED",
     "BLOCK_JOB_PENDING",
     "BLOCK_JOB_READY",
     "JOB_STATUS_CHANGE",

@@ -1,7 +1,7 @@
 //! Commits of images below the active one.
 
 use super::{compare, header, images, job, serve};
-use crate::common::{Client, Dir};
+use crate::common::{Client, Daemon, Dir};
 use crate::disk::{tool, until};
 use crate::mirrors::{DISK, Writer};
 use serde_json::{Value, json};
@@ -56,4 +56,48 @@ fn cancelled_changes_nothing_to_be_seen() {
     assert_eq!(header(&dir, "3.qcow2"), (json!("2.qcow2"), json!("qcow2")));
     tool(&dir, "qemu-img|compare|-U|-f|raw|-F|qcow2|model.raw|3.qcow2");
     compare(&dir, &mut daemon, &mut c, "3.qcow2", &["3.qcow2", "2.qcow2", "1.qcow2", "0.qcow2"]);
+}
+
+/// The files of images that left are deleted where nobody uses them any more, and every one is told; the others are kept.
+#[test]
+fn files_of_images_that_left() {
+    for (command, kept) in [("block-commit", "n1"), ("block-stream", "n1")] {
+        let dir = Dir::new();
+        images(&dir, 4);
+        // opened as the headers say, but for one image that the user names
+        let file =
+            |n: usize| json!({"driver": "file", "filename": format!("{n}.qcow2"), "auto-read-only": true});
+        let middle = json!({"driver": "qcow2", "node-name": kept, "file": file(1), "read-only": true});
+        let upper = json!({"driver": "qcow2", "file": file(2), "backing": kept, "read-only": true});
+        let top = json!({"driver": "qcow2", "node-name": "n3", "file": file(3), "backing": upper});
+        let export = "nbd,id=e0,node-name=n3,name=disk,writable=on";
+        let server = "addr.type=unix,addr.path=nbd.sock";
+        let (middle, top) = (middle.to_string(), top.to_string());
+        let words = ["--blockdev", &middle, "--blockdev", &top, "--nbd-server", server, "--export", export];
+        let mut daemon = Daemon::start(&dir, &words);
+        let mut c = daemon.client();
+        let writer = Writer::start(&dir, DISK, &["4", "400"]);
+        let arguments = if command == "block-commit" {
+            json!({"job-id": "j", "device": "n3", "top": "2.qcow2", "base": "0.qcow2", "delete-images": true})
+        } else {
+            json!({"job-id": "j", "device": "n3", "base": "0.qcow2", "delete-images": true})
+        };
+        c.command(command, arguments).unwrap();
+        until(&mut c, "j", "waiting");
+        let mut told = Vec::new();
+        loop {
+            let e = c.events.pop().unwrap_or_else(|| c.read().unwrap());
+            if e["event"] == "BLOCK_JOB_IMAGE_DELETED" {
+                let d = &e["data"];
+                told.push((d["filename"].as_str().unwrap().to_owned(), d["deleted"] == true));
+            } else if e["data"]["status"] == "null" {
+                break;
+            }
+        }
+        told.sort();
+        assert_eq!(told, [("1.qcow2".to_owned(), false), ("2.qcow2".to_owned(), true)], "{command}");
+        assert!(dir.0.join("1.qcow2").exists() && !dir.0.join("2.qcow2").exists());
+        writer.stop();
+        compare(&dir, &mut daemon, &mut c, "3.qcow2", &["3.qcow2", "1.qcow2", "0.qcow2"]);
+    }
 }
