@@ -92,15 +92,6 @@ impl Created {
     }
 }
 
-/// Checks the arguments, takes the instant and starts the job.
-pub async fn start(
-    registry: &Registry,
-    graph: &Rc<Graph>,
-    args: BackupArgs,
-) -> std::result::Result<Rc<Job>, JobError> {
-    Ok(create(registry, graph, args, None).await?.start(registry))
-}
-
 /// Checks the arguments, takes the instant and makes the job, as a member of `group` if one is given. On an error nothing
 /// is left behind (but the job may have been seen as created and gone).
 pub async fn create(

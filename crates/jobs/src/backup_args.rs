@@ -5,6 +5,7 @@ use crate::mirror_args::Sync;
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
 use copy::{OnError, OnSaveError, cluster_size};
+use graph::bitmaps::check_usable;
 use graph::{Graph, NodeCell, walk};
 use std::rc::Rc;
 
@@ -212,16 +213,7 @@ impl BackupArgs {
         let Some(mode) = mode else {
             return refused("Bitmap sync mode must be given when providing a bitmap".to_owned());
         };
-        if bitmap.busy() {
-            let why = format!("Bitmap '{name}' is currently in use by another operation and cannot be used");
-            return Err(BlockError::new(ErrorKind::Busy, why));
-        }
-        if bitmap.inconsistent() {
-            let why = format!("Bitmap '{name}' is inconsistent and cannot be used");
-            return Err(BlockError::invalid(why).with_hint(format!(
-                "Try block-dirty-bitmap-remove to delete this bitmap from disk: '{name}'"
-            )));
-        }
+        check_usable(&bitmap)?;
         if self.sync == Sync::None {
             return refused(format!("sync mode '{sync}' does not produce meaningful bitmap outputs"));
         }

@@ -7,11 +7,12 @@
 //! Undone, the users are back on the node, which has missed nothing: they stood still meanwhile (see [`crate::txn`]).
 
 use crate::JobError;
-use crate::chain::{self, BackingName};
+use crate::chain;
+use crate::new_image::{self, Below};
 use crate::txn::{Action, Doing};
-use block::{BlockError, ErrorKind, Prealloc, Result};
+use block::{BlockError, ErrorKind, Result};
 use graph::{Demand, Edge, Graph, NodeCell, Parent, Plan, Role, Step, walk};
-use open::{Backing, Common, DriverSpec, NodeSpec, Opener};
+use open::{Common, Opener};
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -118,7 +119,8 @@ impl Snapshot {
             return Err(JobError::refused("New overlay node-name missing"));
         }
         if !image.existing {
-            self.create(node, image).await?;
+            let len = node.node().len();
+            new_image::create(&self.opener, &image.file, &image.format, len, Some(node)).await?;
         }
         let options = node.options();
         let common = Common {
@@ -128,43 +130,7 @@ impl Snapshot {
             no_flush: Some(options.cache_no_flush),
             ..Common::default()
         };
-        let file = NodeSpec::file(&image.file);
-        let mut spec = match image.format.as_str() {
-            "qcow2" => file.qcow2(),
-            "raw" => file.raw(),
-            "file" => file,
-            other => return Err(JobError::refused(format!("Unknown driver '{other}'"))),
-        };
-        spec.common = common;
-        if let DriverSpec::Qcow2(q) = &mut spec.driver {
-            q.backing = Backing::None;
-        }
-        Ok(self.opener.open(&spec).await?)
-    }
-
-    async fn create(&self, node: &Rc<NodeCell>, image: &NewImage) -> std::result::Result<(), JobError> {
-        match image.format.as_str() {
-            "qcow2" => {}
-            "raw" | "file" => {
-                let message = format!("Backing file not supported for file format '{}'", image.format);
-                return Err(JobError::refused(message));
-            }
-            other => return Err(JobError::refused(format!("Unknown file format '{other}'"))),
-        }
-        let named = walk::skip_filters(node);
-        let backing = BackingName::of(&named, None, false).await?;
-        let options = qcow2::create::Options {
-            backing_file: backing.name,
-            backing_fmt: backing.format,
-            ..qcow2::create::Options::new(node.node().len())
-        };
-        options.validate()?;
-        self.opener.create_file(&image.file, 0, Prealloc::Off).await?;
-        let file = self.opener.open(&NodeSpec::file(&image.file)).await?;
-        let made = self.opener.create_qcow2(file.name(), None, &options).await;
-        let closed = self.graph().remove(&file).await;
-        made?;
-        Ok(closed?)
+        new_image::open(&self.opener, &image.file, Some(&image.format), Below::Nothing, common).await
     }
 
     async fn put(

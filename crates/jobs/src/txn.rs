@@ -8,11 +8,7 @@
 //! What must stay true: after a failure everything is as it was, but for image files that were created on the way.
 
 use crate::JobError;
-use crate::backup;
-use crate::backup_args::BackupArgs;
-use crate::registry::{Group, Registry};
 use graph::{Graph, NodeCell};
-use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -49,59 +45,6 @@ impl Action for Abort {
     }
     fn prepare(&self) -> Doing<'_, Result<(), JobError>> {
         Box::pin(async { Err(JobError::refused("Transaction aborted using Abort action")) })
-    }
-}
-
-/// A backup: its instant is taken with everything else, it runs from the commit on.
-pub struct BackupAction {
-    registry: Rc<Registry>,
-    graph: Rc<Graph>,
-    args: BackupArgs,
-    group: Option<Rc<Group>>,
-    created: RefCell<Option<backup::Created>>,
-}
-
-impl BackupAction {
-    /// The backup that `args` ask for, as a member of `group`.
-    pub fn new(
-        registry: &Rc<Registry>,
-        graph: &Rc<Graph>,
-        args: BackupArgs,
-        group: Option<Rc<Group>>,
-    ) -> Rc<BackupAction> {
-        let (registry, graph) = (registry.clone(), graph.clone());
-        Rc::new(BackupAction { registry, graph, args, group, created: RefCell::default() })
-    }
-}
-
-impl Action for BackupAction {
-    fn nodes(&self) -> Vec<String> {
-        vec![self.args.device.clone()]
-    }
-
-    fn prepare(&self) -> Doing<'_, Result<(), JobError>> {
-        Box::pin(async move {
-            let (args, group) = (self.args.clone(), self.group.clone());
-            let created = backup::create(&self.registry, &self.graph, args, group).await?;
-            *self.created.borrow_mut() = Some(created);
-            Ok(())
-        })
-    }
-
-    fn commit(&self) -> Doing<'_> {
-        Box::pin(async move {
-            let created = self.created.take();
-            created.map(|c| c.start(&self.registry));
-        })
-    }
-
-    fn abort(&self) -> Doing<'_> {
-        Box::pin(async move {
-            let created = self.created.take();
-            if let Some(created) = created {
-                created.undo(&self.registry).await;
-            }
-        })
     }
 }
 

@@ -2,9 +2,10 @@
 
 use crate::spec::CopyBeforeWriteSpec;
 use crate::{Inherited, Opener, Trail};
-use block::{BlockError, ErrorKind, Result};
+use block::{BlockError, Result};
 use copy::{PointInTime, Work, cluster_size};
 use drivers::filters::copy_before_write::CopyBeforeWrite;
+use graph::bitmaps::{check_usable, find_bitmap};
 use graph::{Demand, Role};
 use std::rc::Rc;
 
@@ -41,20 +42,9 @@ impl Opener {
     }
 
     fn bits(&self, node: &str, name: &str) -> Result<bitmap::Bitmap> {
-        let missing = |what: String| BlockError::new(ErrorKind::NotFound, what);
-        let Some(cell) = self.graph().find(node) else {
-            return Err(missing(format!("Cannot find device='{node}' nor node-name='{node}'")));
-        };
-        let Some(bitmap) = cell.find_bitmap(name) else {
-            return Err(missing(format!("Dirty bitmap '{name}' not found")));
-        };
-        if bitmap.busy() {
-            let why = format!("Bitmap '{name}' is currently in use by another operation and cannot be used");
-            return Err(BlockError::new(ErrorKind::Busy, why));
-        }
-        if bitmap.inconsistent() {
-            return Err(BlockError::invalid(format!("Bitmap '{name}' is inconsistent and cannot be used")));
-        }
+        let cell = self.find(node)?;
+        let bitmap = find_bitmap(&cell, name)?;
+        check_usable(&bitmap)?;
         let bits = bitmap.bits().clone();
         Ok(bits)
     }

@@ -431,6 +431,20 @@ impl Trail {
     }
 }
 
+impl Opener {
+    /// The format of the image in the file that `protocol` would open; only for reading.
+    pub async fn probe_format(&self, protocol: &NodeSpec) -> Result<&'static str> {
+        let file = self.open(&protocol.clone().read_only(true)).await?;
+        let found = match self.hold(&file, "file", Role::Primary, "", reading()).await {
+            Ok(held) => probe(&held).await,
+            Err(e) => Err(e),
+        };
+        // the answer, or why there is none, is what matters
+        let _ = self.graph.remove(&file).await;
+        found
+    }
+}
+
 /// What a format asks of its file.
 fn storing(now: &Inherited) -> Demand {
     let write = Perms::WRITE.with(Perms::RESIZE);

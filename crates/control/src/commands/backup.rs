@@ -1,15 +1,14 @@
 //! `blockdev-backup`.
 
 use super::mirror::{ErrorPolicy, SyncMode};
-use super::transaction::{Act, Read};
+use super::transaction::{Act, Read, carry_out};
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::blockdev_backup::min_cluster_size;
 use crate::error::{QmpError, Reply};
 use copy::OnSaveError;
-use jobs::txn::BackupAction;
-use jobs::{BackupArgs, BitmapMode, Group, OnBufferFull, backup};
-use qapi::json;
+use jobs::drive::BackupAction;
+use jobs::{BackupArgs, BitmapMode, Group, OnBufferFull};
 use serde::Deserialize;
 use std::rc::Rc;
 
@@ -110,7 +109,7 @@ impl Common {
 /// not in QSD 10.0.2.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct BlockdevBackup {
+pub(super) struct BlockdevBackup {
     #[serde(flatten)]
     common: Common,
     buffer: Option<String>,
@@ -119,8 +118,7 @@ pub(crate) struct BlockdevBackup {
 }
 
 impl BlockdevBackup {
-    /// What the job is to do. (A transaction creates it with [`backup::create`].)
-    pub(crate) fn args(self) -> Result<BackupArgs, QmpError> {
+    fn args(self) -> Result<BackupArgs, QmpError> {
         let size = self.buffer_size.unwrap_or(0);
         let size = u64::try_from(size)
             .map_err(|_| QmpError::generic("Parameter 'buffer-size' expects a non-negative value"))?;
@@ -144,14 +142,13 @@ impl BlockdevBackup {
 impl Act for BlockdevBackup {
     const MAKES_JOB: bool = true;
     fn action(self, daemon: &Rc<Daemon>, group: Option<Rc<Group>>) -> Read {
-        Ok(BackupAction::new(daemon.jobs(), daemon.graph(), self.args()?, group))
+        Ok(BackupAction::new(daemon.jobs(), daemon.opener(), self.args()?, None, group))
     }
 }
 
 impl Command for BlockdevBackup {
     const NAME: &'static str = "blockdev-backup";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        backup::start(daemon.jobs(), daemon.graph(), self.args()?).await?;
-        Ok(json!({}))
+        carry_out(&daemon, self).await
     }
 }

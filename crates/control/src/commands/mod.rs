@@ -8,6 +8,7 @@ pub(crate) mod bitmap;
 mod chain;
 mod chardev;
 mod create;
+mod drive;
 mod export;
 mod job;
 mod mirror;
@@ -68,6 +69,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     export::COMMANDS,
     mirror::COMMANDS,
     backup::COMMANDS,
+    drive::COMMANDS,
     chain::COMMANDS,
     job::COMMANDS,
     object::COMMANDS,

@@ -2,6 +2,7 @@
 
 use super::backup::BlockdevBackup;
 use super::bitmap::{BitmapAdd, BitmapClear, BitmapDisable, BitmapEnable, BitmapMerge, BitmapRemove};
+use super::drive::DriveBackup;
 use super::snapshot::{BlockdevSnapshot, BlockdevSnapshotSync, InternalSync};
 use super::{Command, Entry, entry};
 use crate::Daemon;
@@ -61,6 +62,7 @@ const ACTIONS: &[Row] = &[
     row::<BitmapDisable>("block-dirty-bitmap-disable"),
     row::<BitmapMerge>("block-dirty-bitmap-merge"),
     row::<BlockdevBackup>("blockdev-backup"),
+    row::<DriveBackup>("drive-backup"),
     row::<BlockdevSnapshot>("blockdev-snapshot"),
     row::<BlockdevSnapshotSync>("blockdev-snapshot-sync"),
     row::<InternalSync>("blockdev-snapshot-internal-sync"),

@@ -1,6 +1,8 @@
 //! Backups of the built daemon under a client that writes throughout: the target is what the disk contained when the job
 //! began, the disk is what the client wrote. Seeds are printed; LIVEBLK_SEED sets one.
 
+mod bitmaps;
+mod drives;
 mod ends;
 mod fleecing;
 mod instants;
