@@ -48,12 +48,13 @@ fn settle(sync: Sync, source: &Rc<NodeCell>) -> (Sync, Option<Rc<NodeCell>>) {
 }
 
 impl Target {
-    /// Makes it, if it is not there, and opens it over `below`.
+    /// Makes it, if it is not there, and opens it over `below`; over the source itself (`none`) only if asked to.
     async fn open(
         &self,
         opener: &Rc<Opener>,
         source: &Rc<NodeCell>,
         (sync, below): (Sync, Option<Rc<NodeCell>>),
+        over_source: bool,
     ) -> Started<Rc<NodeCell>> {
         let format = match (&self.format, self.existing) {
             (Some(format), _) => Some(format.clone()),
@@ -79,8 +80,8 @@ impl Target {
         let below = match below {
             // what is there already may be over another image, yesterday's backup for example
             _ if self.existing && sync != Sync::None => Below::Header,
-            Some(node) => Below::Node(node),
-            None => Below::Nothing,
+            Some(node) if sync != Sync::None || over_source => Below::Node(node),
+            _ => Below::Nothing,
         };
         new_image::open(opener, &self.file, format.as_deref(), below, common).await
     }
@@ -111,8 +112,10 @@ pub async fn mirror(
         let why = "a node-name must be provided when replacing a named node of the graph";
         return Err(JobError::refused(why));
     }
-    let cell = target.open(opener, &source, (sync, below)).await?;
-    let args = MirrorArgs { sync, target: cell.name().to_owned(), ..args };
+    let cell = target.open(opener, &source, (sync, below), false).await?;
+    // it cannot be below from the start: what a job replaces is used by nobody but its users
+    let source_below = sync == Sync::None && cell.node().supports_backing();
+    let args = MirrorArgs { sync, target: cell.name().to_owned(), source_below, ..args };
     let made = mirror::start(registry, graph, args).await;
     hand_over(opener, &cell, made).await
 }
@@ -148,7 +151,7 @@ impl BackupAction {
         let source = chain::find_device(graph, &self.args.device)?;
         source.check_not_blocked()?;
         let (sync, below) = settle(self.args.sync, &source);
-        let cell = target.open(&self.opener, &source, (sync, below)).await?;
+        let cell = target.open(&self.opener, &source, (sync, below), true).await?;
         let args = BackupArgs { sync, target: cell.name().to_owned(), ..self.args.clone() };
         let made = backup::create(&self.registry, graph, args, self.group.clone()).await;
         hand_over(&self.opener, &cell, made).await

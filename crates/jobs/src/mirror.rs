@@ -401,7 +401,14 @@ impl Body for Mirror {
                 // somebody attached while the client was held, wrote, and the target failed
                 return Err(BlockError::new(ErrorKind::Io, "the target failed while the job was pending"));
             }
-            self.graph.apply(self.plan_pivot()).await
+            let mut plan = self.plan_pivot();
+            if self.args.source_below {
+                let parent = Parent::Node(RefCell::new(Some(self.target.name().to_owned())));
+                let (source, below) = (&self.source, Role::Backing);
+                let edge = self.graph.attach_exact(source, "backing", below, parent, Demand::NOTHING).await?;
+                plan.steps.insert(0, Step::SetBacking { node: self.target.clone(), edge: Some(edge) });
+            }
+            self.graph.apply(plan).await
         })
     }
 

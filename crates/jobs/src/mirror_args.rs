@@ -99,6 +99,8 @@ pub struct MirrorArgs {
     pub auto_dismiss: bool,
     /// The user asserts that the target reads as zero.
     pub target_is_zero: bool,
+    /// At completion the source becomes the layer below the target, which then holds only what was written since the start.
+    pub source_below: bool,
     /// What to do when it does not converge.
     pub convergence: Convergence,
     /// How long to wait before that.
@@ -124,6 +126,7 @@ impl MirrorArgs {
             auto_finalize: true,
             auto_dismiss: true,
             target_is_zero: false,
+            source_below: false,
             convergence: Convergence::None,
             converge_after: Duration::from_secs(30),
         }
