@@ -52,7 +52,8 @@ async fn world(env: &Env, rng: &mut Rng, rules: KeepRules) -> Rc<World> {
         }
         target.put(b * 4096, &[0xee; 4096], true);
     }
-    let (file, kept) = (edge(&graph, "source", source.clone()).await, edge(&graph, "target", target.clone()).await);
+    let (file, kept) =
+        (edge(&graph, "source", source.clone()).await, edge(&graph, "target", target.clone()).await);
     let work = Work::new(env.clone(), len, granularity).unwrap();
     let node = CopyBeforeWrite::new(file.clone(), kept.clone());
     let rules = KeepRules { most: rules.most * granularity, ..rules };
@@ -61,7 +62,18 @@ async fn world(env: &Env, rng: &mut Rng, rules: KeepRules) -> Rc<World> {
     node.set_keeper(Some(point.clone()));
     let then = RefCell::new(source.bytes.borrow().clone());
     let (clients, good_reads) = (Cell::new(0), Cell::new(0));
-    Rc::new(World { _graph: graph, env: env.clone(), source, target, node, point, work, then, clients, good_reads })
+    Rc::new(World {
+        _graph: graph,
+        env: env.clone(),
+        source,
+        target,
+        node,
+        point,
+        work,
+        then,
+        clients,
+        good_reads,
+    })
 }
 
 fn somewhere(rng: &mut Rng, len: u64) -> Span {
@@ -154,7 +166,10 @@ async fn history(env: Env, mut rng: Rng) {
         let mut engine = Engine::new(w.work.clone(), file, kept, Rc::new(All), desk, 1 << 20);
         engine.run().await.unwrap();
         if w.point.lost().is_none() {
-            assert!(*w.target.bytes.borrow() == *w.then.borrow(), "the copy is not the disk as of the instant");
+            assert!(
+                *w.target.bytes.borrow() == *w.then.borrow(),
+                "the copy is not the disk as of the instant"
+            );
         }
     } else {
         let checkpoints = rng.chance(0.5);
