@@ -3,6 +3,10 @@
 use crate::Bitmap;
 use block::{Result, Span};
 use std::cell::{Cell, Ref, RefCell, RefMut};
+use std::rc::Rc;
+
+/// The bitmaps of a node, oldest first: shared between the graph, which lets them record, and a driver that stores them.
+pub type BitmapList = Rc<RefCell<Vec<Rc<DirtyBitmap>>>>;
 
 /// A dirty bitmap of a node. The graph calls [`DirtyBitmap::record`] for each write, zero request and discard *before*
 /// the request is acknowledged (failed requests included: they may have changed something).
@@ -82,6 +86,11 @@ impl DirtyBitmap {
     /// While frozen it keeps its bits as they are: a successor records in its place. It still counts as enabled.
     pub fn set_frozen(&self, on: bool) {
         self.frozen.set(on);
+    }
+
+    /// Whether its bits stay as they are while a successor records.
+    pub fn frozen(&self) -> bool {
+        self.frozen.get()
     }
 
     /// Whether it is stored in the image when the node is closed.

@@ -13,5 +13,5 @@ mod dirty;
 mod map;
 mod tree;
 
-pub use dirty::DirtyBitmap;
+pub use dirty::{BitmapList, DirtyBitmap};
 pub use map::{Areas, Bitmap, MAX_GRANULARITY, MAX_GRANULES, MIN_GRANULARITY};

@@ -144,19 +144,23 @@ fn has_dirty_flag(cell: &Rc<NodeCell>) -> bool {
     }
 }
 
+fn fact_value(fact: &Fact) -> Value {
+    match fact {
+        Fact::Text(s) => json!(s),
+        Fact::Number(n) => json!(n),
+        Fact::Flag(b) => json!(b),
+        Fact::List(all) => all.iter().map(fact_value).collect(),
+        Fact::Record(all) => all
+            .iter()
+            .map(|(name, fact)| ((*name).to_owned(), fact_value(fact)))
+            .collect::<Map<_, _>>()
+            .into(),
+    }
+}
+
 fn format_specific(driver: &str, details: &NodeDetails) -> Option<Value> {
-    let data: Map<String, Value> = details
-        .specific
-        .iter()
-        .map(|(name, fact)| {
-            let value = match fact {
-                Fact::Text(s) => json!(s),
-                Fact::Number(n) => json!(n),
-                Fact::Flag(b) => json!(b),
-            };
-            ((*name).to_owned(), value)
-        })
-        .collect();
+    let data: Map<String, Value> =
+        details.specific.iter().map(|(name, fact)| ((*name).to_owned(), fact_value(fact))).collect();
     match driver {
         "file" | "host_device" => Some(json!({"type": "file", "data": data})),
         _ if data.is_empty() => None,

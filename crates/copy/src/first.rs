@@ -27,19 +27,28 @@ pub async fn mark_top(work: &Work, source: &Edge) -> Result<()> {
 }
 
 async fn scan(work: &Work, source: &Edge, top: bool) -> Result<()> {
-    let mut left = Span::new(0, work.len());
+    each(work, source, Span::new(0, work.len()), top, |at| work.mark(at)).await
+}
+
+/// Calls `take` for all that the top layer of the source holds (data and zeroes) in `at`.
+pub async fn each_of_top(work: &Work, source: &Edge, at: Span, take: impl FnMut(Span)) -> Result<()> {
+    each(work, source, at, true, take).await
+}
+
+async fn each(work: &Work, source: &Edge, at: Span, top: bool, mut take: impl FnMut(Span)) -> Result<()> {
+    let mut left = at;
     while !left.is_empty() {
         let (step, _) = left.split_at(STEP);
         let found = if top { top_layer(source, step).await? } else { status(source, step).await? };
         let mut end = left.start;
         for e in found {
             if e.kind == Kind::Data || (top && e.kind == Kind::Zero) {
-                work.mark(e.span);
+                take(e.span);
             }
             end = e.span.end();
         }
         if end <= left.start {
-            work.mark(step);
+            take(step);
             end = step.end();
         }
         left = Span::between(end, left.end());

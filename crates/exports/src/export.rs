@@ -3,12 +3,14 @@
 //! What can happen: clients come and go, the graph puts another node under the export's edge, the export is deleted
 //! while clients use it. What must stay true: the edge is held until the last request of the last client has ended.
 
+use bitmap::{Bitmap, DirtyBitmap};
 use env::sync::Notify;
 use graph::gate::Gated;
 use graph::ranges::RangeLocks;
 use graph::{Demand, Edge, Perms};
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::rc::Rc;
 
 /// What is asked of an NBD export; names as in QMP's `block-export-add`.
@@ -26,6 +28,46 @@ pub struct NbdOptions {
     pub writethrough: bool,
     /// Whether the context `qemu:allocation-depth` is offered.
     pub allocation_depth: bool,
+    /// Bitmaps offered as contexts `qemu:dirty-bitmap:NAME`. They are busy as long as the export is there.
+    pub bitmaps: Vec<ExportedBitmap>,
+}
+
+/// Bitmaps of one export: as QEMU, which clients negotiate with by name, one after the other.
+pub const MAX_EXPORTED_BITMAPS: usize = 65_535;
+
+/// A bitmap in use by an export.
+#[derive(Clone)]
+pub struct ExportedBitmap(Rc<Held>);
+
+struct Held(Rc<DirtyBitmap>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.set_busy(false);
+    }
+}
+
+impl ExportedBitmap {
+    /// Takes `bitmap` into use until the last clone of this is dropped. It must not be in use.
+    pub fn hold(bitmap: Rc<DirtyBitmap>) -> ExportedBitmap {
+        bitmap.set_busy(true);
+        ExportedBitmap(Rc::new(Held(bitmap)))
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.0.0.name().unwrap_or_default()
+    }
+
+    pub(crate) fn bits(&self) -> Ref<'_, Bitmap> {
+        self.0.0.bits()
+    }
+}
+
+impl fmt::Debug for ExportedBitmap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// What an export shows of itself in queries.

@@ -9,7 +9,7 @@ mod export;
 mod nbd_server;
 mod registry;
 
-pub use export::{Export, ExportInfo, NbdOptions};
+pub use export::{Export, ExportInfo, ExportedBitmap, MAX_EXPORTED_BITMAPS, NbdOptions};
 pub use nbd_server::{
     Authorize, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, ServerOptions, ServerTls,
 };

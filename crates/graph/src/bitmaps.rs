@@ -78,6 +78,11 @@ pub fn find_bitmap(cell: &NodeCell, name: &str) -> Result<Rc<DirtyBitmap>> {
 /// Fails if the bitmap cannot be used: others are using it, or it may lack changes.
 pub fn check_usable(bitmap: &DirtyBitmap) -> Result<()> {
     check_not_busy(bitmap)?;
+    check_consistent(bitmap)
+}
+
+/// Fails if the bitmap may lack changes.
+pub fn check_consistent(bitmap: &DirtyBitmap) -> Result<()> {
     if bitmap.inconsistent() {
         let name = bitmap.name().unwrap_or_default();
         return Err(BlockError::invalid(format!("Bitmap '{name}' is inconsistent and cannot be used"))

@@ -8,7 +8,7 @@
 use crate::ranges::RangeLocks;
 use crate::tree::Reaper;
 use crate::{DebugEvent, Edge, HostBytes, Node};
-use bitmap::DirtyBitmap;
+use bitmap::{BitmapList, DirtyBitmap};
 use block::{BlockError, Data, ErrorKind, Extent, Prealloc, ReqFlags, Result, Span};
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
@@ -74,7 +74,7 @@ pub struct NodeCell {
     writable: Cell<bool>,
     monitor_owned: Cell<bool>,
     pub(crate) parents: RefCell<Vec<Weak<Edge>>>,
-    bitmaps: RefCell<Vec<Rc<DirtyBitmap>>>,
+    bitmaps: BitmapList,
     blockers: RefCell<Vec<(u64, String)>>,
     next_blocker: Cell<u64>,
     covered_by: RefCell<Option<Weak<NodeCell>>>,
@@ -124,6 +124,8 @@ impl NodeCell {
         options: NodeOptions,
         reaper: Weak<Reaper>,
     ) -> NodeCell {
+        let bitmaps = BitmapList::default();
+        node.share_bitmaps(&bitmaps);
         NodeCell {
             name,
             id,
@@ -132,7 +134,7 @@ impl NodeCell {
             monitor_owned: Cell::new(options.monitor_owned),
             options: RefCell::new(options),
             parents: RefCell::default(),
-            bitmaps: RefCell::default(),
+            bitmaps,
             blockers: RefCell::default(),
             next_blocker: Cell::new(0),
             covered_by: RefCell::new(None),

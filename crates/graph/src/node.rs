@@ -2,6 +2,7 @@
 
 use crate::perm::Demand;
 use crate::{DebugEvent, Edge, NodeCell};
+use bitmap::BitmapList;
 use block::{Data, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
 use std::rc::Rc;
 
@@ -65,6 +66,10 @@ pub enum Fact {
     Number(u64),
     /// A flag.
     Flag(bool),
+    /// Several.
+    List(Vec<Fact>),
+    /// Several by name.
+    Record(Vec<(&'static str, Fact)>),
 }
 
 /// Bytes that lie in a file of the host.
@@ -175,6 +180,11 @@ pub trait Node: 'static {
                 "driver '{driver}' does not support a backing file name"
             )))
         })
+    }
+    /// From now on the node's bitmaps are in `list`. A format that keeps bitmaps in the image adds them to it, and stores
+    /// those that are persistent when it is closed or turned read-only.
+    fn share_bitmaps(&self, list: &BitmapList) {
+        let _ = list;
     }
     /// Whether the image can keep a bitmap of this name and granularity, beside those it has.
     fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {

@@ -19,6 +19,7 @@ mod job;
 mod leavers;
 pub mod mirror;
 mod mirror_args;
+mod mirror_bitmap;
 mod mirror_policy;
 mod new_image;
 mod registry;

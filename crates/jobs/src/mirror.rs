@@ -21,6 +21,7 @@ use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::leavers::Leavers;
 use crate::mirror_args::{Checked, CopyMode, MirrorArgs, Sync};
+use crate::mirror_bitmap::MirrorBitmap;
 use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
 use crate::registry::Registry;
 use block::{BlockError, ErrorKind, Io, Result, Span};
@@ -55,6 +56,7 @@ pub struct Mirror {
     /// The client is held here from completion to the end.
     quiet: RefCell<Option<Quiesced>>,
     buffer: u64,
+    bitmap: Option<Rc<MirrorBitmap>>,
     /// Whether the target is an image below the source, and what was turned read-write for that.
     below: Option<Turned>,
     /// Whose files are to go when the target has taken their place.
@@ -105,7 +107,7 @@ pub(crate) async fn start_checked(
 }
 
 async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<Job>) -> Result<Rc<Mirror>> {
-    let Checked { source, target, replaces, granularity, buffer, below } = checked;
+    let Checked { source, target, replaces, granularity, buffer, bitmap, below } = checked;
     let busy = format!("block device is in use by block job: {}", job.kind().name());
     let parent = || Parent::Job(args.job_id.clone());
     let cr_w_wu = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);
@@ -173,7 +175,13 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
             except: vec![source_edge.clone()],
         })
         .then(Step::Cover { node: source.clone(), filter: Some(filter.clone()) });
-    graph.apply(plan).await?;
+    let bitmap = bitmap.map(|(bitmap, mode)| MirrorBitmap::new(&source, bitmap, mode));
+    let begun = bitmap.clone();
+    let plan = plan.then(Step::At { what: Rc::new(move || begun.iter().for_each(|b| b.begin())) });
+    if let Err(e) = graph.apply(plan).await {
+        bitmap.iter().for_each(|b| b.give_back());
+        return Err(e);
+    }
     blocked.push(filter.clone());
     let blockers = chain::block_all(&blocked, &busy);
     let hold = Hold { main, source: source_edge, target: target_edge, others, _blockers: blockers };
@@ -195,6 +203,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         hold: RefCell::new(Some(hold)),
         quiet: RefCell::new(None),
         buffer,
+        bitmap,
         below,
         leavers: RefCell::new(None),
     }))
@@ -247,6 +256,9 @@ impl Mirror {
         if self.below.is_some() {
             return first::mark_above(&self.work, source, Some(&self.target), false).await;
         }
+        if let Some(bitmap) = &self.bitmap {
+            return self.prepare_marked(bitmap, source).await;
+        }
         match self.args.sync {
             Sync::Full => {
                 let efficient = target.limits().efficient_zero && self.target.options().discard;
@@ -266,6 +278,30 @@ impl Mirror {
             }
             Sync::Top => first::mark_top(&self.work, source).await?,
             Sync::None | Sync::Incremental | Sync::Bitmap => {}
+        }
+        Ok(())
+    }
+
+    /// Of what the sync mode says, what the bitmap marked. Nothing is known of the rest of the target.
+    async fn prepare_marked(&self, bitmap: &MirrorBitmap, source: &Edge) -> Result<()> {
+        let take = |at: Span| {
+            self.work.mark(at);
+            bitmap.takes(at);
+        };
+        let whole = Span::new(0, self.work.len());
+        let Some(marked) = bitmap.rest() else { return Ok(()) };
+        match self.args.sync {
+            Sync::Full | Sync::Incremental | Sync::Bitmap => marked.areas(whole, 0).for_each(take),
+            Sync::Top => {
+                for area in marked.areas(whole, 0) {
+                    first::each_of_top(&self.work, source, area, |at| {
+                        // whole granules: what the top layer holds of one decides
+                        take(at.align_out(bitmap.granularity()).intersect(&area));
+                    })
+                    .await?;
+                }
+            }
+            Sync::None => {}
         }
         Ok(())
     }
@@ -331,6 +367,7 @@ impl Mirror {
         if !engine.flush_target().await? || job.pause_wanted() {
             return Ok(false);
         }
+        self.bitmap.iter().for_each(|b| b.equal());
         if self.policy.wish() == Wish::Stop {
             // the instant: from here on the client's writes are its own
             self.top.set_tap(None);
@@ -416,12 +453,16 @@ impl Body for Mirror {
         Box::pin(async move {
             self.policy.enter(Phase::Over);
             self.work.give_up_target();
+            // Without a record of later writes the bitmap keeps all it has, which is more.
+            let _kept = self.bitmap.as_ref().filter(|_| !success).map(|b| b.failing());
             self.top.set_tap(None);
             self.quiet.take();
             if !success {
                 // Going back asks for nothing that was not granted before, so it is not refused.
                 let _ = self.graph.apply(self.plan_back()).await;
+                self.work.settled().await;
             }
+            self.bitmap.iter().for_each(|b| b.end(success, &self.work));
             self.hold.take();
             self.graph.settle().await;
             let pivoted = success && self.policy.wish() == Wish::Pivot;

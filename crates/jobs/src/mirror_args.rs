@@ -1,10 +1,12 @@
 //! Arguments of a mirror, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
 
+use crate::backup_args::BitmapMode;
 use crate::chain::{self, find_device};
 use crate::job::Options;
+use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
 use copy::OnError;
-use graph::{Graph, NodeCell, walk};
+use graph::{Graph, NodeCell, bitmaps, walk};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -25,9 +27,9 @@ pub enum Sync {
     Top,
     /// Nothing: only what is written from now on.
     None,
-    /// Refused: needs a bitmap argument.
+    /// What a bitmap marks, with [`BitmapMode::OnSuccess`].
     Incremental,
-    /// Refused: needs a bitmap argument.
+    /// What a bitmap marks.
     Bitmap,
 }
 
@@ -105,6 +107,10 @@ pub struct MirrorArgs {
     pub convergence: Convergence,
     /// How long to wait before that.
     pub converge_after: Duration,
+    /// A bitmap of the source: of what `sync` says only what it marks is copied at the start.
+    pub bitmap: Option<String>,
+    /// What becomes of it at the end.
+    pub bitmap_mode: Option<BitmapMode>,
 }
 
 impl MirrorArgs {
@@ -129,6 +135,8 @@ impl MirrorArgs {
             source_below: false,
             convergence: Convergence::None,
             converge_after: Duration::from_secs(30),
+            bitmap: None,
+            bitmap_mode: None,
         }
     }
 
@@ -148,11 +156,7 @@ impl MirrorArgs {
     pub(crate) async fn check(&self, graph: &Graph) -> Result<Checked> {
         let source = find_device(graph, &self.device)?;
         let target = find_device(graph, &self.target)?;
-        match self.sync {
-            Sync::Incremental => return Err(unsupported_sync("incremental")),
-            Sync::Bitmap => return Err(unsupported_sync("bitmap")),
-            Sync::Full | Sync::Top | Sync::None => {}
-        }
+        let bitmap = self.check_bitmap(&source)?;
         if self.granularity != 0 && !(512..=MAX_GRANULARITY).contains(&self.granularity) {
             return Err(BlockError::invalid("Parameter 'granularity' expects a value in range [512B, 64MB]"));
         }
@@ -177,13 +181,55 @@ impl MirrorArgs {
         if walk::contains(&walk::skip_filters(&source), &target) && source_filters(&source, &target) {
             return Err(BlockError::invalid("Can't mirror node into itself"));
         }
-        let granularity = match self.granularity {
-            0 => default_granularity(&target).await,
-            g => g,
+        let granularity = match (self.granularity, &bitmap) {
+            (0, None) => default_granularity(&target).await,
+            (0, Some((bitmap, _))) => {
+                // Whole clusters of the target: what a piece leaves of one would be made up where there is no backing.
+                let clusters = walk::skip_filters(&target).node().limits().cluster_size;
+                bitmap.bits().granularity().max(clusters).min(MAX_GRANULARITY)
+            }
+            (g, _) => g,
         };
         let buffer = if buffer == 0 { DEFAULT_BUFFER } else { buffer };
         let buffer = buffer.div_ceil(granularity).saturating_mul(granularity);
-        Ok(Checked { source, target, replaces, granularity, buffer, below: None })
+        Ok(Checked { source, target, replaces, granularity, buffer, bitmap, below: None })
+    }
+
+    fn check_bitmap(&self, source: &Rc<NodeCell>) -> Result<Option<(Rc<DirtyBitmap>, BitmapMode)>> {
+        let refused = |why: String| Err(BlockError::invalid(why));
+        let sync = match self.sync {
+            Sync::Incremental => "incremental",
+            _ => "bitmap",
+        };
+        let Some(name) = &self.bitmap else {
+            return match (self.sync, self.bitmap_mode) {
+                (Sync::Incremental | Sync::Bitmap, _) => {
+                    refused(format!("Must provide a valid bitmap name for '{sync}' sync mode"))
+                }
+                (_, Some(_)) => refused("Cannot specify bitmap sync mode without a bitmap".to_owned()),
+                (_, None) => Ok(None),
+            };
+        };
+        let Some(bitmap) = source.find_bitmap(name) else {
+            return Err(BlockError::new(ErrorKind::NotFound, format!("Dirty bitmap '{name}' not found")));
+        };
+        let mode = match (self.sync, self.bitmap_mode) {
+            (Sync::Incremental, None | Some(BitmapMode::OnSuccess)) => BitmapMode::OnSuccess,
+            (Sync::Incremental, Some(_)) => {
+                let why = "Bitmap sync mode must be 'on-success' when using sync mode 'incremental'";
+                return refused(why.to_owned());
+            }
+            (_, Some(mode)) => mode,
+            (_, None) => return refused("Bitmap sync mode must be given when providing a bitmap".to_owned()),
+        };
+        if self.granularity != 0 {
+            return refused("Granularity and bitmap cannot both be set".to_owned());
+        }
+        match mode {
+            BitmapMode::Never => bitmaps::check_consistent(&bitmap)?,
+            BitmapMode::OnSuccess | BitmapMode::Always => bitmaps::check_changeable(&bitmap)?,
+        }
+        Ok(Some((bitmap, mode)))
     }
 
     /// The same for a commit of the active image, whose nodes have been looked up.
@@ -202,7 +248,7 @@ impl MirrorArgs {
         let buffer = u64::try_from(self.buf_size).unwrap_or(0).max(1);
         let buffer = buffer.div_ceil(granularity).saturating_mul(granularity);
         let below = Some(Below { between, closed });
-        Ok(Checked { source, target, replaces: None, granularity, buffer, below })
+        Ok(Checked { source, target, replaces: None, granularity, buffer, bitmap: None, below })
     }
 }
 
@@ -213,6 +259,7 @@ pub(crate) struct Checked {
     pub(crate) replaces: Option<Rc<NodeCell>>,
     pub(crate) granularity: u64,
     pub(crate) buffer: u64,
+    pub(crate) bitmap: Option<(Rc<DirtyBitmap>, BitmapMode)>,
     pub(crate) below: Option<Below>,
 }
 
@@ -222,10 +269,6 @@ pub(crate) struct Below {
     pub(crate) between: Vec<Rc<NodeCell>>,
     /// What has to turn read-write for the target to take writes.
     pub(crate) closed: Vec<Rc<NodeCell>>,
-}
-
-fn unsupported_sync(name: &str) -> BlockError {
-    BlockError::unsupported(format!("Sync mode '{name}' not supported"))
 }
 
 /// The target may not be what the source's own filters show.

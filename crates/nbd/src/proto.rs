@@ -138,6 +138,8 @@ pub mod state {
     pub const HOLE: u64 = 1;
     /// The extent reads as zero.
     pub const ZERO: u64 = 2;
+    /// In a context `qemu:dirty-bitmap:NAME`: the bitmap marks the extent.
+    pub const DIRTY: u64 = 1;
 }
 
 /// Error numbers on the wire.

@@ -71,7 +71,7 @@ fn json_arguments() {
             mirror(json!({"sync": "weird"})),
             "Parameter 'sync' does not accept value 'weird'",
         ),
-        ("blockdev-mirror", mirror(json!({"bitmap": "b"})), "Parameter 'bitmap' is unexpected"),
+        ("blockdev-mirror", mirror(json!({"bitmaps": "b"})), "Parameter 'bitmaps' is unexpected"),
         (
             "blockdev-mirror",
             mirror(json!({"granularity": 1_u64 << 32})),

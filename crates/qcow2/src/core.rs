@@ -6,6 +6,7 @@
 //! never be written over).
 
 use crate::alloc::Space;
+use crate::bitmaps::Bitmaps;
 use crate::cache::SliceCache;
 use crate::child::Child;
 use crate::header::Header;
@@ -58,6 +59,7 @@ pub(crate) struct Core {
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,
     pub(crate) snapshots: RefCell<Snapshots>,
+    pub(crate) bitmaps: Bitmaps,
     pub(crate) corrupt: Cell<bool>,
     /// Work that goes on without its requests.
     pub(crate) background: Rc<Background>,

@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 mod alloc;
+mod bitmap_store;
+mod bitmaps;
 mod cache;
 pub mod check;
 mod child;

@@ -1,11 +1,13 @@
 //! An open image as a node of the graph.
 
+use crate::bitmaps::Entry;
 use crate::core::{Core, OnCorruption};
 use crate::header::Header;
 use crate::options::Options;
 use crate::overlap::Corruption;
 use crate::payload::Payload;
 use crate::snapshot::Snapshot;
+use bitmap::BitmapList;
 use block::{Data, Extent, Io, Limits, ReqFlags, Result, Span};
 use env::Env;
 use graph::node::Fact;
@@ -192,7 +194,11 @@ impl Node for Qcow2 {
     }
 
     fn close(&self) -> Io<'_> {
-        Box::pin(self.core.settle_all())
+        Box::pin(async move {
+            self.core.background.idle().await;
+            let stored = self.core.store_bitmaps().await;
+            self.core.settle_all().await.and(stored)
+        })
     }
 
     fn details(&self) -> Io<'_, NodeDetails> {
@@ -212,6 +218,10 @@ impl Node for Qcow2 {
             if v3 {
                 specific.push(("corrupt", Fact::Flag(h.is_corrupt())));
                 specific.push(("extended-l2", Fact::Flag(self.core.geo.extended_l2())));
+            }
+            let kept = self.core.bitmaps.directory.borrow();
+            if !kept.is_empty() {
+                specific.push(("bitmaps", Fact::List(kept.iter().map(Entry::fact).collect())));
             }
             if let Some(name) = h.data_file() {
                 let raw = h.autoclear & crate::header::AUTOCLEAR_RAW_DATA != 0;
@@ -261,6 +271,18 @@ impl Node for Qcow2 {
             let change = move |h: &mut Header| h.set_backing(name.as_deref(), format.as_deref());
             core.detached("qcow2-header", async move { rewriting.rewrite_header(change).await }).await
         })
+    }
+
+    fn share_bitmaps(&self, list: &BitmapList) {
+        self.core.bitmaps.share(list);
+    }
+
+    fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
+        self.core.check_bitmap(name, granularity)
+    }
+
+    fn forget_bitmap<'a>(&'a self, name: &'a str) -> Io<'a> {
+        Box::pin(self.core.forget_bitmap(name))
     }
 
     fn make_empty(&self) -> Io<'_> {

@@ -5,11 +5,12 @@
 //! everything in it that says "this is up to date" and that we do not keep up to date is durably cleared.
 
 use crate::alloc::Space;
+use crate::bitmaps::Bitmaps;
 use crate::cache::SliceCache;
 use crate::check::{Fix, check, read_header};
 use crate::child::Child;
 use crate::core::{Background, Core, Loading};
-use crate::header::{AUTOCLEAR_BITMAPS, Crypt, Header};
+use crate::header::{Crypt, Header};
 use crate::l1l2::L1;
 use crate::options::Options;
 use crate::overlap::{Meta, MetaMap};
@@ -70,6 +71,7 @@ pub(crate) async fn open(
         epochs: Default::default(),
         order: Default::default(),
         meta: RefCell::new(MetaMap::default()),
+        bitmaps: Bitmaps::default(),
         corrupt: Cell::new(false),
         background,
         snapshots: Default::default(),
@@ -77,6 +79,7 @@ pub(crate) async fn open(
         heading: Loading::default(),
     });
     core.load_tables().await?;
+    core.load_bitmaps().await?;
     if writable {
         core.make_writable().await?;
     }
@@ -147,7 +150,7 @@ impl Core {
         }
         let stale = {
             let mut h = self.header.borrow_mut();
-            let stale = h.unknown_autoclear() | h.autoclear & AUTOCLEAR_BITMAPS;
+            let stale = h.unknown_autoclear();
             h.autoclear &= !stale;
             stale
         };
@@ -155,6 +158,8 @@ impl Core {
             self.write_features().await?;
         }
         let lazy = self.wants_lazy();
+        self.mark_bitmaps_in_use().await?;
+        let lazy = self.opts.lazy_refcounts.unwrap_or(self.header.borrow().lazy_refcounts());
         if lazy && self.geo.version() < 3 {
             return Err(BlockError::invalid(
                 "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
@@ -162,6 +167,7 @@ impl Core {
         }
         self.order.set_lazy(lazy);
         self.space.reset(self.geo.clusters_for(self.file.len()));
+        self.bitmaps.set_readonly(false);
         self.writable.set(true);
         Ok(())
     }
@@ -211,6 +217,15 @@ impl Core {
     /// Everything is in the file, and the image takes no writes any more.
     pub(crate) async fn make_read_only(self: &Rc<Self>) -> Result<()> {
         self.settle_all().await?;
+        self.store_bitmaps().await?;
+        if let Err(e) = self.settle_all().await {
+            // It stays writable, so what was just stored may lack changes again.
+            if self.mark_bitmaps_in_use().await.is_err() {
+                self.writable.set(false);
+            }
+            return Err(e);
+        }
+        self.bitmaps.set_readonly(true);
         self.writable.set(false);
         Ok(())
     }

@@ -22,6 +22,16 @@ pub(super) enum BitmapSyncMode {
     Always,
 }
 
+impl From<BitmapSyncMode> for BitmapMode {
+    fn from(mode: BitmapSyncMode) -> BitmapMode {
+        match mode {
+            BitmapSyncMode::OnSuccess => BitmapMode::OnSuccess,
+            BitmapSyncMode::Never => BitmapMode::Never,
+            BitmapSyncMode::Always => BitmapMode::Always,
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum OnCbwError {
@@ -80,11 +90,7 @@ impl Common {
         Ok(BackupArgs {
             sync: self.sync.into(),
             bitmap: self.bitmap,
-            bitmap_mode: self.bitmap_mode.map(|mode| match mode {
-                BitmapSyncMode::OnSuccess => BitmapMode::OnSuccess,
-                BitmapSyncMode::Never => BitmapMode::Never,
-                BitmapSyncMode::Always => BitmapMode::Always,
-            }),
+            bitmap_mode: self.bitmap_mode.map(BitmapMode::from),
             compress: self.compress.unwrap_or(default.compress),
             speed: self.speed.unwrap_or(default.speed),
             on_source_error: self.on_source_error.map_or(default.on_source_error, Into::into),

@@ -5,10 +5,10 @@ use crate::Daemon;
 use crate::address::LegacyAddress;
 use crate::error::{QmpError, Reply};
 use exports::{
-    DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export, ExportInfo, NbdOptions,
-    ServerOptions,
+    DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export, ExportInfo, ExportedBitmap,
+    MAX_EXPORTED_BITMAPS, NbdOptions, ServerOptions,
 };
-use graph::{NodeCell, Parent, Role};
+use graph::{NodeCell, Parent, Role, bitmaps, walk};
 use qapi::{Value, json};
 use serde::Deserialize;
 use std::rc::Rc;
@@ -63,6 +63,14 @@ impl Command for NbdServerStop {
     }
 }
 
+/// A bitmap of the exported chain, or of a node.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum BitmapOfNode {
+    Here(String),
+    There { node: String, name: String },
+}
+
 /// Offers a node to clients.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -76,7 +84,8 @@ struct BlockExportAdd {
     iothread: Option<String>,
     name: Option<String>,
     description: Option<String>,
-    bitmaps: Option<Vec<Value>>,
+    #[serde(default)]
+    bitmaps: Vec<BitmapOfNode>,
     #[serde(default)]
     allocation_depth: bool,
 }
@@ -89,13 +98,6 @@ impl Command for BlockExportAdd {
         if let Some(id) = self.iothread.filter(|id| daemon.objects().find(id).is_none()) {
             return Err(QmpError::generic(format!("iothread \"{id}\" not found")));
         }
-        if let Some(first) = self.bitmaps.iter().flatten().next() {
-            let name = first.as_str().or(first["name"].as_str()).unwrap_or_default();
-            return Err(QmpError::generic(match cell.find_bitmap(name) {
-                None => format!("Bitmap '{name}' is not found"),
-                Some(_) => "Parameter 'bitmaps' is not supported by liveblkd yet".to_owned(),
-            }));
-        }
         let options = NbdOptions {
             id: self.id,
             name: self.name.unwrap_or(self.node_name),
@@ -103,14 +105,60 @@ impl Command for BlockExportAdd {
             writable: self.writable,
             writethrough: self.writethrough,
             allocation_depth: self.allocation_depth,
+            bitmaps: Vec::new(),
         };
-        export(&daemon, &cell, options).await
+        export(&daemon, &cell, options, &self.bitmaps).await
     }
 }
 
-async fn export(daemon: &Daemon, cell: &Rc<NodeCell>, options: NbdOptions) -> Reply {
+/// Takes the bitmaps of an export into use. One given by name alone is looked for in the whole chain, from the top.
+fn hold_bitmaps(
+    daemon: &Daemon,
+    cell: &Rc<NodeCell>,
+    wanted: &[BitmapOfNode],
+    writable: bool,
+) -> Result<Vec<ExportedBitmap>, QmpError> {
+    if wanted.len() > MAX_EXPORTED_BITMAPS {
+        return Err(QmpError::generic(format!("An export has at most {MAX_EXPORTED_BITMAPS} bitmaps")));
+    }
+    let mut held: Vec<ExportedBitmap> = Vec::new();
+    for w in wanted {
+        let (node, bitmap) = match w {
+            BitmapOfNode::Here(name) => {
+                let with =
+                    walk::chain(cell).into_iter().find_map(|c| Some((c.clone(), c.find_bitmap(name)?)));
+                with.ok_or_else(|| QmpError::generic(format!("Bitmap '{name}' is not found")))?
+            }
+            BitmapOfNode::There { node, name } => {
+                let found = daemon.graph().find(node);
+                let node = found.ok_or_else(|| QmpError::generic(format!("Node '{node}' not found")))?;
+                let bitmap = bitmaps::find_bitmap(&node, name)?;
+                (node, bitmap)
+            }
+        };
+        let name = bitmap.name().unwrap_or_default();
+        if held.iter().any(|b| b.name() == name) {
+            return Err(QmpError::generic(format!("Bitmap '{name}' is named twice")));
+        }
+        bitmaps::check_usable(&bitmap)?;
+        if !writable && node.is_writable() && bitmap.enabled() {
+            let why = format!("Enabled bitmap '{name}' incompatible with readonly export");
+            return Err(QmpError::generic(why));
+        }
+        held.push(ExportedBitmap::hold(bitmap));
+    }
+    Ok(held)
+}
+
+async fn export(
+    daemon: &Daemon,
+    cell: &Rc<NodeCell>,
+    mut options: NbdOptions,
+    bitmaps: &[BitmapOfNode],
+) -> Reply {
     let writable = cell.is_writable() || cell.options().auto_read_only;
     daemon.exports().check_nbd(&options, writable)?;
+    options.bitmaps = hold_bitmaps(daemon, cell, bitmaps, options.writable)?;
     let (demand, parent) = (Export::demand(options.writable), Parent::Backend(options.id.clone()));
     let edge = daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?;
     // while it waited, another monitor may have taken the id, or the server may have gone: checked once more
@@ -133,12 +181,6 @@ impl Command for NbdServerAdd {
     const NAME: &'static str = "nbd-server-add";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let cell = daemon.find_node(Some(&self.device), Some(&self.device))?;
-        if let Some(name) = self.bitmap {
-            return Err(QmpError::generic(match cell.find_bitmap(&name) {
-                None => format!("Bitmap '{name}' is not found"),
-                Some(_) => "Parameter 'bitmap' is not supported by liveblkd yet".to_owned(),
-            }));
-        }
         let name = self.name.unwrap_or(self.device);
         let options = NbdOptions {
             id: name.clone(),
@@ -148,9 +190,11 @@ impl Command for NbdServerAdd {
             writable: self.writable && cell.is_writable(),
             writethrough: false,
             allocation_depth: false,
+            bitmaps: Vec::new(),
         };
         daemon.exports().check_id(&options.id)?;
-        export(&daemon, &cell, options).await
+        let bitmaps: Vec<_> = self.bitmap.into_iter().map(BitmapOfNode::Here).collect();
+        export(&daemon, &cell, options, &bitmaps).await
     }
 }
 

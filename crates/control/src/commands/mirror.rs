@@ -1,10 +1,11 @@
 //! `blockdev-mirror` and what can be changed of a running one.
 
+use super::backup::BitmapSyncMode;
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
 use copy::OnError;
-use jobs::{Convergence, CopyMode, MirrorArgs, Sync, mirror};
+use jobs::{BitmapMode, Convergence, CopyMode, MirrorArgs, Sync, mirror};
 use qapi::json;
 use serde::Deserialize;
 use std::rc::Rc;
@@ -91,8 +92,8 @@ impl From<ConvergencePolicy> for Convergence {
     }
 }
 
-/// Copies a disk to a target while clients write to it. `convergence`, `converge-after`, `target-is-zero` and the copy mode
-/// `read-write-blocking` are not in QSD 10.0.2.
+/// Copies a disk to a target while clients write to it. `bitmap`, `bitmap-mode`, `convergence`, `converge-after`,
+/// `target-is-zero` and the copy mode `read-write-blocking` are not in QSD 10.0.2.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockdevMirror {
@@ -113,6 +114,8 @@ struct BlockdevMirror {
     target_is_zero: Option<bool>,
     convergence: Option<ConvergencePolicy>,
     converge_after: Option<u32>,
+    bitmap: Option<String>,
+    bitmap_mode: Option<BitmapSyncMode>,
 }
 
 impl Command for BlockdevMirror {
@@ -137,6 +140,8 @@ impl Command for BlockdevMirror {
             converge_after: self
                 .converge_after
                 .map_or(default.converge_after, |s| Duration::from_secs(u64::from(s))),
+            bitmap: self.bitmap,
+            bitmap_mode: self.bitmap_mode.map(BitmapMode::from),
             ..default
         };
         mirror::start(daemon.jobs(), daemon.graph(), args).await?;

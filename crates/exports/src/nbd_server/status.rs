@@ -2,6 +2,7 @@
 
 use super::session::Session;
 use crate::export::Export;
+use bitmap::Bitmap;
 use block::{BlockError, Limits, Result, Span};
 use nbd::StatusExtent;
 use nbd::proto::{MAX_PAYLOAD, MAX_STATUS_EXTENTS, PREFERRED_BLOCK, state};
@@ -15,7 +16,13 @@ pub(super) fn contexts(export: &Export) -> Vec<String> {
     if export.options().allocation_depth {
         v.push("qemu:allocation-depth".to_owned());
     }
+    v.extend(export.options().bitmaps.iter().map(|b| format!("qemu:dirty-bitmap:{}", b.name())));
     v
+}
+
+/// Number of the bitmap that the context `id` shows.
+fn bitmap_index(export: &Export, id: u32) -> Option<usize> {
+    (id as usize).checked_sub(1 + usize::from(export.options().allocation_depth))
 }
 
 /// Smallest, preferred and largest request.
@@ -33,10 +40,42 @@ pub(super) async fn query(
     one: bool,
 ) -> Result<Vec<(u32, Vec<StatusExtent>)>> {
     let limit = if one { 1 } else { MAX_STATUS_EXTENTS };
+    let export = s.export();
+    let of_blocks = |id: &&u32| bitmap_index(export, **id).is_none();
+    let blocks: Vec<u32> = contexts.iter().filter(of_blocks).copied().collect();
+    let mut lists = allocation(export, span, &blocks, limit).await?.into_iter();
+    let list = |id: &u32| match bitmap_index(export, *id) {
+        Some(i) => Some((*id, dirty(&export.options().bitmaps.get(i)?.bits(), span, limit))),
+        None => lists.next(),
+    };
+    Ok(contexts.iter().filter_map(list).collect())
+}
+
+/// What is dirty in `span`, covering it from its start.
+fn dirty(bits: &Bitmap, span: Span, limit: usize) -> Vec<StatusExtent> {
+    let mut list = Extents::new(limit);
+    let mut at = span.start;
+    while at < span.end() && !list.full {
+        let is_dirty = bits.get(at);
+        let next = if is_dirty { bits.next_clean(at) } else { bits.next_dirty(at) };
+        let end = next.unwrap_or(span.end()).min(span.end());
+        list.push(end - at, if is_dirty { state::DIRTY } else { 0 });
+        at = end;
+    }
+    list.list
+}
+
+/// What the layers of the disk say of `span`, for each of `contexts`.
+async fn allocation(
+    export: &Export,
+    span: Span,
+    contexts: &[u32],
+    limit: usize,
+) -> Result<Vec<(u32, Vec<StatusExtent>)>> {
     let mut lists: Vec<(u32, Extents)> = contexts.iter().map(|id| (*id, Extents::new(limit))).collect();
     let mut left = span;
     while !left.is_empty() && lists.iter().any(|(_, l)| !l.full) {
-        let runs = s.export().edge().status(left).await?;
+        let runs = export.edge().status(left).await?;
         let before = left;
         for run in runs {
             let allocation = if run.reads_zero() { state::HOLE | state::ZERO } else { 0 };
