@@ -308,7 +308,13 @@ impl Core {
 
     /// Before the first change of the image: what the file has may lack changes from now on. Durable after.
     pub(crate) async fn mark_bitmaps_in_use(self: &Rc<Self>) -> Result<()> {
-        let Some(place) = self.header.borrow().bitmaps()? else { return Ok(()) };
+        let Some(place) = self.header.borrow().bitmaps()? else {
+            // A repair has given them up.
+            if !self.bitmaps.directory.take().is_empty() {
+                self.bitmaps.persistent().iter().for_each(|b| b.set_inconsistent());
+            }
+            return Ok(());
+        };
         let mut marked = self.bitmaps.directory.borrow().clone();
         marked.iter_mut().for_each(|e| e.flags |= IN_USE);
         if marked != *self.bitmaps.directory.borrow() {
@@ -327,6 +333,9 @@ impl Core {
         }
         if !self.writable.get() {
             return Err(BlockError::invalid("Image is read-only"));
+        }
+        if name.len() > MAX_NAME {
+            return Err(BlockError::invalid(format!("Name length exceeds maximum ({MAX_NAME} characters)")));
         }
         let kept = self.bitmaps.persistent();
         if kept.len() >= MAX_BITMAPS as usize {

@@ -157,9 +157,8 @@ impl Core {
         if stale != 0 {
             self.write_features().await?;
         }
-        let lazy = self.wants_lazy();
         self.mark_bitmaps_in_use().await?;
-        let lazy = self.opts.lazy_refcounts.unwrap_or(self.header.borrow().lazy_refcounts());
+        let lazy = self.wants_lazy();
         if lazy && self.geo.version() < 3 {
             return Err(BlockError::invalid(
                 "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",

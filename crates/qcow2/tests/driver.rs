@@ -231,19 +231,66 @@ fn encryption_is_refused_by_name() {
 }
 
 #[test]
-fn bitmaps_of_an_image_that_is_written_are_not_left_valid() {
+fn bitmaps_are_marked_while_the_image_may_be_written() {
     let dir = Dir::new("bitmaps");
     let path = dir.create("a", "compat=1.1", "1M");
     command("qemu-img", &["bitmap", "--add", "-f", "qcow2", &path, "b"]).unwrap();
-    let autoclear = |path: &str| std::fs::read(path).unwrap()[95];
-    assert_eq!(autoclear(&path), 1);
+    let marked = |path: &str| {
+        let said = std::process::Command::new("qemu-img").args(["info", "-U", path]).output().unwrap();
+        let said = String::from_utf8(said.stdout).unwrap();
+        assert!(said.contains("name: b"), "{said}");
+        said.contains("in-use")
+    };
     let p = path.clone();
     run(|env| async move {
-        open(&env, &p, read_only()).await.unwrap().close().await.unwrap();
-        assert_eq!(autoclear(&p), 1, "reading changes nothing");
-        open(&env, &p, Options::default()).await.unwrap().close().await.unwrap();
+        let image = open(&env, &p, read_only()).await.unwrap();
+        assert!(!marked(&p), "reading changes nothing");
+        image.close().await.unwrap();
+        let image = open(&env, &p, Options::default()).await.unwrap();
+        assert!(marked(&p), "what the file has may lack changes");
+        image.set_writable(false).await.unwrap();
+        assert!(!marked(&p), "stored");
+        image.set_writable(true).await.unwrap();
+        assert!(marked(&p));
+        image.close().await.unwrap();
     });
-    assert_eq!(autoclear(&path), 0);
+    assert!(!marked(&path));
+    command("qemu-img", &["check", "-q", &path]).unwrap();
+}
+
+#[test]
+fn hostile_bitmap_directories_are_refused_by_name() {
+    let dir = Dir::new("hostile-bitmaps");
+    let path = dir.create("a", "compat=1.1", "1M");
+    command("qemu-img", &["bitmap", "--add", "-f", "qcow2", "-g", "512", &path, "b"]).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    let word = |b: &[u8], at: usize| u64::from_be_bytes(b[at..at + 8].try_into().unwrap());
+    // The extension says where the directory is.
+    let extension = good.windows(4).position(|w| w == [0x23, 0x85, 0x28, 0x75]).unwrap() + 8;
+    let directory = word(&good, extension + 16) as usize;
+    let table = word(&good, directory) as usize;
+    let spoil = |at: usize, bytes: &[u8], why: &str| {
+        let mut bad = good.clone();
+        bad[at..at + bytes.len()].copy_from_slice(bytes);
+        std::fs::write(&path, bad).unwrap();
+        let (p, why) = (path.clone(), why.to_owned());
+        run(|env| async move {
+            for options in [read_only(), Options::default()] {
+                let e = open(&env, &p, options).await.err().unwrap_or_else(|| panic!("accepted: {why}"));
+                assert!(e.message().contains(&why), "{e} instead of {why}");
+            }
+        });
+    };
+    spoil(extension + 8, &(1u64 << 20).to_be_bytes(), "bitmap directory");
+    spoil(extension, &2u32.to_be_bytes(), "the directory ends before it");
+    spoil(directory + 8, &2u32.to_be_bytes(), "bitmap 'b'");
+    spoil(directory + 8, &u32::MAX.to_be_bytes(), "invalid table size");
+    spoil(directory + 12, &[1, 0, 0, 0], "flags");
+    spoil(directory + 17, &[63], "granularity 2^63");
+    spoil(directory + 20, &[0, 0, 0, 8], "extra data");
+    spoil(directory, &(table as u64 + 512).to_be_bytes(), "invalid table offset");
+    spoil(directory, &(1u64 << 50).to_be_bytes(), "behind the end of the file");
+    spoil(table, &3u64.to_be_bytes(), "table entry 0x3");
 }
 
 #[test]

@@ -27,6 +27,7 @@ cargo xtask COMMAND
   crash     enumerated crash states of qcow2: --states N [--seed S]
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
   interleave jobs on a chain in real processes, steered and failing at random: [--rounds N] [--seed S]
+  bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
 ";
 
@@ -48,6 +49,7 @@ fn main() {
         "crash" => run_tool("crashlab", "crashlab", &rest),
         "histories" => run_tool("crashlab", "histories", &rest),
         "interleave" => interleave(&rest),
+        "bitmaps" => bitmaps(&rest),
         "bench" => bench::run(&rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
@@ -59,6 +61,14 @@ fn main() {
         eprintln!("xtask {command}: {message}");
         std::process::exit(1);
     }
+}
+
+/// Builds the daemon in release and lets it and the reference change the bitmaps of an image by turns.
+fn bitmaps(args: &[String]) -> Outcome {
+    shell::cargo(&["build", "--quiet", "--release", "--package", "daemon"])?;
+    let daemon = shell::target().join("release/liveblkd");
+    let script = shell::root().join("tests/compat/bitmaps.py");
+    shell::run(std::process::Command::new("python3").arg(script).arg("--daemon").arg(daemon).args(args))
 }
 
 /// Builds a tool of the workspace in release and runs it with the terminal as its own.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test that cannot set itself up shall panic
 
 mod backups;
+mod bitmaps;
 mod chains;
 mod cmdline;
 mod common;

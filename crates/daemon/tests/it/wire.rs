@@ -13,7 +13,7 @@ pub(crate) fn python() -> Command {
     Command::new(if own.exists() { own } else { "python3".into() })
 }
 
-fn compare(script: &str, more: &[String]) {
+pub(crate) fn compare(script: &str, more: &[String]) {
     let compat = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/compat");
     let out = python()
         .arg(compat.join(script))

@@ -1,0 +1,297 @@
+#!/usr/bin/env python3
+"""Random histories of persistent bitmaps, handed back and forth between liveblkd and qemu-storage-daemon.
+
+    bitmaps.py [--daemon PATH] [--count N] [--seed S]
+
+A history is one image. In each round one of the two daemons opens it, does random things to bitmaps and disk, and closes it
+(or is killed). A model in here says what each bitmap must hold: it is compared, bit by bit by its hash, before and after each
+round, whoever opened the image; between rounds `qemu-img info` and `qemu-img check` look at it. Exit status 0: no difference.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+
+REPLY_LIMIT = 30.0  # seconds: a daemon that hangs shall fail the test, not hang it
+
+
+class Nbd:
+    """As much of a client as writes need."""
+
+    def __init__(self, path, export):
+        self.s = socket.socket(socket.AF_UNIX)
+        self.s.settimeout(REPLY_LIMIT)
+        self.s.connect(path)
+        self.take(18)
+        self.s.sendall(struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 1, len(export)) + export.encode())
+        self.take(10)
+
+    def take(self, n):
+        out = b""
+        while len(out) < n:
+            piece = self.s.recv(n - len(out))
+            if not piece:
+                raise AssertionError("the server hung up")
+            out += piece
+        return out
+
+    def ask(self, command, at, length, data=b"", flags=0):
+        self.s.sendall(struct.pack(">IHHQQI", 0x25609513, flags, command, 1, at, length) + data)
+        _, error, _ = struct.unpack(">IIQ", self.take(16))
+        assert error == 0, f"command {command} at {at}+{length}: error {error}"
+
+    def close(self):
+        self.s.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 2, 1, 0, 0))
+        self.s.close()
+
+
+class Daemon:
+    def __init__(self, program, name, where):
+        self.program, self.name, self.where = program, name, where
+        self.start()
+
+    def start(self):
+        self.qmp, self.nbd = f"{self.where}/{self.name}.qmp", f"{self.where}/{self.name}.nbd"
+        for old in (self.qmp, self.nbd):
+            if os.path.exists(old):
+                os.unlink(old)
+        self.events = []
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.qmp)
+        listener.listen(1)
+        self.process = subprocess.Popen(
+            [self.program, "--chardev", f"socket,id=c0,path={self.qmp}", "--monitor", "c0",
+             "--nbd-server", f"addr.type=unix,addr.path={self.nbd}"], stderr=subprocess.DEVNULL)
+        listener.settimeout(REPLY_LIMIT)
+        connection, _ = listener.accept()
+        connection.settimeout(REPLY_LIMIT)
+        self.lines = connection.makefile("rw", encoding="utf-8")
+        self.lines.readline()
+        self.do("qmp_capabilities")
+
+    def do(self, command, **arguments):
+        arguments = {k.replace("_", "-"): v for k, v in arguments.items()}
+        self.lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self.lines.flush()
+        while True:
+            answer = json.loads(self.lines.readline())
+            if "error" in answer:
+                raise AssertionError(f"{self.name}: {command} {arguments}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+            self.events.append(answer["event"])
+
+    def wait_event(self, name):
+        while name not in self.events:
+            self.events.append(json.loads(self.lines.readline())["event"])
+        self.events.clear()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.start()
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+
+
+class Bits:
+    """A bitmap of the model."""
+
+    def __init__(self, granularity, persistent, enabled):
+        self.g, self.persistent, self.enabled = granularity, persistent, enabled
+        self.inconsistent, self.set = False, set()
+
+    def mark(self, at, length, size):
+        if self.enabled and length:
+            self.set.update(range(at // self.g, (min(at + length, size) - 1) // self.g + 1))
+
+    def sha(self, size):
+        n = -(-size // self.g)
+        packed = bytearray(-(-n // 64) * 8)
+        for i in self.set:
+            packed[i // 8] |= 1 << (i % 8)
+        return hashlib.sha256(packed).hexdigest()
+
+
+class History:
+    def __init__(self, r, where, daemons):
+        self.r, self.where, self.daemons = r, where, daemons
+        self.image = f"{where}/image.qcow2"
+        self.size = r.choice([1 << 20, 3 << 20, 64 << 20, 1 << 30]) + r.choice([0, 512, 65536])
+        self.bitmaps = {}
+        options = f"cluster_size={r.choice(['4k', '64k', '64k', '512'])}"
+        if r.random() < 0.15:
+            options += f",data_file={where}/image.raw"
+        if r.random() < 0.2:
+            options += ",lazy_refcounts=on"
+        self.tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, self.image, str(self.size))
+        self.log = [f"create {options} {self.size}"]
+
+    def tool(self, *line):
+        out = subprocess.run(line, capture_output=True, text=True)
+        assert out.returncode == 0, f"{' '.join(line)}: {out.stdout}{out.stderr}"
+        return out.stdout
+
+    def round(self):
+        d = self.r.choice(self.daemons)
+        self.log.append(f"open by {d.name}")
+        d.do("blockdev-add", driver="qcow2", node_name="n", discard="unmap",
+             file={"driver": "file", "filename": self.image})
+        self.compare(d)
+        d.do("block-export-add", type="nbd", id="e", node_name="n", name="e", writable=True)
+        client = Nbd(d.nbd, "e")
+        for _ in range(self.r.randrange(1, 12)):
+            self.step(d, client)
+        self.compare(d)
+        client.close()
+        if self.r.random() < 0.04:
+            self.log.append("kill")
+            in_image = {b["name"] for b in self.info().get("bitmaps", [])}
+            d.kill()
+            self.bitmaps = {n: b for n, b in self.bitmaps.items() if n in in_image}
+            for b in self.bitmaps.values():
+                b.inconsistent, b.enabled, b.set = True, False, set()
+            self.tool("qemu-img", "check", "-q", "-r", "all", self.image)
+            return
+        d.do("block-export-del", id="e", mode="hard")
+        d.wait_event("BLOCK_EXPORT_DELETED")
+        if self.r.random() < 0.2:
+            self.resize(d)
+        d.do("blockdev-del", node_name="n")
+        self.bitmaps = {n: b for n, b in self.bitmaps.items() if b.persistent}
+        self.tool("qemu-img", "check", "-q", self.image)
+        want = {(n, b.g, b.inconsistent) for n, b in self.bitmaps.items()}
+        have = {(b["name"], b["granularity"], "in-use" in b["flags"]) for b in self.info().get("bitmaps", [])}
+        assert want == have, f"qemu-img info: want {want}, have {have}"
+
+    def info(self):
+        out = self.tool("qemu-img", "info", "-U", "--output=json", self.image)
+        return json.loads(out)["format-specific"]["data"]
+
+    def resize(self, d):
+        if any(b.inconsistent for b in self.bitmaps.values()):
+            return
+        size = self.size + self.r.choice([-(self.size // 3 // 512 * 512), 65536, 1 << 20, 512])
+        self.log.append(f"resize {self.size} -> {size}")
+        d.do("block_resize", node_name="n", size=size)
+        self.size = size
+        for b in self.bitmaps.values():
+            b.set = {i for i in b.set if i * b.g < size}
+        self.compare(d)
+
+    def compare(self, d):
+        node = next(n for n in d.do("query-named-block-nodes", flat=True) if n["node-name"] == "n")
+        have = {b["name"]: b for b in node.get("dirty-bitmaps", [])}
+        assert set(have) == set(self.bitmaps), f"bitmaps: want {sorted(self.bitmaps)}, have {sorted(have)}"
+        for name, b in self.bitmaps.items():
+            h = have[name]
+            got = (h["granularity"], h["recording"], h["persistent"], h.get("inconsistent", False), h["count"])
+            want = (b.g, b.enabled, b.persistent, b.inconsistent, len(b.set) * b.g)
+            assert got == want, f"{name} in {d.name}: want {want}, have {got}"
+            if not b.inconsistent:
+                sha = d.do("x-debug-block-dirty-bitmap-sha256", node="n", name=name)["sha256"]
+                assert sha == b.sha(self.size), f"{name} in {d.name}: other bits"
+
+    def step(self, d, client):
+        r = self.r
+        sound = [n for n, b in self.bitmaps.items() if not b.inconsistent]
+        what = r.choice(["add", "remove", "clear", "enable", "disable", "merge"] + ["write"] * 8)
+        if what == "write":
+            return self.write(client)
+        if what == "add":
+            name = r.choice(["a", "b", "c", "x" * 200, "ü", "d"])
+            if name in self.bitmaps:
+                return
+            g = 1 << r.choice([9, 12, 16, 16, 20, 31])
+            b = Bits(g, r.random() < 0.8, r.random() < 0.8)
+            self.log.append(f"add {name[:3]} {g} {b.persistent} {b.enabled}")
+            d.do("block-dirty-bitmap-add", node="n", name=name, granularity=g, persistent=b.persistent,
+                 disabled=not b.enabled)
+            self.bitmaps[name] = b
+            return
+        if what == "remove" and self.bitmaps and r.random() < 0.5:
+            name = r.choice(sorted(self.bitmaps))
+            self.log.append(f"remove {name[:3]}")
+            d.do("block-dirty-bitmap-remove", node="n", name=name)
+            del self.bitmaps[name]
+            return
+        if not sound or what == "remove":
+            return
+        name = r.choice(sorted(sound))
+        b = self.bitmaps[name]
+        self.log.append(f"{what} {name[:3]}")
+        if what == "merge":
+            other = r.choice(sorted(sound))
+            d.do("block-dirty-bitmap-merge", node="n", target=name, bitmaps=[other])
+            o = self.bitmaps[other]
+            size = self.size
+            if o is not b:
+                for i in o.set:
+                    start, end = i * o.g, min((i + 1) * o.g, size)
+                    b.set.update(range(start // b.g, (end - 1) // b.g + 1))
+            return
+        d.do(f"block-dirty-bitmap-{what}", node="n", name=name)
+        if what == "clear":
+            b.set = set()
+        else:
+            b.enabled = what == "enable"
+
+    def write(self, client):
+        r = self.r
+        kind = r.choice(["write", "write", "zero", "trim"])
+        at = r.randrange(self.size)
+        length = min(r.choice([1, 512, 4096, 70000, 300000]), self.size - at)
+        if kind != "write" or r.random() < 0.7:
+            at -= at % 512
+            length = min(-(-length // 512) * 512, self.size - at)
+        self.log.append(f"{kind} {at}+{length}")
+        if kind == "write":
+            client.ask(1, at, length, bytes([r.randrange(1, 256)]) * length)
+        else:
+            client.ask(6 if kind == "zero" else 4, at, length)
+        for b in self.bitmaps.values():
+            b.mark(at, length, self.size)
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--daemon", default="liveblkd")
+    p.add_argument("--count", type=int, default=20)
+    p.add_argument("--seed", type=int, default=None)
+    o = p.parse_args()
+    first = o.seed if o.seed is not None else random.randrange(1 << 30)
+    print(f"{o.count} histories from seed {first}", flush=True)
+    where = tempfile.mkdtemp(prefix="liveblk-bitmaps-")
+    daemons, failed, rounds = [], 0, 0
+    try:
+        daemons = [Daemon(o.daemon, "liveblkd", where), Daemon("qemu-storage-daemon", "qsd", where)]
+        for seed in range(first, first + o.count):
+            history = History(random.Random(seed), where, daemons)
+            try:
+                for _ in range(history.r.randrange(2, 7)):
+                    history.round()
+                    rounds += 1
+            except (AssertionError, OSError, ValueError, StopIteration) as e:
+                failed += 1
+                print(f"seed {seed}: {e}\n  " + "\n  ".join(history.log), flush=True)
+                for d in daemons:
+                    d.kill()
+    finally:
+        for d in daemons:
+            d.end()
+        shutil.rmtree(where, ignore_errors=True)
+    print(f"{o.count} histories, {rounds} rounds, {failed} with differences")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
