@@ -69,6 +69,11 @@ fn recorded_nodes_and_exports() {
 }
 
 #[test]
+fn recorded_bitmaps() {
+    replay(&["export-bitmap", "mirror-bitmaps", "resize-and-bitmaps"]);
+}
+
+#[test]
 fn recorded_mirrors() {
     replay(&[
         "mirror-success",
