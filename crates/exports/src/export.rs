@@ -28,8 +28,6 @@ pub struct NbdOptions {
     pub writethrough: bool,
     /// Whether the context `qemu:allocation-depth` is offered.
     pub allocation_depth: bool,
-    /// Bitmaps offered as contexts `qemu:dirty-bitmap:NAME`. They are busy as long as the export is there.
-    pub bitmaps: Vec<ExportedBitmap>,
 }
 
 /// Bitmaps of one export: as QEMU, which clients negotiate with by name, one after the other.
@@ -86,6 +84,7 @@ pub struct ExportInfo {
 /// A node offered over NBD.
 pub struct Export {
     options: NbdOptions,
+    bitmaps: Vec<ExportedBitmap>,
     edge: Rc<Edge>,
     shutting_down: Cell<bool>,
     clients: RefCell<BTreeMap<u64, Rc<dyn env::Stream>>>,
@@ -119,9 +118,10 @@ impl Export {
         Demand { needs: Perms::CONSISTENT_READ.with(write), shares }
     }
 
-    pub(crate) fn new(options: NbdOptions, edge: Rc<Edge>) -> Rc<Export> {
+    pub(crate) fn new(options: NbdOptions, bitmaps: Vec<ExportedBitmap>, edge: Rc<Edge>) -> Rc<Export> {
         Rc::new(Export {
             options,
+            bitmaps,
             edge,
             shutting_down: Cell::new(false),
             clients: RefCell::new(BTreeMap::new()),
@@ -133,6 +133,10 @@ impl Export {
 
     pub(crate) fn options(&self) -> &NbdOptions {
         &self.options
+    }
+    /// Bitmaps offered as contexts.
+    pub(crate) fn bitmaps(&self) -> &[ExportedBitmap] {
+        &self.bitmaps
     }
     pub(crate) fn edge(&self) -> &Rc<Edge> {
         &self.edge

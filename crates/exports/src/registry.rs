@@ -4,7 +4,7 @@
 //! waits for requests that hang, while everything else goes on. What must stay true: an id is free again exactly when
 //! `deleted` was called for it; a name is free as soon as its export was told to go.
 
-use crate::export::{Export, ExportInfo, NbdOptions};
+use crate::export::{Export, ExportInfo, ExportedBitmap, NbdOptions};
 use crate::nbd_server::{NbdServer, ServerOptions};
 use block::{BlockError, ErrorKind, Result};
 use env::{Address, Env};
@@ -145,8 +145,19 @@ impl ExportRegistry {
 
     /// Offers the node behind `edge` (held with [`Export::demand`]) over NBD. Checks as [`ExportRegistry::check_nbd`].
     pub fn add_nbd(&self, options: NbdOptions, edge: Rc<Edge>, node_writable: bool) -> Result<()> {
+        self.add_nbd_with(options, Vec::new(), edge, node_writable)
+    }
+
+    /// The same, with bitmaps as contexts `qemu:dirty-bitmap:NAME`; they are busy as long as the export is there.
+    pub fn add_nbd_with(
+        &self,
+        options: NbdOptions,
+        bitmaps: Vec<ExportedBitmap>,
+        edge: Rc<Edge>,
+        node_writable: bool,
+    ) -> Result<()> {
         self.check_nbd(&options, node_writable)?;
-        self.exports.all.borrow_mut().push(Export::new(options, edge));
+        self.exports.all.borrow_mut().push(Export::new(options, bitmaps, edge));
         Ok(())
     }
 

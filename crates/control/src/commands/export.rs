@@ -105,7 +105,6 @@ impl Command for BlockExportAdd {
             writable: self.writable,
             writethrough: self.writethrough,
             allocation_depth: self.allocation_depth,
-            bitmaps: Vec::new(),
         };
         export(&daemon, &cell, options, &self.bitmaps).await
     }
@@ -153,16 +152,16 @@ fn hold_bitmaps(
 async fn export(
     daemon: &Daemon,
     cell: &Rc<NodeCell>,
-    mut options: NbdOptions,
+    options: NbdOptions,
     bitmaps: &[BitmapOfNode],
 ) -> Reply {
     let writable = cell.is_writable() || cell.options().auto_read_only;
     daemon.exports().check_nbd(&options, writable)?;
-    options.bitmaps = hold_bitmaps(daemon, cell, bitmaps, options.writable)?;
+    let bitmaps = hold_bitmaps(daemon, cell, bitmaps, options.writable)?;
     let (demand, parent) = (Export::demand(options.writable), Parent::Backend(options.id.clone()));
     let edge = daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?;
     // while it waited, another monitor may have taken the id, or the server may have gone: checked once more
-    daemon.exports().add_nbd(options, edge, writable)?;
+    daemon.exports().add_nbd_with(options, bitmaps, edge, writable)?;
     Ok(json!({}))
 }
 
@@ -190,7 +189,6 @@ impl Command for NbdServerAdd {
             writable: self.writable && cell.is_writable(),
             writethrough: false,
             allocation_depth: false,
-            bitmaps: Vec::new(),
         };
         daemon.exports().check_id(&options.id)?;
         let bitmaps: Vec<_> = self.bitmap.into_iter().map(BitmapOfNode::Here).collect();

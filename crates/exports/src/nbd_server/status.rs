@@ -16,7 +16,7 @@ pub(super) fn contexts(export: &Export) -> Vec<String> {
     if export.options().allocation_depth {
         v.push("qemu:allocation-depth".to_owned());
     }
-    v.extend(export.options().bitmaps.iter().map(|b| format!("qemu:dirty-bitmap:{}", b.name())));
+    v.extend(export.bitmaps().iter().map(|b| format!("qemu:dirty-bitmap:{}", b.name())));
     v
 }
 
@@ -45,7 +45,7 @@ pub(super) async fn query(
     let blocks: Vec<u32> = contexts.iter().filter(of_blocks).copied().collect();
     let mut lists = allocation(export, span, &blocks, limit).await?.into_iter();
     let list = |id: &u32| match bitmap_index(export, *id) {
-        Some(i) => Some((*id, dirty(&export.options().bitmaps.get(i)?.bits(), span, limit))),
+        Some(i) => Some((*id, dirty(&export.bitmaps().get(i)?.bits(), span, limit))),
         None => lists.next(),
     };
     Ok(contexts.iter().filter_map(list).collect())
