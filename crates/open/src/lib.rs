@@ -24,7 +24,7 @@ use drivers::filters::snapshot_access::SnapshotAccess;
 use drivers::nbd_client::{ClientTls, NbdClient};
 use drivers::null::NullNode;
 use drivers::raw::RawNode;
-use graph::{Demand, Edge, Graph, Node, NodeCell, NodeOptions, Parent, Perms, Role};
+use graph::{Demand, Edge, Graph, Node, NodeCell, NodeOptions, Parent, Perms, Role, walk};
 use qcow2::Qcow2;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -284,7 +284,8 @@ impl Opener {
         let child = self.child(&spec.file, *now, trail).await?;
         let trail = self.pass(trail, &child).await?;
         let file = self.hold(&child, "file", Role::Primary, name, storing(now)).await?;
-        let image = child.node().details().await?.filename;
+        // What the header names is relative to the file, whatever stands in front of it.
+        let image = walk::skip_filters(&child).node().details().await?.filename;
         let header = qcow2::check::read_header(&file).await?;
         let data_file = if header.geometry.data_file() {
             Some(self.data_file(spec, &header, &image, *now, name, &trail).await?)

@@ -14,6 +14,7 @@ use crate::refcount::Counts;
 use crate::types::{Compressed, HostOffset};
 use block::{Result, Span};
 use env::bugs::planted;
+use graph::DebugEvent;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -132,6 +133,7 @@ impl Drop for Landing<'_> {
 impl Core {
     /// Takes up to `want` adjoining clusters: at least one, perhaps fewer than asked.
     pub(crate) async fn alloc_clusters(self: &Rc<Self>, want: u64) -> Result<HostRun> {
+        self.file.tell(DebugEvent::ClusterAlloc);
         loop {
             let c = self.space.hint.get();
             match self.counts(c)? {
@@ -163,6 +165,7 @@ impl Core {
 
     /// Takes `len` bytes (at most a cluster) for compressed data.
     pub(crate) async fn alloc_packed(self: &Rc<Self>, len: u64) -> Result<HostOffset> {
+        self.file.tell(DebugEvent::ClusterAllocBytes);
         let cluster = self.geo.cluster_size();
         loop {
             let open = self.space.packed.get();
@@ -229,6 +232,7 @@ impl Core {
 
     /// `n` clusters from `first` on have one reference less, as soon as that is safe. `discard`: the guest discarded them.
     pub(crate) fn free_clusters(self: &Rc<Self>, first: u64, n: u64, discard: bool) {
+        self.file.tell(DebugEvent::ClusterFree);
         if n == 0 {
             return;
         }

@@ -9,7 +9,7 @@ use crate::core::Background;
 use block::{BlockError, Data, ErrorKind, Prealloc, ReqFlags, Result, Span};
 use env::Env;
 use env::sync::{Notify, oneshot};
-use graph::{Edge, HostBytes};
+use graph::{DebugEvent, Edge, HostBytes};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -55,6 +55,11 @@ impl Child {
     /// Barriers issued so far.
     pub(crate) fn barriers(&self) -> u64 {
         self.barriers.get()
+    }
+
+    /// Tells the node below of a step, for tests that interrupt it.
+    pub(crate) fn tell(&self, event: DebugEvent) {
+        self.edge.announce(event);
     }
 
     /// Reads `at`; what lies past the end reads as zeroes.

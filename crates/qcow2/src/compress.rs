@@ -11,6 +11,7 @@ use crate::types::{Compressed, L2Entry};
 use block::{BlockError, Data, Result, Span};
 use bytes::Bytes;
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
+use graph::DebugEvent;
 use std::rc::Rc;
 
 /// Clusters of at least this size are (de)compressed on a helper thread: about 100 µs of work against a hop of about 20.
@@ -87,6 +88,7 @@ impl Core {
         if let Some((_, plain)) = self.unpacked.borrow().as_ref().filter(|(c, _)| *c == from) {
             return Ok(piece(plain));
         }
+        self.file.tell(DebugEvent::ReadCompressed);
         let packed = self.file.read(Span::new(from.at.0, from.len)).await?.contiguous();
         let how = self.header.borrow().compression;
         let plain = if cluster >= OFFLOAD_MIN {
@@ -178,6 +180,7 @@ impl Core {
             )));
         }
         let landing = self.landing(at, len);
+        self.file.tell(DebugEvent::WriteCompressed);
         let written = self.file.write(at.0, packed.into()).await;
         landing.landed();
         written?;

@@ -12,6 +12,7 @@ use crate::core::Core;
 use crate::overlap::Meta;
 use crate::types::{EntryFault, GuestCluster, HostOffset, L1Entry, L2Entry};
 use block::{BlockError, Data, Result, Span};
+use graph::DebugEvent;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -132,6 +133,7 @@ impl Core {
             drop(guard);
             return self.commit().await;
         }
+        self.file.tell(DebugEvent::L2Load);
         let data =
             self.file.read(Span::new(from.0, self.sizes.l2_slice)).await.map_err(|e| {
                 e.context(format_args!("image '{}': reading an L2 table at {from}", self.name()))
@@ -204,10 +206,14 @@ impl Core {
         let cluster = self.geo.cluster_size();
         let content = match old {
             None => Data::zeroes(cluster as usize),
-            Some(e) => self.file.read(Span::new(e.l2.0, cluster)).await?,
+            Some(e) => {
+                self.file.tell(DebugEvent::L2AllocCowRead);
+                self.file.read(Span::new(e.l2.0, cluster)).await?
+            }
         };
         let run = self.alloc_clusters(1).await?;
         let at = HostOffset(run.first << self.geo.cluster_bits());
+        self.file.tell(DebugEvent::L2AllocWrite);
         if let Err(e) = self.file.write(at.0, content).await {
             self.give_back(run.first, 1);
             return Err(e.context(format_args!("image '{}': writing an L2 table at {at}", self.name())));

@@ -8,7 +8,7 @@ use crate::core::Core;
 use crate::l1l2::Slice;
 use crate::types::{Compressed, GuestOffset, HostOffset, L2Entry, Subcluster};
 use block::{Data, Extent, Kind, Result, Span};
-use graph::NodeCell;
+use graph::{DebugEvent, NodeCell};
 use smallvec::SmallVec;
 use std::rc::Rc;
 
@@ -193,7 +193,10 @@ impl Core {
     async fn read_piece(self: &Rc<Self>, p: Piece) -> Result<Data> {
         match p.place {
             Place::Zero => Ok(Data::zeroes(p.span.len as usize)),
-            Place::At(host) => self.data().read(Span::new(host.0, p.span.len)).await,
+            Place::At(host) => {
+                self.file.tell(DebugEvent::ReadAio);
+                self.data().read(Span::new(host.0, p.span.len)).await
+            }
             Place::Below => self.read_below(p.span).await,
             Place::Packed(c) => self.read_packed(c, p.span).await,
         }
@@ -207,6 +210,7 @@ impl Core {
         if there.is_empty() {
             return Ok(Data::zeroes(at.len as usize));
         }
+        self.file.tell(DebugEvent::ReadBackingAio);
         let mut data = below.read(there).await?;
         if there.len < at.len {
             data.append(Data::zeroes((at.len - there.len) as usize));

@@ -23,6 +23,7 @@ use crate::header::INCOMPAT_DIRTY;
 use block::{BlockError, Data, ErrorKind, Result};
 use env::bugs::planted;
 use env::sync::{OneshotSender, oneshot};
+use graph::DebugEvent;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -245,11 +246,11 @@ impl Core {
     async fn bring(self: &Rc<Self>, b: &Batch) -> Result<()> {
         if !b.table_sectors.is_empty() {
             self.barriers().await?;
-            self.write_sectors(&b.table_sectors).await?;
+            self.write_sectors(&b.table_sectors, DebugEvent::RefblockAllocHookup).await?;
         }
         if planted("qcow2: mapping before refcounts") {
-            self.write_slices(&b.mappings, |key| self.slice_target(key)).await?;
-            self.write_sectors(&b.l1_sectors).await?;
+            self.write_slices(&b.mappings, DebugEvent::L2Update, |key| self.slice_target(key)).await?;
+            self.write_sectors(&b.l1_sectors, DebugEvent::L1Update).await?;
             self.barriers().await?;
         }
         self.write_counts(&b.counts).await?;
@@ -258,8 +259,8 @@ impl Core {
             if wanted && !planted("qcow2: no barrier before the mapping") {
                 self.barriers().await?;
             }
-            self.write_slices(&b.mappings, |key| self.slice_target(key)).await?;
-            self.write_sectors(&b.l1_sectors).await?;
+            self.write_slices(&b.mappings, DebugEvent::L2Update, |key| self.slice_target(key)).await?;
+            self.write_sectors(&b.l1_sectors, DebugEvent::L1Update).await?;
         }
         if planted("qcow2: flush without its barrier") {
             return Ok(());
@@ -299,21 +300,23 @@ impl Core {
         self.file.barrier().await
     }
 
-    async fn write_sectors(&self, sectors: &[Sector]) -> Result<()> {
+    async fn write_sectors(&self, sectors: &[Sector], event: DebugEvent) -> Result<()> {
         for s in sectors {
+            self.file.tell(event);
             self.file.write(s.at, Data::copy_from(&s.bytes)).await?;
         }
         Ok(())
     }
 
     async fn write_counts(&self, counts: &[Taken]) -> Result<()> {
-        self.write_slices(counts, |key| self.rb_target(key)).await
+        self.write_slices(counts, DebugEvent::RefblockUpdatePart, |key| self.rb_target(key)).await
     }
 
     /// Writes slices, neighbours in one request.
     async fn write_slices(
         &self,
         slices: &[Taken],
+        event: DebugEvent,
         target: impl Fn(u64) -> Option<crate::types::HostOffset>,
     ) -> Result<()> {
         let mut pending: Option<(u64, Data)> = None;
@@ -322,6 +325,7 @@ impl Core {
                 return Err(BlockError::corrupt(format!("a dirty slice ({:#x}) has no table", t.key)));
             };
             let data = Data::copy_from(&t.bytes);
+            self.file.tell(event);
             match &mut pending {
                 Some((start, d)) if *start + d.len() as u64 == at.0 => d.append(data),
                 _ => {

@@ -13,6 +13,7 @@ use crate::header::MAX_REFCOUNT_TABLE_BYTES;
 use crate::overlap::Meta;
 use crate::types::{HostCluster, HostOffset};
 use block::{BlockError, Data, Result, Span};
+use graph::DebugEvent;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
@@ -114,6 +115,7 @@ impl Core {
 
     async fn read_counts(self: &Rc<Self>, key: u64, force: bool) -> Result<bool> {
         let Some(at) = self.rb_target(key) else { return Ok(true) };
+        self.file.tell(DebugEvent::RefblockLoad);
         let data = self
             .file
             .read(Span::new(at.0, self.sizes.rb_slice))
@@ -175,6 +177,8 @@ impl Core {
         let own = self.geo.refcount_block_index(HostCluster(c)) as usize;
         self.geo.set_refcount(&mut block, own, 1);
         self.space.touched(c + 1);
+        self.file.tell(DebugEvent::RefblockAlloc);
+        self.file.tell(DebugEvent::RefblockAllocWrite);
         self.file.write(at.0, block.into()).await.map_err(|e| {
             e.context(format_args!("image '{}': writing a refcount block at {at}", self.name()))
         })?;
@@ -232,8 +236,12 @@ impl Core {
         data.append(Data::from(entries.iter().flat_map(|e| e.to_be_bytes()).collect::<Vec<u8>>()));
         let table_at = HostOffset(at.0 + blocks * cluster);
         self.space.touched(start + blocks + table);
+        self.file.tell(DebugEvent::ReftableGrow);
+        self.file.tell(DebugEvent::RefblockAllocWriteBlocks);
+        self.file.tell(DebugEvent::RefblockAllocWriteTable);
         self.file.write(at.0, data).await?;
         self.file.barrier().await?;
+        self.file.tell(DebugEvent::RefblockAllocSwitchTable);
         // Blocks that were made meanwhile? None: making excludes itself. Entries are only added by making.
         let (before, old, new) = {
             let mut h = self.header.borrow_mut();

@@ -13,6 +13,7 @@ use crate::overlap::Meta;
 use crate::refcount::Counts;
 use crate::types::{GuestOffset, HostCluster, HostOffset, L2Entry, SubclusterBitmap};
 use block::{BlockError, Data, ErrorKind, Prealloc, ReqFlags, Result, Span};
+use graph::DebugEvent;
 use std::rc::Rc;
 
 /// Largest length of a node in the reference.
@@ -254,10 +255,12 @@ impl Core {
             (old_at, None)
         } else {
             let n = self.geo.clusters_for(needed * 8);
+            self.file.tell(DebugEvent::L1GrowAllocTable);
             let first = self.adjoining(n).await?;
             let at = self.host_start(first)?;
             let mut bytes: Vec<u8> = entries.iter().flat_map(|e| e.to_be_bytes()).collect();
             bytes.resize((n * self.geo.cluster_size()) as usize, 0);
+            self.file.tell(DebugEvent::L1GrowWriteTable);
             if let Err(e) = self.file.write(at.0, bytes.into()).await {
                 self.give_back(first, n);
                 return Err(e.context("Failed to grow the L1 table"));
@@ -267,6 +270,7 @@ impl Core {
         // Refcounts and the table are durable before the header says so.
         self.commit().await?;
         self.barriers().await?;
+        self.file.tell(DebugEvent::L1GrowActivateTable);
         let (old_size, old, new) = {
             let mut h = self.header.borrow_mut();
             let (old_size, old) = (h.l1_size, h.patch_l1());

@@ -20,6 +20,7 @@ use crate::payload::Payload;
 use crate::types::{GuestOffset, HostOffset, L2Entry, SUBCLUSTERS, Subcluster, SubclusterBitmap};
 use block::{Data, Io, Result, Span};
 use env::sync::Notify;
+use graph::DebugEvent;
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -243,6 +244,7 @@ impl Core {
 
     async fn write_host(self: &Rc<Self>, at: HostOffset, data: Payload) -> Result<()> {
         let landing = self.landing(at, data.len());
+        self.file.tell(DebugEvent::WriteAio);
         let r = match data {
             Payload::Bytes(data) => self.data().write(at.0, data).await,
             Payload::Host(from) => self.data().write_from(at.0, from).await,
@@ -261,6 +263,7 @@ impl Core {
         if self.is_mapped_zero(there).await? {
             return Ok((!virgin).then(|| Data::zeroes(at.len as usize)));
         }
+        self.file.tell(DebugEvent::CowRead);
         let mut data = self.read(there).await?;
         data.append(Data::zeroes((at.len - there.len) as usize));
         Ok((!virgin || !data.is_zero()).then_some(data))

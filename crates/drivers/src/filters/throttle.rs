@@ -96,6 +96,7 @@ impl ThrottleGroup {
         let goes = drained || (first() && buckets.wait(direction, now).is_zero());
         if goes {
             buckets.account(direction, bytes, now);
+            self.last[index(direction)].set(member);
         }
         goes
     }
