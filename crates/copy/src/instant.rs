@@ -394,7 +394,8 @@ impl PointInTime {
         let at = if lock.is_some() { self.step(at) } else { at };
         let (run, in_source) = self.run(at);
         let found = status(if in_source { &self.source } else { &self.target }, run).await?;
-        self.check(Span::new(at.start, 1))?;
+        // what was released meanwhile may have been found to be zero
+        self.check(run)?;
         drop(lock);
         Ok(found)
     }
