@@ -156,8 +156,10 @@ fn copy_on_read_keeps_others_from_writing_past_it() {
         let file = null(&graph, "file", MIB).await;
         let top = add(&graph, "c", CopyOnRead::new(below(&graph, &file).await, None)).await;
         let through = user(&graph, &top).await;
+        graph.ask(&through, Demand { shares: Perms::ALL, ..USER }).await.expect("it shares all");
         through.write(0, Data::zeroes(512), ReqFlags::NONE).await.expect("through the filter");
-        let past = graph.attach(&file, "root", Role::Root, Parent::Backend("past".to_owned()), USER).await;
+        let past = Demand { shares: Perms::ALL, ..USER };
+        let past = graph.attach(&file, "root", Role::Root, Parent::Backend("past".to_owned()), past).await;
         assert!(past.expect_err("it could be overwritten").message().contains("Permission conflict"));
         assert_eq!(file.parents().len(), 1);
     });
