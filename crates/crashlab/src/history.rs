@@ -26,6 +26,22 @@ pub enum Ask {
     Resize(u64),
     /// Everything answered before is to survive.
     Flush,
+    /// An internal snapshot; its name is that of its stamp.
+    Take,
+    /// One of the internal snapshots is deleted.
+    Drop(u64),
+}
+
+/// An internal snapshot that was asked for.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// Its name.
+    pub name: String,
+    /// What the disk held.
+    pub values: Vec<Value>,
+    /// The entries of the log between which it must be there: from its answer to the beginning of its deletion.
+    since: usize,
+    until: usize,
 }
 
 /// One request.
@@ -53,6 +69,7 @@ pub struct History {
     /// What each sector held before; absent: zero.
     initial: RefCell<Vec<Value>>,
     initial_size: Cell<u64>,
+    taken: RefCell<Vec<Taken>>,
 }
 
 impl History {
@@ -63,6 +80,33 @@ impl History {
         *h.initial.borrow_mut() = initial;
         h.next_stamp.set(first_stamp);
         h
+    }
+
+    /// Snapshots that may be there from the beginning.
+    pub fn know(&self, before: Vec<Taken>) {
+        let forget = |t| Taken { since: usize::MAX, ..t };
+        self.taken.borrow_mut().extend(before.into_iter().map(forget));
+    }
+
+    /// A snapshot of `values` is being taken.
+    pub fn taking(&self, name: &str, values: Vec<Value>) {
+        let taken = Taken { name: name.to_owned(), values, since: usize::MAX, until: usize::MAX };
+        self.taken.borrow_mut().push(taken);
+    }
+
+    /// The snapshot was taken when the log had `entry` entries.
+    pub fn took(&self, name: &str, entry: usize) {
+        self.taken.borrow_mut().iter_mut().filter(|t| t.name == name).for_each(|t| t.since = entry);
+    }
+
+    /// The snapshot is being deleted when the log has `entry` entries.
+    pub fn dropping(&self, name: &str, entry: usize) {
+        self.taken.borrow_mut().iter_mut().filter(|t| t.name == name).for_each(|t| t.until = entry);
+    }
+
+    /// All snapshots there ever were.
+    pub fn taken(&self) -> Vec<Taken> {
+        self.taken.borrow().clone()
     }
 
     fn tick(&self) -> u64 {
@@ -157,7 +201,9 @@ impl History {
         if durable == 0 {
             sizes.push(self.initial_size.get());
         }
-        Legal { values, sizes }
+        let taken = self.taken.borrow();
+        let snapshots = taken.iter().map(|t| (t.clone(), t.since <= entry && entry < t.until)).collect();
+        Legal { values, sizes, snapshots }
     }
 
     /// All requests, one a line.
@@ -177,6 +223,8 @@ pub struct Legal {
     pub values: Vec<Vec<Value>>,
     /// Possible lengths of the disk in sectors.
     pub sizes: Vec<u64>,
+    /// The snapshots that may be there, and whether each must.
+    pub snapshots: Vec<(Taken, bool)>,
 }
 
 #[cfg(test)]

@@ -131,6 +131,26 @@ impl<'a> Guest<'a> {
         Ok(())
     }
 
+    /// The internal snapshots: name, and what a guest would read there.
+    pub fn snapshots(&self) -> Vec<(String, Guest<'a>)> {
+        let mut at = self.header.snapshots_offset.0;
+        let mut out = Vec::new();
+        for _ in 0..self.header.snapshot_count {
+            let lengths = self.word(at + 8);
+            let (id, name, extra) =
+                (lengths >> 16 & 0xffff, lengths & 0xffff, self.word(at + 32) & 0xffff_ffff);
+            let start = (at + 40 + extra + id) as usize;
+            let text = self.image.get(start..start + name as usize).unwrap_or_default();
+            let mut header = self.header.clone();
+            header.l1_offset.0 = self.word(at);
+            header.l1_size = (lengths >> 32) as u32;
+            header.size = self.word(at + 48);
+            out.push((String::from_utf8_lossy(text).into_owned(), Guest { header, ..*self }));
+            at += (40 + extra + id + name).next_multiple_of(8);
+        }
+        out
+    }
+
     fn word(&self, at: u64) -> u64 {
         let at = at as usize;
         self.image.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)

@@ -100,12 +100,14 @@ fn chain(lab: &mut Lab, setup: &Setup, first: Option<Vec<Step>>, seed: u64) -> R
     let mut stamp = FIRST_STAMP;
     let mut first = first;
     let short = first.is_some();
+    let mut taken = Vec::new();
     for depth in 0..DEPTH {
         let steps = first.take().unwrap_or_else(|| {
             let n = rng.between(5, if depth == 0 { 60 } else { 25 }) as usize;
             workload::random(setup, &mut rng, values.len() as u64, n)
         });
         let history = History::new(std::mem::take(&mut values), stamp);
+        history.know(std::mem::take(&mut taken));
         let close = rng.chance(0.4);
         let rec = run(setup, files, history, steps, close, rng.draw())
             .map_err(|t| driver(format!("{t}\n  {setup:?}")))?;
@@ -114,6 +116,7 @@ fn chain(lab: &mut Lab, setup: &Setup, first: Option<Vec<Step>>, seed: u64) -> R
         lab.stats.barriers += rec.barriers;
         lab.stats.flushes += rec.flushes + u64::from(close);
         stamp = rec.history.next_stamp();
+        taken = rec.history.taken();
         let mut kept = lab.explore(setup, &rec, 1)?;
         // Short histories are many; a few of them are gone on from.
         if short && !rng.chance(0.1) {

@@ -144,7 +144,7 @@ async fn work(
     for step in steps {
         let mut running = Vec::new();
         for request in step {
-            if let Ask::Resize(_) = request.ask {
+            if let Ask::Resize(_) | Ask::Take | Ask::Drop(_) = request.ask {
                 perform(&node, &log, &history, request).await?;
                 continue;
             }
@@ -194,10 +194,11 @@ async fn perform(node: &Rc<Qcow2>, log: &Recorder, history: &History, r: Request
     let now = node.len() / SECTOR;
     let sectors = match r.ask {
         Ask::Resize(n) => n.min(now)..now,
-        Ask::Flush => 0..0,
+        Ask::Flush | Ask::Take | Ask::Drop(_) => 0..0,
         _ => r.sectors.start.min(now)..r.sectors.end.min(now),
     };
-    if sectors.is_empty() && !matches!(r.ask, Ask::Resize(_) | Ask::Flush) {
+    if sectors.is_empty() && matches!(r.ask, Ask::Write | Ask::WritePacked | Ask::Zero { .. } | Ask::Discard)
+    {
         return Ok(());
     }
     let (number, stamp) = history.begin(r.ask, sectors.clone(), log.len());
@@ -210,6 +211,21 @@ async fn perform(node: &Rc<Qcow2>, log: &Recorder, history: &History, r: Request
         Ask::Discard => node.discard(at).await?,
         Ask::Resize(n) => node.resize(n * SECTOR, Prealloc::Off).await?,
         Ask::Flush => node.flush().await?,
+        Ask::Take => {
+            let name = format!("s{stamp}");
+            let bytes = node.read(Span::new(0, node.len())).await?.to_vec();
+            history.taking(&name, values_of(&bytes, 0));
+            node.take_snapshot(&name, (stamp, 0), 0).await?;
+            history.took(&name, log.len());
+        }
+        Ask::Drop(any) => {
+            let all = node.snapshots();
+            if !all.is_empty() {
+                let index = (any % all.len() as u64) as usize;
+                history.dropping(&all[index].name, log.len());
+                node.delete_snapshot(index).await?;
+            }
+        }
     }
     history.end(number, log.len());
     check_read(node, at, stamp, r.ask).await

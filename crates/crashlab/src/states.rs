@@ -284,6 +284,7 @@ impl Lab {
             }
         });
         self.stats.sectors += s.sectors.len() as u64;
+        snapshots_are_right(guest, s)?;
         read.map_err(|e| Failure { kind: "corrupt", text: e.to_string() })?;
         match wrong {
             None => Ok(()),
@@ -366,6 +367,35 @@ impl Lab {
         t.push_str(&rec.history.describe());
         t
     }
+}
+
+/// Every snapshot shows what the disk held when it was taken, and those are there that must be.
+fn snapshots_are_right(guest: &Guest<'_>, s: &State<'_>) -> Result<(), Failure> {
+    let lost = |text: String| Failure { kind: "lost", text };
+    let found = guest.snapshots();
+    for (taken, must) in &s.legal.snapshots {
+        if *must && !found.iter().any(|(name, _)| *name == taken.name) {
+            return Err(lost(format!("snapshot '{}' is not there", taken.name)));
+        }
+    }
+    for (name, then) in &found {
+        let known = s.legal.snapshots.iter().find(|(t, _)| t.name == *name);
+        let Some((taken, _)) = known else { return Err(lost(format!("nobody took a snapshot '{name}'"))) };
+        let mut wrong = None;
+        let read = then.sectors(s.sectors, |sector, bytes| {
+            let (holds, held) = (value_of(bytes, sector), taken.values[sector as usize]);
+            if holds != held {
+                wrong.get_or_insert((sector, holds, held));
+            }
+        });
+        read.map_err(|e| Failure { kind: "corrupt", text: format!("snapshot '{name}': {e}") })?;
+        if let Some((sector, holds, held)) = wrong {
+            return Err(lost(format!(
+                "snapshot '{name}': sector {sector} holds {holds:?}, it held {held:?}"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// What every sector of a state's disk holds.

@@ -37,6 +37,7 @@ fn allowed(setup: &Setup, ask: Ask) -> bool {
     match ask {
         // Packed clusters share host clusters, so they need a refcount above 1.
         Ask::WritePacked => setup.create.data_file.is_none() && setup.create.refcount_bits > 1,
+        Ask::Take | Ask::Drop(_) => setup.create.data_file.is_none() && setup.create.refcount_bits > 1,
         _ => true,
     }
 }
@@ -107,6 +108,7 @@ pub fn random(setup: &Setup, rng: &mut Rng, size: u64, n: usize) -> Vec<Step> {
     let places = rng.between(2, 12).min((size / c).max(1));
     let wide = rng.chance(0.3);
     let resizes = rng.chance(0.4);
+    let snapshots = rng.chance(0.4) && !(setup.create.version < 3 && resizes);
     let flush = *rng.choose(&[0.05, 0.15, 0.3]);
     let most = *rng.choose(&[1, 1, 3, 8]);
     let mut steps = Vec::new();
@@ -114,6 +116,10 @@ pub fn random(setup: &Setup, rng: &mut Rng, size: u64, n: usize) -> Vec<Step> {
     while left > 0 {
         let many = rng.between(1, most).min(left as u64);
         left -= many as usize;
+        if snapshots && rng.chance(0.15) {
+            let ask = if rng.chance(0.6) { Ask::Take } else { Ask::Drop(rng.draw()) };
+            steps.push(vec![request(ask, 0, 0)]);
+        }
         let step: Step = (0..many).map(|_| one(setup, rng, size, c, places, wide, flush)).collect();
         steps.push(step);
         if resizes && rng.chance(0.1) {

@@ -127,6 +127,11 @@ fn recorded_streams() {
 }
 
 #[test]
+fn recorded_snapshots_and_transactions() {
+    replay(&["snapshot-internal", "transaction-rollback", "amend-and-misc"]);
+}
+
+#[test]
 fn qemus_own_client_library() {
     let dir = Dir::new();
     let daemon = Daemon::start(&dir, &["--object", "iothread,id=i0"]);
