@@ -304,7 +304,7 @@ impl Core {
         if self.corrupt.get() {
             return Ok(());
         }
-        let mut read = self.commit().await;
+        let mut read = self.commit_to_the_end().await;
         if read.is_ok() {
             read = self.load_tables().await;
         }
