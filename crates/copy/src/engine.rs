@@ -233,7 +233,10 @@ impl Engine {
         let bulk = !waits && at.len > work.granularity();
         let lock = work.locks.request(at, Owner::Copy { bulk });
         self.window.pay(at.len.min(most), now);
-        let task = PieceTask::new(self.shared.clone(), at, self.data_ahead(at), lock, self.outcomes.clone());
+        // While a guest is active, short copies in turn with its requests are done sooner than those of a helper thread
+        // that has to get a processor first, and hold the guest up no longer.
+        let data = !active && self.data_ahead(at);
+        let task = PieceTask::new(self.shared.clone(), at, data, lock, self.outcomes.clone());
         self.tasks.retain(|t| !t.is_done());
         self.tasks.push(work.env.spawn("copy", task.run()));
         self.cursor = at.end();

@@ -21,6 +21,9 @@ use std::time::Duration;
 const BACKLOG: i32 = 1024;
 /// Pause when there are no descriptors or memory for a connection: it waits in the backlog meanwhile.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+/// Bytes that may wait in a unix socket for the peer: a piece of a copy, so that it is handed over in one call rather than by turns
+/// with a peer that makes room bit by bit.
+const SEND_BUFFER: usize = 1 << 20;
 /// Pause before trying again to connect to a unix listener whose backlog is full.
 const FULL_PAUSE: Duration = Duration::from_millis(5);
 
@@ -163,7 +166,11 @@ pub(super) async fn connect(core: &Rc<Core>, to: &Address) -> Result<Rc<dyn Stre
             loop {
                 let fd = new_socket(AddressFamily::UNIX)?;
                 match rustix::net::connect(&fd, &address) {
-                    Ok(()) => return connected(core, fd, false),
+                    Ok(()) => {
+                        // a wish; the system has a limit of its own
+                        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&fd, SEND_BUFFER);
+                        return connected(core, fd, false);
+                    }
                     Err(rustix::io::Errno::AGAIN) => {
                         drop(fd);
                         let at = core.timers.now() + FULL_PAUSE;
