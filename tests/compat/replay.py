@@ -105,9 +105,7 @@ KNOWN = [
 # What is not there yet (docs/compat.md says when it comes). Commands that need it are left out of the replay, and so is all
 # that is about a job they would have started.
 MISSING_COMMANDS = {
-    "block-set-write-threshold",
-    "blockdev-reopen", "blockdev-set-active",
-    "qom-get", "qom-set", "qom-list-types", "query-chardev-backends", "x-blockdev-set-iothread",
+    "blockdev-set-active", "x-blockdev-set-iothread",
 }  # fmt: skip
 MISSING_KINDS = set()
 

@@ -32,10 +32,13 @@ pub struct NodeOptions {
     pub name: Option<String>,
     /// Not for writing.
     pub read_only: bool,
-    /// Opened read-only because writing was refused; turns read-write when somebody needs it.
+    /// The option `auto-read-only`: opened read-only where writing is refused.
     pub auto_read_only: bool,
     /// Opened for its parent, read-only or not as that is: turns with it.
     pub follows: bool,
+    /// Turns read-write by itself when somebody wants to write, and back when nobody does: `auto-read-only` without
+    /// `read-only`.
+    pub may_turn: bool,
     /// See [`DetectZeroes`].
     pub detect_zeroes: DetectZeroes,
     /// Discards are passed to the driver (`discard=unmap`).
@@ -72,6 +75,8 @@ pub struct NodeCell {
     node: Rc<dyn Node>,
     options: RefCell<NodeOptions>,
     writable: Cell<bool>,
+    /// Turned by itself; see [`NodeOptions::may_turn`].
+    turned: Cell<bool>,
     monitor_owned: Cell<bool>,
     pub(crate) parents: RefCell<Vec<Weak<Edge>>>,
     bitmaps: BitmapList,
@@ -131,6 +136,7 @@ impl NodeCell {
             id,
             node,
             writable: Cell::new(!options.read_only),
+            turned: Cell::new(false),
             monitor_owned: Cell::new(options.monitor_owned),
             options: RefCell::new(options),
             parents: RefCell::default(),
@@ -175,6 +181,25 @@ impl NodeCell {
     pub(crate) fn set_writable(&self, on: bool) {
         self.writable.set(on);
         self.options.borrow_mut().read_only = !on;
+    }
+
+    /// Whether the node turned read-write by itself, for those who write to it now.
+    pub(crate) fn has_turned(&self) -> bool {
+        self.turned.get()
+    }
+
+    pub(crate) fn may_turn(&self) -> bool {
+        self.options.borrow().may_turn
+    }
+
+    pub(crate) fn set_turned(&self, turned: bool) {
+        self.turned.set(turned);
+    }
+
+    pub(crate) fn set_options(&self, new: &NodeOptions) {
+        let mut now = self.options.borrow_mut();
+        let (name, read_only) = (now.name.take(), now.read_only);
+        *now = NodeOptions { name, read_only, monitor_owned: now.monitor_owned, ..new.clone() };
     }
 
     /// Whether the node stays until the monitor removes it.

@@ -1,6 +1,6 @@
 //! A change of the graph as data: it can be printed, checked as a whole, and refused as a whole.
 
-use crate::cell::NodeCell;
+use crate::cell::{NodeCell, NodeOptions};
 use crate::edge::Edge;
 use crate::perm::Demand;
 use std::rc::Rc;
@@ -37,6 +37,13 @@ pub enum Step {
         node: Rc<NodeCell>,
         /// Whether writes are possible afterwards.
         on: bool,
+    },
+    /// Gives a node other options of those that every node has. Its name, its owner, and whether it is writable now stay.
+    Options {
+        /// The node.
+        node: Rc<NodeCell>,
+        /// Its options from now on.
+        options: NodeOptions,
     },
     /// Changes what an edge held by a job or export asks for.
     Ask {
@@ -92,6 +99,7 @@ impl std::fmt::Debug for Step {
                 write!(f, "backing of {} becomes {child:?}", node.name())
             }
             Step::Writable { node, on } => write!(f, "{} writable: {on}", node.name()),
+            Step::Options { node, options } => write!(f, "{} gets {options:?}", node.name()),
             Step::Ask { edge, demand } => write!(f, "{}#{} asks {demand:?}", edge.name(), edge.id()),
             Step::Cover { node, filter } => {
                 write!(f, "{} covered by {:?}", node.name(), filter.as_ref().map(|c| c.name().to_owned()))

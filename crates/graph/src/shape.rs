@@ -7,6 +7,9 @@
 use crate::perm::{Demand, Perms};
 use block::{BlockError, ErrorKind, Result};
 
+/// Permissions of which each needs a writable node.
+pub(crate) const WRITING: Perms = Perms::WRITE.with(Perms::WRITE_UNCHANGED);
+
 /// A node.
 #[derive(Clone, Debug)]
 pub struct ShapeNode {
@@ -14,6 +17,10 @@ pub struct ShapeNode {
     pub name: String,
     /// Whether writes are possible (after the change).
     pub writable: bool,
+    /// Whether they are possible before it.
+    pub was_writable: bool,
+    /// Whether it turns writable by itself when somebody wants to write (`auto-read-only`).
+    pub may_turn: bool,
 }
 
 /// An edge onto a node.
@@ -47,6 +54,8 @@ pub struct Resolved {
     pub above: Vec<Demand>,
     /// Node indices, every parent before its children.
     pub order: Vec<usize>,
+    /// Nodes that have to turn writable, because somebody wants to write and they may.
+    pub turning: Vec<usize>,
 }
 
 impl Shape {
@@ -62,14 +71,20 @@ impl Shape {
         }
         let order = self.top_down(&outgoing)?;
         let mut above = vec![Demand::NOTHING; self.nodes.len()];
+        let mut turning = Vec::new();
         for &n in &order {
             above[n] = incoming[n].iter().fold(Demand::NOTHING, |all, &e| all.and(self.edges[e].demand));
-            self.check(n, &incoming[n], above[n])?;
+            self.check_shared(n, &incoming[n])?;
+            if !self.nodes[n].writable && !above[n].needs.common(WRITING).is_empty() {
+                self.check_may_turn(n)?;
+                self.nodes[n].writable = true;
+                turning.push(n);
+            }
             for &e in &outgoing[n] {
                 self.edges[e].demand = wants(e, above[n], self.nodes[n].writable);
             }
         }
-        Ok(Resolved { above, order })
+        Ok(Resolved { above, order, turning })
     }
 
     /// Every parent before its children; an error if there is a cycle.
@@ -94,7 +109,7 @@ impl Shape {
         Err(BlockError::invalid(format!("node '{looped}' would become part of a cycle")))
     }
 
-    fn check(&self, node: usize, incoming: &[usize], above: Demand) -> Result<()> {
+    fn check_shared(&self, node: usize, incoming: &[usize]) -> Result<()> {
         // Newest first, as QSD finds conflicts.
         for &a in incoming.iter().rev() {
             for &b in incoming.iter().rev().filter(|&&b| b != a) {
@@ -104,11 +119,17 @@ impl Shape {
                 }
             }
         }
-        let writing = Perms::WRITE.with(Perms::WRITE_UNCHANGED);
-        if !self.nodes[node].writable && !above.needs.common(writing).is_empty() {
-            return Err(BlockError::new(ErrorKind::ReadOnly, "Block node is read-only"));
-        }
         Ok(())
+    }
+
+    fn check_may_turn(&self, node: usize) -> Result<()> {
+        let node = &self.nodes[node];
+        let message = match (node.may_turn, node.was_writable) {
+            (true, _) => return Ok(()),
+            (_, true) => format!("Read-only block node '{}' cannot support read-write users", node.name),
+            (_, false) => "Block node is read-only".to_owned(),
+        };
+        Err(BlockError::new(ErrorKind::ReadOnly, message))
     }
 
     fn conflict(&self, node: usize, perms: Perms, needer: usize, refuser: usize) -> BlockError {
@@ -138,7 +159,7 @@ mod tests {
     const W: Perms = Perms::WRITE;
 
     fn node(name: &str, writable: bool) -> ShapeNode {
-        ShapeNode { name: name.to_owned(), writable }
+        ShapeNode { name: name.to_owned(), writable, was_writable: writable, may_turn: false }
     }
     fn edge(parent: Option<usize>, child: usize, needs: Perms, shares: Perms) -> ShapeEdge {
         let label = parent.map_or("an unnamed block device".to_owned(), |p| format!("node 'n{p}'"));
@@ -182,6 +203,24 @@ mod tests {
     fn writers_need_a_writable_node() {
         let mut s = Shape { nodes: vec![node("d", false)], edges: vec![edge(None, 0, W, Perms::ALL)] };
         assert_eq!(s.resolve(|_, d, _| d).expect_err("read-only").message(), "Block node is read-only");
+    }
+
+    #[test]
+    fn nodes_turn_writable_only_where_they_may() {
+        // 0 over 1; what 0 asks for follows from whether it turned
+        let shape = |may_turn: bool, was_writable: bool| Shape {
+            nodes: vec![ShapeNode { may_turn, was_writable, ..node("fmt", false) }, node("file", true)],
+            edges: vec![edge(None, 0, CR.with(W), Perms::ALL), edge(Some(0), 1, CR, CR)],
+        };
+        let wants = |_: usize, _: Demand, writable: bool| Demand {
+            needs: if writable { CR.with(W) } else { CR },
+            shares: CR,
+        };
+        let found = shape(true, false).resolve(wants).expect("it may");
+        assert_eq!((found.turning, found.above[1].needs), (vec![0], CR.with(W)));
+        let refused = |was| shape(false, was).resolve(wants).expect_err("it may not").message().to_owned();
+        assert_eq!(refused(false), "Block node is read-only");
+        assert_eq!(refused(true), "Read-only block node 'fmt' cannot support read-write users");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::gate::Closed;
 use crate::node::Node;
 use crate::perm::{Demand, Perms};
 use crate::plan::{Plan, Step};
-use crate::shape::{Resolved, Shape, ShapeEdge, ShapeNode};
+use crate::shape::{Resolved, Shape, ShapeEdge, ShapeNode, WRITING};
 use block::{BlockError, ErrorKind, Prealloc, Result};
 use env::Env;
 use env::sync::{Notify, Semaphore};
@@ -62,6 +62,7 @@ struct Changes {
     demand: BTreeMap<u64, (Rc<Edge>, Demand)>,
     writable: BTreeMap<u64, (Rc<NodeCell>, bool)>,
     backing: BTreeMap<u64, (Rc<NodeCell>, Option<Rc<Edge>>)>,
+    options: BTreeMap<u64, (Rc<NodeCell>, NodeOptions)>,
     cover: Vec<(Rc<NodeCell>, Option<Rc<NodeCell>>)>,
     at: Vec<Rc<dyn Fn()>>,
 }
@@ -352,18 +353,27 @@ impl Graph {
         let snapshot = self.snapshot(&changes)?;
         let (snapshot, resolved) = resolve(snapshot)?;
         self.acquire(&snapshot, &resolved).await?;
+        // Those that turn by themselves are below those that the plan turns: formats turn after their files.
+        self.turn_by_themselves(&snapshot, &resolved).await?;
         let turned = match self.turn_writable(&changes, true).await {
             Ok(turned) => turned,
-            Err(e) => return Err(self.undo(&snapshot, &[], e).await),
+            Err(e) => {
+                let e = self.undo(&snapshot, &[], e).await;
+                self.turn_back(&snapshot.cells).await;
+                return Err(e);
+            }
         };
         let gates = self.close_gates(&changes, &snapshot, &resolved).await;
         if let Err(e) = self.turn_writable(&changes, false).await {
             drop(gates);
-            return Err(self.undo(&snapshot, &turned, e).await);
+            let e = self.undo(&snapshot, &turned, e).await;
+            self.turn_back(&snapshot.cells).await;
+            return Err(e);
         }
         self.swap(&changes);
         commit(&snapshot);
         drop(gates);
+        self.turn_back(&snapshot.cells).await;
         self.release(&snapshot, &resolved).await?;
         drop((snapshot, changes));
         self.reap().await;
@@ -374,8 +384,37 @@ impl Graph {
     async fn settle_demands(&self, changes: &Changes) -> Result<()> {
         let (snapshot, resolved) = resolve(self.snapshot(changes)?)?;
         self.acquire(&snapshot, &resolved).await?;
+        self.turn_by_themselves(&snapshot, &resolved).await?;
         commit(&snapshot);
+        self.turn_back(&snapshot.cells).await;
         self.release(&snapshot, &resolved).await
+    }
+
+    /// Turns those read-write that may turn by themselves and are to be written to. On an error all is as before.
+    async fn turn_by_themselves(&self, snapshot: &Snapshot, resolved: &Resolved) -> Result<()> {
+        // Children first: a format may write as it turns.
+        for cell in resolved.turning.iter().rev().map(|n| &snapshot.cells[*n]) {
+            if let Err(e) = cell.node().set_writable(true).await {
+                let e = self.undo(snapshot, &[], e).await;
+                self.turn_back(&snapshot.cells).await;
+                return Err(e);
+            }
+            cell.set_writable(true);
+            cell.set_turned(true);
+        }
+        Ok(())
+    }
+
+    /// Those that turned by themselves, and that nobody writes to any more, are read-only again.
+    async fn turn_back(&self, cells: &[Rc<NodeCell>]) {
+        for cell in cells.iter().rev().filter(|c| c.has_turned()) {
+            let written = cell.parents().iter().any(|e| !e.demand().needs.common(WRITING).is_empty());
+            // What cannot turn back stays as it is: it is asked again when the graph changes next.
+            if !written && cell.node().set_writable(false).await.is_ok() {
+                cell.set_writable(false);
+                cell.set_turned(false);
+            }
+        }
     }
 
     fn expand(&self, plan: Plan) -> Changes {
@@ -401,6 +440,9 @@ impl Graph {
                 }
                 Step::Writable { node, on } => {
                     c.writable.insert(node.id(), (node, on));
+                }
+                Step::Options { node, options } => {
+                    c.options.insert(node.id(), (node, options));
                 }
                 Step::Ask { edge, demand } => {
                     c.demand.insert(edge.id(), (edge, demand));
@@ -457,6 +499,8 @@ impl Graph {
             .map(|c| ShapeNode {
                 name: c.name().to_owned(),
                 writable: changes.writable.get(&c.id()).map_or(c.is_writable(), |(_, on)| *on),
+                was_writable: c.is_writable(),
+                may_turn: changes.options.get(&c.id()).map_or(c.may_turn(), |(_, o)| o.may_turn),
             })
             .collect();
         let mut shape = Shape { nodes, edges: Vec::with_capacity(edges.len()) };
@@ -556,6 +600,14 @@ impl Graph {
         for cell in quiet.chain(read_only) {
             touched.extend(cell.parents().into_iter().map(|e| (e.id(), e)));
         }
+        // A format that turns read-only writes back to its file then, which may turn in the same plan. Nobody is inside the
+        // format by that time, so nobody else uses that way.
+        let writes_back = |e: &Rc<Edge>| {
+            e.parent_node().and_then(|n| self.find(&n)).is_some_and(|parent| {
+                changes.writable.get(&parent.id()).is_some_and(|(c, on)| !on && c.is_writable())
+            })
+        };
+        touched.retain(|id, e| changes.child.contains_key(id) || !writes_back(e));
         let rank = |edge: &Rc<Edge>| {
             let at = snapshot.edges.iter().position(|e| e.id() == edge.id());
             let parent = at.and_then(|i| snapshot.shape.edges[i].parent);
@@ -589,6 +641,9 @@ impl Graph {
                 *name.borrow_mut() = Some(cell.name().to_owned());
             }
             cell.node().set_backing(backing.clone());
+        }
+        for (cell, options) in changes.options.values() {
+            cell.set_options(options);
         }
         for (cell, filter) in &changes.cover {
             cell.set_cover(filter.as_ref());

@@ -9,6 +9,7 @@ pub mod create;
 mod filters;
 mod implicit;
 mod keep;
+mod reopen;
 mod spec;
 
 pub use filters::{FilterSpec, ThrottleHook};
@@ -27,6 +28,7 @@ use drivers::raw::RawNode;
 use graph::{Demand, Edge, Graph, Node, NodeCell, NodeOptions, Parent, Perms, Role, walk};
 use qcow2::Qcow2;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// Called when an image is found to be corrupt: node name, and what was found.
@@ -43,6 +45,8 @@ pub struct Opener {
     credentials: RefCell<Option<CredentialsHook>>,
     throttle: RefCell<Option<ThrottleHook>>,
     on_quorum: RefCell<Option<QuorumHook>>,
+    /// How nodes were described, by id.
+    given: RefCell<BTreeMap<u64, reopen::Given>>,
 }
 
 /// What a node takes over from its parent.
@@ -55,6 +59,21 @@ struct Inherited {
     discard: bool,
     force_share: bool,
     monitor_owned: bool,
+}
+
+impl Inherited {
+    /// What a node with these options has if its parent (or nobody) gives it `self`.
+    fn with(self, c: &Common) -> Inherited {
+        Inherited {
+            read_only: c.read_only.unwrap_or(self.read_only),
+            auto_read_only: c.auto_read_only.unwrap_or(self.auto_read_only),
+            direct: c.direct.unwrap_or(self.direct),
+            no_flush: c.no_flush.unwrap_or(self.no_flush),
+            discard: c.discard.unwrap_or(self.discard),
+            force_share: c.force_share || self.force_share,
+            monitor_owned: self.monitor_owned,
+        }
+    }
 }
 
 /// Files on the way from the top of a chain: identity, and layers so far.
@@ -81,6 +100,7 @@ impl Opener {
             credentials: RefCell::default(),
             throttle: RefCell::default(),
             on_quorum: RefCell::default(),
+            given: RefCell::default(),
         })
     }
 
@@ -133,15 +153,8 @@ impl Opener {
             if let Some(name) = &c.node_name {
                 self.graph.check_name(name)?;
             }
-            let mut now = Inherited {
-                read_only: c.read_only.unwrap_or(from.read_only),
-                auto_read_only: c.auto_read_only.unwrap_or(from.auto_read_only),
-                direct: c.direct.unwrap_or(from.direct),
-                no_flush: c.no_flush.unwrap_or(from.no_flush),
-                discard: c.discard.unwrap_or(from.discard),
-                force_share: c.force_share || from.force_share,
-                monitor_owned: from.monitor_owned,
-            };
+            let mut now = from.with(c);
+            let may_turn = now.auto_read_only && !now.read_only;
             if c.force_share && !now.read_only {
                 return Err(BlockError::invalid("force-share=on can only be used with read-only images"));
             }
@@ -152,6 +165,7 @@ impl Opener {
                 read_only: now.read_only,
                 auto_read_only: now.auto_read_only,
                 follows: c.read_only.is_none() && !now.monitor_owned,
+                may_turn,
                 detect_zeroes: c.detect_zeroes,
                 discard: now.discard,
                 monitor_owned: now.monitor_owned,
@@ -160,7 +174,10 @@ impl Opener {
                 cache_no_flush: now.no_flush,
             };
             match self.graph.add(options, node.clone()).await {
-                Ok(cell) => Ok(cell),
+                Ok(cell) => {
+                    self.remember(&cell, spec, from);
+                    Ok(cell)
+                }
                 Err(e) => {
                     // The first error is the one that matters.
                     let _ = node.close().await;

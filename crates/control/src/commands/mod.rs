@@ -16,6 +16,7 @@ mod node;
 mod object;
 mod protocol;
 mod query;
+mod reopen;
 mod snapshot;
 mod transaction;
 
@@ -73,6 +74,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     chain::COMMANDS,
     job::COMMANDS,
     object::COMMANDS,
+    reopen::COMMANDS,
     snapshot::COMMANDS,
     transaction::COMMANDS,
 ];
@@ -87,6 +89,7 @@ pub(crate) const EVENTS: &[&str] = &[
     "BLOCK_JOB_IMAGE_DELETED",
     "BLOCK_JOB_PENDING",
     "BLOCK_JOB_READY",
+    "BLOCK_WRITE_THRESHOLD",
     "JOB_STATUS_CHANGE",
     "QUORUM_FAILURE",
     "QUORUM_REPORT_BAD",

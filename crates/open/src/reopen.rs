@@ -1,0 +1,332 @@
+//! New options and other children for nodes that are there (`blockdev-reopen`).
+//!
+//! What can happen: any of several nodes refuses, its new child is missing, or the image cannot turn. What must stay true: the
+//! whole list takes effect at one instant, or nothing of it does. A description is complete: what it leaves out is as it would be
+//! had the node just been opened so.
+
+use crate::{Backing, Child, DriverSpec, FileSpec, Inherited, NodeSpec, Opener, Qcow2Spec};
+use block::{BlockError, ErrorKind, Result};
+use graph::{Demand, Edge, NodeCell, NodeOptions, Parent, Plan, Role, Step};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+/// How a node was described when it was opened, or last changed.
+#[derive(Clone)]
+pub(crate) struct Given {
+    spec: NodeSpec,
+    from: Inherited,
+}
+
+/// What is to become of all nodes of a list.
+#[derive(Default)]
+struct Change {
+    plan: Plan,
+    given: Vec<(u64, Given)>,
+}
+
+impl Opener {
+    /// Remembers how `cell` was opened; forgets nodes that are gone.
+    pub(crate) fn remember(&self, cell: &NodeCell, spec: &NodeSpec, from: Inherited) {
+        let mut all = self.given.borrow_mut();
+        if all.len() > 2 * self.graph.nodes().len() {
+            let here: Vec<u64> = self.graph.nodes().iter().map(|c| c.id()).collect();
+            all.retain(|id, _| here.contains(id));
+        }
+        all.insert(cell.id(), Given { spec: spec.clone(), from });
+    }
+
+    /// Gives nodes, found by their names, what `specs` say, together or not at all.
+    ///
+    /// # Errors
+    /// A node that is not there or has no name; options that cannot change (named); children that are missing or whose use would
+    /// make a cycle or break permissions; chains that a job works on.
+    pub async fn reopen(&self, specs: &[NodeSpec]) -> Result<()> {
+        let mut change = Change::default();
+        for spec in specs {
+            let Some(name) = &spec.common.node_name else {
+                return Err(BlockError::invalid("node-name not specified"));
+            };
+            let Some(cell) = self.graph.find(name) else {
+                let message = format!("Failed to find node with node-name='{name}'");
+                return Err(BlockError::new(ErrorKind::NotFound, message));
+            };
+            let from = self.given(&cell)?.from;
+            self.describe(&cell, spec, from, &mut change).await?;
+        }
+        self.graph.apply(change.plan).await?;
+        self.given.borrow_mut().extend(change.given);
+        Ok(())
+    }
+
+    fn given(&self, cell: &NodeCell) -> Result<Given> {
+        let given = self.given.borrow().get(&cell.id()).cloned();
+        given.ok_or_else(|| {
+            BlockError::unsupported(format!("Node '{}' is a job's filter: it has no options", cell.name()))
+        })
+    }
+
+    fn describe<'a>(
+        &'a self,
+        cell: &'a Rc<NodeCell>,
+        spec: &'a NodeSpec,
+        from: Inherited,
+        change: &'a mut Change,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + 'a>> {
+        Box::pin(async move {
+            let old = self.given(cell)?;
+            let now = from.with(&spec.common);
+            if let DriverSpec::Qcow2(q) = &spec.driver
+                && matches!(q.backing, Backing::Implicit)
+                && has_backing(cell).await?
+            {
+                return Err(BlockError::invalid(format!("backing is missing for '{}'", cell.name())));
+            }
+            fixed(&old, spec)?;
+            let was = old.from.with(&old.spec.common);
+            same("cache.direct", was.direct, now.direct)?;
+            same("force-share", was.force_share, now.force_share)?;
+            self.children(cell, spec, now, change).await?;
+            set(cell, spec, now, &mut change.plan);
+            change.given.push((cell.id(), Given { spec: spec.clone(), from }));
+            Ok(())
+        })
+    }
+
+    async fn children(
+        &self,
+        cell: &Rc<NodeCell>,
+        spec: &NodeSpec,
+        now: Inherited,
+        change: &mut Change,
+    ) -> Result<()> {
+        match &spec.driver {
+            DriverSpec::Raw { file, .. } => self.main_child(cell, file, now, change).await,
+            DriverSpec::Qcow2(q) => {
+                self.main_child(cell, &q.file, now, change).await?;
+                self.data_file_stays(cell, q)?;
+                self.backing(cell, &q.backing, now, change).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// `file` of a format.
+    async fn main_child(
+        &self,
+        cell: &Rc<NodeCell>,
+        file: &Child,
+        now: Inherited,
+        change: &mut Change,
+    ) -> Result<()> {
+        let Some(edge) = cell.node().primary() else { return Ok(()) };
+        let from = Inherited { discard: true, monitor_owned: false, ..now };
+        if let Some(to) = self.other_child(cell, &edge, "file", file, from, change).await? {
+            change.plan.steps.push(Step::Point { edge, to });
+        }
+        Ok(())
+    }
+
+    fn data_file_stays(&self, cell: &Rc<NodeCell>, q: &Qcow2Spec) -> Result<()> {
+        let edge = cell.node().edges().into_iter().find(|e| e.role() == Role::Data);
+        let stays = match (&q.data_file, edge) {
+            (None, _) => true,
+            (Some(Child::Reference(name)), Some(edge)) => edge.child().name() == name,
+            (Some(Child::Inline(spec)), Some(edge)) => match self.given(&edge.child()) {
+                Ok(old) => fixed(&old, spec).is_ok(),
+                Err(_) => false,
+            },
+            (Some(_), None) => false,
+        };
+        same("data-file", true, stays)
+    }
+
+    async fn backing(
+        &self,
+        cell: &Rc<NodeCell>,
+        backing: &Backing,
+        now: Inherited,
+        change: &mut Change,
+    ) -> Result<()> {
+        let edge = cell.node().backing();
+        let to = match (backing, &edge) {
+            (Backing::Implicit, _) | (Backing::None, None) => return Ok(()),
+            (Backing::None, Some(_)) => None,
+            (Backing::Child(child), Some(edge)) => {
+                match self.other_child(cell, edge, "backing", child, crate::below(&now), change).await? {
+                    Some(to) => Some(to),
+                    None => return Ok(()),
+                }
+            }
+            (Backing::Child(Child::Reference(name)), None) => {
+                let to = self.find_child(name)?;
+                no_cycle(cell, &to, "backing")?;
+                Some(to)
+            }
+            (Backing::Child(Child::Inline(_)), None) => return Err(cannot_change("backing")),
+        };
+        if let Some(edge) = &edge
+            && self.given(&edge.child()).is_err()
+        {
+            let message = format!("Cannot replace implicit backing child of {}", cell.name());
+            return Err(BlockError::new(ErrorKind::Busy, message));
+        }
+        cell.check_not_blocked()?;
+        let edge = match to {
+            Some(to) => {
+                let parent = Parent::Node(RefCell::new(Some(cell.name().to_owned())));
+                Some(self.graph.attach(&to, "backing", Role::Backing, parent, Demand::NOTHING).await?)
+            }
+            None => None,
+        };
+        change.plan.steps.push(Step::SetBacking { node: cell.clone(), edge });
+        Ok(())
+    }
+
+    /// The node that `child` means if that is another one than `edge` leads to.
+    async fn other_child(
+        &self,
+        cell: &Rc<NodeCell>,
+        edge: &Rc<Edge>,
+        key: &str,
+        child: &Child,
+        from: Inherited,
+        change: &mut Change,
+    ) -> Result<Option<Rc<NodeCell>>> {
+        let now = edge.child();
+        match child {
+            Child::Reference(name) if name == now.name() => {
+                if !now.is_monitor_owned()
+                    && let Ok(old) = self.given(&now)
+                {
+                    set(&now, &old.spec, from.with(&old.spec.common), &mut change.plan);
+                }
+                Ok(None)
+            }
+            Child::Reference(name) => {
+                let to = self.find_child(name)?;
+                no_cycle(cell, &to, key)?;
+                if key != "backing" {
+                    cell.check_not_blocked()?;
+                }
+                Ok(Some(to))
+            }
+            Child::Inline(spec) => {
+                let whose = self.given(&now).ok().filter(|_| !now.is_monitor_owned());
+                if whose.is_none_or(|old| driver(&old.spec) != driver(spec)) {
+                    return Err(cannot_change(&format!("{key}.driver")));
+                }
+                if spec.common.node_name.as_deref().is_some_and(|n| n != now.name()) {
+                    return Err(cannot_change("node-name"));
+                }
+                self.describe(&now, spec, from, change).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn find_child(&self, name: &str) -> Result<Rc<NodeCell>> {
+        self.graph.find(name).ok_or_else(|| {
+            let message = format!("Cannot find device='' nor node-name='{name}'");
+            BlockError::new(ErrorKind::NotFound, message)
+        })
+    }
+}
+
+/// The steps by which `cell` gets what every driver has.
+fn set(cell: &Rc<NodeCell>, spec: &NodeSpec, now: Inherited, plan: &mut Plan) {
+    let may_turn = now.auto_read_only && !now.read_only;
+    let on = !now.read_only;
+    // Where it may turn by itself, it does when somebody wants to write.
+    if cell.is_writable() != on && !(on && may_turn) {
+        plan.steps.push(Step::Writable { node: cell.clone(), on });
+    }
+    let options = NodeOptions {
+        name: None,
+        read_only: now.read_only,
+        auto_read_only: now.auto_read_only,
+        may_turn,
+        follows: spec.common.read_only.is_none() && !cell.is_monitor_owned(),
+        detect_zeroes: spec.common.detect_zeroes,
+        discard: now.discard,
+        monitor_owned: cell.is_monitor_owned(),
+        force_share: now.force_share,
+        cache_direct: now.direct,
+        cache_no_flush: now.no_flush,
+    };
+    plan.steps.push(Step::Options { node: cell.clone(), options });
+}
+
+async fn has_backing(cell: &NodeCell) -> Result<bool> {
+    let node = cell.node();
+    Ok(node.backing().is_some() || node.details().await?.backing_filename.is_some())
+}
+
+fn no_cycle(cell: &Rc<NodeCell>, to: &Rc<NodeCell>, key: &str) -> Result<()> {
+    if !reaches(to, cell) {
+        return Ok(());
+    }
+    let (to, cell) = (to.name(), cell.name());
+    Err(BlockError::invalid(format!("Making '{to}' a {key} child of '{cell}' would create a cycle")))
+}
+
+/// Whether `cell` is `top` or below it, on whatever way.
+fn reaches(top: &Rc<NodeCell>, cell: &NodeCell) -> bool {
+    let (mut seen, mut todo) = (BTreeSet::new(), vec![top.clone()]);
+    while let Some(node) = todo.pop() {
+        if node.id() == cell.id() {
+            return true;
+        }
+        if seen.insert(node.id()) {
+            todo.extend(node.node().edges().iter().map(|e| e.child()));
+        }
+    }
+    false
+}
+
+fn cannot_change(option: &str) -> BlockError {
+    BlockError::invalid(format!("Cannot change the option '{option}'"))
+}
+
+fn same<T: PartialEq>(option: &str, was: T, now: T) -> Result<()> {
+    if was == now { Ok(()) } else { Err(cannot_change(option)) }
+}
+
+fn driver(spec: &NodeSpec) -> std::mem::Discriminant<DriverSpec> {
+    std::mem::discriminant(&spec.driver)
+}
+
+/// Fails if `spec` differs from the old description in something that an open node cannot change.
+fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
+    same("driver", driver(&old.spec), driver(spec))?;
+    match (&old.spec.driver, &spec.driver) {
+        (DriverSpec::File(a), DriverSpec::File(b))
+        | (DriverSpec::HostDevice(a), DriverSpec::HostDevice(b)) => fixed_file(a, b),
+        (DriverSpec::Raw { offset: a, size: c, .. }, DriverSpec::Raw { offset: b, size: d, .. }) => {
+            same("offset", a, b)?;
+            same("size", c, d)
+        }
+        (DriverSpec::Qcow2(a), DriverSpec::Qcow2(b)) => fixed_qcow2(&a.options, &b.options),
+        (a, b) if format!("{a:?}") == format!("{b:?}") => Ok(()),
+        _ => Err(BlockError::unsupported("The options of this driver cannot be changed")),
+    }
+}
+
+fn fixed_file(a: &FileSpec, b: &FileSpec) -> Result<()> {
+    same("filename", &a.filename, &b.filename)?;
+    same("aio", a.threads, b.threads)?;
+    same("locking", a.locking, b.locking)
+}
+
+fn fixed_qcow2(a: &qcow2::Options, b: &qcow2::Options) -> Result<()> {
+    same("cache-size", a.cache_size, b.cache_size)?;
+    same("l2-cache-size", a.l2_cache_size, b.l2_cache_size)?;
+    same("l2-cache-entry-size", a.l2_cache_entry_size, b.l2_cache_entry_size)?;
+    same("refcount-cache-size", a.refcount_cache_size, b.refcount_cache_size)?;
+    same("lazy-refcounts", a.lazy_refcounts, b.lazy_refcounts)?;
+    same("pass-discard-request", a.pass_discard_request, b.pass_discard_request)?;
+    same("pass-discard-other", a.pass_discard_other, b.pass_discard_other)?;
+    same("pass-discard-snapshot", a.pass_discard_snapshot, b.pass_discard_snapshot)?;
+    same("discard-no-unref", a.discard_no_unref, b.discard_no_unref)?;
+    same("overlap-check", a.overlap_check, b.overlap_check)
+}
