@@ -26,6 +26,7 @@ pub struct Entry {
 pub struct Recorder {
     entries: RefCell<Vec<Entry>>,
     barriers: Cell<u64>,
+    uncounted: Cell<bool>,
 }
 
 impl Recorder {
@@ -37,7 +38,11 @@ impl Recorder {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// Barriers so far.
+    /// Whether barriers are left out of the count from here on: those of a snapshot are no guest flush's price.
+    pub fn uncounted(&self, yes: bool) {
+        self.uncounted.set(yes);
+    }
+    /// Barriers so far, those left out of the count not among them.
     pub fn barriers(&self) -> u64 {
         self.barriers.get()
     }
@@ -46,7 +51,7 @@ impl Recorder {
         std::mem::take(&mut *self.entries.borrow_mut())
     }
     fn push(&self, file: usize, issued_at: usize, effect: Option<Effect>) {
-        if effect.is_none() {
+        if effect.is_none() && !self.uncounted.get() {
             self.barriers.set(self.barriers.get() + 1);
         }
         self.entries.borrow_mut().push(Entry { file, issued_at, effect });

@@ -86,7 +86,7 @@ pub struct Recording {
     pub entries: Vec<Entry>,
     /// What was asked.
     pub history: History,
-    /// Barriers issued, all files together.
+    /// Barriers issued, all files together, those of snapshots left out.
     pub barriers: u64,
     /// Flushes asked for.
     pub flushes: u64,
@@ -145,7 +145,10 @@ async fn work(
         let mut running = Vec::new();
         for request in step {
             if let Ask::Resize(_) | Ask::Take | Ask::Drop(_) = request.ask {
-                perform(&node, &log, &history, request).await?;
+                log.uncounted(!matches!(request.ask, Ask::Resize(_)));
+                let done = perform(&node, &log, &history, request).await;
+                log.uncounted(false);
+                done?;
                 continue;
             }
             let (node, log, history) = (node.clone(), log.clone(), history.clone());

@@ -3,7 +3,8 @@
 //! The check follows every reference from the header (active L1, snapshots, bitmaps, the refcount structures themselves), counts
 //! how often each cluster is used, and compares with the refcounts in the image. *Corruption*: a cluster is used more often
 //! than it is counted (it may be given away and overwritten), an entry cannot be right, a COPIED flag lies, metadata lies on
-//! something else. *Leak*: it is counted more often than used; space is lost, nothing else.
+//! something else. *Leak*: it is counted more often than used; space is lost, nothing else (a COPIED flag that only the count
+//! contradicts is part of it: the one user may write in place).
 //!
 //! What must stay true: time and memory depend on the metadata that is really there, not on what the fields claim (tables
 //! used many times are read once and counted many times; counters exist only where references are); a repair never makes
