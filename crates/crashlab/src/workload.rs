@@ -108,7 +108,7 @@ pub fn random(setup: &Setup, rng: &mut Rng, size: u64, n: usize) -> Vec<Step> {
     let places = rng.between(2, 12).min((size / c).max(1));
     let wide = rng.chance(0.3);
     let resizes = rng.chance(0.4);
-    let snapshots = rng.chance(0.4) && !(setup.create.version < 3 && resizes);
+    let snapshots = rng.chance(0.4);
     let flush = *rng.choose(&[0.05, 0.15, 0.3]);
     let most = *rng.choose(&[1, 1, 3, 8]);
     let mut steps = Vec::new();

@@ -5,9 +5,9 @@ use crashlab::{Plan, explore, hostile};
 
 #[test]
 fn no_crash_corrupts_an_image_or_loses_what_was_flushed() {
-    let plan = Plan { states: 4000, seed: 11, threads: 2, qemu: 100, ..Plan::default() };
+    let plan = Plan { states: 12_000, seed: 11, threads: 2, qemu: 100, ..Plan::default() };
     let stats = explore(&plan).unwrap_or_else(|f| panic!("{}: {}", f.kind, f.text));
-    assert!(stats.states >= 4000 && stats.kills > 300 && stats.torn > 300, "{stats:?}");
+    assert!(stats.states >= 12_000 && stats.kills > 300 && stats.torn > 300, "{stats:?}");
     assert!(stats.continued > 5 && stats.leaky > 0 && stats.repaired > 0, "{stats:?}");
     assert!(stats.agreed > 10, "the reference was asked: {stats:?}");
     // The reference needs 19 barriers for 8 flushes.

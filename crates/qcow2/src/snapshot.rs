@@ -334,8 +334,8 @@ impl Core {
             // The tables name the old snapshots only: the new counts go, and the flags come back.
             let (_, lowered) = self.count(&l1, Way::Down, counted).await;
             lowered?;
-            self.commit().await?;
             self.set_flags(l1).await?;
+            self.commit().await?;
         }
         made
     }
@@ -379,9 +379,15 @@ impl Core {
         let clusters = self.geo.clusters_for(l1.len() as u64 * 8);
         self.free_clusters(self.geo.host_cluster(gone.l1).0, clusters, false);
         lowered?;
-        self.commit().await?;
+        self.flags_before_counts().await
+    }
+
+    /// Lowered counts go to the file behind the flags that follow from them: a flag whose count is still too high is a leak, a
+    /// count of one without its flag would be taken for damage.
+    async fn flags_before_counts(self: &Rc<Self>) -> Result<()> {
         let active = self.l1.borrow().entries.clone();
-        self.set_flags(active).await
+        self.set_flags(active).await?;
+        self.commit().await
     }
 
     /// Space for `bytes` and them in it: where, and how many clusters. Nothing for nothing.
@@ -458,7 +464,10 @@ impl Core {
             }
             self.discard_gone(std::mem::take(&mut counting.gone)).await;
             if self.rb.borrow().is_crowded() {
-                self.commit().await?;
+                match counting.way {
+                    Way::Up => self.commit().await?,
+                    Way::Down => self.flags_before_counts().await?,
+                }
             }
         }
         Ok(())

@@ -3,8 +3,7 @@
 //! The check follows every reference from the header (active L1, snapshots, bitmaps, the refcount structures themselves), counts
 //! how often each cluster is used, and compares with the refcounts in the image. *Corruption*: a cluster is used more often
 //! than it is counted (it may be given away and overwritten), an entry cannot be right, a COPIED flag lies, metadata lies on
-//! something else. *Leak*: it is counted more often than used; space is lost, nothing else (a COPIED flag that only the count
-//! contradicts is part of it: the one user may write in place).
+//! something else. *Leak*: it is counted more often than used; space is lost, nothing else.
 //!
 //! What must stay true: time and memory depend on the metadata that is really there, not on what the fields claim (tables
 //! used many times are read once and counted many times; counters exist only where references are); a repair never makes
@@ -41,6 +40,9 @@ pub enum Fix {
 pub struct Report {
     /// Things that are wrong now.
     pub corruptions: u64,
+    /// Of these, COPIED flags that disagree with the count of a cluster that has one user: nothing can come of it but a copy
+    /// too many. A crash while a version 2 image gets or loses a snapshot leaves such.
+    pub idle_flags: u64,
     /// Clusters counted more often than used, now.
     pub leaks: u64,
     /// Places that could not be read.

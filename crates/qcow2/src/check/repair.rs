@@ -34,7 +34,9 @@ pub(super) async fn repair<S: Storage>(storage: &S, fix: Fix) -> Result<Report> 
     } else if fix == Fix::All || !walk.lost && walk.report.check_errors == 0 {
         write_refcounts(&walk, fix).await?;
     }
-    if fix == Fix::All {
+    // Where only leaks were, a count that went down to one makes its flag wrong, and setting that endangers nothing.
+    let only_leaks = before.corruptions == 0 && before.check_errors == 0 && before.leaks > 0;
+    if fix == Fix::All || only_leaks {
         storage.barrier().await?;
         walk = inspect(storage).await?;
         if mend_copied(&walk).await? {

@@ -512,8 +512,8 @@ impl<S: Storage> Walk<'_, S> {
             self.rebuild = true;
         }
         let lies = if disk == 1 { SEEN_SHARED } else { SEEN_COPIED };
-        // Whoever is the only user in truth may well write in place: the count is too high (the leak told of above), not the flag.
-        if cell.has(lies) && (disk == 1 || found > 1) {
+        if cell.has(lies) {
+            self.report.idle_flags += u64::from(found == 1);
             let flag = if disk == 1 { "is not" } else { "is" };
             self.report.corrupt(format_args!(
                 "cluster {cluster} at {offset:#x}: COPIED {flag} set, with refcount {disk}"
