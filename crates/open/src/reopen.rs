@@ -288,7 +288,7 @@ fn cannot_change(option: &str) -> BlockError {
     BlockError::invalid(format!("Cannot change the option '{option}'"))
 }
 
-fn same<T: PartialEq>(option: &str, was: T, now: T) -> Result<()> {
+fn same<T: PartialEq + Copy>(option: &str, was: T, now: T) -> Result<()> {
     if was == now { Ok(()) } else { Err(cannot_change(option)) }
 }
 
