@@ -1,0 +1,91 @@
+//! Rules that can be removed one at a time, to test the tests: each makes a known failure of replication possible again. Without the
+//! feature `planted-bugs` none of this exists in the code.
+
+/// A rule that can be switched off for the current thread.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bug {
+    /// Frames of an older generation are taken.
+    NoGenerationCheck,
+    /// A gap in the sequence is not noticed.
+    NoSequenceCheck,
+    /// The digest of an epoch is not compared.
+    NoDigestCheck,
+    /// Dirty bits of an epoch are dropped when its mark is sent, not when its commit is acknowledged.
+    DirtyClearedOnSend,
+    /// What was written before a crash of the primary is not remembered as dirty.
+    NoActivityLog,
+    /// A refused change does not veto the checkpoint.
+    RefusalForgotten,
+    /// A peer that is being synchronized counts as a copy.
+    SyncingCounts,
+    /// Undo: the old content is not durable before it is overwritten.
+    PreimageNotDurable,
+    /// A guest's flush on the secondary does not flush its own writes.
+    OwnNotFlushed,
+    /// Undo: the disk is not flushed before the decision is recorded.
+    DataNotFlushedBeforeCommit,
+    /// The record of the decision is not durable before it is acknowledged.
+    CommitNotDurable,
+    /// Redo: the disk is not flushed before the log is trimmed.
+    DataNotFlushedBeforeTrim,
+    /// The intent to fail over is not durable before the merge.
+    IntentNotDurable,
+    /// The merge is not flushed before it counts as done.
+    MergeNotFlushed,
+    /// What is buffered is thrown away on restart (as QEMU does).
+    EmptiedOnRestart,
+    /// Each volume decides for itself, without a record for the group.
+    NoGroupRecord,
+    /// A reader does not look again after it has read the disk.
+    NoRecheck,
+}
+
+impl Bug {
+    /// Those of the state machines.
+    pub const CORE: [Bug; 7] = [
+        Bug::NoGenerationCheck,
+        Bug::NoSequenceCheck,
+        Bug::NoDigestCheck,
+        Bug::DirtyClearedOnSend,
+        Bug::NoActivityLog,
+        Bug::RefusalForgotten,
+        Bug::SyncingCounts,
+    ];
+    /// Those of the store.
+    pub const STORE: [Bug; 10] = [
+        Bug::PreimageNotDurable,
+        Bug::OwnNotFlushed,
+        Bug::DataNotFlushedBeforeCommit,
+        Bug::CommitNotDurable,
+        Bug::DataNotFlushedBeforeTrim,
+        Bug::IntentNotDurable,
+        Bug::MergeNotFlushed,
+        Bug::EmptiedOnRestart,
+        Bug::NoGroupRecord,
+        Bug::NoRecheck,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+thread_local! {
+    static CHOSEN: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}
+
+/// Switches one rule off for this thread, or all on.
+#[cfg(feature = "planted-bugs")]
+pub fn plant(bug: Option<Bug>) {
+    CHOSEN.set(bug);
+}
+
+/// Whether the rule of `bug` is switched off.
+#[cfg(feature = "planted-bugs")]
+pub fn planted(bug: Bug) -> bool {
+    CHOSEN.get() == Some(bug)
+}
+
+/// Never: this build has all rules.
+#[cfg(not(feature = "planted-bugs"))]
+#[inline(always)]
+pub const fn planted(_: Bug) -> bool {
+    false
+}

@@ -1,0 +1,770 @@
+//! The primary's decisions: what is forwarded to whom, when a change is done, when a checkpoint is decided, what is still owed to each
+//! peer. Pure: an event goes in, what is to be done comes out.
+//!
+//! What must stay true:
+//! * O1: one number per change of the group, given when it is admitted; a mark takes one too, so it splits the order exactly (O5).
+//! * I8: a granule is dirty from before it is written until *every* peer said that it committed an epoch that has it.
+//! * I10: [`Event::Degraded`] comes out before the first change is done with fewer copies than asked for.
+//! * An epoch number is never used twice in a generation, across crashes of the primary too: numbers are reserved durably before
+//!   they are used ([`Primary::reserve`]), and a restarted primary begins after all that were reserved. (With numbers from
+//!   memory, a peer's "committed 7" could be another 7 than the one in the dirty sets: seed 775 of tests/core.rs found it.)
+//! * A decision is made once: [`Send`](Output::Send) of COMMIT after every peer that takes part is prepared (C4), or an
+//!   external manager says so.
+//! * The peers' dead and slow ones never stop the others; no wait here has no end but the policy `suspend`.
+
+use crate::ack::{AckLevel, Progress, Quorum};
+use crate::bugs::{Bug, planted};
+use crate::digest::Digest;
+use crate::dirty::Dirty;
+use crate::history::{History, Relation};
+use crate::types::{Epoch, Generation, GroupId, Seq};
+use crate::wire::{Body, Frame, Hello, Reject, VolumeInfo};
+use bitmap::Bitmap;
+use block::{Result, Span};
+use std::collections::VecDeque;
+
+/// Marks sent and not decided at once (pipelining): as many as a secondary takes.
+pub const MAX_MARKS: usize = crate::secondary::MAX_SEALED;
+
+/// What happens to the guest when too few peers are in service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LinkPolicy {
+    /// Go on alone, say so first, remember what is dirty.
+    #[default]
+    Degrade,
+    /// Changes wait; reads are served.
+    Suspend,
+    /// Changes fail.
+    IoError,
+}
+
+/// What is set for a group; may change at any time.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// When a write is done.
+    pub write_level: AckLevel,
+    /// When a flush (and a write with FUA) is done.
+    pub flush_level: AckLevel,
+    /// Whose word is needed.
+    pub quorum: Quorum,
+    /// When too few are there.
+    pub policy: LinkPolicy,
+    /// The decision about a prepared epoch is an external manager's.
+    pub external_decision: bool,
+}
+
+impl Default for Config {
+    /// Rule A1: a write has left this machine, a flush is durable on both.
+    fn default() -> Config {
+        Config {
+            write_level: AckLevel::RemoteReceived,
+            flush_level: AckLevel::RemoteDurable,
+            quorum: Quorum::Any(1),
+            policy: LinkPolicy::Degrade,
+            external_decision: false,
+        }
+    }
+}
+
+/// State of a peer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PeerState {
+    /// No connection.
+    Down,
+    /// HELLO is sent.
+    Connecting,
+    /// Gets what it missed, inside one open epoch.
+    Syncing,
+    /// Has everything of the open epoch; becomes a copy when that is committed.
+    Synced,
+    /// A copy.
+    Running,
+    /// Refused; only a human can go on.
+    Refused,
+}
+
+impl PeerState {
+    /// Whether changes are forwarded to it.
+    pub const fn gets_changes(self) -> bool {
+        matches!(self, PeerState::Syncing | PeerState::Synced | PeerState::Running)
+    }
+
+    /// As in QMP.
+    pub const fn name(self) -> &'static str {
+        match self {
+            PeerState::Down => "disconnected",
+            PeerState::Connecting => "connecting",
+            PeerState::Syncing => "syncing",
+            PeerState::Synced => "synced",
+            PeerState::Running => "running",
+            PeerState::Refused => "refused",
+        }
+    }
+}
+
+/// A secondary, as the primary sees it.
+pub struct Peer {
+    /// State.
+    pub state: PeerState,
+    /// How far it has come.
+    pub progress: Progress,
+    /// Bytes of changes that it takes in this session, from its start.
+    pub limit: u64,
+    /// How full its buffer is, in percent.
+    pub fill: u8,
+    /// Newest checkpoint that it committed, if it ever said so.
+    pub committed: Option<Epoch>,
+    /// What was sent of the open epoch.
+    open: Digest,
+}
+
+impl Peer {
+    fn counts(&self) -> bool {
+        self.state == PeerState::Running
+            || (planted(Bug::SyncingCounts) && matches!(self.state, PeerState::Syncing | PeerState::Synced))
+    }
+}
+
+/// What happens.
+#[derive(Debug)]
+pub enum Input<'a> {
+    /// There is a connection to a peer.
+    Connected(usize),
+    /// The connection is gone.
+    Disconnected(usize, String),
+    /// A peer sent this.
+    Frame(usize, &'a Frame),
+    /// Everything that a syncing peer missed has been sent.
+    SyncDone(usize),
+    /// A checkpoint is wanted.
+    Mark,
+    /// An external manager decides about a prepared epoch.
+    Decide(Epoch, bool),
+    /// Other settings.
+    Configure(Config),
+}
+
+/// What is to be done, in this order.
+#[derive(Debug)]
+pub enum Output {
+    /// Send it, after what was given before.
+    Send(usize, Frame),
+    /// End the connection. Whoever reconnects does so later.
+    Close(usize),
+    /// Send the peer these granules of each volume as catch-up, then say [`Input::SyncDone`].
+    Sync(usize, Vec<Bitmap>),
+    /// Acknowledgements have come: look again at what waits.
+    Progress,
+    /// A checkpoint would be useful now.
+    WantCheckpoint,
+    /// Every peer has committed: what was written up to here need not be remembered.
+    Clean(Epoch),
+    /// Tell the manager.
+    Event(Event),
+}
+
+/// What a manager wants to know.
+#[derive(Clone, PartialEq, Debug)]
+#[allow(missing_docs)] // the fields say it
+pub enum Event {
+    PeerState {
+        peer: usize,
+        old: PeerState,
+        new: PeerState,
+        reason: String,
+    },
+    /// Fewer copies than asked for, from this change on.
+    Degraded {
+        since: Seq,
+        dirty_bytes: u64,
+    },
+    Restored {
+        since: Seq,
+    },
+    Prepared {
+        epoch: Epoch,
+    },
+    Checkpoint {
+        epoch: Epoch,
+        digest: Digest,
+    },
+    Veto {
+        epoch: Option<Epoch>,
+        peer: usize,
+        reason: String,
+    },
+    Fenced {
+        by: Generation,
+    },
+    SplitBrain {
+        peer: usize,
+    },
+    BufferThreshold {
+        peer: usize,
+        fill: u8,
+    },
+}
+
+/// Whether a change is done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Standing {
+    /// Yes.
+    Done,
+    /// Not yet.
+    Wait,
+    /// Never: the policy is `io-error`, or this side is fenced.
+    Fail,
+}
+
+struct Pending {
+    epoch: Epoch,
+    digest: Digest,
+    /// Peers that got the mark and are still there, and whether each is prepared.
+    parties: Vec<(usize, bool)>,
+    decided: bool,
+    announced: bool,
+    committed: Vec<usize>,
+}
+
+/// A peer's buffer asks for a checkpoint from this fill on (F-1), in percent.
+pub const SOFT_FILL: u8 = 70;
+
+/// See above.
+pub struct Primary {
+    group: GroupId,
+    volumes: Vec<VolumeInfo>,
+    history: History,
+    config: Config,
+    open: Epoch,
+    reserved: Epoch,
+    last: Seq,
+    open_digest: Digest,
+    peers: Vec<Peer>,
+    dirty: Dirty,
+    marks: VecDeque<Pending>,
+    degraded: bool,
+    fenced: Option<Generation>,
+    last_checkpoint: Option<(Epoch, Digest)>,
+}
+
+impl Primary {
+    /// The primary of a group, whose image comes from `history`. `dirty` covers what was written since its floor. Epochs up to
+    /// `used` have had a use before.
+    pub fn new(
+        group: GroupId,
+        volumes: Vec<VolumeInfo>,
+        history: History,
+        used: Epoch,
+        dirty: Dirty,
+        config: Config,
+    ) -> Primary {
+        let used = used.max(history.epoch());
+        Primary {
+            group,
+            volumes,
+            history,
+            config,
+            open: used.next(),
+            reserved: used,
+            last: Seq(0),
+            open_digest: Digest::default(),
+            peers: Vec::new(),
+            dirty,
+            marks: VecDeque::new(),
+            degraded: false,
+            fenced: None,
+            last_checkpoint: None,
+        }
+    }
+
+    /// It is durable that epochs up to `upto` may have been used.
+    pub fn reserve(&mut self, upto: Epoch) {
+        self.reserved = self.reserved.max(upto);
+    }
+
+    /// The last epoch that is reserved.
+    pub fn reserved(&self) -> Epoch {
+        self.reserved
+    }
+
+    /// Another secondary; its number.
+    pub fn add_peer(&mut self) -> usize {
+        self.peers.push(Peer {
+            state: PeerState::Down,
+            progress: Progress::default(),
+            limit: 0,
+            fill: 0,
+            committed: None,
+            open: Digest::default(),
+        });
+        self.peers.len() - 1
+    }
+
+    /// The peers.
+    pub fn peers(&self) -> &[Peer] {
+        &self.peers
+    }
+
+    /// Where the image comes from.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// The epoch that is written now.
+    pub fn open_epoch(&self) -> Epoch {
+        self.open
+    }
+
+    /// The last number given.
+    pub fn last(&self) -> Seq {
+        self.last
+    }
+
+    /// Bytes of changes since the last mark.
+    pub fn sent_since_mark(&self) -> u64 {
+        self.open_digest.bytes
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Who fenced this side, if somebody did. It never serves again.
+    pub fn fenced(&self) -> Option<Generation> {
+        self.fenced
+    }
+
+    /// Whether there are fewer copies than asked for.
+    pub fn degraded(&self) -> bool {
+        self.degraded
+    }
+
+    /// The newest checkpoint that all parties committed.
+    pub fn last_checkpoint(&self) -> Option<(Epoch, Digest)> {
+        self.last_checkpoint
+    }
+
+    /// Bytes written since the newest checkpoint of a peer.
+    pub fn dirty_bytes(&self, peer: usize) -> u64 {
+        let c = self.peers.get(peer).and_then(|p| p.committed).unwrap_or(self.dirty.floor());
+        self.dirty.bytes_since(c)
+    }
+
+    /// Everything written since checkpoint `c`; see [`Dirty::since`].
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn dirty_since(&self, c: Epoch) -> Result<Option<Vec<Bitmap>>> {
+        self.dirty.since(c)
+    }
+
+    /// Why a checkpoint cannot be made now, if so.
+    pub fn cannot_mark(&self) -> Option<&'static str> {
+        if self.fenced.is_some() {
+            return Some("this side is fenced: another primary was promoted");
+        }
+        if self.open > self.reserved {
+            return Some("no epoch is reserved");
+        }
+        if self.marks.len() >= MAX_MARKS {
+            return Some("too many checkpoints are undecided");
+        }
+        let ready = |p: &Peer| matches!(p.state, PeerState::Running | PeerState::Synced);
+        (!self.peers.iter().any(ready)).then_some("no secondary is connected and synchronized")
+    }
+
+    /// A frame to a peer.
+    pub fn frame(&self, seq: Seq, epoch: Epoch, body: Body) -> Frame {
+        Frame { generation: self.history.generation(), seq, epoch, body }
+    }
+
+    /// Admits a change: marks it dirty and gives it its number. The caller sends it to every peer that
+    /// [gets changes](PeerState::gets_changes), in this order, before it admits another.
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn admit(&mut self, volume: u16, at: Span, payload_crc: u32) -> Result<(Seq, Epoch)> {
+        self.dirty.mark(self.open, volume, at)?;
+        self.last = self.last.next();
+        let len = u32::try_from(at.len).unwrap_or(u32::MAX);
+        self.open_digest.add(self.last, volume, at.start, len, payload_crc);
+        for p in self.peers.iter_mut().filter(|p| p.state.gets_changes()) {
+            p.open.add(self.last, volume, at.start, len, payload_crc);
+            p.progress.queued = self.last;
+        }
+        Ok((self.last, self.open))
+    }
+
+    /// A change with the same number as the last one, for one peer that is being synchronized. `false`: not now.
+    pub fn admit_catch_up(&mut self, peer: usize, volume: u16, at: Span, payload_crc: u32) -> bool {
+        let (last, len) = (self.last, u32::try_from(at.len).unwrap_or(u32::MAX));
+        let Some(p) = self.peers.get_mut(peer).filter(|p| p.state == PeerState::Syncing) else {
+            return false;
+        };
+        p.open.add(last, volume, at.start, len, payload_crc);
+        true
+    }
+
+    /// `at` was written here in a way that nobody knows the result of (a failed write): it is dirty.
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn unsure(&mut self, volume: u16, at: Span) -> Result<()> {
+        self.dirty.mark(self.open, volume, at)
+    }
+
+    /// Whether what was admitted up to `seq` is done at `level`.
+    pub fn standing(&self, seq: Seq, level: AckLevel) -> Standing {
+        if self.fenced.is_some() {
+            return Standing::Fail;
+        }
+        if matches!(level, AckLevel::Local | AckLevel::Checkpoint) || self.peers.is_empty() {
+            return Standing::Done;
+        }
+        let at = |p: usize| self.peers.get(p).filter(|p| p.counts()).map(|p| p.progress.at(level));
+        match self.config.quorum.reached(at, self.peers.len()) {
+            Some(reached) if reached >= seq => Standing::Done,
+            Some(_) => Standing::Wait,
+            None => match self.config.policy {
+                LinkPolicy::Degrade => Standing::Done,
+                LinkPolicy::Suspend => Standing::Wait,
+                LinkPolicy::IoError => Standing::Fail,
+            },
+        }
+    }
+
+    /// Takes a step.
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn step(&mut self, input: Input<'_>, out: &mut Vec<Output>) -> Result<()> {
+        match input {
+            Input::Connected(peer) => {
+                let hello =
+                    Hello { group: self.group, history: self.history.clone(), volumes: self.volumes.clone() };
+                self.set_state(peer, PeerState::Connecting, "connected", out);
+                out.push(Output::Send(peer, self.frame(Seq(0), self.open, Body::Hello(Box::new(hello)))));
+            }
+            Input::Disconnected(peer, why) => self.down(peer, &why, out),
+            Input::Frame(peer, frame) => return self.peer_says(peer, frame, out),
+            Input::SyncDone(peer) => {
+                if self.peers.get(peer).is_some_and(|p| p.state == PeerState::Syncing) {
+                    self.set_state(peer, PeerState::Synced, "everything missed was sent", out);
+                    out.push(Output::WantCheckpoint);
+                }
+            }
+            Input::Mark => self.mark(out),
+            Input::Decide(epoch, commit) => self.decide_by_hand(epoch, commit, out),
+            Input::Configure(config) => {
+                self.config = config;
+                self.judge(out);
+                out.push(Output::Progress);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_state(&mut self, peer: usize, new: PeerState, reason: &str, out: &mut Vec<Output>) {
+        let Some(p) = self.peers.get_mut(peer) else { return };
+        let old = std::mem::replace(&mut p.state, new);
+        if old != new {
+            out.push(Output::Event(Event::PeerState { peer, old, new, reason: reason.to_owned() }));
+            self.judge(out);
+            out.push(Output::Progress);
+        }
+    }
+
+    /// Says so if there are fewer copies than asked for, or enough again.
+    fn judge(&mut self, out: &mut Vec<Output>) {
+        let peers = &self.peers;
+        let possible = self.config.quorum.possible(|p| peers.get(p).is_some_and(Peer::counts), peers.len());
+        if possible == self.degraded && !peers.is_empty() {
+            self.degraded = !possible;
+            out.push(Output::Event(if possible {
+                Event::Restored { since: self.last.next() }
+            } else {
+                let worst = (0..peers.len()).map(|p| self.dirty_bytes(p)).max();
+                Event::Degraded { since: self.last.next(), dirty_bytes: worst.unwrap_or(0) }
+            }));
+        }
+    }
+
+    fn down(&mut self, peer: usize, why: &str, out: &mut Vec<Output>) {
+        let Some(p) = self.peers.get_mut(peer) else { return };
+        p.progress = Progress::default();
+        p.open = Digest::default();
+        p.limit = 0;
+        let new = if p.state == PeerState::Refused { PeerState::Refused } else { PeerState::Down };
+        self.set_state(peer, new, why, out);
+        self.leaves_marks(peer, why, out);
+    }
+
+    /// A peer takes no further part in the marks under way.
+    fn leaves_marks(&mut self, peer: usize, why: &str, out: &mut Vec<Output>) {
+        for m in &mut self.marks {
+            m.parties.retain(|p| p.0 != peer);
+        }
+        // Nobody is left, or too few: the epoch goes on in the next.
+        let needed = self.config.quorum.needed().max(1);
+        let mut aborted = Vec::new();
+        self.marks.retain(|m| {
+            let enough = if m.decided { !m.parties.is_empty() } else { m.parties.len() >= needed };
+            if !enough && !m.decided {
+                aborted.push((m.epoch, m.parties.iter().map(|p| p.0).collect::<Vec<_>>()));
+            }
+            enough
+        });
+        for (epoch, parties) in aborted {
+            out.push(Output::Event(Event::Veto { epoch: Some(epoch), peer, reason: why.to_owned() }));
+            for p in parties {
+                out.push(Output::Send(p, self.frame(self.last, epoch, Body::Abort)));
+            }
+            if self.peers.iter().any(|p| p.state == PeerState::Synced) {
+                out.push(Output::WantCheckpoint);
+            }
+        }
+        self.advance_marks(out);
+    }
+
+    fn peer_says(&mut self, peer: usize, frame: &Frame, out: &mut Vec<Output>) -> Result<()> {
+        if self.peers.get(peer).is_none_or(|p| p.state == PeerState::Down) {
+            return Ok(());
+        }
+        match &frame.body {
+            Body::Welcome(w) => return self.welcome(peer, &w.history, w.limit, out),
+            Body::Reject { why, text } => {
+                match why {
+                    Reject::Fenced(by) => self.fence(*by, out),
+                    Reject::SplitBrain => out.push(Output::Event(Event::SplitBrain { peer })),
+                    _ => {}
+                }
+                if *why != Reject::Busy {
+                    self.set_state(peer, PeerState::Refused, text, out);
+                }
+                out.push(Output::Close(peer));
+            }
+            Body::Fenced { by } => {
+                self.fence(*by, out);
+                out.push(Output::Close(peer));
+            }
+            Body::Ack(a) => {
+                let last = self.last;
+                let Some(p) = self.peers.get_mut(peer) else { return Ok(()) };
+                p.progress.raise(a.received.min(last), a.written, a.durable, a.applied);
+                p.limit = p.limit.max(a.limit);
+                if a.fill >= SOFT_FILL && p.fill < SOFT_FILL {
+                    out.push(Output::Event(Event::BufferThreshold { peer, fill: a.fill }));
+                    out.push(Output::WantCheckpoint);
+                }
+                p.fill = a.fill;
+                out.push(Output::Progress);
+            }
+            Body::Nack { text, .. } => self.refuses(peer, None, text, out),
+            Body::Veto { text } => self.refuses(peer, Some(frame.epoch), text, out),
+            Body::Prepared => {
+                for m in self.marks.iter_mut().filter(|m| m.epoch == frame.epoch) {
+                    m.parties.iter_mut().filter(|p| p.0 == peer).for_each(|p| p.1 = true);
+                }
+                self.advance_marks(out);
+            }
+            Body::Committed { .. } => self.committed(peer, frame.epoch, out),
+            Body::Ping { sent } => {
+                out.push(Output::Send(peer, self.frame(self.last, self.open, Body::Pong { sent: *sent })));
+            }
+            Body::Pong { .. } => {}
+            Body::Bye { text } => {
+                self.down(peer, text, out);
+                out.push(Output::Close(peer));
+            }
+            _ => {
+                self.down(peer, "protocol error: a frame that only a primary sends", out);
+                out.push(Output::Close(peer));
+            }
+        }
+        Ok(())
+    }
+
+    /// What a peer holds of the open epoch is not what was sent: it begins anew, from its checkpoint.
+    fn refuses(&mut self, peer: usize, epoch: Option<Epoch>, why: &str, out: &mut Vec<Output>) {
+        out.push(Output::Event(Event::Veto { epoch, peer, reason: why.to_owned() }));
+        self.down(peer, why, out);
+        out.push(Output::Close(peer));
+    }
+
+    fn fence(&mut self, by: Generation, out: &mut Vec<Output>) {
+        if by > self.history.generation() && self.fenced.is_none() {
+            self.fenced = Some(by);
+            out.push(Output::Event(Event::Fenced { by }));
+            out.push(Output::Progress);
+        }
+    }
+
+    fn welcome(&mut self, peer: usize, theirs: &History, limit: u64, out: &mut Vec<Output>) -> Result<()> {
+        if self.peers.get(peer).is_none_or(|p| p.state != PeerState::Connecting) {
+            return Ok(());
+        }
+        // Only this side makes epochs of its generation: what a peer has of them was made here, before a restart.
+        if theirs.generation() == self.history.generation() && theirs.past() == self.history.past() {
+            if theirs.epoch() >= self.open {
+                self.set_state(peer, PeerState::Refused, "it claims a checkpoint that was never made", out);
+                out.push(Output::Close(peer));
+                return Ok(());
+            }
+            self.history.advance(theirs.epoch());
+        } else if self.open <= theirs.epoch() {
+            // A peer that was ahead on an older path: it gets everything, and its checkpoint number never goes back (I4).
+            self.open = theirs.epoch().next();
+        }
+        let from = match self.history.compare(theirs) {
+            Relation::Same => Some(theirs.epoch()),
+            Relation::Behind(c) => Some(c),
+            Relation::Fresh | Relation::Ahead(_) => None,
+            Relation::Outdated(_) | Relation::SplitBrain(_) | Relation::Unrelated => {
+                self.set_state(peer, PeerState::Refused, "the images' histories do not fit", out);
+                out.push(Output::Close(peer));
+                return Ok(());
+            }
+        };
+        let known = match from {
+            Some(c) => self.dirty.since(c)?,
+            None => None,
+        };
+        let work = match known {
+            Some(work) => work,
+            None => {
+                let all = self.volumes.iter().map(|v| Bitmap::new(v.len, crate::dirty::GRANULE));
+                let mut all = all.collect::<Result<Vec<_>>>()?;
+                all.iter_mut().for_each(Bitmap::set_all);
+                all
+            }
+        };
+        let last = self.last;
+        if let Some(p) = self.peers.get_mut(peer) {
+            p.limit = limit;
+            p.committed = from;
+            p.open = Digest::default();
+            p.progress = Progress { queued: last, ..Progress::default() };
+        }
+        // A session counts from where the group is: its first frame says so.
+        out.push(Output::Send(peer, self.frame(last, self.open, Body::Flush)));
+        self.set_state(peer, PeerState::Syncing, "accepted", out);
+        out.push(Output::Sync(peer, work));
+        Ok(())
+    }
+
+    fn mark(&mut self, out: &mut Vec<Output>) {
+        if self.cannot_mark().is_some() {
+            return;
+        }
+        let takes_part = |p: &Peer| matches!(p.state, PeerState::Running | PeerState::Synced);
+        let epoch = self.open;
+        self.last = self.last.next();
+        self.open = epoch.next();
+        let mut parties = Vec::new();
+        for i in 0..self.peers.len() {
+            let (last, generation) = (self.last, self.history.generation());
+            let Some(p) = self.peers.get_mut(i) else { continue };
+            if takes_part(p) {
+                let digest = std::mem::take(&mut p.open);
+                parties.push((i, false));
+                p.progress.queued = last;
+                out.push(Output::Send(
+                    i,
+                    Frame { generation, seq: last, epoch, body: Body::Mark { digest } },
+                ));
+            }
+        }
+        if planted(Bug::DirtyClearedOnSend) {
+            self.dirty.drop_through(epoch);
+        }
+        let digest = std::mem::take(&mut self.open_digest);
+        self.marks.push_back(Pending {
+            epoch,
+            digest,
+            parties,
+            decided: false,
+            announced: false,
+            committed: Vec::new(),
+        });
+    }
+
+    fn advance_marks(&mut self, out: &mut Vec<Output>) {
+        let (last, external) = (self.last, self.config.external_decision);
+        let mut decide = Vec::new();
+        for m in self.marks.iter_mut().filter(|m| !m.decided) {
+            if !m.parties.iter().all(|p| p.1) {
+                break; // in order: deciding an epoch decides those before it
+            }
+            if external {
+                if !std::mem::replace(&mut m.announced, true) {
+                    out.push(Output::Event(Event::Prepared { epoch: m.epoch }));
+                }
+                break;
+            }
+            m.decided = true;
+            decide.push((m.epoch, m.parties.clone()));
+        }
+        for (epoch, parties) in decide {
+            self.send_commit(epoch, &parties, last, out);
+        }
+        self.finish_marks(out);
+    }
+
+    fn send_commit(&mut self, epoch: Epoch, parties: &[(usize, bool)], last: Seq, out: &mut Vec<Output>) {
+        self.history.advance(epoch);
+        for (p, _) in parties {
+            out.push(Output::Send(*p, self.frame(last, epoch, Body::Commit)));
+        }
+    }
+
+    fn decide_by_hand(&mut self, epoch: Epoch, commit: bool, out: &mut Vec<Output>) {
+        let last = self.last;
+        let Some(i) = self.marks.iter().position(|m| m.epoch == epoch && !m.decided) else { return };
+        if commit && self.marks[i].parties.iter().all(|p| p.1) {
+            self.marks[i].decided = true;
+            let parties = self.marks[i].parties.clone();
+            self.send_commit(epoch, &parties, last, out);
+        } else if !commit && let Some(m) = self.marks.remove(i) {
+            for (p, _) in m.parties {
+                out.push(Output::Send(p, self.frame(last, epoch, Body::Abort)));
+            }
+        }
+    }
+
+    fn committed(&mut self, peer: usize, epoch: Epoch, out: &mut Vec<Output>) {
+        let Some(p) = self.peers.get_mut(peer) else { return };
+        if epoch >= self.open {
+            return; // of an epoch that was never marked
+        }
+        p.committed = Some(p.committed.map_or(epoch, |c| c.max(epoch)));
+        if p.state == PeerState::Synced {
+            self.set_state(peer, PeerState::Running, "the catch-up is committed", out);
+        }
+        for m in self.marks.iter_mut().filter(|m| m.epoch <= epoch) {
+            m.committed.push(peer);
+        }
+        if let Some(all) = self.peers.iter().map(|p| p.committed).min().flatten()
+            && all > self.dirty.floor()
+        {
+            if !planted(Bug::DirtyClearedOnSend) {
+                self.dirty.drop_through(all);
+            }
+            out.push(Output::Clean(all));
+        }
+        self.finish_marks(out);
+    }
+
+    fn finish_marks(&mut self, out: &mut Vec<Output>) {
+        while let Some(m) = self.marks.front() {
+            let all = m.decided && m.parties.iter().all(|p| m.committed.contains(&p.0));
+            if !all {
+                return;
+            }
+            let Some(m) = self.marks.pop_front() else { return };
+            self.last_checkpoint = Some((m.epoch, m.digest));
+            out.push(Output::Event(Event::Checkpoint { epoch: m.epoch, digest: m.digest }));
+            out.push(Output::Progress);
+        }
+    }
+}

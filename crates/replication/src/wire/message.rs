@@ -1,0 +1,149 @@
+//! What frames say.
+
+use crate::digest::Digest;
+use crate::history::History;
+use crate::types::{Generation, GroupId, Seq};
+use block::{Data, Span};
+
+/// Disks in a group: more than any machine has, and few enough for a HELLO of one frame.
+pub const MAX_VOLUMES: usize = 1024;
+/// Longest sentence in a frame; longer ones are cut.
+pub const MAX_TEXT: usize = 512;
+
+/// A disk of the group.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct VolumeInfo {
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// The primary's first frame.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Hello {
+    /// The group.
+    pub group: GroupId,
+    /// Where the primary's image comes from.
+    pub history: History,
+    /// Its disks, in the group's order.
+    pub volumes: Vec<VolumeInfo>,
+}
+
+/// The secondary's answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Welcome {
+    /// Where its image comes from; the checkpoint it is at is the end of it.
+    pub history: History,
+    /// Bytes of frames with changes that it takes in this session so far (see [`Ack::limit`]).
+    pub limit: u64,
+}
+
+/// Why a primary is not accepted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reject {
+    /// Another group.
+    WrongGroup,
+    /// A higher generation was seen.
+    Fenced(Generation),
+    /// The images have nothing in common.
+    Unrelated,
+    /// Both were promoted.
+    SplitBrain,
+    /// Other disks.
+    Volumes,
+    /// Another primary is connected, or this side is not a secondary now.
+    Busy,
+}
+
+/// How far the secondary has come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Ack {
+    /// Changes received.
+    pub received: Seq,
+    /// Changes given to the host.
+    pub written: Seq,
+    /// Changes on stable storage.
+    pub durable: Seq,
+    /// Changes on the raw disk.
+    pub applied: Seq,
+    /// Bytes of frames with changes that it takes in this session, counted from its start.
+    pub limit: u64,
+    /// How full the buffer is, in percent.
+    pub fill: u8,
+}
+
+/// The content of a frame.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[allow(missing_docs)] // the fields are named as in the table of types
+pub enum Body {
+    Hello(Box<Hello>),
+    Welcome(Box<Welcome>),
+    Reject {
+        why: Reject,
+        text: String,
+    },
+    /// `crc` is that of the payload, so that it is computed once for log and wire.
+    Write {
+        volume: u16,
+        offset: u64,
+        data: Data,
+        crc: u32,
+        catch_up: bool,
+        fua: bool,
+    },
+    Zero {
+        volume: u16,
+        at: Span,
+        unmap: bool,
+        catch_up: bool,
+    },
+    Flush,
+    Ack(Ack),
+    Nack {
+        volume: u16,
+        offset: u64,
+        errno: u32,
+        text: String,
+    },
+    Mark {
+        digest: Digest,
+    },
+    Prepared,
+    Veto {
+        text: String,
+    },
+    Commit,
+    Abort,
+    Committed {
+        epoch_digest: Digest,
+    },
+    Ping {
+        sent: u64,
+    },
+    Pong {
+        sent: u64,
+    },
+    Fenced {
+        by: Generation,
+    },
+    Bye {
+        text: String,
+    },
+}
+
+impl Body {
+    /// Whether it changes a volume.
+    pub const fn is_change(&self) -> bool {
+        matches!(self, Body::Write { .. } | Body::Zero { .. })
+    }
+
+    /// Volume and range of a change.
+    pub fn change(&self) -> Option<(u16, Span)> {
+        match self {
+            Body::Write { volume, offset, data, .. } => {
+                Some((*volume, Span::new(*offset, data.len() as u64)))
+            }
+            Body::Zero { volume, at, .. } => Some((*volume, *at)),
+            _ => None,
+        }
+    }
+}
