@@ -1,7 +1,13 @@
 //! The state machines against the one-page oracle: a primary, two secondaries, connections that break, hosts that crash, changes that
 //! are refused, a promotion while the old primary writes on. Storage is a few words of memory here (the store has tests of its own);
 //! what is tested are the decisions. A run is a function of its seed: `SEED=n` repeats one.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::type_complexity,
+    clippy::collapsible_match,
+    clippy::collapsible_if
+)]
 
 use block::{Data, Span};
 use replication::ack::{AckLevel, Quorum};
