@@ -40,6 +40,11 @@ impl Expected {
         }
     }
 
+    /// The blocks that were written.
+    pub fn written(&self) -> Vec<u64> {
+        (0u64..).zip(&self.tags).filter(|(_, tag)| **tag & 1 == 1).map(|(block, _)| block).collect()
+    }
+
     /// Whether a block was read as it must be.
     pub fn check(&mut self, block: u64, bytes: &[u8]) -> bool {
         match &mut self.tags[block as usize] {
@@ -66,6 +71,7 @@ mod tests {
         let mut b = vec![0u8; 4096];
         e.stamp(2, &mut b);
         assert!(e.check(2, &b));
+        assert_eq!(e.written(), [2]);
         let old = b.clone();
         e.stamp(2, &mut b);
         assert!(e.check(2, &b) && !e.check(2, &old));

@@ -6,6 +6,7 @@
 
 pub mod content;
 pub mod latency;
+pub mod steering;
 
 use nbd::{ClientHandshake, ClientWants, Inbox, Mode, Negotiated, Outbox};
 use std::io::{Read, Write};

@@ -2,16 +2,18 @@
 //!
 //! One thread and one connection each for `--conns`; each connection has blocks of its own, and never two requests on one
 //! block at a time, so that `--verify` can know what every block must contain. All requests that replies made room for
-//! are sent with one write.
+//! are sent with one write. With `--steered` whoever started this says over stdin when it begins and ends.
 
 use clap::{Parser, ValueEnum};
 use nbd::Mode;
 use nbd::proto::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk};
 use nbdload::content::Expected;
 use nbdload::latency::Histogram;
+use nbdload::steering::Steering;
 use nbdload::{Socket, connect, enter, parse_uri};
 use std::io::{Read, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -63,6 +65,12 @@ struct Options {
     /// Stamp what is written and check what is read
     #[arg(long)]
     verify: bool,
+    /// Afterwards read all that was written and check it; not in the figures
+    #[arg(long, requires = "verify")]
+    reread: bool,
+    /// Connects, begins with a line on stdin, and ends with the end of stdin
+    #[arg(long)]
+    steered: bool,
     #[arg(long, value_enum, default_value = "simple")]
     framing: Framing,
     #[arg(long, default_value_t = 1)]
@@ -83,6 +91,7 @@ struct Slot {
 struct Connection {
     socket: Socket,
     options: Options,
+    steering: Option<Arc<Steering>>,
     index: u64,
     /// Blocks of this connection.
     blocks: u64,
@@ -119,17 +128,19 @@ fn run(mut o: Options) -> Result<String, String> {
     if o.bs == 0 || o.bs > 32 << 20 || !o.bs.is_multiple_of(8) || o.depth == 0 || o.conns == 0 {
         return Err("block size, depth or number of connections makes no sense".to_owned());
     }
-    let connections = (0..o.conns).map(|i| Connection::open(&o, i)).collect::<Result<Vec<_>, _>>()?;
+    let mut connections = (0..o.conns).map(|i| Connection::open(&o, i)).collect::<Result<Vec<_>, _>>()?;
+    let steering = o.steered.then(Steering::by_stdin);
+    connections.iter_mut().for_each(|c| c.steering = steering.clone());
     let begin = Instant::now();
-    let threads: Vec<_> = connections
-        .into_iter()
-        .map(|mut c| std::thread::spawn(move || c.run(begin).map(|()| c.latencies)))
-        .collect();
-    let mut all = Histogram::default();
+    let threads: Vec<_> =
+        connections.into_iter().map(|mut c| std::thread::spawn(move || c.run(begin))).collect();
+    let (mut all, mut took) = (Histogram::default(), Duration::ZERO);
     for t in threads {
-        all.merge(&t.join().map_err(|_| "a connection's thread panicked".to_owned())??);
+        let (latencies, time) = t.join().map_err(|_| "a connection's thread panicked".to_owned())??;
+        all.merge(&latencies);
+        took = took.max(time);
     }
-    Ok(report(&o, &all, begin.elapsed()))
+    Ok(report(&o, &all, took))
 }
 
 fn report(o: &Options, all: &Histogram, took: Duration) -> String {
@@ -167,6 +178,7 @@ impl Connection {
         Ok(Connection {
             socket,
             options: o.clone(),
+            steering: None,
             index,
             blocks,
             next: 0,
@@ -182,7 +194,45 @@ impl Connection {
         })
     }
 
-    fn run(&mut self, begin: Instant) -> Result<(), String> {
+    /// The load, and what is to be read afterwards; the figures, and how long the load took.
+    fn run(&mut self, begin: Instant) -> Result<(Histogram, Duration), String> {
+        self.load(begin)?;
+        let (figures, took) = (std::mem::take(&mut self.latencies), begin.elapsed());
+        if self.options.reread {
+            self.reread()?;
+        }
+        Ok((figures, took))
+    }
+
+    /// Reads every block that was written, and checks it.
+    fn reread(&mut self) -> Result<(), String> {
+        self.options.op = Op::Seqread;
+        let mut written = self.expected.as_ref().map(Expected::written).unwrap_or_default().into_iter();
+        let mut in_flight = 0;
+        loop {
+            while in_flight < self.slots.len()
+                && let Some(block) = written.next()
+            {
+                self.issue(block);
+                in_flight += 1;
+            }
+            self.send()?;
+            if in_flight == 0 {
+                return Ok(());
+            }
+            in_flight -= self.receive()?;
+        }
+    }
+
+    fn send(&mut self) -> Result<(), String> {
+        if !self.output.is_empty() {
+            self.socket.write_all(&self.output).map_err(|e| format!("send: {e}"))?;
+            self.output.clear();
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, begin: Instant) -> Result<(), String> {
         let end = begin + Duration::from_secs_f64(self.options.seconds);
         let pause = match self.options.rate {
             r if r > 0.0 => Some(Duration::from_secs_f64(self.options.conns as f64 / r)),
@@ -192,17 +242,16 @@ impl Connection {
         let mut in_flight = 0;
         loop {
             let now = Instant::now();
-            while in_flight < self.slots.len() && now < end && pause.is_none_or(|_| due <= now) {
-                self.issue();
+            let over = now >= end || self.steering.as_ref().is_some_and(|s| s.is_over());
+            while in_flight < self.slots.len() && !over && pause.is_none_or(|_| due <= now) {
+                let block = self.pick();
+                self.issue(block);
                 in_flight += 1;
                 due += pause.unwrap_or_default();
             }
-            if !self.output.is_empty() {
-                self.socket.write_all(&self.output).map_err(|e| format!("send: {e}"))?;
-                self.output.clear();
-            }
+            self.send()?;
             if in_flight == 0 {
-                if now >= end {
+                if over {
                     return Ok(());
                 }
                 std::thread::sleep(due.saturating_duration_since(now));
@@ -228,9 +277,8 @@ impl Connection {
         }
     }
 
-    fn issue(&mut self) {
+    fn issue(&mut self, block: u64) {
         let Some(i) = self.slots.iter().position(|s| !s.busy) else { return };
-        let block = self.pick();
         self.busy_blocks.insert(block);
         let write = match self.options.op {
             Op::Randwrite | Op::Seqwrite => true,

@@ -5,7 +5,9 @@
 //! printed is medians with spread, and ratios; memory that is needed was in use just before (see `limit`). A do-nothing server (`nbdideal`) shows what the load client could see.
 //! Machines differ and are noisy: ratios are the result, not absolute numbers.
 
+mod chain;
 mod daemon;
+mod jobs;
 mod limit;
 mod mirror;
 mod nbd;
@@ -131,5 +133,6 @@ fn measure(options: &Options) -> Outcome {
         options.dir.display()
     );
     nbd::measure(options)?;
-    mirror::measure(options)
+    mirror::measure(options)?;
+    jobs::measure(options)
 }

@@ -23,15 +23,20 @@ impl Load {
         format!("{image} {} {} KiB, depth {} x {}", self.op, self.block / 1024, self.depth, self.connections)
     }
 
-    /// Starts the load against a unix socket.
-    pub(super) fn start(&self, socket: &str) -> Outcome<std::process::Child> {
-        Command::new(shell::target().join("release/nbdload"))
+    /// What starts the load against a unix socket.
+    pub(super) fn command(&self, socket: &str) -> Command {
+        let mut command = Command::new(shell::target().join("release/nbdload"));
+        command
             .args(["--socket", socket, "--export", "d", "--op", self.op, "--verify"])
             .args(["--bs", &self.block.to_string(), "--depth", &self.depth.to_string()])
             .args(["--conns", &self.connections.to_string(), "--seconds", &self.seconds.to_string()])
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|e| format!("cannot start nbdload: {e}"))
+            .stdout(Stdio::piped());
+        command
+    }
+
+    /// Starts the load against a unix socket.
+    pub(super) fn start(&self, socket: &str) -> Outcome<std::process::Child> {
+        self.command(socket).spawn().map_err(|e| format!("cannot start nbdload: {e}"))
     }
 
     pub(super) fn run(&self, socket: &str) -> Outcome<Value> {
