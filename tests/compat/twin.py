@@ -381,6 +381,9 @@ KNOWN = [
     ("want \"Node dst is in use\"", "the target of a mirror names the job that uses it"),
     ("-[data-file]->", "an external data file is held as the image is: nobody else may write it"),
     ('{"backing": null, "driver": "qcow2"', "the name of an image opened without its backing file is the file's"),
+    ("want \"Sync mode 'incremental' not supported\"", "mirrors copy what a bitmap marks, so one must be named"),
+    ("want \"Sync mode 'bitmap' not supported\"", "the same"),
+    ("want \"Parameter 'bitmap' is unexpected\"", "the same"),
     ("virtual-size: want 197120", "an empty qcow2 image is laid out differently"),
 ]
 

@@ -112,8 +112,11 @@ fn shows_buffer(c: &mut crate::common::Client) {
 fn one_instant_of_a_running_client() {
     let dir = Dir::new();
     let (mut daemon, mut c) = raw_pair(&dir);
+    let before = std::fs::read(dir.path("src.raw")).unwrap();
     let writer = Writer::start(&dir, DISK, &["1", "0", "sequence"]);
-    pause(150);
+    while std::fs::read(dir.path("src.raw")).unwrap() == before {
+        pause(20);
+    }
     backup(&mut c, &json!({})).unwrap();
     until(&mut c, "b", "BLOCK_JOB_COMPLETED");
     until(&mut c, "b", "null");

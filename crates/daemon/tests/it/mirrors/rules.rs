@@ -20,7 +20,7 @@ fn arguments_that_are_refused() {
         (json!({"target": "src"}), "Can't mirror node into itself"),
         (json!({"target": "nope"}), "Cannot find device='nope' nor node-name='nope'"),
         (json!({"filter-node-name": "dst"}), "Duplicate nodes with node-name='dst'"),
-        (json!({"sync": "incremental"}), "Sync mode 'incremental' not supported"),
+        (json!({"sync": "incremental"}), "Must provide a valid bitmap name for 'incremental' sync mode"),
         (json!({"job-id": "1m"}), "Invalid job ID '1m'"),
     ] {
         let got = mirror(&mut c, &more).unwrap_err();

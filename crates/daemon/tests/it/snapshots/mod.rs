@@ -65,7 +65,9 @@ fn layer_after_layer_under_a_writer() {
     for i in 0..6 {
         let next = format!("l{i}");
         if i % 2 == 0 {
-            tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|{next}.qcow2|8M"));
+            // A layer whose header does not name what is below would be named with its backing file later (`json:`).
+            let below = format!("-u|-b|{top}.qcow2|-F|qcow2");
+            tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|{below}|{next}.qcow2|8M"));
             add(&mut c, &next);
             c.command("blockdev-snapshot", json!({"node": top, "overlay": next})).unwrap();
         } else {
