@@ -171,6 +171,11 @@ pub trait Node: 'static {
     fn set_backing(&self, edge: Option<Rc<Edge>>) {
         let _ = edge;
     }
+    /// Takes other children, all of them edges of role `Other`; for a driver of which all children are equal. Only
+    /// [`Graph::apply`](crate::Graph::apply) calls it, gates closed.
+    fn set_children(&self, edges: Vec<Rc<Edge>>) {
+        let _ = edges;
+    }
     /// Rewrites the backing file name and format in the image header, durably.
     fn write_backing_name<'a>(&'a self, name: Option<&'a str>, format: Option<&'a str>) -> Io<'a> {
         let _ = (name, format);

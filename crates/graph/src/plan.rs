@@ -31,6 +31,14 @@ pub enum Step {
         /// The edge it gets.
         edge: Option<Rc<Edge>>,
     },
+    /// Gives a node that has any number of equal children ([`crate::Node::set_children`]) others. New edges are made by
+    /// [`crate::Graph::attach_exact`].
+    SetChildren {
+        /// The node.
+        node: Rc<NodeCell>,
+        /// All its edges from now on.
+        edges: Vec<Rc<Edge>>,
+    },
     /// Turns a node read-write or read-only.
     Writable {
         /// The node.
@@ -97,6 +105,10 @@ impl std::fmt::Debug for Step {
             Step::SetBacking { node, edge } => {
                 let child = edge.as_ref().map(|e| e.child().name().to_owned());
                 write!(f, "backing of {} becomes {child:?}", node.name())
+            }
+            Step::SetChildren { node, edges } => {
+                let names: Vec<String> = edges.iter().map(|e| e.child().name().to_owned()).collect();
+                write!(f, "children of {} become {names:?}", node.name())
             }
             Step::Writable { node, on } => write!(f, "{} writable: {on}", node.name()),
             Step::Options { node, options } => write!(f, "{} gets {options:?}", node.name()),

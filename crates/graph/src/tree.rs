@@ -62,6 +62,7 @@ struct Changes {
     demand: BTreeMap<u64, (Rc<Edge>, Demand)>,
     writable: BTreeMap<u64, (Rc<NodeCell>, bool)>,
     backing: BTreeMap<u64, (Rc<NodeCell>, Option<Rc<Edge>>)>,
+    children: BTreeMap<u64, (Rc<NodeCell>, Vec<Rc<Edge>>)>,
     options: BTreeMap<u64, (Rc<NodeCell>, NodeOptions)>,
     cover: Vec<(Rc<NodeCell>, Option<Rc<NodeCell>>)>,
     at: Vec<Rc<dyn Fn()>>,
@@ -73,6 +74,9 @@ impl Changes {
     }
 
     fn edges_of(&self, cell: &Rc<NodeCell>) -> Vec<Rc<Edge>> {
+        if let Some((_, children)) = self.children.get(&cell.id()) {
+            return children.clone();
+        }
         let mut edges = cell.node().edges();
         if let Some((_, backing)) = self.backing.get(&cell.id()) {
             edges.retain(|e| e.role() != Role::Backing);
@@ -438,6 +442,9 @@ impl Graph {
                 Step::SetBacking { node, edge } => {
                     c.backing.insert(node.id(), (node, edge));
                 }
+                Step::SetChildren { node, edges } => {
+                    c.children.insert(node.id(), (node, edges));
+                }
                 Step::Writable { node, on } => {
                     c.writable.insert(node.id(), (node, on));
                 }
@@ -477,10 +484,11 @@ impl Graph {
         let cells = self.nodes();
         let index: BTreeMap<u64, usize> = cells.iter().enumerate().map(|(i, c)| (c.id(), i)).collect();
         let mut edges = self.all_edges();
-        for (_, new) in changes.backing.values() {
-            edges.extend(
-                new.iter().filter(|n| !edges.iter().any(|e| e.id() == n.id())).cloned().collect::<Vec<_>>(),
-            );
+        let backing = changes.backing.values().flat_map(|(_, new)| new);
+        for new in backing.chain(changes.children.values().flat_map(|(_, new)| new)) {
+            if !edges.iter().any(|e| e.id() == new.id()) {
+                edges.push(new.clone());
+            }
         }
         let mut holder = BTreeMap::new();
         let mut dropped = BTreeSet::new();
@@ -596,6 +604,7 @@ impl Graph {
         let mut touched: BTreeMap<u64, Rc<Edge>> =
             changes.child.iter().map(|(id, (e, _))| (*id, e.clone())).collect();
         let quiet = changes.backing.values().map(|(c, _)| c);
+        let quiet = quiet.chain(changes.children.values().map(|(c, _)| c));
         let read_only = changes.writable.values().filter(|(_, on)| !on).map(|(c, _)| c);
         for cell in quiet.chain(read_only) {
             touched.extend(cell.parents().into_iter().map(|e| (e.id(), e)));
@@ -641,6 +650,9 @@ impl Graph {
                 *name.borrow_mut() = Some(cell.name().to_owned());
             }
             cell.node().set_backing(backing.clone());
+        }
+        for (cell, edges) in changes.children.values() {
+            cell.node().set_children(edges.clone());
         }
         for (cell, options) in changes.options.values() {
             cell.set_options(options);

@@ -5,6 +5,7 @@
 //! soon as one is met for the second time; what an image names goes through a gate that can refuse.
 #![forbid(unsafe_code)]
 
+mod children;
 pub mod create;
 mod filters;
 mod implicit;

@@ -14,7 +14,7 @@ use std::rc::Rc;
 /// How a node was described when it was opened, or last changed.
 #[derive(Clone)]
 pub(crate) struct Given {
-    spec: NodeSpec,
+    pub(crate) spec: NodeSpec,
     from: Inherited,
 }
 
@@ -262,7 +262,7 @@ async fn has_backing(cell: &NodeCell) -> Result<bool> {
     Ok(node.backing().is_some() || node.details().await?.backing_filename.is_some())
 }
 
-fn no_cycle(cell: &Rc<NodeCell>, to: &Rc<NodeCell>, key: &str) -> Result<()> {
+pub(crate) fn no_cycle(cell: &Rc<NodeCell>, to: &Rc<NodeCell>, key: &str) -> Result<()> {
     if !reaches(to, cell) {
         return Ok(());
     }

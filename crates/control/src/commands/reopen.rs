@@ -7,7 +7,8 @@ use qapi::{Map, Value, json};
 use serde::Deserialize;
 use std::rc::Rc;
 
-pub(super) const COMMANDS: &[Entry] = &[entry::<BlockdevReopen>(), entry::<BlockSetWriteThreshold>()];
+pub(super) const COMMANDS: &[Entry] =
+    &[entry::<BlockdevReopen>(), entry::<BlockdevChange>(), entry::<BlockSetWriteThreshold>()];
 
 /// Gives nodes other options, all at one instant.
 #[derive(Deserialize)]
@@ -20,6 +21,38 @@ impl Command for BlockdevReopen {
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let specs = self.options.iter().map(blockdev::spec).collect::<Result<Vec<_>, _>>()?;
         daemon.opener().reopen(&specs).await?;
+        Ok(json!({}))
+    }
+}
+
+/// Gives a quorum one more child, or takes one away.
+#[derive(Deserialize)]
+struct BlockdevChange {
+    parent: String,
+    child: Option<String>,
+    node: Option<String>,
+}
+
+impl Command for BlockdevChange {
+    const NAME: &'static str = "x-blockdev-change";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let find = |name: &str| daemon.graph().find(name);
+        let Some(parent) = find(&self.parent) else {
+            let name = &self.parent;
+            return Err(QmpError::generic(format!("Cannot find device='{name}' nor node-name='{name}'")));
+        };
+        match (&self.child, &self.node) {
+            (None, None) => return Err(QmpError::generic("Either child or node must be specified")),
+            (Some(_), Some(_)) => {
+                return Err(QmpError::generic("The parameters child and node are in conflict"));
+            }
+            (Some(child), None) => daemon.opener().remove_child(&parent, child).await?,
+            (None, Some(name)) => {
+                let child =
+                    find(name).ok_or_else(|| QmpError::generic(format!("Node '{name}' not found")))?;
+                daemon.opener().add_child(&parent, &child).await?;
+            }
+        }
         Ok(json!({}))
     }
 }

@@ -46,7 +46,8 @@ fn the_same_answers_as_the_reference() {
 /// (the scenes in tests/compat/twins say what may differ).
 #[test]
 fn filters_do_what_the_reference_does() {
-    let scenes = ["blkdebug", "copy-on-read", "qcow2-events", "quorum", "reopen", "throttle"];
+    let scenes =
+        ["blkdebug", "copy-on-read", "qcow2-events", "quorum", "quorum-children", "reopen", "throttle"];
     compare("twins.py", &scenes.map(|s| format!("../twins/{s}.txt")));
 }
 

@@ -10,6 +10,7 @@ use super::basics::description;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, ReqFlags, Result, Span};
 use graph::ranges::RangeLocks;
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
+use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::Poll;
@@ -71,7 +72,9 @@ pub type QuorumHook = Rc<dyn Fn(QuorumEvent)>;
 /// The node.
 pub struct Quorum {
     name: String,
-    children: Vec<Rc<Edge>>,
+    children: RefCell<Rc<[Rc<Edge>]>>,
+    /// Number of the next child.
+    next: Cell<usize>,
     options: QuorumOptions,
     hook: QuorumHook,
     ranges: RangeLocks,
@@ -106,6 +109,11 @@ impl QuorumOptions {
         }
         Ok(())
     }
+}
+
+/// Children of different lengths.
+fn unequal() -> BlockError {
+    BlockError::new(ErrorKind::Io, "Could not refresh total sector count: Input/output error")
 }
 
 /// Results of all, in their order; they run side by side.
@@ -155,16 +163,58 @@ impl Quorum {
     ) -> Result<Rc<Quorum>> {
         options.check(children.len())?;
         if children.iter().any(|c| c.len() != children[0].len()) {
-            return Err(BlockError::new(
-                ErrorKind::Io,
-                "Could not refresh total sector count: Input/output error",
-            ));
+            return Err(unequal());
         }
-        Ok(Rc::new(Quorum { name: name.to_owned(), children, options, hook, ranges: RangeLocks::new() }))
+        Ok(Rc::new(Quorum {
+            name: name.to_owned(),
+            next: Cell::new(children.len()),
+            children: RefCell::new(children.into()),
+            options,
+            hook,
+            ranges: RangeLocks::new(),
+        }))
+    }
+
+    /// The children as they are now. They change only while no request is inside.
+    fn children(&self) -> Rc<[Rc<Edge>]> {
+        self.children.borrow().clone()
+    }
+
+    /// What the edge to one more child, of `len` bytes, is called. Numbers go up; the last child's is used again.
+    ///
+    /// # Errors
+    /// In `blkverify` mode, with too many children, or if the length differs from that of the others.
+    pub fn next_child(&self, len: u64) -> Result<String> {
+        if self.options.blkverify {
+            return Err(BlockError::invalid("Cannot add a child to a quorum in blkverify mode"));
+        }
+        self.options.check(self.children().len() + 1)?;
+        if self.len() != len {
+            return Err(unequal());
+        }
+        Ok(format!("children.{}", self.next.get()))
+    }
+
+    /// The children without the one called `child`; `None` if there is none.
+    ///
+    /// # Errors
+    /// If fewer than the threshold would be left.
+    pub fn without(&self, child: &str) -> Result<Option<Vec<Rc<Edge>>>> {
+        let children = self.children();
+        if !children.iter().any(|e| e.name() == child) {
+            return Ok(None);
+        }
+        if children.len() <= self.options.threshold {
+            let threshold = self.options.threshold;
+            return Err(BlockError::invalid(format!(
+                "The number of children cannot be lower than the vote threshold {threshold}"
+            )));
+        }
+        Ok(Some(children.iter().filter(|e| e.name() != child).cloned().collect()))
     }
 
     fn report_bad(&self, operation: &'static str, child: usize, error: Option<&BlockError>, at: Span) {
-        let node = self.children[child].child().name().to_owned();
+        let node = self.children()[child].child().name().to_owned();
         let error = error.map(|e| block::strerror(e.errno()));
         (self.hook)(QuorumEvent::Bad { operation, node, error, at });
     }
@@ -191,7 +241,7 @@ impl Quorum {
 
     async fn read_first(&self, at: Span) -> Result<Data> {
         let mut last = None;
-        for (i, child) in self.children.iter().enumerate() {
+        for (i, child) in self.children().iter().enumerate() {
             match child.read(at).await {
                 Ok(data) => return Ok(data),
                 Err(e) => {
@@ -205,7 +255,8 @@ impl Quorum {
 
     async fn read_vote(&self, at: Span) -> Result<Data> {
         let _lock = self.ranges.lock(at, self.options.rewrite).await;
-        let answers = all(self.children.iter().map(|c| Box::pin(c.read(at)) as Io<'_, Data>).collect()).await;
+        let children = self.children();
+        let answers = all(children.iter().map(|c| Box::pin(c.read(at)) as Io<'_, Data>).collect()).await;
         self.settle("read", &answers, at)?;
         let versions = versions(&answers);
         // Of versions with equally many holders the first one's, as it was found first.
@@ -233,7 +284,7 @@ impl Quorum {
             let flags = ReqFlags::NONE;
             let writes = outvoted
                 .iter()
-                .map(|&i| Box::pin(self.children[i].write(at.start, (*data).clone(), flags)) as Io<'_>);
+                .map(|&i| Box::pin(children[i].write(at.start, (*data).clone(), flags)) as Io<'_>);
             // The read succeeded; a child that cannot be put right is outvoted again next time.
             let _ = all(writes.collect()).await;
         }
@@ -241,9 +292,10 @@ impl Quorum {
     }
 
     /// Runs a write on all children.
-    async fn on_all<'a>(&'a self, at: Span, write: impl Fn(&'a Rc<Edge>) -> Io<'a>) -> Result<()> {
+    async fn on_all(&self, at: Span, write: impl for<'c> Fn(&'c Rc<Edge>) -> Io<'c>) -> Result<()> {
         let _lock = self.ranges.lock(at, true).await;
-        let answers = all(self.children.iter().map(write).collect()).await;
+        let children = self.children();
+        let answers = all(children.iter().map(write).collect()).await;
         self.settle("write", &answers, at)
     }
 }
@@ -253,10 +305,11 @@ impl Node for Quorum {
         "quorum"
     }
     fn len(&self) -> u64 {
-        self.children[0].len()
+        self.children.borrow()[0].len()
     }
     fn limits(&self) -> Limits {
-        let each = self.children.iter().map(|c| c.limits());
+        let children = self.children();
+        let each = children.iter().map(|c| c.limits());
         each.reduce(|a, b| Limits {
             request_alignment: a.request_alignment.max(b.request_alignment),
             memory_alignment: a.memory_alignment.max(b.memory_alignment),
@@ -270,7 +323,7 @@ impl Node for Quorum {
         .unwrap_or_default()
     }
     fn edges(&self) -> Vec<Rc<Edge>> {
-        self.children.clone()
+        self.children().to_vec()
     }
     fn wants(&self, _: &Edge, above: Demand, writable: bool) -> Demand {
         let rewriting = if self.options.rewrite && writable { Perms::WRITE } else { Perms::NONE };
@@ -298,7 +351,7 @@ impl Node for Quorum {
     fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
         Box::pin(async move {
             let (mut zero, mut len) = (true, at.len);
-            for child in &self.children {
+            for child in self.children().iter() {
                 if let Some(first) = child.status(at).await?.first() {
                     zero &= first.reads_zero();
                     len = len.min(first.span.len);
@@ -310,9 +363,22 @@ impl Node for Quorum {
     }
     fn flush(&self) -> Io<'_> {
         Box::pin(async move {
-            let answers = all(self.children.iter().map(|c| Box::pin(c.flush()) as Io<'_>).collect()).await;
+            let children = self.children();
+            let answers = all(children.iter().map(|c| Box::pin(c.flush()) as Io<'_>).collect()).await;
             self.settle("flush", &answers, Span::new(0, 0))
         })
+    }
+    fn set_children(&self, edges: Vec<Rc<Edge>>) {
+        let number = |e: &Rc<Edge>| e.name().rsplit('.').next().and_then(|n| n.parse::<usize>().ok());
+        let before = self.children.replace(edges.into());
+        let now = self.children();
+        let next = self.next.get();
+        let has = |list: &[Rc<Edge>], n: usize| list.iter().any(|e| number(e) == Some(n));
+        if has(&now, next) {
+            self.next.set(next + 1);
+        } else if next > 0 && has(&before, next - 1) && !has(&now, next - 1) {
+            self.next.set(next - 1);
+        }
     }
     fn set_writable(&self, _: bool) -> Io<'_> {
         Box::pin(async { Ok(()) })
@@ -323,7 +389,7 @@ impl Node for Quorum {
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
             let (mut children, mut size) = (Vec::new(), Some(0));
-            for edge in &self.children {
+            for edge in self.children().iter() {
                 children.push(description(&edge.child()).await?);
                 let below = edge.child().node().details().await?.actual_size;
                 size = size.zip(below).map(|(all, one): (u64, u64)| all.saturating_add(one));
