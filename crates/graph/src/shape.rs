@@ -61,14 +61,9 @@ pub struct Resolved {
 impl Shape {
     /// Computes the demands of all edges of nodes with `wants(edge, above, writable)`, and checks the result.
     pub fn resolve(&mut self, wants: impl Fn(usize, Demand, bool) -> Demand) -> Result<Resolved> {
-        let (mut incoming, mut outgoing) =
-            (vec![Vec::new(); self.nodes.len()], vec![Vec::new(); self.nodes.len()]);
-        for (i, e) in self.edges.iter().enumerate() {
-            incoming[e.child].push(i);
-            if let Some(p) = e.parent {
-                outgoing[p].push(i);
-            }
-        }
+        let mut incoming = vec![Vec::new(); self.nodes.len()];
+        self.edges.iter().enumerate().for_each(|(i, e)| incoming[e.child].push(i));
+        let outgoing = self.outgoing();
         let order = self.top_down(&outgoing)?;
         let mut above = vec![Demand::NOTHING; self.nodes.len()];
         let mut turning = Vec::new();
@@ -85,6 +80,22 @@ impl Shape {
             }
         }
         Ok(Resolved { above, order, turning })
+    }
+
+    /// Node indices, every parent before its children; an error if there is a cycle.
+    pub fn order(&self) -> Result<Vec<usize>> {
+        self.top_down(&self.outgoing())
+    }
+
+    /// For each node, the edges it holds.
+    fn outgoing(&self) -> Vec<Vec<usize>> {
+        let mut outgoing = vec![Vec::new(); self.nodes.len()];
+        for (i, e) in self.edges.iter().enumerate() {
+            if let Some(p) = e.parent {
+                outgoing[p].push(i);
+            }
+        }
+        outgoing
     }
 
     /// Every parent before its children; an error if there is a cycle.

@@ -354,6 +354,8 @@ impl Graph {
     pub async fn apply(&self, plan: Plan) -> Result<()> {
         let _turn = self.changing.acquire(1).await;
         let changes = self.expand(plan);
+        // Whoever is inside goes down the edges as they are now; after the change a filter that leaves may lie anywhere.
+        let places = self.places()?;
         let snapshot = self.snapshot(&changes)?;
         let (snapshot, resolved) = resolve(snapshot)?;
         self.acquire(&snapshot, &resolved).await?;
@@ -367,7 +369,7 @@ impl Graph {
                 return Err(e);
             }
         };
-        let gates = self.close_gates(&changes, &snapshot, &resolved).await;
+        let gates = self.close_gates(&changes, &places).await;
         if let Err(e) = self.turn_writable(&changes, false).await {
             drop(gates);
             let e = self.undo(&snapshot, &turned, e).await;
@@ -593,14 +595,17 @@ impl Graph {
         Ok(turned)
     }
 
+    /// How far down the edges that nodes hold are now: each has a higher number than every edge above it.
+    fn places(&self) -> Result<BTreeMap<u64, usize>> {
+        let Snapshot { shape, edges, .. } = self.snapshot(&Changes::default())?;
+        let mut place = vec![0; shape.nodes.len()];
+        shape.order()?.into_iter().enumerate().for_each(|(at, n)| place[n] = at + 1);
+        Ok(edges.iter().zip(&shape.edges).filter_map(|(e, s)| Some((e.id(), place[s.parent?]))).collect())
+    }
+
     /// Closes, from the top down, the gates of all edges that move or lie directly above a node whose backing changes or
     /// that turns read-only.
-    async fn close_gates(
-        &self,
-        changes: &Changes,
-        snapshot: &Snapshot,
-        resolved: &Resolved,
-    ) -> Vec<Closed<Edge>> {
+    async fn close_gates(&self, changes: &Changes, places: &BTreeMap<u64, usize>) -> Vec<Closed<Edge>> {
         let mut touched: BTreeMap<u64, Rc<Edge>> =
             changes.child.iter().map(|(id, (e, _))| (*id, e.clone())).collect();
         let quiet = changes.backing.values().map(|(c, _)| c);
@@ -617,11 +622,7 @@ impl Graph {
             })
         };
         touched.retain(|id, e| changes.child.contains_key(id) || !writes_back(e));
-        let rank = |edge: &Rc<Edge>| {
-            let at = snapshot.edges.iter().position(|e| e.id() == edge.id());
-            let parent = at.and_then(|i| snapshot.shape.edges[i].parent);
-            parent.and_then(|p| resolved.order.iter().position(|n| *n == p)).map_or(0, |r| r + 1)
-        };
+        let rank = |edge: &Rc<Edge>| places.get(&edge.id()).copied().unwrap_or(0);
         let mut ordered: Vec<(usize, Rc<Edge>)> = touched.into_values().map(|e| (rank(&e), e)).collect();
         ordered.sort_by_key(|(r, e)| (*r, e.id()));
         let mut closed = Vec::with_capacity(ordered.len());
