@@ -520,7 +520,7 @@ fn arguments_are_checked() {
             (|a| a.granularity = 3000, "Parameter 'granularity' expects a power of 2"),
             (|a| a.buf_size = -1, "Invalid parameter 'buf-size'"),
             (|a| a.speed = -1, "Parameter 'speed' expects a non-negative value"),
-            (|a| a.sync = Sync::Incremental, "Sync mode 'incremental' not supported"),
+            (|a| a.sync = Sync::Incremental, "Must provide a valid bitmap name for 'incremental' sync mode"),
             (|a| a.filter_node_name = Some("bad name".into()), "Invalid node-name: 'bad name'"),
             (|a| a.filter_node_name = Some("src".into()), "Duplicate nodes with node-name='src'"),
             (|a| a.replaces = Some("nope".into()), "Failed to find node with node-name='nope'"),
