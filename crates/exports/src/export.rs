@@ -73,7 +73,7 @@ impl fmt::Debug for ExportedBitmap {
 pub struct ExportInfo {
     /// Export id.
     pub id: String,
-    /// Kind of export (`nbd`).
+    /// Kind of export (`nbd`, `vhost-user-blk`).
     pub kind: &'static str,
     /// Name of the node that is exported now.
     pub node_name: String,
@@ -131,6 +131,9 @@ impl Export {
         })
     }
 
+    pub(crate) fn id(&self) -> &str {
+        &self.options.id
+    }
     pub(crate) fn options(&self) -> &NbdOptions {
         &self.options
     }

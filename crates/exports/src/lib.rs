@@ -1,4 +1,4 @@
-//! Exports: nodes offered to clients outside. So far over NBD.
+//! Exports: nodes offered to clients outside: over NBD, and to virtual machines over vhost-user-blk.
 //!
 //! The [`ExportRegistry`] knows all exports and the one NBD server of the process; `control` turns QMP commands into calls
 //! of it. Everything runs on the home thread of the disks. What must stay true: an export holds its node by an edge like
@@ -8,9 +8,11 @@
 mod export;
 mod nbd_server;
 mod registry;
+mod vhost_user_blk;
 
 pub use export::{Export, ExportInfo, ExportedBitmap, MAX_EXPORTED_BITMAPS, NbdOptions};
 pub use nbd_server::{
     Authorize, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, ServerOptions, ServerTls,
 };
 pub use registry::{DeleteMode, ExportRegistry};
+pub use vhost_user_blk::{DEFAULT_BLOCK_SIZE, VhostUserBlkOptions};

@@ -6,6 +6,7 @@
 
 use crate::export::{Export, ExportInfo, ExportedBitmap, NbdOptions};
 use crate::nbd_server::{NbdServer, ServerOptions};
+use crate::vhost_user_blk::{self, VhostUserBlk, VhostUserBlkOptions};
 use block::{BlockError, ErrorKind, Result};
 use env::{Address, Env};
 use graph::Edge;
@@ -23,26 +24,75 @@ pub enum DeleteMode {
     Hard,
 }
 
+/// An export of any kind.
+#[derive(Clone)]
+enum AnyExport {
+    Nbd(Rc<Export>),
+    VhostUserBlk(Rc<VhostUserBlk>),
+}
+
+/// The same question to an export of any kind.
+macro_rules! ask {
+    ($export:expr, $e:ident => $answer:expr) => {
+        match $export {
+            AnyExport::Nbd($e) => $answer,
+            AnyExport::VhostUserBlk($e) => $answer,
+        }
+    };
+}
+
+impl AnyExport {
+    fn id(&self) -> &str {
+        ask!(self, e => e.id())
+    }
+    fn info(&self) -> ExportInfo {
+        ask!(self, e => e.info())
+    }
+    fn clients(&self) -> usize {
+        ask!(self, e => e.clients())
+    }
+    fn is_shutting_down(&self) -> bool {
+        ask!(self, e => e.is_shutting_down())
+    }
+    fn close(&self) {
+        ask!(self, e => e.close());
+    }
+    async fn drained(&self) {
+        ask!(self, e => e.drained().await);
+    }
+    fn nbd(&self) -> Option<&Rc<Export>> {
+        match self {
+            AnyExport::Nbd(e) => Some(e),
+            AnyExport::VhostUserBlk(_) => None,
+        }
+    }
+}
+
 /// The exports by themselves, as the NBD server sees them.
 pub(crate) struct Exports {
     /// Oldest first.
-    all: RefCell<Vec<Rc<Export>>>,
+    all: RefCell<Vec<AnyExport>>,
     multi_conn: Cell<bool>,
 }
 
 impl Exports {
     /// The export that clients reach by `name`.
     pub(crate) fn find(&self, name: &str) -> Option<Rc<Export>> {
-        self.all.borrow().iter().find(|e| !e.is_shutting_down() && e.options().name == name).cloned()
+        let all = self.all.borrow();
+        all.iter()
+            .filter_map(AnyExport::nbd)
+            .find(|e| !e.is_shutting_down() && e.options().name == name)
+            .cloned()
     }
     pub(crate) fn each(&self, mut f: impl FnMut(&Export)) {
-        self.all.borrow().iter().filter(|e| !e.is_shutting_down()).for_each(|e| f(e));
+        let all = self.all.borrow();
+        all.iter().filter_map(AnyExport::nbd).filter(|e| !e.is_shutting_down()).for_each(|e| f(e));
     }
     pub(crate) fn multi_conn(&self) -> bool {
         self.multi_conn.get()
     }
-    fn by_id(&self, id: &str) -> Option<Rc<Export>> {
-        self.all.borrow().iter().find(|e| e.options().id == id).cloned()
+    fn by_id(&self, id: &str) -> Option<AnyExport> {
+        self.all.borrow().iter().find(|e| e.id() == id).cloned()
     }
 }
 
@@ -98,8 +148,9 @@ impl ExportRegistry {
             return Err(BlockError::invalid("NBD server not running"));
         };
         self.busy.set(true);
-        let all: Vec<_> = self.exports.all.borrow().iter().rev().cloned().collect();
-        all.iter().for_each(|e| e.close());
+        let all: Vec<_> =
+            self.exports.all.borrow().iter().rev().filter(|e| e.nbd().is_some()).cloned().collect();
+        all.iter().for_each(AnyExport::close);
         server.stop().await;
         for e in all {
             finish(&self.exports, e, &self.deleted).await;
@@ -108,7 +159,7 @@ impl ExportRegistry {
         Ok(())
     }
 
-    /// What can be said against a new NBD export before its node is looked for.
+    /// What can be said against a new export before its node is looked for.
     pub fn check_id(&self, id: &str) -> Result<()> {
         let mut chars = id.chars();
         let first = chars.next().is_some_and(|c| c.is_ascii_alphabetic());
@@ -122,12 +173,53 @@ impl ExportRegistry {
         Ok(())
     }
 
+    fn check_writable(wanted: bool, node_writable: bool) -> Result<()> {
+        if wanted && !node_writable {
+            return Err(BlockError::new(ErrorKind::ReadOnly, "Cannot export read-only node as writable"));
+        }
+        Ok(())
+    }
+
+    /// What can be said against a new vhost-user-blk export when its node is known.
+    pub fn check_vhost_user_blk(&self, o: &VhostUserBlkOptions, node_writable: bool) -> Result<()> {
+        self.check_id(&o.id)?;
+        Self::check_writable(o.writable, node_writable)?;
+        vhost_user_blk::check(o)
+    }
+
+    /// Offers the node behind `edge` (held with [`VhostUserBlkOptions::demand`]) to virtual machines. Checks as
+    /// [`ExportRegistry::check_vhost_user_blk`].
+    pub async fn add_vhost_user_blk(
+        &self,
+        options: VhostUserBlkOptions,
+        edge: Rc<Edge>,
+        node_writable: bool,
+    ) -> Result<()> {
+        self.check_vhost_user_blk(&options, node_writable)?;
+        let id = options.id.clone();
+        let export = VhostUserBlk::start(&self.env, options, edge).await?;
+        // while it began to listen, another monitor may have taken the id
+        if let Err(e) = self.check_id(&id) {
+            export.close();
+            return Err(e);
+        }
+        self.exports.all.borrow_mut().push(AnyExport::VhostUserBlk(export));
+        Ok(())
+    }
+
+    /// Tells clients whose disk has another length than they know.
+    pub fn tell_lengths(&self) {
+        for e in self.exports.all.borrow().iter() {
+            if let AnyExport::VhostUserBlk(e) = e {
+                e.tell_length();
+            }
+        }
+    }
+
     /// What can be said against a new NBD export when its node is known.
     pub fn check_nbd(&self, o: &NbdOptions, node_writable: bool) -> Result<()> {
         self.check_id(&o.id)?;
-        if o.writable && !node_writable {
-            return Err(BlockError::new(ErrorKind::ReadOnly, "Cannot export read-only node as writable"));
-        }
+        Self::check_writable(o.writable, node_writable)?;
         if self.server.borrow().is_none() {
             return Err(BlockError::invalid("NBD server not running"));
         }
@@ -157,7 +249,7 @@ impl ExportRegistry {
         node_writable: bool,
     ) -> Result<()> {
         self.check_nbd(&options, node_writable)?;
-        self.exports.all.borrow_mut().push(Export::new(options, bitmaps, edge));
+        self.exports.all.borrow_mut().push(AnyExport::Nbd(Export::new(options, bitmaps, edge)));
         Ok(())
     }
 
@@ -185,7 +277,7 @@ impl ExportRegistry {
             remove(&self.exports, export, &*self.deleted);
         } else {
             let (exports, deleted) = (self.exports.clone(), self.deleted.clone());
-            self.env.spawn("nbd export end", async move { finish(&exports, export, &deleted).await });
+            self.env.spawn("export end", async move { finish(&exports, export, &deleted).await });
         }
         Ok(())
     }
@@ -201,15 +293,16 @@ impl ExportRegistry {
     }
 }
 
-async fn finish(exports: &Exports, export: Rc<Export>, deleted: &Rc<dyn Fn(&str)>) {
+async fn finish(exports: &Exports, export: AnyExport, deleted: &Rc<dyn Fn(&str)>) {
     export.drained().await;
     remove(exports, export, &**deleted);
 }
 
-fn remove(exports: &Exports, export: Rc<Export>, deleted: &dyn Fn(&str)) {
-    let id = export.options().id.clone();
+fn remove(exports: &Exports, export: AnyExport, deleted: &dyn Fn(&str)) {
+    let id = export.id().to_owned();
     let before = exports.all.borrow().len();
-    exports.all.borrow_mut().retain(|e| !Rc::ptr_eq(e, &export));
+    // an id is not used again before this, so it says which
+    exports.all.borrow_mut().retain(|e| e.id() != id);
     if exports.all.borrow().len() < before {
         // The edge first: whoever hears of the deletion may use the node.
         drop(export);

@@ -264,5 +264,5 @@ fn introspection_tells_what_is_there() {
     assert!(text.contains("read-write-blocking"));
     assert!(text.contains("\"case\":\"qcow2\""));
     assert!(!text.contains("\"case\":\"vvfat\""));
-    assert!(!text.contains("vhost-user-blk"));
+    assert!(text.contains("vhost-user-blk") && !text.contains("vduse-blk"));
 }

@@ -1,12 +1,13 @@
-//! The NBD server and its exports.
+//! Exports, and the NBD server.
 
 use super::{Command, Entry, entry};
 use crate::Daemon;
-use crate::address::LegacyAddress;
+use crate::address::{LegacyAddress, SocketAddress};
 use crate::error::{QmpError, Reply};
+use env::Address;
 use exports::{
-    DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export, ExportInfo, ExportedBitmap,
-    MAX_EXPORTED_BITMAPS, NbdOptions, ServerOptions,
+    DEFAULT_BLOCK_SIZE, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export, ExportInfo,
+    ExportedBitmap, MAX_EXPORTED_BITMAPS, NbdOptions, ServerOptions, VhostUserBlkOptions,
 };
 use graph::{NodeCell, Parent, Role, bitmaps, walk};
 use qapi::{Value, json};
@@ -71,10 +72,20 @@ enum BitmapOfNode {
     There { node: String, name: String },
 }
 
+/// Kinds of exports.
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "kebab-case")]
+enum ExportType {
+    Nbd,
+    VhostUserBlk,
+}
+
 /// Offers a node to clients.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockExportAdd {
+    #[serde(rename = "type")]
+    kind: ExportType,
     id: String,
     node_name: String,
     #[serde(default)]
@@ -88,6 +99,9 @@ struct BlockExportAdd {
     bitmaps: Vec<BitmapOfNode>,
     #[serde(default)]
     allocation_depth: bool,
+    addr: Option<SocketAddress>,
+    num_queues: Option<u16>,
+    logical_block_size: Option<u64>,
 }
 
 impl Command for BlockExportAdd {
@@ -97,6 +111,21 @@ impl Command for BlockExportAdd {
         let cell = daemon.find_node(None, Some(&self.node_name))?;
         if let Some(id) = self.iothread.filter(|id| daemon.objects().find(id).is_none()) {
             return Err(QmpError::generic(format!("iothread \"{id}\" not found")));
+        }
+        if let ExportType::VhostUserBlk = self.kind {
+            let options = VhostUserBlkOptions {
+                id: self.id,
+                address: export_address(self.addr)?,
+                writable: self.writable,
+                writethrough: self.writethrough,
+                num_queues: self.num_queues.unwrap_or(1),
+                // what does not fit is refused like every wrong size; 0 stands for the default, as in QSD
+                logical_block_size: match self.logical_block_size.unwrap_or(0) {
+                    0 => DEFAULT_BLOCK_SIZE,
+                    n => u32::try_from(n).unwrap_or(u32::MAX),
+                },
+            };
+            return export_vhost_user_blk(&daemon, &cell, options).await;
         }
         let options = NbdOptions {
             id: self.id,
@@ -147,6 +176,26 @@ fn hold_bitmaps(
         held.push(ExportedBitmap::hold(bitmap));
     }
     Ok(held)
+}
+
+/// Where a vhost-user-blk export listens. Of other kinds than unix sockets and descriptors the export itself says what is wrong.
+fn export_address(addr: Option<SocketAddress>) -> Result<Address, QmpError> {
+    match addr {
+        Some(SocketAddress::Vsock {}) => Ok(Address::Stdio),
+        Some(SocketAddress::Inet(_)) => Ok(Address::Stdio),
+        Some(addr) => addr.read(),
+        None => Err(QmpError::generic("Parameter 'addr' is missing")),
+    }
+}
+
+async fn export_vhost_user_blk(daemon: &Daemon, cell: &Rc<NodeCell>, options: VhostUserBlkOptions) -> Reply {
+    let writable = cell.is_writable() || cell.options().auto_read_only;
+    daemon.exports().check_vhost_user_blk(&options, writable)?;
+    let demand = VhostUserBlkOptions::demand(options.writable);
+    let parent = Parent::Backend(options.id.clone());
+    let edge = daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?;
+    daemon.exports().add_vhost_user_blk(options, edge, writable).await?;
+    Ok(json!({}))
 }
 
 async fn export(

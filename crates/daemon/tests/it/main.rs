@@ -11,4 +11,5 @@ mod hostile;
 mod mirrors;
 mod snapshots;
 mod tls;
+mod vhost;
 mod wire;

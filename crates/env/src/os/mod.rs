@@ -7,13 +7,17 @@
 mod buffers;
 mod copy;
 mod epoll;
+pub mod event;
+mod fault;
 mod file;
+pub mod messages;
 mod net;
 mod op;
 mod open;
 mod pool;
 pub mod process;
 mod range;
+pub mod shared;
 mod signal;
 mod stream;
 mod sys;

@@ -90,6 +90,11 @@ async fn resolve(core: &Rc<Core>, host: &str, port: u16, to_listen: bool) -> Res
 
 /// See [`crate::Env::listen`].
 pub(super) async fn listen(core: &Rc<Core>, at: &Address) -> Result<Rc<dyn Listener>> {
+    Ok(Rc::new(listen_here(core, at).await?))
+}
+
+/// The same, for who wants descriptors rather than streams.
+pub(super) async fn listen_here(core: &Rc<Core>, at: &Address) -> Result<Listening> {
     let (fd, address, tcp) = match at {
         Address::Unix(path) => (listen_unix(core, path).await?, at.clone(), false),
         Address::Tcp { host, port } => {
@@ -117,7 +122,7 @@ pub(super) async fn listen(core: &Rc<Core>, at: &Address) -> Result<Rc<dyn Liste
         }
         Address::Stdio => return Err(BlockError::invalid("cannot listen on standard input")),
     };
-    Ok(Rc::new(Listening { core: core.clone(), handle: Handle::new(fd), address, tcp }))
+    Ok(Listening { core: core.clone(), handle: Handle::new(fd), address, tcp })
 }
 
 async fn listen_unix(core: &Rc<Core>, path: &Path) -> Result<OwnedFd> {
@@ -235,7 +240,8 @@ fn finish(core: &Rc<Core>, handle: Rc<Handle>, tcp: bool) -> Result<Rc<dyn Strea
     Ok(Socket::stream(core, handle))
 }
 
-struct Listening {
+/// A listening socket.
+pub(super) struct Listening {
     core: Rc<Core>,
     handle: Rc<Handle>,
     address: Address,
@@ -244,12 +250,18 @@ struct Listening {
 
 impl Listening {
     async fn next(&self) -> Result<Rc<dyn Stream>> {
+        let (core, fd) = self.next_descriptor().await?;
+        connected(&core, fd, self.tcp)
+    }
+
+    /// The next connection's descriptor, and the thread's side of it.
+    pub(super) async fn next_descriptor(&self) -> Result<(Rc<Core>, OwnedFd)> {
         loop {
             let fd = self.handle.fd();
             let null = std::ptr::null_mut();
             // SAFETY: null means that the peer's address is not wanted.
             match again(|| i64::from(unsafe { libc::accept4(fd, null, null.cast(), libc::SOCK_CLOEXEC) })) {
-                Ok(fd) => return connected(&self.core, owned(fd), self.tcp),
+                Ok(fd) => return Ok((self.core.clone(), owned(fd))),
                 Err(libc::EAGAIN) => {
                     self.core.ready(&self.handle, libc::POLLIN).await.map_err(BlockError::from_errno)?;
                 }

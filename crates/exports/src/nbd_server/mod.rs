@@ -146,7 +146,7 @@ impl NbdServer {
 }
 
 /// The host's refusal in QSD's words, which management software looks for.
-fn listen_error(at: &Address, e: BlockError) -> BlockError {
+pub(crate) fn listen_error(at: &Address, e: BlockError) -> BlockError {
     let said = e.message().to_owned();
     match at {
         Address::Unix(path) => e.with_message(format!("Failed to bind socket to {}: {said}", path.display())),
