@@ -33,6 +33,13 @@ def eventfd():
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
+def wait_for(fd, seconds):
+    """Whether there is something to read within this time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
 class Memory:
     """The guest's memory: one region of a memfd, given out piece by piece."""
 
@@ -42,6 +49,9 @@ class Memory:
         os.ftruncate(self.fd, size)
         self.map = mmap.mmap(self.fd, size)
         self.used = 0
+
+    def __del__(self):
+        os.close(self.fd)
 
     def take(self, size, align=16):
         at = -(-self.used // align) * align
@@ -55,11 +65,13 @@ class Memory:
     def write(self, at, data):
         self.map[at - GUEST:at - GUEST + len(data)] = data
 
+    # numbers of the machine's own kind, which are read and written whole: with "<" Python goes byte by byte, and the other side
+    # would see halves of an index
     def get(self, form, at):
-        return struct.unpack_from("<" + form, self.map, at - GUEST)[0]
+        return struct.unpack_from("@" + form, self.map, at - GUEST)[0]
 
     def put(self, form, at, *values):
-        struct.pack_into("<" + form, self.map, at - GUEST, *values)
+        struct.pack_into("@" + form, self.map, at - GUEST, *values)
 
 
 class Front:
@@ -177,6 +189,10 @@ class Queue:
         self.free = list(range(size))
         self.slots = {}
 
+    def __del__(self):
+        for fd in (self.kick_fd, self.call_fd, self.err_fd):
+            os.close(fd)
+
     def start(self, base=0, enable=True):
         f, i = self.front, self.index
         user = lambda at: at - GUEST + USER
@@ -260,9 +276,9 @@ class Queue:
         """Waits for so many answers."""
         found = self.answers()
         while len(found) < count:
-            ready, _, _ = select.select([self.call_fd], [], [], seconds)
+            ready = wait_for(self.call_fd, seconds)
             more = self.answers()
-            assert ready or more, f"no answer within {seconds} s: {found}"
+            assert ready, f"no call within {seconds} s: {found} {more}"
             if ready:
                 os.eventfd_read(self.call_fd)
             found += more
@@ -270,8 +286,7 @@ class Queue:
 
     def failed(self, seconds=30):
         """Waits until the other side says that the queue has stopped."""
-        ready, _, _ = select.select([self.err_fd], [], [], seconds)
-        return bool(ready)
+        return wait_for(self.err_fd, seconds)
 
     def run(self, kind, sector=0, **more):
         """A request and its status: (status, data)."""

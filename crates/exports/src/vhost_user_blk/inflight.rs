@@ -188,7 +188,7 @@ mod tests {
         ring.answer(2).unwrap();
         ring.answered(2, 1).unwrap();
         drop(ring);
-        let (mut ring, open) = RingLog::recover(&log(&file), 1, 8, 1).unwrap();
+        let (ring, open) = RingLog::recover(&log(&file), 1, 8, 1).unwrap();
         assert_eq!(open, [5, 7, 0]);
         // killed between the used index and the note of it
         ring.answer(7).unwrap();
