@@ -359,20 +359,11 @@ impl Graph {
         let snapshot = self.snapshot(&changes)?;
         let (snapshot, resolved) = resolve(snapshot)?;
         self.acquire(&snapshot, &resolved).await?;
-        // Those that turn by themselves are below those that the plan turns: formats turn after their files.
-        self.turn_by_themselves(&snapshot, &resolved).await?;
-        let turned = match self.turn_writable(&changes, true).await {
-            Ok(turned) => turned,
-            Err(e) => {
-                let e = self.undo(&snapshot, &[], e).await;
-                self.turn_back(&snapshot.cells).await;
-                return Err(e);
-            }
-        };
+        let (turned, before) = self.turn_up(&changes, &snapshot, &resolved).await?;
         let gates = self.close_gates(&changes, &places).await;
         if let Err(e) = self.turn_writable(&changes, false).await {
             drop(gates);
-            let e = self.undo(&snapshot, &turned, e).await;
+            let e = self.undo(&snapshot, &turned, before, e).await;
             self.turn_back(&snapshot.cells).await;
             return Err(e);
         }
@@ -390,21 +381,42 @@ impl Graph {
     async fn settle_demands(&self, changes: &Changes) -> Result<()> {
         let (snapshot, resolved) = resolve(self.snapshot(changes)?)?;
         self.acquire(&snapshot, &resolved).await?;
-        self.turn_by_themselves(&snapshot, &resolved).await?;
+        self.turn_up(changes, &snapshot, &resolved).await?;
         commit(&snapshot);
         self.turn_back(&snapshot.cells).await;
         self.release(&snapshot, &resolved).await
     }
 
-    /// Turns those read-write that may turn by themselves and are to be written to. On an error all is as before.
+    /// Turns those read-write that are to be written to. On an error all is as before. What is returned: those that the plan
+    /// turned, and what edges asked for before (a format writes to its file as it turns, so its edges have what it will ask
+    /// for from then on).
+    async fn turn_up(
+        &self,
+        changes: &Changes,
+        snapshot: &Snapshot,
+        resolved: &Resolved,
+    ) -> Result<(Vec<Rc<NodeCell>>, Vec<(Rc<Edge>, Demand)>)> {
+        let before = widen(changes, snapshot, resolved);
+        // Those that turn by themselves are below those that the plan turns: formats turn after their files.
+        let done = match self.turn_by_themselves(snapshot, resolved).await {
+            Ok(()) => self.turn_writable(changes, true).await,
+            Err(e) => Err(e),
+        };
+        match done {
+            Ok(turned) => Ok((turned, before)),
+            Err(e) => {
+                let e = self.undo(snapshot, &[], before, e).await;
+                self.turn_back(&snapshot.cells).await;
+                Err(e)
+            }
+        }
+    }
+
+    /// Turns those read-write that may turn by themselves and are to be written to.
     async fn turn_by_themselves(&self, snapshot: &Snapshot, resolved: &Resolved) -> Result<()> {
         // Children first: a format may write as it turns.
         for cell in resolved.turning.iter().rev().map(|n| &snapshot.cells[*n]) {
-            if let Err(e) = cell.node().set_writable(true).await {
-                let e = self.undo(snapshot, &[], e).await;
-                self.turn_back(&snapshot.cells).await;
-                return Err(e);
-            }
+            cell.node().set_writable(true).await?;
             cell.set_writable(true);
             cell.set_turned(true);
         }
@@ -561,12 +573,19 @@ impl Graph {
         }
     }
 
-    async fn undo(&self, snapshot: &Snapshot, turned: &[Rc<NodeCell>], why: BlockError) -> BlockError {
+    async fn undo(
+        &self,
+        snapshot: &Snapshot,
+        turned: &[Rc<NodeCell>],
+        before: Vec<(Rc<Edge>, Demand)>,
+        why: BlockError,
+    ) -> BlockError {
         for cell in turned {
             if cell.node().set_writable(false).await.is_ok() {
                 cell.set_writable(false);
             }
         }
+        restore(before);
         self.release_present(&snapshot.cells).await;
         why
     }
@@ -728,6 +747,29 @@ fn resolve(mut snapshot: Snapshot) -> Result<(Snapshot, Resolved)> {
 
 fn commit(snapshot: &Snapshot) {
     snapshot.edges.iter().zip(&snapshot.shape.edges).for_each(|(e, s)| e.set_demand(s.demand));
+}
+
+/// Gives the edges of nodes that are about to turn read-write what these will ask for, beside what they ask for now (which is
+/// returned).
+fn widen(changes: &Changes, snapshot: &Snapshot, resolved: &Resolved) -> Vec<(Rc<Edge>, Demand)> {
+    let turns = |n: usize| {
+        let cell = &snapshot.cells[n];
+        let planned = changes.writable.get(&cell.id()).is_some_and(|(_, on)| *on);
+        !cell.is_writable() && (planned || resolved.turning.contains(&n))
+    };
+    let edges = snapshot.edges.iter().zip(&snapshot.shape.edges);
+    let wider = edges.filter(|(_, s)| s.parent.is_some_and(turns));
+    let wider = wider.map(|(e, s)| {
+        let now = e.demand();
+        e.set_demand(now.and(s.demand));
+        (e.clone(), now)
+    });
+    wider.collect()
+}
+
+/// Takes [`widen`] back.
+fn restore(before: Vec<(Rc<Edge>, Demand)>) {
+    before.into_iter().for_each(|(edge, demand)| edge.set_demand(demand));
 }
 
 fn label(edge: &Edge) -> String {

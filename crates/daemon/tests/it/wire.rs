@@ -51,6 +51,12 @@ fn filters_do_what_the_reference_does() {
     compare("twins.py", &scenes.map(|s| format!("../twins/{s}.txt")));
 }
 
+/// Every verb in every state of every kind of job; every member of a transaction beside one that fails; groups of jobs.
+#[test]
+fn jobs_and_transactions_as_the_reference() {
+    compare("twins.py", &["job-verbs", "transactions"].map(|s| format!("../twins/{s}.txt")));
+}
+
 #[test]
 fn recorded_protocol() {
     replay(&["proto-negotiation", "proto-oob", "query-misc"]);
@@ -71,7 +77,7 @@ fn recorded_nodes_and_exports() {
 
 #[test]
 fn recorded_bitmaps() {
-    replay(&["export-bitmap", "mirror-bitmaps", "resize-and-bitmaps"]);
+    replay(&["bitmap-basic", "bitmap-persistent", "export-bitmap", "mirror-bitmaps", "resize-and-bitmaps"]);
 }
 
 #[test]
@@ -128,8 +134,28 @@ fn recorded_streams() {
 }
 
 #[test]
+fn recorded_backups() {
+    replay(&[
+        "backup-cancel-conflicts",
+        "backup-error-io",
+        "backup-export-added-later",
+        "backup-full",
+        "backup-incremental",
+        "backup-point-in-time",
+        "backup-sync-top-none",
+        "transaction-grouped-backups",
+    ]);
+}
+
+#[test]
 fn recorded_snapshots_and_transactions() {
-    replay(&["snapshot-internal", "transaction-rollback", "amend-and-misc"]);
+    replay(&[
+        "snapshot-internal",
+        "snapshot-commit-chain",
+        "snapshot-sync-and-drive-cmds",
+        "transaction-rollback",
+        "amend-and-misc",
+    ]);
 }
 
 #[test]
