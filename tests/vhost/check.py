@@ -7,13 +7,11 @@ Each function below whose name begins with `test_` is a test; it gets a Daemon f
 """
 
 import argparse
-import json
 import os
 import random
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,88 +19,26 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import front as v
+import qmp
 
 SIZE = 16 << 20
 BINARY = None
 
 
-class Daemon:
+class Daemon(qmp.Daemon):
     """A running daemon with a raw disk `n` over file `f`, exported as e0 at s0."""
 
     def __init__(self, path, export="num-queues=2,writable=on", extra=(), node="driver=raw,file=f,node-name=n"):
-        self.path = path
         disk = os.path.join(path, "disk")
         if not os.path.exists(disk):
             with open(disk, "wb") as f:
                 f.truncate(SIZE)
         self.socket = os.path.join(path, "s0")
-        qmp = os.path.join(path, "qmp")
-        for name in (qmp, os.path.join(path, "pid")):
-            if os.path.exists(name):
-                os.remove(name)
-        command = [
-            BINARY, *extra, "--blockdev", f"driver=file,filename={disk},node-name=f,discard=unmap", "--blockdev", node,
+        options = [
+            *extra, "--blockdev", f"driver=file,filename={disk},node-name=f,discard=unmap", "--blockdev", node,
             "--export", f"type=vhost-user-blk,id=e0,node-name=n,addr.type=unix,addr.path={self.socket},{export}",
-            "--chardev", f"socket,id=c,path={qmp},server=on,wait=off", "--monitor", "c",
-            "--pidfile", os.path.join(path, "pid"),
         ]
-        self.log = open(os.path.join(path, "log"), "ab")
-        self.process = subprocess.Popen(command, stderr=self.log)
-        # the pid file is written when everything is there
-        until = time.monotonic() + 60
-        while not os.path.exists(os.path.join(path, "pid")):
-            assert self.process.poll() is None and time.monotonic() < until, self.said()
-            time.sleep(0.005)
-        self.monitor = socket.socket(socket.AF_UNIX)
-        self.monitor.settimeout(60)
-        self.monitor.connect(qmp)
-        self.lines = self.monitor.makefile("rw")
-        self.events = []
-        self.next()
-        self.qmp("qmp_capabilities")
-
-    def said(self):
-        with open(os.path.join(self.path, "log"), "rb") as f:
-            return f.read().decode(errors="replace")
-
-    def next(self):
-        return json.loads(self.lines.readline())
-
-    def ask(self, name, **arguments):
-        """A command's whole answer."""
-        text = {"execute": name, "arguments": {k.replace("_", "-"): a for k, a in arguments.items()}}
-        self.lines.write(json.dumps(text) + "\n")
-        self.lines.flush()
-        while True:
-            got = self.next()
-            if "event" not in got:
-                return got
-            self.events.append(got)
-
-    def qmp(self, command, **arguments):
-        got = self.ask(command, **arguments)
-        assert "return" in got, got
-        return got["return"]
-
-    def event(self, name, **data):
-        """Waits for an event with this data."""
-        while True:
-            for e in self.events:
-                if e["event"] == name and all(e["data"].get(k) == d for k, d in data.items()):
-                    self.events.remove(e)
-                    return e
-            got = self.next()
-            assert "event" in got, got
-            self.events.append(got)
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def quit(self):
-        self.process.terminate()
-        status = self.process.wait(60)
-        assert status == 0, (status, self.said())
+        super().__init__(BINARY, path, options)
 
 
 def test_reads_and_writes(path):
