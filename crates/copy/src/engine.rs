@@ -8,11 +8,11 @@
 //! * See [`Work`] for the order of dirty bits, locks and reads.
 
 use crate::bugs::{Bug, planted};
-use crate::piece::{Ended, Outcome, PieceTask, Shared};
+use crate::piece::{Ended, Outcome, PieceTask, Shared, Turns};
 use crate::policy::{Action, Control, Next, Policy, Standing};
 use crate::ranges::Owner;
 use crate::status::status;
-use crate::window::{MAX_PIECE, MAX_ZERO_PIECE, Window};
+use crate::window::{MAX_PIECE, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window};
 use crate::work::Work;
 use block::{Extent, Kind, ReqFlags, Result, Span};
 use env::TaskHandle;
@@ -34,9 +34,8 @@ const RETRY_MAX: Duration = Duration::from_secs(1);
 const MAX_SKIPS: u32 = 64;
 /// Longest sleep without a look around: rates are sampled, and policies that depend on time are asked again.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
-/// Smaller pieces pass through here: what a guest changes in a disk that is nearly in sync is copied sooner without the hop to
-/// another thread, and seen to be zero if it is.
-const OFFLOAD_LEAST: u64 = 256 << 10;
+/// Copies in flight while a guest waits for the target to take old bytes: its own come first.
+const COPIES_BESIDE_SAVING: u32 = 1;
 /// How much of the disk is asked about at first, to find large runs of zeroes, and at the most: each question is about four times
 /// as much as the one before, so that the copy begins at once and a large disk does not take many.
 const HINT_FIRST: u64 = 32 << 20;
@@ -86,7 +85,14 @@ impl Engine {
         let offload = target.child().options().detect_zeroes == DetectZeroes::Off && plain;
         let window = Window::new(buffer, work.granularity(), max_transfer);
         Engine {
-            shared: Rc::new(Shared { work, source, target, policy, offload: Cell::new(offload) }),
+            shared: Rc::new(Shared {
+                work,
+                source,
+                target,
+                policy,
+                offload: Cell::new(offload),
+                turns: Turns::new(),
+            }),
             control,
             window,
             outcomes: Rc::new(Queue::new()),
@@ -214,6 +220,10 @@ impl Engine {
         self.look_at_guest();
         let active = work.guest_active();
         if !self.window.has_room(work.copies.get(), work.copying.get(), active) {
+            return Err(None);
+        }
+        if work.saving.get() > 0 && work.copies.get() >= COPIES_BESIDE_SAVING {
+            // those who copy for a guest bring the same bytes to the same target, and wake us when they have
             return Err(None);
         }
         let dirty = work.dirty_bytes();

@@ -72,6 +72,25 @@ pub struct PointInTime {
     drain: RefCell<Option<Rc<Work>>>,
 }
 
+/// Counts a guest's request in [`Work::saving`] until it is dropped.
+struct Saving<'a>(&'a Work);
+
+impl Saving<'_> {
+    fn new(work: &Work) -> Saving<'_> {
+        work.saving.set(work.saving.get() + 1);
+        Saving(work)
+    }
+}
+
+impl Drop for Saving<'_> {
+    fn drop(&mut self) {
+        self.0.saving.set(self.0.saving.get() - 1);
+        if self.0.saving.get() == 0 {
+            self.0.wake.notify_all();
+        }
+    }
+}
+
 impl Gated for PointInTime {
     fn gate(&self) -> &Gate {
         &self.gate
@@ -278,6 +297,7 @@ impl PointInTime {
             }
         }
         let areas: Vec<Span> = self.work.dirty.borrow().areas(at, 0).collect();
+        let _saving = Saving::new(&self.work);
         for area in areas {
             self.save_area(area).await?;
         }

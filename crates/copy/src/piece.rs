@@ -4,10 +4,10 @@ use crate::bugs::{Bug, planted};
 use crate::policy::{Fate, Policy, Side};
 use crate::ranges::RangeTicket;
 use crate::status::status_all;
-use crate::window::MAX_PIECE;
+use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, OFFLOAD_LEAST};
 use crate::work::Work;
 use block::{BlockError, ErrorKind, Extent, Kind, ReqFlags, Span};
-use env::sync::Queue;
+use env::sync::{Queue, Semaphore};
 use graph::Edge;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -21,6 +21,36 @@ pub(crate) struct Shared {
     pub(crate) policy: Rc<dyn Policy>,
     /// Whether the host may be able to copy between the two by itself; false once it said that it cannot.
     pub(crate) offload: Cell<bool>,
+    pub(crate) turns: Turns,
+}
+
+/// How much is copied between two looks at what has come from outside: a copy in memory takes the thread as long as dozens of
+/// a guest's requests, and many in a row would keep those waiting. One large piece; but twice what guests made dirty since the
+/// last turn, or a guest that writes as fast as it can would never be caught up with.
+pub(crate) struct Turns {
+    line: Semaphore,
+    /// Bytes that may still begin in this turn.
+    left: Cell<u64>,
+    /// What guests had made dirty in all at its beginning.
+    dirtied: Cell<u64>,
+}
+
+impl Turns {
+    pub(crate) fn new() -> Turns {
+        Turns { line: Semaphore::new(1), left: Cell::new(0), dirtied: Cell::new(0) }
+    }
+
+    /// Waits until a copy of `bytes` may begin.
+    async fn enter(&self, work: &Work, bytes: u64) {
+        let _first = self.line.acquire(1).await;
+        if self.left.get() == 0 {
+            work.env.next_turn().await;
+            let dirtied = work.meter.dirtied_so_far();
+            let since = dirtied - self.dirtied.replace(dirtied);
+            self.left.set((2 * since).max(MAX_PIECE_GUEST));
+        }
+        self.left.set(self.left.get().saturating_sub(bytes));
+    }
 }
 
 /// How a task of the engine ended.
@@ -126,6 +156,9 @@ impl PieceTask {
             shared.work.copies.set(shared.work.copies.get() + 1);
             slot.counted = true;
         }
+        if !(data && shared.offload.get()) {
+            shared.turns.enter(&shared.work, at.len).await;
+        }
         let begun = shared.work.env.now();
         let outcome = match shared.copy_dirty(at, data).await {
             Ok(()) => Outcome::Copied,
@@ -165,7 +198,11 @@ impl Shared {
     async fn copy_area(&self, unfinished: &mut Unfinished<'_>, data: bool) -> Result<(), Failure> {
         let area = unfinished.left;
         let look = self.policy.look(&self.source, area);
-        let known = look.is_none() && (data || area.len > MAX_PIECE);
+        // a look at a chain is at its tables; what they hold may be left to the host as what was found ahead may
+        let known = match look {
+            Some(_) => area.len >= OFFLOAD_LEAST && !self.work.guest_active(),
+            None => data || area.len > MAX_PIECE,
+        };
         let extents = if let Some(look) = look {
             look.await.map_err(|e| (Side::Source, e))?
         } else if data || area.len <= MAX_PIECE {
@@ -179,7 +216,12 @@ impl Shared {
                 let fate = self.policy.fate(&e);
                 let (step, rest) = left.split_at(if fate == Fate::Copy { MAX_PIECE } else { left.len });
                 match fate {
-                    Fate::Copy => self.copy(step, known).await?,
+                    Fate::Copy => {
+                        if step.start > area.start && !(known && self.offload.get()) {
+                            self.turns.enter(&self.work, step.len).await;
+                        }
+                        self.copy(step, known).await?;
+                    }
                     Fate::Zero => self.zero(step).await?,
                     Fate::Skip => {}
                 }

@@ -64,6 +64,11 @@ impl Meter {
         self.dirtied.set(self.dirtied.get() + bytes);
     }
 
+    /// Clean bytes that guests have made dirty, in all.
+    pub(crate) fn dirtied_so_far(&self) -> u64 {
+        self.dirtied.get()
+    }
+
     /// Takes a sample if it is time.
     pub fn tick(&self, now: Duration) {
         let passed = now.saturating_sub(self.sample_start.get());

@@ -12,6 +12,9 @@ pub const MAX_PIECE: u64 = 1 << 20;
 /// Largest piece while a guest is active: about 50 µs of copying at memory speed, the most that a guest's request
 /// waits for the thread because of one copy.
 pub const MAX_PIECE_GUEST: u64 = 256 << 10;
+/// Smaller pieces pass through the thread: what a guest changes in a disk that is nearly in sync is copied sooner without the
+/// hop to another thread, and seen to be zero if it is.
+pub(crate) const OFFLOAD_LEAST: u64 = 256 << 10;
 /// Most copies in flight.
 pub const MAX_IN_FLIGHT: u32 = 16;
 /// Most copies in flight while a guest is active and copies are quick, that is: cost the thread and not waiting.

@@ -42,6 +42,8 @@ pub struct Work {
     pub(crate) loose: Cell<u32>,
     /// Guest requests in flight that bring dirty granules to the target: clean in the bitmap, not yet on the target.
     pub(crate) healing: Cell<u32>,
+    /// Guest requests in flight that wait for old bytes to be copied.
+    pub(crate) saving: Cell<u32>,
     /// How often a guest zeroed or discarded something.
     pub(crate) zeroed: Cell<u64>,
     /// All that was dirty at the start is data, as long as [`Work::zeroed`] has this value.
@@ -79,6 +81,7 @@ impl Work {
             copies: Cell::new(0),
             loose: Cell::new(0),
             healing: Cell::new(0),
+            saving: Cell::new(0),
             zeroed: Cell::new(0),
             data_of: Cell::new(None),
             done: Cell::new(0),

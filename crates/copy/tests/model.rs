@@ -417,3 +417,30 @@ fn what_a_guest_reads_is_on_the_target() {
         assert_eq!(w.work.remaining(), w.source.len() - inner.len);
     });
 }
+
+/// Copies that never wait for anything: a guest's request that comes meanwhile finds the thread free after one of them.
+#[test]
+fn what_comes_from_outside_waits_for_one_copy_at_the_most() {
+    simulate(9, |env, _| async move {
+        let len = 8 << 20;
+        let (source, target) = (Mem::new(&env, len), Mem::new(&env, len));
+        (source.slow_us.set(0), target.slow_us.set(0));
+        (0..len / 4096).for_each(|b| source.put(b * 4096, &[1; 4096], true));
+        let work = Work::new(env.clone(), len, 65536).unwrap();
+        work.mark(Span::new(0, len));
+        let graph = Graph::new(&env);
+        let (s, t) = (edge(&graph, "s", source.clone()).await, edge(&graph, "t", target.clone()).await);
+        let (desk, policy) = (Desk::new(), Follow::new(Mode::Background));
+        let mut engine = Engine::new(work.clone(), s, t, policy, desk, 16 << 20);
+        let copy = env.spawn("engine", async move { engine.run().await.unwrap() });
+        let mut most = 0;
+        while !copy.is_done() {
+            let before = target.written.get();
+            env.next_turn().await;
+            most = most.max(target.written.get() - before);
+        }
+        assert_eq!(*source.bytes.borrow(), *target.bytes.borrow());
+        // one that ends in the turn after the one it began in, and the next
+        assert!(most <= 1 << 20, "{most} bytes within one turn");
+    });
+}

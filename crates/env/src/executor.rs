@@ -114,6 +114,9 @@ pub(crate) struct Tasks {
     /// Which groups have been ended (index: group); no task starts in those.
     ended_groups: RefCell<Vec<bool>>,
     remote: Arc<Remote>,
+    /// Looks at the backend so far, and who waits for the next one.
+    turns: Cell<u64>,
+    after_turn: RefCell<Vec<Waker>>,
 }
 
 /// Starts tasks; part of every [`Env`].
@@ -151,6 +154,19 @@ impl Spawner {
         let index = waker.index;
         waker.wake();
         TaskHandle { tasks: Rc::downgrade(tasks), index, generation, state }
+    }
+
+    /// Ends after the executor's next look at the backend: what completed meanwhile is ahead in the queue.
+    pub(crate) fn next_turn(&self) -> impl Future<Output = ()> + 'static {
+        let tasks = self.tasks.clone();
+        let begun = tasks.turns.get();
+        poll_fn(move |cx| {
+            if tasks.turns.get() != begun {
+                return Poll::Ready(());
+            }
+            tasks.after_turn.borrow_mut().push(cx.waker().clone());
+            Poll::Pending
+        })
     }
 
     pub(crate) fn mailbox<T: Send + 'static>(&self) -> (MailboxSender<T>, Mailbox<T>) {
@@ -299,6 +315,8 @@ impl Executor {
             generation: Cell::new(1),
             ended_groups: RefCell::new(vec![false]),
             remote,
+            turns: Cell::new(0),
+            after_turn: RefCell::default(),
         });
         Executor { backend, tasks, id }
     }
@@ -379,8 +397,15 @@ impl Executor {
             }
             left -= 1;
         }
-        let idle = READY.with_borrow(|r| r.is_empty()) && !self.tasks.remote.any.load(Ordering::Acquire);
-        self.backend.turn(idle) == Turn::Progress || READY.with_borrow(|r| !r.is_empty())
+        let waited_for = !self.tasks.after_turn.borrow().is_empty();
+        let nothing = READY.with_borrow(|r| r.is_empty()) && !self.tasks.remote.any.load(Ordering::Acquire);
+        let turned = self.backend.turn(nothing && !waited_for);
+        self.tasks.turns.set(self.tasks.turns.get() + 1);
+        if waited_for {
+            let wakers = std::mem::take(&mut *self.tasks.after_turn.borrow_mut());
+            wakers.into_iter().for_each(Waker::wake);
+        }
+        turned == Turn::Progress || READY.with_borrow(|r| !r.is_empty())
     }
 
     fn take_remote(&self) {

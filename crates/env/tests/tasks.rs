@@ -453,3 +453,28 @@ fn polling_before_sleeping_finds_completions_too() {
         },
     );
 }
+
+#[test]
+fn next_turn_lets_what_is_ready_go_first() {
+    each(|env| async move {
+        let steps = Rc::new(Cell::new(0));
+        let (seen, other) = (steps.clone(), env.clone());
+        let task = env.spawn("in turns", async move {
+            loop {
+                seen.set(seen.get() + 1);
+                other.next_turn().await;
+            }
+        });
+        for _ in 0..50 {
+            env.yield_now().await;
+        }
+        // 128 polls make a turn, 100 have been made
+        assert!(steps.get() <= 2, "{} steps within one turn", steps.get());
+        // and it goes on without anything happening outside
+        for _ in 0..5 {
+            env.next_turn().await;
+        }
+        assert!(steps.get() >= 5, "{} steps", steps.get());
+        task.cancel();
+    });
+}

@@ -2,6 +2,7 @@
 //! began, the disk is what the client wrote. Seeds are printed; LIVEBLK_SEED sets one.
 
 mod bitmaps;
+mod buffered;
 mod drives;
 mod ends;
 mod fleecing;
