@@ -424,7 +424,8 @@ fn what_comes_from_outside_waits_for_one_copy_at_the_most() {
     simulate(9, |env, _| async move {
         let len = 8 << 20;
         let (source, target) = (Mem::new(&env, len), Mem::new(&env, len));
-        (source.slow_us.set(0), target.slow_us.set(0));
+        source.slow_us.set(0);
+        target.slow_us.set(0);
         (0..len / 4096).for_each(|b| source.put(b * 4096, &[1; 4096], true));
         let work = Work::new(env.clone(), len, 65536).unwrap();
         work.mark(Span::new(0, len));
