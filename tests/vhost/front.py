@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import struct
+import threading
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE = 1, 2, 3, 4, 5
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
@@ -27,6 +28,10 @@ OK, IOERR, UNSUPP = 0, 1, 2
 
 USER = 0x7000_0000_0000  # where the front end says that it has mapped the memory itself
 GUEST = 0x10_0000  # where the guest has it
+
+
+# taking a lock is a locked instruction: a store before it is seen before a load behind it, which the event index needs
+FENCE = threading.Lock()
 
 
 def eventfd():
@@ -262,15 +267,20 @@ class Queue:
     def answers(self):
         """Heads answered since the last look: [(head, written)]."""
         m, found = self.memory, []
-        while self.seen != m.get("H", self.used + 2):
+        while True:
+            if self.seen == m.get("H", self.used + 2):
+                event = self.avail + 4 + 2 * self.size
+                if not self.event_idx or m.get("H", event) == self.seen:
+                    return found
+                # and once more: what came before this was seen is not called for
+                m.put("H", event, self.seen)
+                with FENCE:
+                    continue
             at = self.used + 4 + 8 * (self.seen % self.size)
             head, written = m.get("I", at), m.get("I", at + 4)
             found.append((head, written))
             self.free += self.slots.pop(head, [])
             self.seen = (self.seen + 1) & 0xffff
-        if self.event_idx:
-            m.put("H", self.avail + 4 + 2 * self.size, self.seen)
-        return found
 
     def wait(self, count=1, seconds=30):
         """Waits for so many answers."""

@@ -2,6 +2,7 @@
 
 use crate::shell::{self, Outcome};
 use crate::{layers, setup, tidy};
+use std::process::Command;
 use std::time::Instant;
 
 /// A name and what to do.
@@ -18,6 +19,11 @@ const STEPS: &[Step] = &[
     }),
     ("daemon", || shell::cargo(&["build", "--quiet", "--workspace", "--bins"])),
     ("tests", tests),
+    ("guest", || {
+        let mut guest = Command::new("python3");
+        guest.arg(shell::root().join("tests/vhost/guest.py"));
+        shell::run(guest.arg("--daemon").arg(shell::target().join("debug/liveblkd")))
+    }),
     ("documentation", || shell::cargo(&["doc", "--workspace", "--no-deps", "--quiet"])),
 ];
 

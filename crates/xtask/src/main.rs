@@ -28,6 +28,7 @@ cargo xtask COMMAND
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
   interleave jobs on a chain in real processes, steered and failing at random: [--rounds N] [--seed S]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
+  guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
 ";
 
@@ -49,7 +50,8 @@ fn main() {
         "crash" => run_tool("crashlab", "crashlab", &rest),
         "histories" => run_tool("crashlab", "histories", &rest),
         "interleave" => interleave(&rest),
-        "bitmaps" => bitmaps(&rest),
+        "bitmaps" => script("compat/bitmaps.py", &rest),
+        "guest" => script("vhost/guest.py", &rest),
         "bench" => bench::run(&rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
@@ -63,11 +65,11 @@ fn main() {
     }
 }
 
-/// Builds the daemon in release and lets it and the reference change the bitmaps of an image by turns.
-fn bitmaps(args: &[String]) -> Outcome {
+/// Builds the daemon in release and runs a program under tests/ with it.
+fn script(name: &str, args: &[String]) -> Outcome {
     shell::cargo(&["build", "--quiet", "--release", "--package", "daemon"])?;
     let daemon = shell::target().join("release/liveblkd");
-    let script = shell::root().join("tests/compat/bitmaps.py");
+    let script = shell::root().join("tests").join(name);
     shell::run(std::process::Command::new("python3").arg(script).arg("--daemon").arg(daemon).args(args))
 }
 

@@ -23,7 +23,22 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("openssl", "openssl"),
     ("cc", "build-essential"),
     ("python3", "python3"),
+    // the guest that boots from a vhost-user-blk disk (tests/vhost/guest.py)
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("busybox", "busybox-static"),
+    ("cpio", "cpio"),
+    ("mke2fs", "e2fsprogs"),
 ];
+
+/// Packages of QEMU: all of one version.
+const QEMU: &[&str] = &["qemu-utils", "qemu-system-x86"];
+/// The guest's kernel and its modules.
+const KERNEL: &str = "linux-image-cloud-amd64";
+
+fn kernel_is_here() -> bool {
+    let boot = std::fs::read_dir("/boot").into_iter().flatten().flatten();
+    boot.into_iter().any(|f| f.file_name().to_string_lossy().starts_with("vmlinuz-"))
+}
 
 /// The interpreter that has `nbd` (libnbd) and `qemu.qmp`.
 pub(crate) fn python() -> PathBuf {
@@ -70,15 +85,19 @@ fn missing_packages() -> Vec<&'static str> {
     if !system_python("import nbd") {
         packages.push("python3-libnbd");
     }
+    if !kernel_is_here() {
+        packages.push(KERNEL);
+    }
     packages.sort_unstable();
     packages.dedup();
     packages
 }
 
 fn install(packages: &[&str]) -> Outcome {
-    let qemu_from_backports = packages.contains(&"qemu-utils") && codename().as_deref() == Some("bookworm");
-    let plain: Vec<&str> =
-        packages.iter().copied().filter(|p| !(qemu_from_backports && *p == "qemu-utils")).collect();
+    let bookworm = codename().as_deref() == Some("bookworm");
+    let (late, plain): (Vec<&str>, Vec<&str>) =
+        packages.iter().copied().partition(|p| bookworm && QEMU.contains(p));
+    let qemu_from_backports = !late.is_empty();
     if !is_root()? {
         let backports = if qemu_from_backports {
             format!("echo '{BACKPORTS}' | sudo tee {BACKPORTS_LIST}; ")
@@ -86,9 +105,10 @@ fn install(packages: &[&str]) -> Outcome {
             String::new()
         };
         let late = if qemu_from_backports {
-            "; sudo apt-get install -y -t bookworm-backports qemu-utils"
+            let late = late.join(" ");
+            format!("; sudo apt-get install -y --no-install-recommends -t bookworm-backports {late}")
         } else {
-            ""
+            String::new()
         };
         return fail(format!(
             "these packages are missing and only root can install them. Type:\n  {backports}sudo apt-get update; \
@@ -105,14 +125,9 @@ fn install(packages: &[&str]) -> Outcome {
         shell::run(apt(&["install", "-y", "--no-install-recommends"]).args(&plain))?;
     }
     if qemu_from_backports {
-        shell::run(&mut apt(&[
-            "install",
-            "-y",
-            "--no-install-recommends",
-            "-t",
-            "bookworm-backports",
-            "qemu-utils",
-        ]))?;
+        shell::run(
+            apt(&["install", "-y", "--no-install-recommends", "-t", "bookworm-backports"]).args(&late),
+        )?;
     }
     Ok(())
 }
