@@ -51,6 +51,12 @@ fn filters_do_what_the_reference_does() {
     compare("twins.py", &scenes.map(|s| format!("../twins/{s}.txt")));
 }
 
+/// Bitmaps beside jobs and exports; exports that end softly, hard and with clients; the NBD server.
+#[test]
+fn bitmaps_and_exports_as_the_reference() {
+    compare("twins.py", &["bitmaps", "exports"].map(|s| format!("../twins/{s}.txt")));
+}
+
 /// Every verb in every state of every kind of job; every member of a transaction beside one that fails; groups of jobs.
 #[test]
 fn jobs_and_transactions_as_the_reference() {
