@@ -6,7 +6,7 @@
 A scene has one step a line: `COMMAND {arguments}` is sent by QMP, `! WORDS` is run by a shell in the scene's directory (clients of
 the daemon's NBD server, mostly), `@ ID WORD` waits for the next event WORD, or the next status WORD, of the job (export, node) ID, `? REASON` says that and why the next step may differ, `?? WORDS | REASON` that differences with these words
 may be, `# TEXT` is for the reader. DIR is the
-directory. Compared are replies, exit status and output of clients (without figures of speed), and the events of each job, export and
+directory, SRC that of this file. Compared are replies, exit status and output of clients (without figures of speed), and the events of each job, export and
 node in their order (without pauses that nobody asked for: the reference drains by pausing).
 Exit status 0: nothing differs.
 """
@@ -57,7 +57,7 @@ class Side:
         return self.connection.replies[seen] if len(self.connection.replies) > seen else "no reply"
 
     def step(self, line):
-        line = line.replace("DIR", self.dir)
+        line = line.replace("DIR", self.dir).replace("SRC", os.path.dirname(os.path.abspath(__file__)))
         if line.startswith("!"):
             # what it runs must not outlive a hanging daemon
             ran = subprocess.run(line[1:], shell=True, cwd=self.dir, capture_output=True, text=True, timeout=60, env=ENV)

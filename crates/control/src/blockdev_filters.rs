@@ -7,6 +7,7 @@ use drivers::filters::preallocate::PreallocateOptions;
 use drivers::filters::quorum::{QuorumEvent, QuorumOptions, ReadPattern};
 use drivers::testing::blkdebug::{BlkdebugOptions, offset};
 use drivers::testing::blkdebug_rules::{Action, Inject, IoType, Rule};
+use drivers::testing::blklogwrites::LogOptions;
 use graph::{DebugEvent, Perms};
 use open::{DriverSpec, FilterSpec};
 use qapi::{Map, Value, json};
@@ -53,6 +54,17 @@ pub(crate) fn filter(f: &Fields<'_>, depth: usize) -> Result<DriverSpec, QmpErro
     let file = || child(f, "file", depth);
     let spec = match f.text("driver").unwrap_or_default() {
         "blkdebug" => blkdebug(f, depth)?,
+        "blklogwrites" => FilterSpec::BlkLogWrites {
+            file: file()?,
+            log: child(f, "log", depth)?,
+            options: LogOptions {
+                sector_size: f.size("log-sector-size")?,
+                append: f.flag("log-append").unwrap_or(false),
+                interval: f.size("log-super-update-interval")?,
+                given: given(f.0, &["file", "log"]),
+            },
+        },
+        "blkverify" => FilterSpec::Blkverify { raw: child(f, "raw", depth)?, test: child(f, "test", depth)? },
         "compress" => FilterSpec::Compress { file: file()? },
         "copy-on-read" => {
             FilterSpec::CopyOnRead { file: file()?, bottom: f.text("bottom").map(str::to_owned) }

@@ -8,6 +8,8 @@ use drivers::filters::preallocate::{Preallocate, PreallocateOptions};
 use drivers::filters::quorum::{Quorum, QuorumEvent, QuorumOptions};
 use drivers::filters::throttle::{Throttle, ThrottleGroup};
 use drivers::testing::blkdebug::{Blkdebug, BlkdebugOptions};
+use drivers::testing::blklogwrites::{BlkLogWrites, LogOptions};
+use drivers::testing::blkverify::Blkverify;
 use graph::{Demand, Edge, Node, NodeCell, Role, walk};
 use std::rc::Rc;
 
@@ -23,6 +25,22 @@ pub enum FilterSpec {
         image: Child,
         /// What it does.
         options: BlkdebugOptions,
+    },
+    /// What is done is logged.
+    BlkLogWrites {
+        /// Which node it is in front of.
+        file: Child,
+        /// Where the log is.
+        log: Child,
+        /// How it is written.
+        options: LogOptions,
+    },
+    /// Two disks are compared.
+    Blkverify {
+        /// The one that is trusted.
+        raw: Child,
+        /// The one under test.
+        test: Child,
     },
     /// What is written is compressed.
     Compress {
@@ -72,6 +90,19 @@ impl Opener {
             FilterSpec::Blkdebug { image, options } => {
                 let image = self.filtered(image, "image", now, name, trail).await?;
                 Ok(Blkdebug::open(env, image, options.clone()).await?)
+            }
+            FilterSpec::BlkLogWrites { file, log, options } => {
+                options.check()?;
+                let file = self.filtered(file, "file", now, name, trail).await?;
+                let log = self.child(log, now, trail).await?;
+                let log = self.hold(&log, "log", Role::Other, name, Demand::NOTHING).await?;
+                Ok(BlkLogWrites::open(file, log, options.clone()).await?)
+            }
+            FilterSpec::Blkverify { raw, test } => {
+                let raw = self.filtered(raw, "raw", now, name, trail).await?;
+                let test = self.child(test, now, trail).await?;
+                let test = self.hold(&test, "test", Role::Other, name, Demand::NOTHING).await?;
+                Ok(Blkverify::new(raw, test))
             }
             FilterSpec::Compress { file } => {
                 Ok(Compress::open(self.filtered(file, "file", now, name, trail).await?)?)

@@ -4,8 +4,9 @@
 //! whole list takes effect at one instant, or nothing of it does. A description is complete: what it leaves out is as it would be
 //! had the node just been opened so.
 
-use crate::{Backing, Child, DriverSpec, FileSpec, Inherited, NodeSpec, Opener, Qcow2Spec};
+use crate::{Backing, Child, DriverSpec, FileSpec, FilterSpec, Inherited, NodeSpec, Opener, Qcow2Spec};
 use block::{BlockError, ErrorKind, Result};
+use drivers::filters::throttle::Throttle;
 use graph::{Demand, Edge, NodeCell, NodeOptions, Parent, Plan, Role, Step};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -102,6 +103,13 @@ impl Opener {
     ) -> Result<()> {
         match &spec.driver {
             DriverSpec::Raw { file, .. } => self.main_child(cell, file, now, change).await,
+            DriverSpec::Filter(filter) => match filter.as_ref() {
+                FilterSpec::Throttle { file, group } => {
+                    self.other_group(cell, group, &mut change.plan)?;
+                    self.main_child(cell, file, now, change).await
+                }
+                _ => Ok(()),
+            },
             DriverSpec::Qcow2(q) => {
                 self.main_child(cell, &q.file, now, change).await?;
                 self.data_file_stays(cell, q)?;
@@ -111,7 +119,20 @@ impl Opener {
         }
     }
 
-    /// `file` of a format.
+    /// Lets a throttled disk join another group, when the rest of the list takes effect.
+    fn other_group(&self, cell: &Rc<NodeCell>, name: &str, plan: &mut Plan) -> Result<()> {
+        let group = self.throttle_group(name)?;
+        let (cell, name) = (cell.clone(), name.to_owned());
+        let join = move || {
+            if let Some(throttle) = cell.node().as_any().downcast_ref::<Throttle>() {
+                throttle.join(&name, group.clone());
+            }
+        };
+        plan.steps.push(Step::At { what: Rc::new(join) });
+        Ok(())
+    }
+
+    /// `file` of a format or filter.
     async fn main_child(
         &self,
         cell: &Rc<NodeCell>,
@@ -307,6 +328,14 @@ fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
             same("size", c, d)
         }
         (DriverSpec::Qcow2(a), DriverSpec::Qcow2(b)) => fixed_qcow2(&a.options, &b.options),
+        (DriverSpec::Filter(a), DriverSpec::Filter(b))
+            if matches!(
+                (a.as_ref(), b.as_ref()),
+                (FilterSpec::Throttle { .. }, FilterSpec::Throttle { .. })
+            ) =>
+        {
+            Ok(())
+        }
         (a, b) if format!("{a:?}") == format!("{b:?}") => Ok(()),
         _ => Err(BlockError::unsupported("The options of this driver cannot be changed")),
     }

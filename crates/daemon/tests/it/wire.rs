@@ -46,8 +46,18 @@ fn the_same_answers_as_the_reference() {
 /// (the scenes in tests/compat/twins say what may differ).
 #[test]
 fn filters_do_what_the_reference_does() {
-    let scenes =
-        ["blkdebug", "copy-on-read", "qcow2-events", "quorum", "quorum-children", "reopen", "throttle"];
+    let scenes = [
+        "blkdebug",
+        "blklogwrites",
+        "blkverify",
+        "copy-on-read",
+        "qcow2-events",
+        "quorum",
+        "quorum-children",
+        "reopen",
+        "throttle",
+        "throttle-reopen",
+    ];
     compare("twins.py", &scenes.map(|s| format!("../twins/{s}.txt")));
 }
 
@@ -61,6 +71,24 @@ fn bitmaps_and_exports_as_the_reference() {
 #[test]
 fn jobs_and_transactions_as_the_reference() {
     compare("twins.py", &["job-verbs", "transactions"].map(|s| format!("../twins/{s}.txt")));
+}
+
+/// Every row of the catalogue of QSD's errors is provoked, or has a reason why not (tests/compat/catalogue.py).
+#[test]
+fn every_error_of_the_catalogue() {
+    compare("catalogue.py", &[]);
+}
+
+/// What kills QSD gets a clean answer (tests/compat/crashers.py).
+#[test]
+fn what_crashes_the_reference() {
+    compare("crashers.py", &[]);
+}
+
+/// The introspection answer has all that QSD's has, but for what is listed as missing (tests/compat/schema.py).
+#[test]
+fn the_schema_has_what_the_references_has() {
+    compare("schema.py", &[]);
 }
 
 #[test]

@@ -7,11 +7,15 @@ use std::rc::Rc;
 /// only edge, demands passed down as they come, and block status left to the child.
 macro_rules! filter_basics {
     ($child:ident) => {
+        filter_basics!($child, [$child], $child);
+    };
+    // Of several children: whose length it has, all, and which one it shows.
+    ($len:ident, [$($edge:ident),*], $child:ident) => {
         fn len(&self) -> u64 {
-            self.$child.len()
+            self.$len.len()
         }
         fn edges(&self) -> Vec<std::rc::Rc<graph::Edge>> {
-            vec![self.$child.clone()]
+            vec![$(self.$edge.clone()),*]
         }
         fn set_writable(&self, _: bool) -> block::Io<'_> {
             Box::pin(async { Ok(()) })

@@ -15,3 +15,4 @@ pub mod throttle_limits;
 pub use basics::Given;
 pub(crate) use basics::description;
 pub(crate) use basics::filter_basics;
+pub(crate) use quorum::all;

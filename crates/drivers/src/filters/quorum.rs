@@ -117,7 +117,7 @@ fn unequal() -> BlockError {
 }
 
 /// Results of all, in their order; they run side by side.
-async fn all<'a, T>(mut running: Vec<Io<'a, T>>) -> Vec<Result<T>> {
+pub(crate) async fn all<'a, T>(mut running: Vec<Io<'a, T>>) -> Vec<Result<T>> {
     let mut done: Vec<Option<Result<T>>> = running.iter().map(|_| None).collect();
     poll_fn(|cx| {
         let mut waiting = false;

@@ -3,3 +3,5 @@
 pub mod blkdebug;
 mod blkdebug_config;
 pub mod blkdebug_rules;
+pub mod blklogwrites;
+pub mod blkverify;
