@@ -101,6 +101,7 @@ struct Clients {
 
 /// A running server.
 pub(crate) struct NbdServer {
+    env: Env,
     listener: Rc<dyn Listener>,
     accepting: TaskHandle,
     clients: Rc<Clients>,
@@ -117,7 +118,7 @@ impl NbdServer {
         let terms = Rc::new(Terms { limit, tls: o.tls.clone() });
         let task = accept(env.clone(), listener.clone(), clients.clone(), exports.clone(), terms);
         let accepting = env.spawn("nbd accept", task);
-        Ok(NbdServer { listener, accepting, clients, multi_conn: o.max_connections != 1 })
+        Ok(NbdServer { env: env.clone(), listener, accepting, clients, multi_conn: o.max_connections != 1 })
     }
 
     pub(crate) fn multi_conn(&self) -> bool {
@@ -135,6 +136,10 @@ impl NbdServer {
     /// Stops listening and cuts all clients off; done when their tasks have ended.
     pub(crate) async fn stop(self) {
         self.accepting.cancel();
+        if let Address::Unix(path) = self.listener.address() {
+            // gone already: somebody else has tidied up
+            let _ = self.env.remove(&path).await;
+        }
         drop(self.listener);
         let streams: Vec<_> = self.clients.streams.borrow().values().cloned().collect();
         streams.iter().for_each(|s| s.shutdown());
