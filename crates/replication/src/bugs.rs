@@ -34,8 +34,6 @@ pub enum Bug {
     MergeNotFlushed,
     /// What is buffered is thrown away on restart (as QEMU does).
     EmptiedOnRestart,
-    /// Each volume decides for itself, without a record for the group.
-    NoGroupRecord,
     /// A reader does not look again after it has read the disk.
     NoRecheck,
 }
@@ -52,7 +50,7 @@ impl Bug {
         Bug::SyncingCounts,
     ];
     /// Those of the store.
-    pub const STORE: [Bug; 10] = [
+    pub const STORE: [Bug; 9] = [
         Bug::PreimageNotDurable,
         Bug::OwnNotFlushed,
         Bug::DataNotFlushedBeforeCommit,
@@ -61,7 +59,6 @@ impl Bug {
         Bug::IntentNotDurable,
         Bug::MergeNotFlushed,
         Bug::EmptiedOnRestart,
-        Bug::NoGroupRecord,
         Bug::NoRecheck,
     ];
 }

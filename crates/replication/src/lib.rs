@@ -17,6 +17,7 @@ pub mod dirty;
 pub mod history;
 pub mod primary;
 pub mod secondary;
+pub mod store;
 pub mod types;
 pub mod wire;
 

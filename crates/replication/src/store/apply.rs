@@ -1,0 +1,217 @@
+//! Behind the reader's back: committed changes to the disk, space given back, and the merge after a promotion.
+
+use super::map::{Place, RangeMap};
+use super::record::{Kind, Record};
+use super::recover::role_number;
+use super::{Engine, Layer, Role, Store, pieces};
+use crate::bugs::{Bug, planted};
+use crate::types::Generation;
+use block::{BlockError, ErrorKind, Result, Span};
+use std::rc::Rc;
+
+/// Bytes brought to the disk in one piece.
+const PIECE: u64 = 1 << 20;
+/// A merge holds new writes for its last pass once no more than this is left to bring over.
+const LAST_PASS: u64 = 1 << 20;
+/// Ranges freed at a time.
+const FREE_AT_ONCE: usize = 256;
+
+impl Store {
+    /// Does what there is to do, until nothing is left: frees, applies, moves the tail.
+    ///
+    /// # Errors
+    /// Of the log or a disk. The views are right nevertheless, and it may be called again.
+    pub async fn tidy(&self) -> Result<()> {
+        let _one = self.applying.acquire(1).await;
+        while self.state.borrow_mut().free_some(FREE_AT_ONCE) {
+            self.env.yield_now().await;
+        }
+        if self.role() != Role::Secondary {
+            return Ok(());
+        }
+        match self.engine {
+            Engine::Redo => self.apply_committed().await,
+            Engine::Undo => {
+                let needless = self.state.borrow_mut().needless.take();
+                if let Some((end, history)) = needless {
+                    self.log.write_anchor(|a| (a.tail, a.history) = (end, history)).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Redo: the layers that are committed now, each byte once.
+    async fn apply_committed(&self) -> Result<()> {
+        let (count, end, merged) = {
+            let s = self.state.borrow();
+            let committed: Vec<&Layer> = s.layers.iter().take_while(|l| l.committed).collect();
+            let merged = self.merged(committed.iter().rev().copied());
+            (committed.len(), committed.last().map_or(0, |l| l.end), merged)
+        };
+        if count == 0 {
+            return Ok(());
+        }
+        self.bring(&merged).await?;
+        if !planted(Bug::DataNotFlushedBeforeTrim) {
+            self.flush_volumes().await?;
+        }
+        // What stands in the log after `end` is not older than this checkpoint: see docs/durability.md.
+        let history = self.state.borrow().layers.get(count - 1).and_then(|l| l.sealed.clone()).map(|s| s.2);
+        self.log
+            .write_anchor(|a| {
+                a.tail = end;
+                if let Some(h) = history {
+                    a.history = h;
+                }
+            })
+            .await?;
+        let mut s = self.state.borrow_mut();
+        for _ in 0..count {
+            if let Some(l) = s.layers.pop_front() {
+                s.garbage.extend(l.maps);
+            }
+        }
+        s.switches += 1;
+        Ok(())
+    }
+
+    /// One map for each volume: the first of `layers` that has a byte decides.
+    fn merged<'a>(&self, layers: impl Iterator<Item = &'a Layer> + Clone) -> Vec<RangeMap> {
+        let one = |volume: usize| {
+            let mut out = RangeMap::default();
+            let mut oldest_last: Vec<&RangeMap> = layers.clone().filter_map(|l| l.maps.get(volume)).collect();
+            while let Some(map) = oldest_last.pop() {
+                map.iter().for_each(|(span, place)| out.insert(span, place));
+            }
+            out
+        };
+        (0..self.volumes.len()).map(one).collect()
+    }
+
+    async fn bring(&self, maps: &[RangeMap]) -> Result<()> {
+        for (map, v) in maps.iter().zip(&self.volumes) {
+            for (span, place) in map.iter() {
+                match place {
+                    Place::Log(from) => {
+                        for p in pieces(span, PIECE) {
+                            let data = self.log.read(Span::new(from + (p.start - span.start), p.len)).await?;
+                            v.write(p.start, data).await?;
+                        }
+                    }
+                    _ => v.zero(span).await?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn flush_volumes(&self) -> Result<()> {
+        for v in &self.volumes {
+            v.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// This side takes over at its checkpoint (X3): durable when done. From then on nothing of an older generation is kept, and
+    /// the owner's writes stay. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// A generation that is not newer than all seen; of the log.
+    pub async fn promote(&self, generation: Generation, keep_own: bool) -> Result<()> {
+        let _intake = self.intake.acquire(1).await;
+        let _one = self.applying.acquire(1).await;
+        let turn = self.log.turn().await;
+        if self.role() != Role::Secondary {
+            return Ok(());
+        }
+        if generation <= self.highest() {
+            return Err(BlockError::new(
+                ErrorKind::Invalid,
+                format!("generation {generation} is not newer than {}", self.highest()),
+            ));
+        }
+        if self.history().now().is_none() {
+            return Err(BlockError::new(
+                ErrorKind::Invalid,
+                "the disks have never been synchronized with a primary",
+            ));
+        }
+        let intent = Record::control(Kind::Intent, generation.0, vec![u8::from(keep_own)]);
+        self.log.append(&turn, &[intent], 0).await?;
+        if !planted(Bug::IntentNotDurable) {
+            self.log.barrier().await?;
+        }
+        self.state.borrow_mut().promote(generation, keep_own, self.engine, self.volumes.len());
+        Ok(())
+    }
+
+    /// After a promotion: everything to the disk. The owner is served meanwhile; its writes join in. May be repeated after an
+    /// error, and by another process after a crash.
+    ///
+    /// # Errors
+    /// Of the log or a disk; the views stay right.
+    pub async fn merge(self: &Rc<Store>) -> Result<()> {
+        let _one = self.applying.acquire(1).await;
+        if self.role() != Role::Promoted {
+            return Ok(());
+        }
+        // Committed layers (redo) or the way back to the checkpoint (undo): they do not change any more.
+        let base = {
+            let s = self.state.borrow();
+            match self.engine {
+                Engine::Redo => self.merged(s.layers.iter().filter(|l| l.committed).rev()),
+                Engine::Undo => self.merged(s.layers.iter()),
+            }
+        };
+        self.bring(&base).await?;
+        loop {
+            let last = self.usage().own <= LAST_PASS;
+            let turn = self.log.turn().await;
+            let end = self.log.head();
+            let merged = {
+                let mut s = self.state.borrow_mut();
+                let volumes = self.volumes.len();
+                let own = std::mem::replace(&mut s.own, Layer::new(volumes));
+                // a pass that failed before left its part behind: what is newer wins
+                let old = s.merging.take().unwrap_or_else(|| Layer::new(volumes));
+                let maps = self.merged([&own, &old].into_iter());
+                s.merging = Some(Layer { maps, bytes: own.bytes + old.bytes, ..Layer::default() });
+                self.merged(s.merging.iter())
+            };
+            // On the last pass new writes wait; else they go to the log and to the next pass.
+            let held = if last { Some(turn) } else { None };
+            self.bring(&merged).await?;
+            if !planted(Bug::MergeNotFlushed) {
+                self.flush_volumes().await?;
+            }
+            let (history, highest) = (self.history(), self.highest());
+            let role = if last { Role::Done } else { Role::Promoted };
+            self.log
+                .cut_at(end, |a| (a.role, a.history, a.highest) = (role_number(role), history, highest))
+                .await?;
+            {
+                let mut s = self.state.borrow_mut();
+                let gone: Vec<Layer> =
+                    s.merging.take().into_iter().chain(std::mem::take(&mut s.layers)).collect();
+                gone.into_iter().for_each(|l| s.garbage.extend(l.maps));
+                let volumes = self.volumes.len();
+                s.layers.push_back(Layer::new(volumes));
+                s.role = role;
+                s.switches += 1;
+            }
+            if last {
+                self.direct.set(true);
+            }
+            drop(held);
+            if last {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits until there may be something for [`Store::tidy`].
+    pub async fn until_work(&self) {
+        self.work.wait().await;
+    }
+}

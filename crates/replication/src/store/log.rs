@@ -1,0 +1,351 @@
+//! The log: records one after the other in a ring inside one file, and two slots that say where it begins.
+//!
+//! What can happen: a crash at any point, writes that reach the medium in any order and in part, a full file. What must stay true:
+//! * Records are written one append after the other, so that what a barrier covers is a prefix of the log; recovery takes the
+//!   longest prefix of whole records.
+//! * A record of an earlier opening that lies behind the end is never taken for a new one: each opening has an incarnation number,
+//!   durable before its first record, and along the log incarnations never decrease.
+//! * Space before the tail is used again only when the slot that names the new tail is durable and no reader is at it.
+
+use super::record::{self, HEADER, Header, Kind, Record};
+use crate::history::History;
+use crate::types::Generation;
+use block::{BlockError, Data, ErrorKind, Result, Span};
+use env::sync::{Notify, Permit, Semaphore};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+/// Bytes of a slot: a full history (64 KiB) and more.
+const SLOT: u64 = 128 * 1024;
+/// Where the ring begins.
+pub(crate) const RING_START: u64 = 2 * SLOT;
+const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore1");
+/// Bytes read at once when the log is read through.
+const READ_AHEAD: u64 = 4 << 20;
+
+/// What a slot says: the state at the tail.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Anchor {
+    pub(crate) sequence: u64,
+    pub(crate) incarnation: u64,
+    pub(crate) ring: u64,
+    pub(crate) tail: u64,
+    /// Records of earlier incarnations at the tail are leftovers. Without it a record that was lost behind a hole, and is reached
+    /// again once the log has grown to its place, would count (seed 16 of tests/store.rs).
+    pub(crate) floor: u64,
+    /// [`super::Role`] and engine as numbers.
+    pub(crate) role: u64,
+    pub(crate) engine: u64,
+    pub(crate) group: [u8; 16],
+    pub(crate) highest: Generation,
+    pub(crate) history: History,
+}
+
+impl Anchor {
+    fn encode(&self) -> Data {
+        let mut b = Vec::new();
+        for n in [
+            SLOT_MAGIC,
+            self.sequence,
+            self.incarnation,
+            self.ring,
+            self.tail,
+            self.floor,
+            self.role,
+            self.engine,
+            self.highest.0,
+        ] {
+            b.extend_from_slice(&n.to_le_bytes());
+        }
+        b.extend_from_slice(&self.group);
+        let history = record::history_bytes(&self.history, &crate::digest::Digest::default());
+        b.extend_from_slice(&(history.len() as u64).to_le_bytes());
+        b.extend_from_slice(&history);
+        b.extend_from_slice(&u64::from(crc32c::crc32c(&b)).to_le_bytes());
+        Data::from(b)
+    }
+
+    fn parse(b: &[u8]) -> Option<Anchor> {
+        let n64 = |at: usize| b.get(at..at + 8).and_then(|x| x.try_into().ok()).map(u64::from_le_bytes);
+        let history_len = usize::try_from(n64(88)?).ok()?;
+        let end = 96usize.checked_add(history_len)?;
+        if n64(0)? != SLOT_MAGIC || u64::from(crc32c::crc32c(b.get(..end)?)) != n64(end)? {
+            return None;
+        }
+        Some(Anchor {
+            sequence: n64(8)?,
+            incarnation: n64(16)?,
+            ring: n64(24)?,
+            tail: n64(32)?,
+            floor: n64(40)?,
+            role: n64(48)?,
+            engine: n64(56)?,
+            highest: Generation(n64(64)?),
+            group: b.get(72..88)?.try_into().ok()?,
+            history: record::parse_history(b.get(96..end)?)?.0,
+        })
+    }
+}
+
+/// See above.
+pub(crate) struct Log {
+    file: Rc<dyn env::File>,
+    anchor: RefCell<Anchor>,
+    head: Cell<u64>,
+    /// Readers, by the tail there was when they began.
+    pins: RefCell<BTreeMap<u64, usize>>,
+    /// One append at a time.
+    turn: Semaphore,
+    /// One slot at a time.
+    slot: Semaphore,
+    broken: RefCell<Option<BlockError>>,
+    /// An append has begun and not ended.
+    unsettled: Cell<bool>,
+    /// Space was freed.
+    pub(crate) freed: Notify,
+}
+
+impl Log {
+    /// Makes a new log of `anchor.ring` bytes in `file`.
+    pub(crate) async fn create(file: &Rc<dyn env::File>, anchor: &Anchor) -> Result<()> {
+        file.set_len(RING_START + anchor.ring).await?;
+        for slot in 0..2 {
+            let a = Anchor { sequence: slot, ..anchor.clone() };
+            file.write(slot * SLOT, a.encode()).await?;
+        }
+        file.barrier().await
+    }
+
+    /// Opens a log: gives every whole record to `each`, in order, and begins a new incarnation.
+    pub(crate) async fn open(
+        file: Rc<dyn env::File>,
+        mut each: impl FnMut(&Header, u64, u64, &Data),
+        skip: bool,
+    ) -> Result<Log> {
+        let mut best: Option<Anchor> = None;
+        for slot in 0..2 {
+            let bytes = file.read(Span::new(slot * SLOT, SLOT)).await?.contiguous();
+            if let Some(a) = Anchor::parse(&bytes)
+                && best.as_ref().is_none_or(|b| b.sequence < a.sequence)
+            {
+                best = Some(a);
+            }
+        }
+        let mut anchor = best
+            .ok_or_else(|| BlockError::corrupt("this file is not a replication store (no whole header)"))?;
+        if anchor.ring < HEADER
+            || anchor.ring % record::ALIGN != 0
+            || file.len_hint() < RING_START.saturating_add(anchor.ring)
+        {
+            return Err(BlockError::corrupt("the replication store is shorter than its header says"));
+        }
+        let mut end = anchor.tail;
+        if !skip {
+            let mut reader = Reader { file: &file, window: (0, Data::empty()) };
+            let mut incarnation = anchor.floor;
+            while end - anchor.tail < anchor.ring
+                && let Some((header, payload)) = reader.record(end, anchor.ring).await?
+            {
+                if header.incarnation < incarnation || header.incarnation > anchor.incarnation {
+                    break;
+                }
+                incarnation = header.incarnation;
+                let size = match header.kind {
+                    Kind::Pad => anchor.ring - end % anchor.ring,
+                    _ => record::size_of(header.payload_len),
+                };
+                each(&header, end, RING_START + end % anchor.ring + HEADER, &payload);
+                end += size;
+            }
+        }
+        anchor.incarnation += 1;
+        let log = Log {
+            file,
+            anchor: RefCell::new(anchor),
+            head: Cell::new(end),
+            pins: RefCell::default(),
+            turn: Semaphore::new(1),
+            slot: Semaphore::new(1),
+            broken: RefCell::new(None),
+            unsettled: Cell::new(false),
+            freed: Notify::new(),
+        };
+        Ok(log)
+    }
+
+    pub(crate) fn anchor(&self) -> Anchor {
+        self.anchor.borrow().clone()
+    }
+
+    /// Writes a slot: durable when done. The tail counts as moved only then.
+    pub(crate) async fn write_anchor(&self, change: impl FnOnce(&mut Anchor)) -> Result<()> {
+        let _turn = self.slot.acquire(1).await;
+        self.check()?;
+        let mut next = self.anchor();
+        change(&mut next);
+        next.sequence += 1;
+        let at = next.sequence % 2 * SLOT;
+        self.or_break(self.file.write(at, next.encode()).await)?;
+        self.or_break(self.file.barrier().await)?;
+        *self.anchor.borrow_mut() = next;
+        self.freed.notify_all();
+        Ok(())
+    }
+
+    /// As [`Log::write_anchor`], with the tail at `end`, which was the head in this incarnation.
+    pub(crate) async fn cut_at(&self, end: u64, change: impl FnOnce(&mut Anchor)) -> Result<()> {
+        self.write_anchor(|a| {
+            (a.tail, a.floor) = (end, a.incarnation);
+            change(a);
+        })
+        .await
+    }
+
+    /// A failed barrier or slot leaves nobody knowing what is on the medium: nothing is promised any more.
+    fn or_break<T>(&self, r: Result<T>) -> Result<T> {
+        if let Err(e) = &r {
+            self.broken.borrow_mut().get_or_insert(e.clone().context("the replication store failed before"));
+        }
+        r
+    }
+
+    fn check(&self) -> Result<()> {
+        self.broken.borrow().clone().map_or(Ok(()), Err)
+    }
+
+    pub(crate) fn head(&self) -> u64 {
+        self.head.get()
+    }
+
+    pub(crate) fn ring(&self) -> u64 {
+        self.anchor.borrow().ring
+    }
+
+    /// Bytes in use, counting what readers still hold.
+    pub(crate) fn used(&self) -> u64 {
+        let tail = self.anchor.borrow().tail;
+        let pinned = self.pins.borrow().keys().next().copied().unwrap_or(tail);
+        self.head.get() - tail.min(pinned)
+    }
+
+    /// Nothing at or after the present tail is overwritten until the pin is dropped.
+    pub(crate) fn pin(&self) -> Pin<'_> {
+        let tail = self.anchor.borrow().tail;
+        *self.pins.borrow_mut().entry(tail).or_default() += 1;
+        Pin { log: self, tail }
+    }
+
+    /// The right to append.
+    pub(crate) async fn turn(&self) -> Permit<'_> {
+        self.turn.acquire(1).await
+    }
+
+    /// Appends records (the caller has the [`Log::turn`]); gives where the payload of each lies in the file. `NoSpace`
+    /// if they do not fit with `reserve` bytes left over; nothing is written then.
+    pub(crate) async fn append(
+        &self,
+        _turn: &Permit<'_>,
+        records: &[Record],
+        reserve: u64,
+    ) -> Result<Vec<u64>> {
+        self.check()?;
+        let (ring, incarnation) = (self.ring(), self.anchor.borrow().incarnation);
+        let mut lsn = self.head.get();
+        let mut places = Vec::with_capacity(records.len());
+        let mut writes: Vec<(u64, Data)> = vec![(lsn % ring, Data::empty())];
+        for r in records {
+            let left = ring - lsn % ring;
+            if r.size() > left {
+                if let Some((_, data)) = writes.last_mut() {
+                    Record::control(Kind::Pad, 0, Vec::new()).encode(lsn, incarnation, data);
+                }
+                lsn += left;
+                writes.push((0, Data::empty()));
+            }
+            places.push(RING_START + lsn % ring + HEADER);
+            if let Some((_, data)) = writes.last_mut() {
+                r.encode(lsn, incarnation, data);
+            }
+            lsn += r.size();
+        }
+        if self.used() + (lsn - self.head.get()) + reserve > ring {
+            return Err(BlockError::new(ErrorKind::NoSpace, "the replication store is full"));
+        }
+        if self.unsettled.replace(true) {
+            // An append was called off: it may still land, and must not land on this one.
+            self.file.settle().await?;
+        }
+        let mut result = Ok(());
+        for (at, data) in writes.into_iter().filter(|w| !w.1.is_empty()) {
+            result = self.file.write(RING_START + at, data).await;
+            if result.is_err() {
+                break;
+            }
+        }
+        self.unsettled.set(false);
+        result?;
+        self.head.set(lsn);
+        Ok(places)
+    }
+
+    /// Everything appended before is durable.
+    pub(crate) async fn barrier(&self) -> Result<()> {
+        self.check()?;
+        self.or_break(self.file.barrier().await)
+    }
+
+    /// Bytes of a payload.
+    pub(crate) async fn read(&self, at: Span) -> Result<Data> {
+        self.file.read(at).await
+    }
+}
+
+/// See [`Log::pin`].
+pub(crate) struct Pin<'a> {
+    log: &'a Log,
+    tail: u64,
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        let mut pins = self.log.pins.borrow_mut();
+        if let Some(n) = pins.get_mut(&self.tail) {
+            *n -= 1;
+            if *n == 0 {
+                pins.remove(&self.tail);
+                self.log.freed.notify_all();
+            }
+        }
+    }
+}
+
+struct Reader<'a> {
+    file: &'a Rc<dyn env::File>,
+    window: (u64, Data),
+}
+
+impl Reader<'_> {
+    async fn bytes(&mut self, at: Span) -> Result<Data> {
+        let have = Span::new(self.window.0, self.window.1.len() as u64);
+        if !have.contains(&at) {
+            let len = self.file.len_hint().saturating_sub(at.start).min(READ_AHEAD).max(at.len);
+            self.window = (at.start, self.file.read(Span::new(at.start, len)).await?);
+        }
+        let from = usize::try_from(at.start - self.window.0).unwrap_or(usize::MAX);
+        Ok(self.window.1.slice(from, usize::try_from(at.len).unwrap_or(usize::MAX)))
+    }
+
+    /// The record at `lsn`, if a whole one is there.
+    async fn record(&mut self, lsn: u64, ring: u64) -> Result<Option<(Header, Data)>> {
+        let left = ring - lsn % ring;
+        let at = RING_START + lsn % ring;
+        let header = self.bytes(Span::new(at, HEADER)).await?.contiguous();
+        let Some(h) = record::parse(&header, lsn) else { return Ok(None) };
+        if record::size_of(h.payload_len) > left {
+            return Ok(None);
+        }
+        let payload = self.bytes(Span::new(at + HEADER, h.payload_len)).await?;
+        Ok((crate::wire::crc_of(&payload) == h.payload_crc).then_some((h, payload)))
+    }
+}

@@ -1,0 +1,549 @@
+//! The secondary's store: a log file beside the disks, so that the disks' image is always a committed checkpoint.
+//!
+//! Two engines with the same views ([`Engine`]). *Redo*: the primary's changes go to the log and the disk stays at the checkpoint; after the
+//! decision they are written to the disk behind the reader's back. *Undo*: they go to the disk at once, what they overwrite goes
+//! to the log first. Own writes go to the log in both.
+//!
+//! What a byte reads as: own write, else (redo) the newest committed layer that has it, (undo) the oldest undecided layer that has
+//! it, else the disk. What must stay true:
+//! * I1: committed content = the checkpoint in [`Store::history`], at every instant and after any crash. The orders that make it
+//!   so stand in docs/durability.md, and each is removed once in tests/store.rs.
+//! * The index says where bytes are before the place they were at is overwritten; a reader that read the disk looks again
+//!   afterwards and begins anew if the index changed. So no reader waits for a writer and no writer for a reader (S1, S3).
+//! * The switch at a commit is O(1): layers change their state, what they held is freed later, piece by piece.
+
+mod apply;
+mod log;
+mod map;
+mod record;
+mod recover;
+mod volume;
+
+pub use volume::{EdgeVolume, FileVolume, Volume};
+
+use crate::bugs::{Bug, planted};
+use crate::digest::Digest;
+use crate::history::History;
+use crate::types::{Epoch, Generation, GroupId};
+use block::{BlockError, Data, ErrorKind, Result, Span};
+use env::Env;
+use env::sync::Notify;
+use log::Log;
+use map::{Place, RangeMap, resolve};
+use record::{Kind, Record};
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Granule of preserved content in bytes (B7).
+pub const GRANULE: u64 = 4096;
+/// Smallest store: four times what is kept back for control records.
+pub const MIN_SIZE: u64 = 8 << 20;
+/// Kept back for control records, so that an epoch can always be decided: thousands of them, and one longest record for the end
+/// of the ring.
+const RESERVE: u64 = 2 << 20;
+/// Ranges in the index over all layers: about 100 bytes each, so 200 MB.
+const MAX_RANGES: usize = 2_000_000;
+/// How long an own write waits for space before it fails (F-2).
+const OWN_WAIT: Duration = Duration::from_secs(5);
+
+/// How changes of the primary are kept.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Engine {
+    /// To the log; the disk stays behind.
+    #[default]
+    Redo,
+    /// To the disk; old content to the log.
+    Undo,
+}
+
+/// What the store's owner is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Replicating.
+    Secondary,
+    /// Took over; the merge is not done.
+    Promoted,
+    /// Took over and merged: the disk is the image.
+    Done,
+}
+
+/// A change of the primary.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Which volume.
+    pub volume: u16,
+    /// Where.
+    pub at: Span,
+    /// The bytes; empty for zeroes.
+    pub data: Data,
+}
+
+/// Settings of a new store.
+#[derive(Clone, Debug)]
+pub struct NewStore {
+    /// Of which group.
+    pub group: GroupId,
+    /// Engine.
+    pub engine: Engine,
+    /// Bytes of the file, at least [`MIN_SIZE`].
+    pub size: u64,
+}
+
+/// Figures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of the log.
+    pub size: u64,
+    /// Of them in use.
+    pub used: u64,
+    /// Bytes of own writes in the log.
+    pub own: u64,
+    /// Bytes of committed changes that are not yet on the disk.
+    pub pending: u64,
+    /// Bytes of undecided changes (redo) or preserved content (undo).
+    pub open: u64,
+}
+
+#[derive(Default)]
+struct Layer {
+    /// The epoch that ends here, if it was marked and not aborted.
+    sealed: Option<(Epoch, Digest, History)>,
+    committed: bool,
+    maps: Vec<RangeMap>,
+    bytes: u64,
+    /// The log after the record that ended it.
+    end: u64,
+}
+
+impl Layer {
+    fn is_empty(&self) -> bool {
+        self.maps.iter().all(|m| m.len() == 0)
+    }
+
+    fn new(volumes: usize) -> Layer {
+        Layer { maps: (0..volumes).map(|_| RangeMap::default()).collect(), ..Layer::default() }
+    }
+}
+
+struct State {
+    role: Role,
+    highest: Generation,
+    history: History,
+    digest: Digest,
+    /// Oldest first; the last is open.
+    layers: VecDeque<Layer>,
+    own: Layer,
+    /// Own writes that a merge is bringing to the disk.
+    merging: Option<Layer>,
+    /// Grows with every change of the views that is not an addition.
+    switches: u64,
+    /// Undo: up to where the log is not needed any more, and the history there.
+    needless: Option<(u64, History)>,
+    garbage: Vec<RangeMap>,
+}
+
+/// See above.
+pub struct Store {
+    env: Env,
+    log: Log,
+    engine: Engine,
+    group: GroupId,
+    volumes: Vec<Rc<dyn Volume>>,
+    state: RefCell<State>,
+    /// One intake of changes, session start or promotion at a time: a change that is being kept ends before this side takes over.
+    intake: env::sync::Semaphore,
+    /// One background pass or merge at a time.
+    applying: env::sync::Semaphore,
+    /// Something for the background to do.
+    pub(crate) work: Notify,
+    /// Reads and writes that go straight to the disk: they may, once the merge is done.
+    direct: Cell<bool>,
+}
+
+impl Store {
+    /// The engine.
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// The group.
+    pub fn group(&self) -> GroupId {
+        self.group
+    }
+
+    /// Where the image comes from; its end is the committed checkpoint.
+    pub fn history(&self) -> History {
+        self.state.borrow().history.clone()
+    }
+
+    /// Digest of the last committed epoch, since this process began.
+    pub fn digest(&self) -> Digest {
+        self.state.borrow().digest
+    }
+
+    /// Highest generation seen.
+    pub fn highest(&self) -> Generation {
+        self.state.borrow().highest
+    }
+
+    /// What it is.
+    pub fn role(&self) -> Role {
+        self.state.borrow().role
+    }
+
+    /// Lengths of the volumes.
+    pub fn lens(&self) -> Vec<u64> {
+        self.volumes.iter().map(|v| v.len()).collect()
+    }
+
+    /// Figures.
+    pub fn usage(&self) -> Usage {
+        let s = self.state.borrow();
+        let sum = |committed| s.layers.iter().filter(|l| l.committed == committed).map(|l| l.bytes).sum();
+        let own = s.own.bytes + s.merging.as_ref().map_or(0, |m| m.bytes);
+        Usage { size: self.log.ring(), used: self.log.used(), own, pending: sum(true), open: sum(false) }
+    }
+
+    /// Bytes of changes that fit now.
+    pub fn room(&self) -> u64 {
+        let free =
+            self.log.ring().saturating_sub(self.log.used()).saturating_sub(RESERVE + self.log.ring() / 4);
+        let ranges: usize = self.state.borrow().layers.iter().flat_map(|l| &l.maps).map(RangeMap::len).sum();
+        if ranges >= MAX_RANGES {
+            return 0;
+        }
+        match self.engine {
+            Engine::Redo => free,
+            // small changes preserve whole granules
+            Engine::Undo => free / 2,
+        }
+    }
+
+    /// A new session begins: the generation is durable, what was open and undecided is void.
+    ///
+    /// # Errors
+    /// Of the log.
+    pub async fn begin(&self, generation: Generation) -> Result<()> {
+        let _one = self.intake.acquire(1).await;
+        if generation > self.highest() {
+            self.log.write_anchor(|a| a.highest = generation).await?;
+            self.state.borrow_mut().highest = generation;
+        }
+        let turn = self.log.turn().await;
+        self.log.append(&turn, &[Record::control(Kind::Reset, generation.0, Vec::new())], 0).await?;
+        let idle = {
+            let mut s = self.state.borrow_mut();
+            s.reset(self.engine, self.volumes.len());
+            let nothing_open = self.engine == Engine::Redo || s.layers.iter().all(Layer::is_empty);
+            nothing_open && s.own.is_empty() && !s.layers.iter().any(|l| l.committed)
+        };
+        if idle {
+            // Sessions that broke off before their first checkpoint must not fill the log.
+            let (head, history) = (self.log.head(), self.history());
+            self.log.cut_at(head, |a| a.history = history).await?;
+        }
+        Ok(())
+    }
+
+    /// Keeps changes of the primary, in this order, in the open epoch.
+    ///
+    /// # Errors
+    /// Of the log or a disk; the open epoch must not be decided then.
+    pub async fn keep(&self, changes: &[Change]) -> Result<()> {
+        let _one = self.intake.acquire(1).await;
+        if self.role() != Role::Secondary {
+            return Err(BlockError::new(ErrorKind::Busy, "this side has taken over"));
+        }
+        match self.engine {
+            Engine::Redo => self.keep_redo(changes).await,
+            Engine::Undo => self.keep_undo(changes).await,
+        }
+    }
+
+    async fn keep_redo(&self, changes: &[Change]) -> Result<()> {
+        let records: Vec<Record> = changes
+            .iter()
+            .map(|c| Record {
+                kind: Kind::Change,
+                volume: c.volume,
+                at: c.at,
+                number: 0,
+                payload: c.data.clone(),
+            })
+            .collect();
+        let turn = self.log.turn().await;
+        let places = self.log.append(&turn, &records, RESERVE).await?;
+        let mut s = self.state.borrow_mut();
+        let Some(open) = s.layers.back_mut() else { return Ok(()) };
+        for (c, place) in changes.iter().zip(places) {
+            let place = if c.data.is_empty() { Place::Zero } else { Place::Log(place) };
+            if let Some(map) = open.maps.get_mut(usize::from(c.volume)) {
+                map.insert(c.at, place);
+            }
+            open.bytes += c.data.len() as u64;
+        }
+        Ok(())
+    }
+
+    async fn keep_undo(&self, changes: &[Change]) -> Result<()> {
+        // B1: whatever this epoch has not preserved yet, in whole granules; each once, also within these changes.
+        let mut missing: Vec<(u16, Span)> = Vec::new();
+        {
+            let s = self.state.borrow();
+            let Some(open) = s.layers.back() else { return Ok(()) };
+            let mut planned: Vec<RangeMap> = self.volumes.iter().map(|_| RangeMap::default()).collect();
+            for c in changes {
+                let i = usize::from(c.volume);
+                let (Some(map), Some(planned), Some(v)) =
+                    (open.maps.get(i), planned.get_mut(i), self.volumes.get(i))
+                else {
+                    continue;
+                };
+                let whole = c.at.align_out(GRANULE).intersect(&Span::new(0, v.len()));
+                let holes = resolve([map, &*planned].into_iter(), whole);
+                for (span, _) in holes.into_iter().filter(|p| p.1 == Place::Disk) {
+                    planned.insert(span, Place::Zero);
+                    missing.push((c.volume, span));
+                }
+            }
+        }
+        self.preserve(&missing).await?;
+        for c in changes {
+            let Some(v) = self.volumes.get(usize::from(c.volume)) else { continue };
+            if c.data.is_empty() { v.zero(c.at).await? } else { v.write(c.at.start, c.data.clone()).await? }
+        }
+        Ok(())
+    }
+
+    /// Old content to the log, durably, and into the index.
+    async fn preserve(&self, missing: &[(u16, Span)]) -> Result<()> {
+        for group in missing.chunks(64) {
+            let mut records = Vec::with_capacity(group.len());
+            for (volume, span) in group {
+                let Some(v) = self.volumes.get(usize::from(*volume)) else { continue };
+                for piece in pieces(*span, 1 << 20) {
+                    let old = v.read(piece).await?;
+                    let payload = if old.is_zero() { Data::empty() } else { old };
+                    records.push(Record {
+                        kind: Kind::Preimage,
+                        volume: *volume,
+                        at: piece,
+                        number: 0,
+                        payload,
+                    });
+                }
+            }
+            let turn = self.log.turn().await;
+            let places = self.log.append(&turn, &records, RESERVE).await?;
+            let mut s = self.state.borrow_mut();
+            let Some(open) = s.layers.back_mut() else { return Ok(()) };
+            for (r, place) in records.iter().zip(places) {
+                let place = if r.payload.is_empty() { Place::Zero } else { Place::Log(place) };
+                if let Some(map) = open.maps.get_mut(usize::from(r.volume)) {
+                    map.insert(r.at, place);
+                }
+                open.bytes += r.payload.len() as u64;
+            }
+        }
+        if !missing.is_empty() && !planted(Bug::PreimageNotDurable) {
+            self.log.barrier().await?;
+        }
+        Ok(())
+    }
+
+    /// Everything kept so far survives a crash.
+    ///
+    /// # Errors
+    /// Of the log or a disk.
+    pub async fn flush_kept(&self) -> Result<()> {
+        if self.engine == Engine::Undo {
+            for v in &self.volumes {
+                v.flush().await?;
+            }
+        }
+        self.log.barrier().await
+    }
+
+    /// The open epoch ends and is durable; it may be decided. `history` is where the image comes from then.
+    ///
+    /// # Errors
+    /// Of the log or a disk; the epoch must not be decided then.
+    pub async fn prepare(&self, epoch: Epoch, digest: Digest, history: History) -> Result<()> {
+        if self.engine == Engine::Undo && !planted(Bug::DataNotFlushedBeforeCommit) {
+            for v in &self.volumes {
+                v.flush().await?;
+            }
+        }
+        let payload = record::history_bytes(&history, &digest);
+        {
+            let turn = self.log.turn().await;
+            self.log.append(&turn, &[Record::control(Kind::Prepare, epoch.0, payload)], 0).await?;
+            let end = self.log.head();
+            self.state.borrow_mut().seal(epoch, digest, history, end, self.volumes.len());
+        }
+        self.log.barrier().await
+    }
+
+    /// The decision: durable and visible when done.
+    ///
+    /// # Errors
+    /// Of the log; what is decided is then known only after a restart.
+    pub async fn commit(&self, epoch: Epoch) -> Result<()> {
+        // Own writes wait for the barrier: what comes after the record belongs to the next view.
+        let turn = self.log.turn().await;
+        if !self.state.borrow().layers.iter().any(|l| l.sealed.as_ref().is_some_and(|x| x.0 == epoch)) {
+            return Err(BlockError::invalid(format!("epoch {epoch} is not prepared")));
+        }
+        self.log.append(&turn, &[Record::control(Kind::Commit, epoch.0, Vec::new())], 0).await?;
+        if !planted(Bug::CommitNotDurable) {
+            self.log.barrier().await?;
+        }
+        self.state.borrow_mut().commit(epoch, self.engine);
+        self.work.notify_all();
+        Ok(())
+    }
+
+    /// The epoch goes on as part of the next.
+    ///
+    /// # Errors
+    /// Of the log.
+    pub async fn abort(&self, epoch: Epoch) -> Result<()> {
+        let turn = self.log.turn().await;
+        self.log.append(&turn, &[Record::control(Kind::Abort, epoch.0, Vec::new())], 0).await?;
+        self.state.borrow_mut().unseal(epoch);
+        Ok(())
+    }
+
+    /// What the owner of this side reads.
+    ///
+    /// # Errors
+    /// Of the log or a disk.
+    pub async fn read(&self, volume: u16, at: Span) -> Result<Data> {
+        let v = self.volume(volume)?;
+        loop {
+            let _pin = self.log.pin();
+            let (pieces, switches) = self.look(volume, at);
+            let mut data = Data::empty();
+            for (span, place) in &pieces {
+                data.append(match place {
+                    Place::Log(from) => self.log.read(Span::new(*from, span.len)).await?,
+                    Place::Zero => Data::zeroes(usize::try_from(span.len).unwrap_or(usize::MAX)),
+                    Place::Disk => v.read(*span).await?,
+                });
+            }
+            let mut on_disk = pieces.iter().filter(|p| p.1 == Place::Disk).peekable();
+            if on_disk.peek().is_none() || self.direct.get() || planted(Bug::NoRecheck) {
+                return Ok(data);
+            }
+            // The disk may have changed under the read; then the index did, first.
+            let same = on_disk.all(|(span, _)| self.look(volume, *span).0.iter().all(|p| p.1 == Place::Disk));
+            if same && self.state.borrow().switches == switches {
+                return Ok(data);
+            }
+        }
+    }
+
+    fn volume(&self, volume: u16) -> Result<Rc<dyn Volume>> {
+        let v = self.volumes.get(usize::from(volume)).cloned();
+        v.ok_or_else(|| BlockError::invalid(format!("there is no volume {volume} in the group")))
+    }
+
+    /// Where the bytes of `at` are now.
+    fn look(&self, volume: u16, at: Span) -> (Vec<(Span, Place)>, u64) {
+        let (s, i) = (self.state.borrow(), usize::from(volume));
+        let own = [Some(&s.own), s.merging.as_ref()].into_iter().flatten().filter_map(|l| l.maps.get(i));
+        let pieces = match self.engine {
+            Engine::Redo => {
+                let committed = s.layers.iter().rev().filter(|l| l.committed).filter_map(|l| l.maps.get(i));
+                resolve(own.chain(committed), at)
+            }
+            Engine::Undo => resolve(own.chain(s.layers.iter().filter_map(|l| l.maps.get(i))), at),
+        };
+        (pieces, s.switches)
+    }
+
+    /// A write of this side's owner; empty `data` means zeroes. It vanishes with the next checkpoint, unless this side takes over
+    /// first.
+    ///
+    /// # Errors
+    /// Of the log; `NoSpace` if its part of the store stays full.
+    pub async fn own_write(&self, volume: u16, at: Span, data: Data) -> Result<()> {
+        let v = self.volume(volume)?;
+        let wait_until = self.env.now() + OWN_WAIT;
+        loop {
+            let freed = self.log.freed.wait();
+            let turn = self.log.turn().await;
+            if self.direct.get() {
+                drop(turn);
+                return if data.is_empty() { v.zero(at).await } else { v.write(at.start, data).await };
+            }
+            let mut records = Vec::new();
+            for piece in pieces(at, crate::wire::MAX_PAYLOAD as u64) {
+                let from = usize::try_from(piece.start - at.start).unwrap_or(usize::MAX);
+                let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
+                let payload = if data.is_empty() { Data::empty() } else { data.slice(from, len) };
+                records.push(Record { kind: Kind::Own, volume, at: piece, number: 0, payload });
+            }
+            let used = self.usage();
+            let need: u64 = records.iter().map(Record::size).sum();
+            // A quarter of the store is for own writes while the primary writes, all of it after a promotion.
+            let fits = self.role() == Role::Promoted || used.own + need <= used.size / 4;
+            let appended = if fits {
+                self.log.append(&turn, &records, RESERVE).await
+            } else {
+                Err(BlockError::new(
+                    ErrorKind::NoSpace,
+                    "the part of the replication store for own writes is full",
+                ))
+            };
+            match appended {
+                Ok(places) => {
+                    let mut s = self.state.borrow_mut();
+                    for (r, place) in records.iter().zip(places) {
+                        s.own.add(r, place);
+                    }
+                    return Ok(());
+                }
+                Err(e) if e.kind() == ErrorKind::NoSpace && self.env.now() < wait_until => {
+                    drop(turn);
+                    self.work.notify_all();
+                    let left = wait_until.saturating_sub(self.env.now());
+                    self.env.timeout(left, freed).await;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// Own writes completed before survive a crash, for as long as they live.
+    ///
+    /// # Errors
+    /// Of the log.
+    pub async fn own_flush(&self) -> Result<()> {
+        if self.direct.get() {
+            for v in &self.volumes {
+                v.flush().await?;
+            }
+            return Ok(());
+        }
+        if planted(Bug::OwnNotFlushed) {
+            return Ok(());
+        }
+        self.log.barrier().await
+    }
+}
+
+/// `at` in pieces of at most `most` bytes.
+fn pieces(at: Span, most: u64) -> impl Iterator<Item = Span> {
+    let mut left = at;
+    std::iter::from_fn(move || {
+        if left.is_empty() {
+            return None;
+        }
+        let (head, rest) = left.split_at(most);
+        left = rest;
+        Some(head)
+    })
+}

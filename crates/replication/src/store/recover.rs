@@ -1,0 +1,233 @@
+//! What each record means for the state, while it is written and again when the log is read after a crash: one place for both.
+
+use super::log::{Anchor, Log, RING_START};
+use super::map::{Place, RangeMap};
+use super::record::{self, Kind, Record};
+use super::{Engine, Layer, MIN_SIZE, NewStore, Role, State, Store, Volume};
+use crate::bugs::{Bug, planted};
+use crate::digest::Digest;
+use crate::history::History;
+use crate::types::{Epoch, Generation, GroupId};
+use block::{BlockError, Result};
+use env::Env;
+use env::sync::{Notify, Semaphore};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+impl Layer {
+    pub(super) fn add(&mut self, r: &Record, place: u64) {
+        let place = if r.payload.is_empty() { Place::Zero } else { Place::Log(place) };
+        if let Some(map) = self.maps.get_mut(usize::from(r.volume)) {
+            map.insert(r.at, place);
+        }
+        self.bytes += r.payload.len() as u64;
+    }
+}
+
+impl State {
+    fn discard(&mut self, layer: Layer) {
+        self.garbage.extend(layer.maps);
+        self.switches += 1;
+    }
+
+    fn clear_own(&mut self) {
+        let volumes = self.own.maps.len();
+        let own = std::mem::replace(&mut self.own, Layer::new(volumes));
+        self.discard(own);
+    }
+
+    pub(super) fn seal(&mut self, epoch: Epoch, digest: Digest, history: History, end: u64, volumes: usize) {
+        if let Some(open) = self.layers.back_mut() {
+            open.sealed = Some((epoch, digest, history));
+            open.end = end;
+        }
+        self.layers.push_back(Layer::new(volumes));
+    }
+
+    pub(super) fn unseal(&mut self, epoch: Epoch) {
+        for l in
+            self.layers.iter_mut().filter(|l| !l.committed && l.sealed.as_ref().is_some_and(|s| s.0 == epoch))
+        {
+            l.sealed = None;
+        }
+    }
+
+    /// The switch: own writes go, layers up to `epoch` are committed content now.
+    pub(super) fn commit(&mut self, epoch: Epoch, engine: Engine) {
+        let is_it = |l: &Layer| l.sealed.as_ref().is_some_and(|s| s.0 == epoch);
+        self.clear_own();
+        let Some(at) = self.layers.iter().position(is_it) else { return };
+        if let Some((_, digest, history)) = self.layers.get(at).and_then(|l| l.sealed.clone()) {
+            self.digest = digest;
+            self.history = history;
+        }
+        match engine {
+            Engine::Redo => self.layers.iter_mut().take(at + 1).for_each(|l| l.committed = true),
+            Engine::Undo => {
+                self.needless = self.layers.get(at).map(|l| (l.end, self.history.clone()));
+                for mut old in self.layers.drain(..=at).collect::<Vec<_>>() {
+                    let maps = std::mem::take(&mut old.maps);
+                    self.garbage.extend(maps);
+                }
+            }
+        }
+        self.switches += 1;
+    }
+
+    /// A new session. Redo: undecided layers are void. Undo: what they preserved still stands between the disk and the checkpoint.
+    pub(super) fn reset(&mut self, engine: Engine, volumes: usize) {
+        match engine {
+            Engine::Redo => {
+                while self.layers.back().is_some_and(|l| !l.committed) {
+                    if let Some(l) = self.layers.pop_back() {
+                        self.garbage.extend(l.maps);
+                    }
+                }
+                self.layers.push_back(Layer::new(volumes));
+            }
+            Engine::Undo => self.layers.iter_mut().for_each(|l| l.sealed = None),
+        }
+    }
+
+    pub(super) fn promote(&mut self, generation: Generation, keep_own: bool, engine: Engine, volumes: usize) {
+        self.reset(engine, volumes);
+        if !keep_own {
+            self.clear_own();
+        }
+        let at = self.history.epoch();
+        self.history.promote(generation, at);
+        self.highest = self.highest.max(generation);
+        self.role = Role::Promoted;
+    }
+}
+
+impl Store {
+    /// Makes a new store in an empty file. The image that the disks hold is one without history, or comes from `history`.
+    ///
+    /// # Errors
+    /// A size that is too small; of the file.
+    pub async fn create(file: &Rc<dyn env::File>, new: &NewStore, history: History) -> Result<()> {
+        if new.size < MIN_SIZE {
+            return Err(BlockError::invalid(format!("a replication store has at least {MIN_SIZE} bytes")));
+        }
+        let anchor = Anchor {
+            sequence: 0,
+            incarnation: 0,
+            ring: (new.size - RING_START) / record::ALIGN * record::ALIGN,
+            tail: 0,
+            floor: 0,
+            role: role_number(Role::Secondary),
+            engine: u64::from(new.engine == Engine::Undo),
+            group: new.group.0,
+            highest: history.generation(),
+            history,
+        };
+        Log::create(file, &anchor).await
+    }
+
+    /// Opens a store: the disks' image is a committed checkpoint afterwards, whatever happened before.
+    ///
+    /// # Errors
+    /// A file that is no store; of the file.
+    pub async fn open(env: &Env, file: Rc<dyn env::File>, volumes: Vec<Rc<dyn Volume>>) -> Result<Rc<Store>> {
+        let count = volumes.len();
+        let mut state: Option<State> = None;
+        let mut records = Vec::new();
+        let each = |h: &record::Header, end: u64, place: u64, payload: &block::Data| {
+            let small = !matches!(h.kind, Kind::Change | Kind::Preimage | Kind::Own);
+            let kept = if small { payload.clone() } else { block::Data::zeroes(payload.len()) };
+            let r = Record { kind: h.kind, volume: h.volume, at: h.at, number: h.number, payload: kept };
+            records.push((r, end, place));
+        };
+        let log = Log::open(file, each, planted(Bug::EmptiedOnRestart)).await?;
+        let anchor = log.anchor();
+        let engine = if anchor.engine == 1 { Engine::Undo } else { Engine::Redo };
+        let s = state.get_or_insert_with(|| State {
+            role: role_of(anchor.role),
+            highest: anchor.highest,
+            history: anchor.history.clone(),
+            digest: Digest::default(),
+            layers: [Layer::new(count)].into(),
+            own: Layer::new(count),
+            merging: None,
+            switches: 0,
+            needless: None,
+            garbage: Vec::new(),
+        });
+        for (r, lsn, place) in &records {
+            s.replay(r, lsn + r.size(), *place, engine, count);
+        }
+        let direct = Cell::new(s.role == Role::Done);
+        let Some(state) = state else { return Err(BlockError::corrupt("empty state")) };
+        let store = Store {
+            env: env.clone(),
+            log,
+            engine,
+            group: GroupId(anchor.group),
+            volumes,
+            state: RefCell::new(state),
+            intake: Semaphore::new(1),
+            applying: Semaphore::new(1),
+            work: Notify::new(),
+            direct,
+        };
+        // the new incarnation is durable before its first record
+        store.log.write_anchor(|_| {}).await?;
+        Ok(Rc::new(store))
+    }
+}
+
+impl State {
+    fn replay(&mut self, r: &Record, end: u64, place: u64, engine: Engine, volumes: usize) {
+        match r.kind {
+            Kind::Change | Kind::Preimage => {
+                if let Some(open) = self.layers.back_mut() {
+                    open.add(r, place);
+                }
+            }
+            Kind::Own => self.own.add(r, place),
+            Kind::Prepare => {
+                if let Some((history, digest)) = record::parse_history(&r.payload.contiguous()) {
+                    self.seal(Epoch(r.number), digest, history, end, volumes);
+                }
+            }
+            Kind::Abort => self.unseal(Epoch(r.number)),
+            Kind::Commit => self.commit(Epoch(r.number), engine),
+            Kind::Reset => {
+                self.highest = self.highest.max(Generation(r.number));
+                self.reset(engine, volumes);
+            }
+            Kind::Intent => {
+                let keep = r.payload.contiguous().first().is_some_and(|b| *b != 0);
+                self.promote(Generation(r.number), keep, engine, volumes);
+            }
+            Kind::Pad => {}
+        }
+    }
+
+    /// Frees up to `n` ranges of layers that are gone; whether any are left.
+    pub(super) fn free_some(&mut self, n: usize) -> bool {
+        if let Some(last) = self.garbage.last_mut()
+            && !RangeMap::free_some(last, n)
+        {
+            self.garbage.pop();
+        }
+        !self.garbage.is_empty()
+    }
+}
+
+pub(super) const fn role_number(role: Role) -> u64 {
+    match role {
+        Role::Secondary => 0,
+        Role::Promoted => 1,
+        Role::Done => 2,
+    }
+}
+
+const fn role_of(n: u64) -> Role {
+    match n {
+        0 => Role::Secondary,
+        1 => Role::Promoted,
+        _ => Role::Done,
+    }
+}

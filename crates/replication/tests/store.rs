@@ -1,0 +1,451 @@
+//! The store on disks that crash: at any moment the process is killed or the power fails, and of what was not made durable any part
+//! survives. Afterwards the image is exactly a checkpoint (the one acknowledged, or the one being decided), of all volumes the
+//! same one, with the own writes that were flushed. `SEED=n` repeats a run; `SEEDS=n` runs more.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use block::{Data, Span};
+use env::{Env, OpenMode};
+use replication::bugs::{Bug, plant};
+use replication::digest::Digest;
+use replication::history::History;
+use replication::store::{Change, Engine, FileVolume, NewStore, Role, Store, Volume};
+use replication::{Epoch, Generation, GroupId};
+use sim::{Image, Rng, World};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::rc::Rc;
+use std::time::Duration;
+
+const SECTOR: u64 = 512;
+const SECTORS: usize = 96;
+const VOLUMES: usize = 2;
+type Content = Vec<[u8; SECTORS]>;
+
+/// What a sector of the front may read as: values in order, and how many of the last ones are still possible.
+#[derive(Clone)]
+struct Line {
+    values: Vec<u8>,
+    settled: usize,
+}
+
+/// Own writes of a sector since the checkpoint: the values, and from which on they are flushed.
+#[derive(Clone, Default)]
+struct Own {
+    values: Vec<u8>,
+    completed: usize,
+    flushed: Option<usize>,
+}
+
+struct Model {
+    primary: Content,
+    checkpoints: BTreeMap<u64, Content>,
+    acked: u64,
+    trying: Option<u64>,
+    promoting: Option<bool>,
+    promoted: bool,
+    own: Vec<Vec<Own>>,
+    lines: Vec<Vec<Line>>,
+    next: u64,
+    wrong: Option<String>,
+}
+
+impl Model {
+    fn front_is(&mut self, content: &Content) {
+        for (v, sectors) in content.iter().enumerate() {
+            for (s, b) in sectors.iter().enumerate() {
+                self.lines[v][s] = Line { values: vec![*b], settled: 0 };
+            }
+        }
+    }
+}
+
+struct Life {
+    env: Env,
+    store: Rc<Store>,
+    model: Rc<RefCell<Model>>,
+    rng: RefCell<Rng>,
+    /// Own writes and decisions exclude one another here, so that the model knows which came first.
+    quiet: env::sync::Semaphore,
+}
+
+fn some_span(rng: &mut Rng) -> (usize, usize, usize) {
+    let len = 1 + rng.index(12);
+    (rng.index(VOLUMES), rng.index(SECTORS - len), len)
+}
+
+fn bytes_of(values: &[u8]) -> Data {
+    Data::from(values.iter().flat_map(|b| [*b; SECTOR as usize]).collect::<Vec<u8>>())
+}
+
+fn span_of(at: usize, len: usize) -> Span {
+    Span::new(at as u64 * SECTOR, len as u64 * SECTOR)
+}
+
+impl Life {
+    fn draw<T>(&self, f: impl FnOnce(&mut Rng) -> T) -> T {
+        f(&mut self.rng.borrow_mut())
+    }
+
+    /// The primary: a session, changes, checkpoints.
+    async fn primary(self: Rc<Life>) {
+        if self.store.role() != Role::Secondary || self.store.begin(Generation(1)).await.is_err() {
+            return;
+        }
+        // the catch-up
+        let all = self.model.borrow().primary.clone();
+        for (v, sectors) in all.iter().enumerate() {
+            let c = Change { volume: v as u16, at: span_of(0, SECTORS), data: bytes_of(sectors) };
+            if self.store.keep(&[c]).await.is_err() {
+                return;
+            }
+        }
+        loop {
+            let mut batch = Vec::new();
+            for _ in 0..1 + self.draw(|r| r.below(4)) {
+                let ((v, at, len), fill) = self.draw(|r| (some_span(r), r.draw() as u8));
+                let zero = fill < 40;
+                let fill = if zero { 0 } else { fill };
+                self.model.borrow_mut().primary[v][at..at + len].fill(fill);
+                let data = if zero { Data::empty() } else { bytes_of(&vec![fill; len]) };
+                batch.push(Change { volume: v as u16, at: span_of(at, len), data });
+            }
+            if self.store.keep(&batch).await.is_err() {
+                return;
+            }
+            if self.draw(|r| r.chance(0.4)) {
+                self.checkpoint().await;
+            }
+        }
+    }
+
+    async fn checkpoint(&self) {
+        let (epoch, content) = {
+            let mut m = self.model.borrow_mut();
+            m.next += 1;
+            (m.next, m.primary.clone())
+        };
+        let mut history = History::begin(Generation(1));
+        history.advance(Epoch(epoch));
+        self.model.borrow_mut().checkpoints.insert(epoch, content.clone());
+        if self.store.prepare(Epoch(epoch), Digest::default(), history).await.is_err() {
+            return;
+        }
+        if self.draw(|r| r.chance(0.2)) {
+            self.store.abort(Epoch(epoch)).await.unwrap();
+            return;
+        }
+        let _quiet = self.quiet.acquire(1).await;
+        {
+            let mut m = self.model.borrow_mut();
+            m.trying = Some(epoch);
+            for v in 0..VOLUMES {
+                for s in 0..SECTORS {
+                    m.lines[v][s].values.push(content[v][s]);
+                }
+            }
+        }
+        if self.store.commit(Epoch(epoch)).await.is_err() {
+            return;
+        }
+        let mut m = self.model.borrow_mut();
+        (m.acked, m.trying) = (epoch, None);
+        m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
+        m.lines.iter_mut().flatten().for_each(|l| l.settled = l.values.len() - 1);
+    }
+
+    /// The user of this side writes and flushes.
+    async fn own(self: Rc<Life>) {
+        loop {
+            let pause = self.draw(|r| r.duration(Duration::from_micros(20), Duration::from_millis(5)));
+            self.env.sleep(pause).await;
+            let _quiet = self.quiet.acquire(1).await;
+            if self.draw(|r| r.chance(0.3)) {
+                let marks: Vec<Vec<usize>> =
+                    self.model.borrow().own.iter().map(|v| v.iter().map(|o| o.completed).collect()).collect();
+                if self.store.own_flush().await.is_err() {
+                    continue;
+                }
+                let mut m = self.model.borrow_mut();
+                for (v, marks) in marks.iter().enumerate() {
+                    for (s, done) in marks.iter().enumerate().filter(|x| *x.1 > 0) {
+                        m.own[v][s].flushed = Some(done - 1);
+                    }
+                }
+                continue;
+            }
+            let ((v, at, len), fill) = self.draw(|r| (some_span(r), r.draw() as u8));
+            {
+                let mut m = self.model.borrow_mut();
+                for s in at..at + len {
+                    m.own[v][s].values.push(fill);
+                    m.lines[v][s].values.push(fill);
+                }
+            }
+            if self.store.own_write(v as u16, span_of(at, len), bytes_of(&vec![fill; len])).await.is_err() {
+                continue;
+            }
+            let mut m = self.model.borrow_mut();
+            for s in at..at + len {
+                m.own[v][s].completed = m.own[v][s].values.len();
+                m.lines[v][s].settled = m.lines[v][s].values.len() - 1;
+            }
+        }
+    }
+
+    /// The user of this side reads, all the time (I2).
+    async fn reader(self: Rc<Life>) {
+        loop {
+            let (v, at, len) = self.draw(some_span);
+            let before: Vec<usize> =
+                self.model.borrow().lines[v][at..at + len].iter().map(|l| l.settled).collect();
+            let data = self.store.read(v as u16, span_of(at, len)).await.unwrap().to_vec();
+            let mut m = self.model.borrow_mut();
+            for (i, from) in before.iter().enumerate() {
+                let sector = &data[i * SECTOR as usize..(i + 1) * SECTOR as usize];
+                let allowed = &m.lines[v][at + i].values[*from..];
+                let ok = allowed.contains(&sector[0]) && sector.iter().all(|b| *b == sector[0]);
+                if !ok {
+                    let text =
+                        format!("I2: sector {} of {v} read as {}, allowed {allowed:?}", at + i, sector[0]);
+                    m.wrong.get_or_insert(text);
+                }
+            }
+            drop(m);
+            self.env.yield_now().await;
+        }
+    }
+
+    async fn background(self: Rc<Life>) {
+        loop {
+            let pause = self.draw(|r| r.duration(Duration::from_micros(20), Duration::from_millis(10)));
+            self.env.sleep(pause).await;
+            let _ = self.store.tidy().await;
+        }
+    }
+
+    /// A promotion some time, and the merge.
+    async fn takeover(self: Rc<Life>) {
+        let pause = self.draw(|r| r.duration(Duration::from_micros(200), Duration::from_millis(60)));
+        self.env.sleep(pause).await;
+        if self.store.role() == Role::Secondary {
+            let quiet = self.quiet.acquire(1).await;
+            let keep = self.draw(|r| r.chance(0.7));
+            {
+                let mut m = self.model.borrow_mut();
+                if m.acked == 0 {
+                    return;
+                }
+                m.promoting = Some(keep);
+                if !keep {
+                    let ck = m.checkpoints[&m.acked].clone();
+                    for v in 0..VOLUMES {
+                        for s in 0..SECTORS {
+                            m.lines[v][s].values.push(ck[v][s]);
+                        }
+                    }
+                }
+            }
+            self.store.promote(Generation(2), keep).await.unwrap();
+            let mut m = self.model.borrow_mut();
+            m.promoted = true;
+            m.promoting = None;
+            if !keep {
+                m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
+                m.lines.iter_mut().flatten().for_each(|l| l.settled = l.values.len() - 1);
+            }
+            drop(m);
+            drop(quiet);
+        }
+        self.store.merge().await.unwrap();
+    }
+}
+
+async fn open(env: &Env) -> Rc<Store> {
+    let mode = OpenMode { write: true, ..OpenMode::default() };
+    let mut volumes: Vec<Rc<dyn Volume>> = Vec::new();
+    for v in 0..VOLUMES {
+        let f = env.open(Path::new(&format!("/disk{v}")), mode).await.unwrap();
+        volumes.push(Rc::new(FileVolume(f)));
+    }
+    let file = env.open(Path::new("/store"), mode).await.unwrap();
+    Store::open(env, file, volumes).await.unwrap()
+}
+
+/// After a crash: what is there is allowed, and the model learns it.
+async fn check(store: &Store, model: &Rc<RefCell<Model>>) -> Result<(), String> {
+    let mut found: Content = Vec::new();
+    for v in 0..VOLUMES {
+        let data = store.read(v as u16, span_of(0, SECTORS)).await.unwrap().to_vec();
+        let mut sectors = [0; SECTORS];
+        for (s, b) in sectors.iter_mut().enumerate() {
+            *b = data[s * SECTOR as usize];
+        }
+        found.push(sectors);
+    }
+    let m = &mut *model.borrow_mut();
+    let c = store.history().epoch().0;
+    if c != m.acked && Some(c) != m.trying {
+        return Err(format!("I4: at checkpoint {c}, acknowledged was {}, undecided {:?}", m.acked, m.trying));
+    }
+    let promoted = store.role() != Role::Secondary;
+    if promoted != m.promoted && m.promoting.is_none() {
+        return Err(format!("promoted: {promoted}, acknowledged: {}", m.promoted));
+    }
+    if c != m.acked || (promoted && m.promoting == Some(false)) {
+        m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
+    }
+    if c > 0 {
+        let ck = &m.checkpoints[&c];
+        for v in 0..VOLUMES {
+            for s in 0..SECTORS {
+                let own = &m.own[v][s];
+                let from = own.flushed.unwrap_or(0);
+                let ok = own.values[from..].contains(&found[v][s])
+                    || (own.flushed.is_none() && ck[v][s] == found[v][s]);
+                if !ok {
+                    return Err(format!(
+                        "I1: sector {s} of volume {v} is {}, checkpoint {c} has {}, own writes {:?} (flushed from {:?}); role {:?}",
+                        found[v][s],
+                        ck[v][s],
+                        own.values,
+                        own.flushed,
+                        store.role()
+                    ));
+                }
+            }
+        }
+    }
+    (m.acked, m.trying, m.promoting, m.promoted) = (c, None, None, promoted);
+    m.front_is(&found);
+    Ok(())
+}
+
+fn run(seed: u64, engine: Engine) -> Result<u64, String> {
+    let checkpoints = Rc::new(Cell::new(0));
+    let seen = checkpoints.clone();
+    let outcome = World::play(seed, false, move |w| async move {
+        let mut rng = w.rng("store");
+        let zero = Content::from([[0; SECTORS]; VOLUMES]);
+        (0..VOLUMES).for_each(|v| {
+            w.host().install(&format!("/disk{v}"), Image::from_bytes(&vec![0; SECTORS * SECTOR as usize]))
+        });
+        w.host().install("/store", Image::from_bytes(&[]));
+        w.host().adjust(|p| p.inline = *rng.choose(&[0.0, 0.5, 0.9]));
+        let model = Rc::new(RefCell::new(Model {
+            primary: zero.clone(),
+            checkpoints: BTreeMap::new(),
+            acked: 0,
+            trying: None,
+            promoting: None,
+            promoted: false,
+            own: vec![vec![Own::default(); SECTORS]; VOLUMES],
+            lines: vec![vec![Line { values: vec![0], settled: 0 }; SECTORS]; VOLUMES],
+            next: 0,
+            wrong: None,
+        }));
+        {
+            let (env, process) = w.start();
+            let mode = OpenMode { write: true, ..OpenMode::default() };
+            let file = env.open(Path::new("/store"), mode).await.unwrap();
+            let new = NewStore { group: GroupId::of_name("g"), engine, size: replication::store::MIN_SIZE };
+            Store::create(&file, &new, History::none()).await.unwrap();
+            process.kill();
+        }
+        let lives = 2 + rng.below(5);
+        let promote_in = if rng.chance(0.6) { rng.below(lives) } else { u64::MAX };
+        for number in 0..lives {
+            let (env, process) = w.start();
+            let store = open(&env).await;
+            if let Err(e) = check(&store, &model).await {
+                w.verdict().violation(e);
+                return;
+            }
+            let life = Rc::new(Life {
+                env: env.clone(),
+                store: store.clone(),
+                model: model.clone(),
+                rng: RefCell::new(rng.fork("life")),
+                quiet: env::sync::Semaphore::new(1),
+            });
+            env.spawn("primary", life.clone().primary());
+            env.spawn("own", life.clone().own());
+            env.spawn("reader", life.clone().reader());
+            env.spawn("background", life.clone().background());
+            if number >= promote_in {
+                env.spawn("takeover", life.clone().takeover());
+            }
+            let long = rng.duration(Duration::from_micros(100), Duration::from_millis(150));
+            env::sync::race(std::future::pending::<()>(), w.executor().env().sleep(long)).await;
+            if rng.chance(0.6) {
+                w.host().power_loss(&[&process]);
+            } else {
+                process.kill();
+            }
+            let wrong = model.borrow_mut().wrong.take();
+            if let Some(e) = wrong {
+                w.verdict().violation(e);
+                return;
+            }
+        }
+        // I3: when the merge has ended, the disks alone are the image
+        let (env, _process) = w.start();
+        let store = open(&env).await;
+        if let Err(e) = check(&store, &model).await {
+            w.verdict().violation(e);
+            return;
+        }
+        if store.role() != Role::Secondary {
+            store.merge().await.unwrap();
+            for v in 0..VOLUMES {
+                let front = store.read(v as u16, span_of(0, SECTORS)).await.unwrap().to_vec();
+                let raw = w.host().image(&format!("/disk{v}")).unwrap().read(span_of(0, SECTORS));
+                if front != raw {
+                    w.verdict().violation("I3: the merged disk is not the image".to_owned());
+                }
+                let m = model.borrow();
+                for (s, b) in front.chunks(SECTOR as usize).map(|c| c[0]).enumerate() {
+                    if m.lines[v][s].values.last() != Some(&b) {
+                        w.verdict().violation(format!("I3: sector {s} of {v} changed in the merge"));
+                    }
+                }
+            }
+        }
+        seen.set(model.borrow().acked);
+    });
+    outcome.violation.map_or(Ok(checkpoints.get()), Err)
+}
+
+fn seeds(many: u64) -> (u64, u64) {
+    let number = |name: &str| std::env::var(name).ok().and_then(|s| s.parse().ok());
+    number("SEED").map_or((1, number("SEEDS").unwrap_or(many)), |s| (s, 1))
+}
+
+#[test]
+fn after_any_crash_the_image_is_a_checkpoint() {
+    for engine in [Engine::Redo, Engine::Undo] {
+        let (from, count) = seeds(250);
+        let mut checkpoints = 0;
+        for seed in from..from + count {
+            match run(seed, engine) {
+                Ok(c) => checkpoints += c,
+                Err(e) => panic!("SEED={seed} {engine:?}: {e}"),
+            }
+        }
+        println!("{engine:?}: seeds {from}..{}: {checkpoints} checkpoints", from + count);
+        assert!(count == 1 || checkpoints > count, "the runs must reach what they test");
+    }
+}
+
+#[test]
+fn every_removed_rule_of_the_store_is_found() {
+    for bug in Bug::STORE {
+        plant(Some(bug));
+        let engines = [Engine::Redo, Engine::Undo];
+        let found = (1..4000)
+            .find_map(|seed| engines.iter().find_map(|e| run(seed, *e).err().map(|x| (seed, *e, x))));
+        plant(None);
+        let (seed, engine, e) = found.unwrap_or_else(|| panic!("{bug:?} was not found"));
+        println!("{bug:?}: {engine:?} seed {seed}: {e}");
+    }
+}
