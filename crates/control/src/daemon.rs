@@ -68,6 +68,7 @@ pub struct Daemon {
     exports: Rc<ExportRegistry>,
     objects: Rc<Objects>,
     chardevs: Chardevs,
+    replication: RefCell<BTreeMap<String, Rc<replication::session::Group>>>,
     /// A transaction takes all of them, other commands one.
     turns: Semaphore,
     sessions: RefCell<Vec<Rc<Session>>>,
@@ -130,6 +131,7 @@ impl Daemon {
             events,
             objects,
             chardevs: Chardevs::default(),
+            replication: RefCell::default(),
             turns: Semaphore::new(TURNS),
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
@@ -160,6 +162,10 @@ impl Daemon {
     pub(crate) fn jobs(&self) -> &Rc<Registry> {
         &self.jobs
     }
+    pub(crate) fn replication(&self) -> &RefCell<BTreeMap<String, Rc<replication::session::Group>>> {
+        &self.replication
+    }
+
     pub(crate) fn graph(&self) -> &Rc<Graph> {
         &self.graph
     }
@@ -275,6 +281,7 @@ impl Daemon {
             self.phase.set(Phase::Ending);
             self.exports.shut_down().await;
             self.jobs.cancel_all().await;
+            self.replication.borrow().values().for_each(|g| g.shut_down());
             if let Err(e) = self.graph.close_all().await {
                 *self.trouble.borrow_mut() = Some(e.into());
             }

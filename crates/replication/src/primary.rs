@@ -345,6 +345,11 @@ impl Primary {
         self.last_checkpoint
     }
 
+    /// Whether a marked epoch is undecided, or not acknowledged by all.
+    pub fn is_pending(&self, epoch: Epoch) -> bool {
+        self.marks.iter().any(|m| m.epoch == epoch)
+    }
+
     /// Bytes written since the newest checkpoint of a peer.
     pub fn dirty_bytes(&self, peer: usize) -> u64 {
         let c = self.peers.get(peer).and_then(|p| p.committed).unwrap_or(self.dirty.floor());

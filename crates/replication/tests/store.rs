@@ -132,7 +132,7 @@ impl Life {
             return;
         }
         if self.draw(|r| r.chance(0.2)) {
-            self.store.abort(Epoch(epoch)).await.unwrap();
+            let _ = self.store.abort(Epoch(epoch)).await;
             return;
         }
         let _quiet = self.quiet.acquire(1).await;
@@ -212,7 +212,8 @@ impl Life {
                 }
             }
             drop(m);
-            self.env.yield_now().await;
+            // zeroes take no time at all; time has to pass nevertheless
+            self.env.sleep(Duration::from_micros(1)).await;
         }
     }
 
@@ -314,6 +315,19 @@ async fn check(store: &Store, model: &Rc<RefCell<Model>>) -> Result<(), String> 
                     ));
                 }
             }
+        }
+    }
+    // What was lost in the crash is not there to be flushed later.
+    for v in 0..VOLUMES {
+        for s in 0..SECTORS {
+            let is_checkpoint = c > 0 && m.checkpoints[&c][v][s] == found[v][s];
+            let own = &mut m.own[v][s];
+            let from = own.flushed.unwrap_or(0);
+            let at = |i: Option<usize>| i.map_or(0, |i| i + from + 1);
+            let first = own.values[from.min(own.values.len())..].iter().position(|b| *b == found[v][s]);
+            let last = own.values[from.min(own.values.len())..].iter().rposition(|b| *b == found[v][s]);
+            own.values.truncate(at(last));
+            own.completed = if is_checkpoint && own.flushed.is_none() { 0 } else { at(first) };
         }
     }
     (m.acked, m.trying, m.promoting, m.promoted) = (c, None, None, promoted);

@@ -17,6 +17,7 @@ mod object;
 mod protocol;
 mod query;
 mod reopen;
+mod replication;
 mod snapshot;
 mod transaction;
 
@@ -75,6 +76,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     job::COMMANDS,
     object::COMMANDS,
     reopen::COMMANDS,
+    replication::COMMANDS,
     snapshot::COMMANDS,
     transaction::COMMANDS,
 ];
@@ -93,4 +95,15 @@ pub(crate) const EVENTS: &[&str] = &[
     "JOB_STATUS_CHANGE",
     "QUORUM_FAILURE",
     "QUORUM_REPORT_BAD",
+    "REPLICATION_BUFFER_THRESHOLD",
+    "REPLICATION_CHECKPOINT",
+    "REPLICATION_CHECKPOINT_VETO",
+    "REPLICATION_DEGRADED",
+    "REPLICATION_ERROR",
+    "REPLICATION_FAILOVER",
+    "REPLICATION_FENCED",
+    "REPLICATION_PREPARED",
+    "REPLICATION_RESTORED",
+    "REPLICATION_SPLIT_BRAIN",
+    "REPLICATION_STATE_CHANGE",
 ];

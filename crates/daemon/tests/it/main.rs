@@ -9,6 +9,7 @@ mod common;
 mod disk;
 mod hostile;
 mod mirrors;
+mod replication;
 mod snapshots;
 mod tls;
 mod vhost;

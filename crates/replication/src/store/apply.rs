@@ -34,7 +34,13 @@ impl Store {
             Engine::Undo => {
                 let needless = self.state.borrow_mut().needless.take();
                 if let Some((end, history)) = needless {
-                    self.log.write_anchor(|a| (a.tail, a.history) = (end, history)).await?;
+                    // a new session may have moved the tail further meanwhile
+                    let further = |a: &mut super::log::Anchor| {
+                        if a.tail < end {
+                            (a.tail, a.history) = (end, history);
+                        }
+                    };
+                    self.log.write_anchor(further).await?;
                 }
                 Ok(())
             }

@@ -19,6 +19,7 @@ mod record;
 mod recover;
 mod volume;
 
+pub(crate) use record::{history_bytes, parse_history};
 pub use volume::{EdgeVolume, FileVolume, Volume};
 
 use crate::bugs::{Bug, planted};
@@ -232,6 +233,7 @@ impl Store {
             self.state.borrow_mut().highest = generation;
         }
         let turn = self.log.turn().await;
+        self.still_secondary()?;
         self.log.append(&turn, &[Record::control(Kind::Reset, generation.0, Vec::new())], 0).await?;
         let idle = {
             let mut s = self.state.borrow_mut();
@@ -253,13 +255,18 @@ impl Store {
     /// Of the log or a disk; the open epoch must not be decided then.
     pub async fn keep(&self, changes: &[Change]) -> Result<()> {
         let _one = self.intake.acquire(1).await;
-        if self.role() != Role::Secondary {
-            return Err(BlockError::new(ErrorKind::Busy, "this side has taken over"));
-        }
+        self.still_secondary()?;
         match self.engine {
             Engine::Redo => self.keep_redo(changes).await,
             Engine::Undo => self.keep_undo(changes).await,
         }
+    }
+
+    fn still_secondary(&self) -> Result<()> {
+        if self.role() == Role::Secondary {
+            return Ok(());
+        }
+        Err(BlockError::new(ErrorKind::Busy, "this side has taken over"))
     }
 
     async fn keep_redo(&self, changes: &[Change]) -> Result<()> {
@@ -379,6 +386,7 @@ impl Store {
         let payload = record::history_bytes(&history, &digest);
         {
             let turn = self.log.turn().await;
+            self.still_secondary()?;
             self.log.append(&turn, &[Record::control(Kind::Prepare, epoch.0, payload)], 0).await?;
             let end = self.log.head();
             self.state.borrow_mut().seal(epoch, digest, history, end, self.volumes.len());
@@ -393,6 +401,7 @@ impl Store {
     pub async fn commit(&self, epoch: Epoch) -> Result<()> {
         // Own writes wait for the barrier: what comes after the record belongs to the next view.
         let turn = self.log.turn().await;
+        self.still_secondary()?;
         if !self.state.borrow().layers.iter().any(|l| l.sealed.as_ref().is_some_and(|x| x.0 == epoch)) {
             return Err(BlockError::invalid(format!("epoch {epoch} is not prepared")));
         }
@@ -411,6 +420,7 @@ impl Store {
     /// Of the log.
     pub async fn abort(&self, epoch: Epoch) -> Result<()> {
         let turn = self.log.turn().await;
+        self.still_secondary()?;
         self.log.append(&turn, &[Record::control(Kind::Abort, epoch.0, Vec::new())], 0).await?;
         self.state.borrow_mut().unseal(epoch);
         Ok(())

@@ -1,0 +1,357 @@
+//! Continuous replication: `replication-*` and `query-replication` (liveblk's own; reference/replication.md section 3).
+
+use super::{Command, Entry, entry};
+use crate::Daemon;
+use crate::address::SocketAddress;
+use crate::error::{QmpError, Reply};
+use qapi::{Map, Value, json};
+use replication::ack::{AckLevel, Quorum};
+use replication::primary::{Config, LinkPolicy, Primary};
+use replication::session::{Acting, DEFAULT_TIMEOUT, Group, NewGroup, PrimaryGroup, SecondaryGroup};
+use replication::store::Engine;
+use serde::Deserialize;
+use std::rc::Rc;
+use std::time::Duration;
+
+pub(super) const COMMANDS: &[Entry] = &[
+    entry::<GroupAdd>(),
+    entry::<GroupRemove>(),
+    entry::<PeerAdd>(),
+    entry::<Start>(),
+    entry::<Checkpoint>(),
+    entry::<Failover>(),
+    entry::<Stop>(),
+    entry::<Query>(),
+];
+
+/// Bytes of a store where nothing else is said.
+const DEFAULT_SIZE: u64 = 1 << 30;
+/// How long a checkpoint command waits where nothing else is said.
+const CHECKPOINT_MS: u64 = 60_000;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct VolumeArg {
+    node_name: String,
+    front: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct StoreArg {
+    path: String,
+    size: Option<u64>,
+}
+
+/// Makes a group of disks that are replicated together.
+#[derive(Deserialize)]
+struct GroupAdd {
+    id: String,
+    volumes: Vec<VolumeArg>,
+    store: StoreArg,
+    engine: Option<String>,
+}
+
+impl Command for GroupAdd {
+    const NAME: &'static str = "replication-group-add";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        if daemon.replication().borrow().contains_key(&self.id) {
+            return Err(QmpError::generic(format!("Replication group '{}' already exists", self.id)));
+        }
+        let front = |v: VolumeArg| {
+            let name = v.front.unwrap_or_else(|| format!("{}-{}", self.id, v.node_name));
+            (v.node_name, name)
+        };
+        let new = NewGroup {
+            id: self.id.clone(),
+            volumes: self.volumes.into_iter().map(front).collect(),
+            store: self.store.path.into(),
+            size: self.store.size.unwrap_or(DEFAULT_SIZE),
+            engine: if self.engine.as_deref() == Some("undo") { Engine::Undo } else { Engine::Redo },
+        };
+        let names: Vec<String> = new.volumes.iter().map(|v| v.1.clone()).collect();
+        let (events, id) = (daemon.events().clone(), self.id.clone());
+        let tell =
+            Rc::new(move |name: &'static str, facts: Vec<(&'static str, replication::session::Fact)>| {
+                let mut data = Map::new();
+                data.insert("group".into(), json!(id));
+                for (key, fact) in facts {
+                    let value = match fact {
+                        replication::session::Fact::Text(t) => json!(t),
+                        replication::session::Fact::Number(n) => json!(n),
+                    };
+                    data.insert(key.into(), value);
+                }
+                events.emit(name, Value::Object(data));
+            });
+        let group = Group::add(daemon.graph(), new, tell).await?;
+        daemon.replication().borrow_mut().insert(self.id, group);
+        Ok(json!({"fronts": names}))
+    }
+}
+
+fn group(daemon: &Daemon, id: &str) -> Result<Rc<Group>, QmpError> {
+    let found = daemon.replication().borrow().get(id).cloned();
+    found.ok_or_else(|| QmpError::generic(format!("Replication group '{id}' not found")))
+}
+
+/// Removes a group that has no role.
+#[derive(Deserialize)]
+struct GroupRemove {
+    id: String,
+}
+
+impl Command for GroupRemove {
+    const NAME: &'static str = "replication-group-remove";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        group(&daemon, &self.id)?.remove().await?;
+        daemon.replication().borrow_mut().remove(&self.id);
+        Ok(json!({}))
+    }
+}
+
+/// Adds a secondary to forward to.
+#[derive(Deserialize)]
+struct PeerAdd {
+    group: String,
+    peer: String,
+    addr: SocketAddress,
+}
+
+impl Command for PeerAdd {
+    const NAME: &'static str = "replication-peer-add";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        group(&daemon, &self.group)?.add_peer(&self.peer, self.addr.read()?)?;
+        Ok(json!({}))
+    }
+}
+
+/// Gives a group its role.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Start {
+    group: String,
+    role: String,
+    listen: Option<SocketAddress>,
+    demote: Option<bool>,
+    write_level: Option<String>,
+    flush_level: Option<String>,
+    min_acks: Option<u64>,
+    on_link_loss: Option<String>,
+    timeout_ms: Option<u64>,
+}
+
+impl Start {
+    fn config(&self) -> Result<Config, QmpError> {
+        let level = |name: &Option<String>, default| match name {
+            None => Ok(default),
+            Some(n) => AckLevel::from_name(n)
+                .ok_or_else(|| QmpError::generic(format!("'{n}' is no level of acknowledgement"))),
+        };
+        let defaults = Config::default();
+        Ok(Config {
+            write_level: level(&self.write_level, defaults.write_level)?,
+            flush_level: level(&self.flush_level, defaults.flush_level)?,
+            quorum: Quorum::Any(usize::try_from(self.min_acks.unwrap_or(1)).unwrap_or(usize::MAX)),
+            policy: match self.on_link_loss.as_deref() {
+                Some("suspend") => LinkPolicy::Suspend,
+                Some("io-error") => LinkPolicy::IoError,
+                _ => LinkPolicy::Degrade,
+            },
+            external_decision: false,
+        })
+    }
+}
+
+impl Command for Start {
+    const NAME: &'static str = "replication-start";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let group = group(&daemon, &self.group)?;
+        if self.role == "primary" {
+            let timeout = self.timeout_ms.map_or(DEFAULT_TIMEOUT, Duration::from_millis);
+            if timeout < Duration::from_millis(10) {
+                return Err(QmpError::generic("Parameter 'timeout-ms' expects at least 10"));
+            }
+            group.start_primary(self.config()?, timeout).await?;
+            return Ok(json!({}));
+        }
+        let demote = self.demote.unwrap_or(false);
+        let Some(listen) = self.listen else {
+            return Err(QmpError::generic("Parameter 'listen' is missing"));
+        };
+        let address = group.start_secondary(&listen.read()?, demote).await?;
+        Ok(json!({"address": address.to_string()}))
+    }
+}
+
+/// Makes a checkpoint on all secondaries.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Checkpoint {
+    group: String,
+    timeout_ms: Option<u64>,
+}
+
+impl Command for Checkpoint {
+    const NAME: &'static str = "replication-checkpoint";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let Acting::Primary(primary) = group(&daemon, &self.group)?.acting() else {
+            return Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group)));
+        };
+        let timeout = Duration::from_millis(self.timeout_ms.unwrap_or(CHECKPOINT_MS));
+        let done = primary.checkpoint(timeout).await?;
+        Ok(json!({
+            "epoch": done.epoch.0,
+            "digest": done.digest.to_string(),
+            "bytes": done.digest.bytes,
+            "duration-us": micros(done.duration),
+        }))
+    }
+}
+
+fn micros(d: Duration) -> u64 {
+    u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Lets a secondary take over.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Failover {
+    group: String,
+    own_writes: Option<String>,
+}
+
+impl Command for Failover {
+    const NAME: &'static str = "replication-failover";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let Acting::Secondary(secondary) = group(&daemon, &self.group)?.acting() else {
+            return Err(QmpError::generic(format!("Replication group '{}' is not a secondary", self.group)));
+        };
+        let done = secondary.failover(self.own_writes.as_deref() != Some("discard")).await?;
+        Ok(json!({
+            "epoch": done.epoch.0,
+            "generation": done.generation.0,
+            "stage": secondary.stage().name(),
+            "duration-us": micros(done.duration),
+        }))
+    }
+}
+
+/// Gives the role up.
+#[derive(Deserialize)]
+struct Stop {
+    group: String,
+}
+
+impl Command for Stop {
+    const NAME: &'static str = "replication-stop";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        group(&daemon, &self.group)?.stop().await?;
+        Ok(json!({}))
+    }
+}
+
+/// What groups do.
+#[derive(Deserialize)]
+struct Query {
+    group: Option<String>,
+}
+
+impl Command for Query {
+    const NAME: &'static str = "query-replication";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let all: Vec<(String, Rc<Group>)> = match self.group {
+            Some(id) => vec![(id.clone(), group(&daemon, &id)?)],
+            None => daemon.replication().borrow().iter().map(|(k, v)| (k.clone(), v.clone())).collect(),
+        };
+        Ok(Value::Array(all.iter().map(|(id, group)| describe(id, group)).collect()))
+    }
+}
+
+fn describe(id: &str, group: &Group) -> Value {
+    let mut out = Map::new();
+    out.insert("id".into(), json!(id));
+    match group.acting() {
+        Acting::Unprotected => {
+            out.insert("role".into(), json!("unprotected"));
+            out.insert("stage".into(), json!("none"));
+        }
+        Acting::Primary(p) => primary(&p, &mut out),
+        Acting::Secondary(s) => secondary(&s, &mut out),
+    }
+    Value::Object(out)
+}
+
+fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
+    let mut put = |key: &str, value: Value| {
+        out.insert(key.into(), value);
+    };
+    put("role", json!("primary"));
+    put("stage", json!(if p.look(Primary::fenced).is_some() { "done" } else { "running" }));
+    let state = p.look(|c| match (c.fenced(), c.degraded(), c.config().policy) {
+        (Some(_), ..) => "fenced",
+        (None, false, _) => "running",
+        (None, true, LinkPolicy::Degrade) => "degraded",
+        (None, true, _) => "suspended",
+    });
+    put("state", json!(state));
+    p.look(|c| {
+        put("generation", json!(c.history().generation().0));
+        put("open-epoch", json!(c.open_epoch().0));
+        put("committed-epoch", json!(c.history().epoch().0));
+        put("sent-data-size", json!(c.sent_since_mark()));
+    });
+    let names = p.peer_names();
+    let peers: Vec<Value> = p.look(|c| {
+        let one = |(i, peer): (usize, &replication::primary::Peer)| {
+            json!({
+                "name": names.get(i).cloned().unwrap_or_default(),
+                "state": peer.state.name(),
+                "sent-seq": c.last().0,
+                "received-seq": peer.progress.received.0,
+                "durable-seq": peer.progress.durable.0,
+                "committed-epoch": peer.committed.map_or(0, |e| e.0),
+                "dirty-bytes": c.dirty_bytes(i),
+                "buffer-fill": peer.fill,
+            })
+        };
+        c.peers().iter().enumerate().map(one).collect()
+    });
+    put("peers", Value::Array(peers));
+    if let Some(e) = p.last_error() {
+        put("last-error", json!(e));
+    }
+}
+
+fn secondary(s: &SecondaryGroup, out: &mut Map<String, Value>) {
+    let mut put = |key: &str, value: Value| {
+        out.insert(key.into(), value);
+    };
+    put("role", json!("secondary"));
+    put("stage", json!(s.stage().name()));
+    let state = match (s.stage(), s.is_connected()) {
+        (replication::Stage::Running, true) => "running",
+        (replication::Stage::Running, false) => "detached",
+        (stage, _) => stage.name(),
+    };
+    put("state", json!(state));
+    put("generation", json!(s.generation().0));
+    put("committed-epoch", json!(s.history().epoch().0));
+    let (seq, bytes) = s.received();
+    put("received-seq", json!(seq.0));
+    put("open-bytes", json!(bytes));
+    let u = s.usage();
+    put("engine", json!(if s.engine() == Engine::Undo { "undo" } else { "redo" }));
+    put(
+        "buffer",
+        json!({"size": u.size, "used": u.used, "own": u.own, "pending": u.pending, "open": u.open}),
+    );
+    if let Some(f) = s.last_failover() {
+        put(
+            "last-failover",
+            json!({"epoch": f.epoch.0, "generation": f.generation.0, "rto-us": micros(f.duration)}),
+        );
+    }
+    if let Some(e) = s.last_error() {
+        put("last-error", json!(e));
+    }
+}

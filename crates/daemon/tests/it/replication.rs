@@ -1,0 +1,338 @@
+//! Continuous replication between real daemons: two or more of the built program, real sockets, QEMU's tools as guests.
+
+use crate::common::{Client, Daemon, Dir, until};
+use crate::disk::tool;
+use serde_json::{Value, json};
+use std::process::Command;
+
+/// A host: a raw disk of 16 MiB in a directory of its own, in group `g`, its front exported as `disk`.
+struct Host {
+    dir: Dir,
+    daemon: Daemon,
+    c: Client,
+}
+
+fn unix(path: &str) -> Value {
+    json!({"type": "unix", "path": path})
+}
+
+impl Host {
+    fn new(engine: &str, disks: usize) -> Host {
+        let dir = Dir::new();
+        (0..disks).for_each(|n| drop(tool(&dir, &format!("qemu-img|create|-q|-f|raw|disk{n}.raw|16M"))));
+        Host::start(dir, engine, disks)
+    }
+
+    fn start(dir: Dir, engine: &str, disks: usize) -> Host {
+        let nbd = dir.path("nbd.sock");
+        let daemon = Daemon::start(&dir, &["--nbd-server", &format!("addr.type=unix,addr.path={nbd}")]);
+        let mut c = daemon.client();
+        let mut volumes = Vec::new();
+        for n in 0..disks {
+            let file = dir.path(&format!("disk{n}.raw"));
+            c.command(
+                "blockdev-add",
+                json!({"driver": "file", "node-name": format!("d{n}"), "filename": file}),
+            )
+            .unwrap();
+            volumes.push(json!({"node-name": format!("d{n}"), "front": format!("f{n}")}));
+        }
+        let store = json!({"path": dir.path("store"), "size": 32 << 20});
+        c.command(
+            "replication-group-add",
+            json!({"id": "g", "volumes": volumes, "store": store, "engine": engine}),
+        )
+        .unwrap();
+        for n in 0..disks {
+            let export = json!({"type": "nbd", "id": format!("e{n}"), "node-name": format!("f{n}"), "name": format!("disk{n}"), "writable": true});
+            c.command("block-export-add", export).unwrap();
+        }
+        Host { dir, daemon, c }
+    }
+
+    fn restart(mut self, engine: &str, disks: usize) -> Host {
+        self.daemon.signal("KILL");
+        self.daemon.wait();
+        let dir = std::mem::replace(&mut self.dir, Dir::new());
+        let _ = std::fs::remove_file(dir.path("nbd.sock"));
+        let _ = std::fs::remove_file(dir.path("qmp.sock"));
+        Host::start(dir, engine, disks)
+    }
+
+    fn secondary(&mut self) {
+        let listen = unix(&self.dir.path("repl.sock"));
+        self.c
+            .command("replication-start", json!({"group": "g", "role": "secondary", "listen": listen}))
+            .unwrap();
+    }
+
+    fn primary(&mut self, peers: &[&Host], more: Value) {
+        for (n, p) in peers.iter().enumerate() {
+            let addr = unix(&p.dir.path("repl.sock"));
+            self.c
+                .command("replication-peer-add", json!({"group": "g", "peer": format!("p{n}"), "addr": addr}))
+                .unwrap();
+        }
+        let mut arguments = json!({"group": "g", "role": "primary"});
+        more.as_object().unwrap().iter().for_each(|(k, v)| arguments[k] = v.clone());
+        self.c.command("replication-start", arguments).unwrap();
+    }
+
+    fn io(&self, disk: usize, command: &str) -> Result<String, String> {
+        let url = format!("nbd+unix:///disk{disk}?socket={}", self.dir.path("nbd.sock"));
+        let out = Command::new("qemu-io").args(["-f", "raw", "-c", command, &url]).output().unwrap();
+        let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+        if out.status.success() && !text.contains("failed") { Ok(text) } else { Err(text) }
+    }
+
+    fn info(&mut self) -> Value {
+        self.c.command("query-replication", json!({"group": "g"})).unwrap()[0].clone()
+    }
+
+    /// Waits until the primary counts so many secondaries as copies.
+    fn until_running(&mut self, count: usize) {
+        let c = std::cell::RefCell::new(&mut self.c);
+        until(|| {
+            let info = c.borrow_mut().command("query-replication", json!({"group": "g"})).unwrap();
+            let peers = info[0]["peers"].as_array().unwrap().clone();
+            peers.iter().filter(|p| p["state"] == "running").count() == count
+        });
+    }
+
+    fn checkpoint(&mut self) -> u64 {
+        self.c.command("replication-checkpoint", json!({"group": "g"})).unwrap()["epoch"].as_u64().unwrap()
+    }
+
+    fn until_merged(&mut self) {
+        let c = std::cell::RefCell::new(&mut self.c);
+        until(|| {
+            c.borrow_mut().command("query-replication", json!({"group": "g"})).unwrap()[0]["stage"] == "done"
+        });
+    }
+
+    fn raw(&self, disk: usize) -> Vec<u8> {
+        std::fs::read(self.dir.path(&format!("disk{disk}.raw"))).unwrap()
+    }
+}
+
+/// The whole way: a pair is set up, written to, brought to a checkpoint, written to again; the primary is killed; the secondary
+/// has the checkpoint, on two disks, and goes on.
+#[test]
+fn the_primary_is_killed_and_the_secondary_has_the_checkpoint() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::new(engine, 2), Host::new(engine, 2));
+        p.io(0, "write -P 1 0 1M").unwrap();
+        s.secondary();
+        assert!(s.io(0, "read 0 4k").is_err(), "nothing has ever been synchronized");
+        p.primary(&[&s], json!({"flush-level": "remote-durable"}));
+        p.until_running(1);
+        p.io(0, "write -P 2 512k 1M").unwrap();
+        p.io(1, "write -P 3 4M 64k").unwrap();
+        let epoch = p.checkpoint();
+        s.io(0, "read -P 1 0 512k").unwrap();
+        s.io(0, "read -P 2 512k 1M").unwrap();
+        s.io(1, "read -P 3 4M 64k").unwrap();
+        // after the checkpoint: the primary's writes are not seen, own writes are
+        p.io(0, "write -P 4 0 2M").unwrap();
+        p.io(1, "write -z 4M 32k").unwrap();
+        s.io(0, "write -P 9 100k 7k").unwrap();
+        s.io(0, "read -P 1 0 100k").unwrap();
+        s.io(0, "read -P 9 100k 7k").unwrap();
+        s.io(1, "read -P 3 4M 64k").unwrap();
+        p.daemon.signal("KILL");
+        p.daemon.wait();
+        let done = s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        assert_eq!(done["epoch"], epoch, "{done}");
+        let again = s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        assert_eq!((&again["epoch"], &again["generation"]), (&done["epoch"], &done["generation"]), "X7");
+        s.io(0, "read -P 1 0 100k").unwrap();
+        s.io(0, "read -P 9 100k 7k").unwrap();
+        s.io(0, "read -P 2 512k 1M").unwrap();
+        s.io(0, "write -P 5 3M 64k").unwrap();
+        s.until_merged();
+        // I3: now the disks alone are the image
+        let (d0, d1) = (s.raw(0), s.raw(1));
+        assert!(d0[..100 << 10].iter().all(|b| *b == 1) && d0[100 << 10..107 << 10].iter().all(|b| *b == 9));
+        assert!(d0[512 << 10..1536 << 10].iter().all(|b| *b == 2), "{engine}");
+        assert!(
+            d0[1536 << 10..2 << 20].iter().all(|b| *b == 0)
+                && d0[3 << 20..(3 << 20) + 65536].iter().all(|b| *b == 5)
+        );
+        assert!(d1[4 << 20..(4 << 20) + 65536].iter().all(|b| *b == 3));
+    }
+}
+
+/// F2: the old primary does not know that another was promoted. Not one byte of it lands, and it serves nobody any more.
+#[test]
+fn a_primary_that_was_left_behind_is_fenced() {
+    let (mut p, mut s) = (Host::new("undo", 1), Host::new("undo", 1));
+    s.secondary();
+    p.primary(&[&s], json!({}));
+    p.until_running(1);
+    p.io(0, "write -P 1 0 64k").unwrap();
+    p.checkpoint();
+    s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+    s.until_merged();
+    // it learns of it from its own connection
+    p.c.event("REPLICATION_FENCED");
+    assert!(p.io(0, "write -P 6 0 64k").is_err());
+    assert!(p.io(0, "read 0 4k").is_err());
+    s.io(0, "read -P 1 0 64k").unwrap();
+    assert!(s.raw(0)[..65536].iter().all(|b| *b == 1), "nothing of the old primary landed");
+    assert_eq!(p.info()["state"], "fenced");
+}
+
+/// F5: the secondary is killed in the middle of an epoch. It comes back at its checkpoint, catches up, and commits.
+#[test]
+fn a_killed_secondary_comes_back_at_its_checkpoint_and_catches_up() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
+        s.secondary();
+        p.primary(&[&s], json!({"write-level": "remote-durable"}));
+        p.until_running(1);
+        p.io(0, "write -P 1 0 1M").unwrap();
+        p.checkpoint();
+        p.io(0, "write -P 2 256k 1M").unwrap();
+        p.c.events.clear();
+        let mut s = s.restart(engine, 1);
+        p.c.event("REPLICATION_DEGRADED");
+        // the guest goes on, alone, and everybody was told
+        p.io(0, "write -P 3 2M 64k").unwrap();
+        assert_eq!(p.info()["state"], "degraded");
+        s.secondary();
+        p.c.event("REPLICATION_RESTORED");
+        p.until_running(1);
+        s.io(0, "read -P 1 0 256k").unwrap();
+        s.io(0, "read -P 2 256k 1M").unwrap();
+        s.io(0, "read -P 3 2M 64k").unwrap();
+    }
+}
+
+/// F7: a frozen secondary. The guest waits no longer than the time-out; commands are answered meanwhile.
+#[test]
+fn a_frozen_secondary_does_not_freeze_the_guest() {
+    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
+    s.secondary();
+    p.primary(&[&s], json!({"write-level": "remote-durable", "timeout-ms": 400}));
+    p.until_running(1);
+    s.daemon.signal("STOP");
+    p.io(0, "write -P 1 0 64k").unwrap();
+    p.c.event("REPLICATION_DEGRADED");
+    assert_eq!(p.info()["state"], "degraded");
+    s.daemon.signal("CONT");
+    p.until_running(1);
+    s.io(0, "read -P 1 0 64k").unwrap();
+}
+
+/// F8: overlapping writes of several clients end as the same image on both sides.
+#[test]
+fn overlapping_writes_end_alike_on_both_sides() {
+    let (mut p, mut s) = (Host::new("undo", 1), Host::new("undo", 1));
+    s.secondary();
+    p.primary(&[&s], json!({"write-level": "queued"}));
+    p.until_running(1);
+    for round in 0..4u32 {
+        std::thread::scope(|scope| {
+            for client in 0..4u32 {
+                let p = &p;
+                scope.spawn(move || {
+                    let aio: Vec<String> = (0..40u32)
+                        .map(|i| {
+                            format!(
+                                "aio_write -q -P {} {}k 256k",
+                                1 + (client * 50 + i + round * 7) % 250,
+                                (i * 37 + client * 64) % 1024
+                            )
+                        })
+                        .collect();
+                    let url = format!("nbd+unix:///disk0?socket={}", p.dir.path("nbd.sock"));
+                    let mut command = Command::new("qemu-io");
+                    command.args(["-f", "raw"]);
+                    aio.iter().for_each(|a| drop(command.args(["-c", a])));
+                    assert!(command.args(["-c", "aio_flush", &url]).output().unwrap().status.success());
+                });
+            }
+        });
+        p.checkpoint();
+        assert!(p.raw(0) == s.raw(0), "round {round}");
+    }
+}
+
+/// The primary is killed and comes back as itself: what it wrote shortly before is not forgotten (I8, the record of activity).
+#[test]
+fn a_killed_primary_comes_back_and_nothing_is_forgotten() {
+    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
+    s.secondary();
+    p.primary(&[&s], json!({}));
+    p.until_running(1);
+    p.checkpoint();
+    p.io(0, "write -P 1 0 64k").unwrap();
+    // killed before a checkpoint has it
+    let mut p = p.restart("redo", 1);
+    p.primary(&[&s], json!({}));
+    p.until_running(1);
+    s.io(0, "read -P 1 0 64k").unwrap();
+    let rest = s.io(0, "read -P 0 64k 15M");
+    assert!(rest.is_ok(), "{rest:?}");
+}
+
+/// Two secondaries, both have to have it; one goes, and the policy says what happens.
+#[test]
+fn with_two_secondaries_any_one_may_go_and_not_both() {
+    let (mut p, mut a, mut b) = (Host::new("redo", 1), Host::new("redo", 1), Host::new("undo", 1));
+    a.secondary();
+    b.secondary();
+    p.primary(
+        &[&a, &b],
+        json!({"write-level": "remote-received", "min-acks": 1, "on-link-loss": "io-error"}),
+    );
+    p.until_running(2);
+    p.io(0, "write -P 1 0 64k").unwrap();
+    p.checkpoint();
+    a.io(0, "read -P 1 0 64k").unwrap();
+    b.io(0, "read -P 1 0 64k").unwrap();
+    a.daemon.signal("KILL");
+    a.daemon.wait();
+    p.until_running(1);
+    p.io(0, "write -P 2 0 64k").unwrap();
+    b.daemon.signal("KILL");
+    b.daemon.wait();
+    p.until_running(0);
+    assert!(p.io(0, "write -P 3 0 64k").is_err(), "the policy is io-error");
+}
+
+/// What makes no sense is refused with a sentence.
+#[test]
+fn commands_out_of_place_are_refused() {
+    let mut h = Host::new("redo", 1);
+    for (command, arguments, says) in [
+        ("replication-checkpoint", json!({"group": "g"}), "is not a primary"),
+        ("replication-failover", json!({"group": "g"}), "is not a secondary"),
+        ("replication-stop", json!({"group": "g"}), "does not replicate"),
+        ("replication-start", json!({"group": "x", "role": "primary"}), "not found"),
+        ("replication-start", json!({"group": "g", "role": "secondary"}), "'listen' is missing"),
+        (
+            "replication-group-add",
+            json!({"id": "g", "volumes": [], "store": {"path": "x"}}),
+            "already exists",
+        ),
+        ("replication-group-add", json!({"id": "h", "volumes": [], "store": {"path": "x"}}), "1 to 1024"),
+        (
+            "replication-group-add",
+            json!({"id": "h", "volumes": [{"node-name": "no"}], "store": {"path": "x"}}),
+            "node-name='no'",
+        ),
+    ] {
+        let e = h.c.command(command, arguments).unwrap_err();
+        assert!(e.contains(says), "{command}: {e}");
+    }
+    h.primary(&[], json!({}));
+    let e = h.c.command("replication-checkpoint", json!({"group": "g"})).unwrap_err();
+    assert!(e.contains("no secondary is connected"), "{e}");
+    h.io(0, "write -P 1 0 64k").unwrap();
+    h.c.command("replication-stop", json!({"group": "g"})).unwrap();
+    h.c.command("block-export-del", json!({"id": "e0"})).unwrap();
+    h.c.event("BLOCK_EXPORT_DELETED");
+    h.c.command("replication-group-remove", json!({"id": "g"})).unwrap();
+    assert_eq!(h.c.command("query-replication", json!({})).unwrap(), json!([]));
+}

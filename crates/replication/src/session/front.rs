@@ -1,0 +1,141 @@
+//! The node whose users see a replicated disk: passes through, forwards as a primary, or shows a secondary's view.
+
+use super::primary::PrimaryGroup;
+use super::secondary::SecondaryGroup;
+use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
+use graph::{Demand, Edge, Node, NodeDetails, Perms};
+use std::any::Any;
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// What is done with the users' requests.
+#[derive(Clone)]
+pub enum Mode {
+    /// They go to the disk.
+    Unprotected,
+    /// They go to the disk and to the secondaries.
+    Primary(Rc<PrimaryGroup>),
+    /// They see the checkpoint with their own writes over it.
+    Secondary(Rc<SecondaryGroup>),
+}
+
+/// The node above a disk of a group.
+pub struct Front {
+    disk: Rc<Edge>,
+    volume: u16,
+    mode: RefCell<Mode>,
+}
+
+impl Front {
+    /// Above the child of `disk` (an edge of role `Filtered`), which is number `volume` of its group.
+    pub fn new(disk: Rc<Edge>, volume: u16) -> Rc<Front> {
+        Rc::new(Front { disk, volume, mode: RefCell::new(Mode::Unprotected) })
+    }
+
+    /// The edge to the disk.
+    pub fn disk(&self) -> &Rc<Edge> {
+        &self.disk
+    }
+
+    /// From now on requests are handled so. Those under way end as they began.
+    pub fn set_mode(&self, mode: Mode) {
+        let old = self.mode.replace(mode);
+        drop(old);
+    }
+
+    fn mode(&self) -> Mode {
+        self.mode.borrow().clone()
+    }
+}
+
+impl Node for Front {
+    fn driver(&self) -> &'static str {
+        "replicated"
+    }
+    fn len(&self) -> u64 {
+        self.disk.len()
+    }
+    fn limits(&self) -> Limits {
+        self.disk.limits()
+    }
+    fn edges(&self) -> Vec<Rc<Edge>> {
+        vec![self.disk.clone()]
+    }
+    /// Nobody else may write to the disk, resize it, or trust what it reads as.
+    fn wants(&self, _: &Edge, _: Demand, writable: bool) -> Demand {
+        let needs = Perms::CONSISTENT_READ.with(if writable { Perms::WRITE } else { Perms::NONE });
+        Demand { needs, shares: Perms::CONSISTENT_READ }
+    }
+    fn read(&self, at: Span) -> Io<'_, Data> {
+        match self.mode() {
+            Mode::Secondary(s) => Box::pin(async move { s.read(self.volume, at).await }),
+            Mode::Primary(p) => Box::pin(async move { p.read(self.volume, at).await }),
+            Mode::Unprotected => Box::pin(self.disk.read(at)),
+        }
+    }
+    fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
+        match self.mode() {
+            Mode::Secondary(s) => Box::pin(async move { s.write(self.volume, at, data, flags.fua).await }),
+            Mode::Primary(p) => Box::pin(async move { p.write(self.volume, at, Some(data), flags).await }),
+            Mode::Unprotected => Box::pin(self.disk.write(at.start, data, flags)),
+        }
+    }
+    fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
+        match self.mode() {
+            Mode::Secondary(s) => {
+                Box::pin(async move { s.write(self.volume, at, Data::empty(), flags.fua).await })
+            }
+            Mode::Primary(p) => {
+                // a fast-or-fail request may not become a slow write on this side
+                Box::pin(async move { p.write(self.volume, at, None, flags).await })
+            }
+            Mode::Unprotected => Box::pin(self.disk.zero(at, flags)),
+        }
+    }
+    /// Rule D2: all replicas or none. A discard of a replicated disk does nothing, on both sides.
+    fn discard(&self, at: Span) -> Io<'_> {
+        match self.mode() {
+            Mode::Unprotected => Box::pin(self.disk.discard(at)),
+            _ => Box::pin(async { Ok(()) }),
+        }
+    }
+    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
+        let kind = match self.mode() {
+            // what the layer below says is not what is read here
+            Mode::Secondary(_) => Kind::Data,
+            _ => Kind::Unallocated,
+        };
+        Box::pin(async move { Ok(vec![Extent::new(at, kind)]) })
+    }
+    fn flush(&self) -> Io<'_> {
+        match self.mode() {
+            Mode::Secondary(s) => Box::pin(async move { s.flush().await }),
+            Mode::Primary(p) => Box::pin(async move { p.flush(self.volume).await }),
+            Mode::Unprotected => Box::pin(self.disk.flush()),
+        }
+    }
+    fn resize(&self, _: u64, _: Prealloc) -> Io<'_> {
+        Box::pin(async {
+            Err(BlockError::new(
+                block::ErrorKind::Busy,
+                "a disk cannot be resized while it is in a replication group",
+            ))
+        })
+    }
+    fn set_writable(&self, _: bool) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn close(&self) -> Io<'_> {
+        self.set_mode(Mode::Unprotected);
+        Box::pin(async { Ok(()) })
+    }
+    fn details(&self) -> Io<'_, NodeDetails> {
+        Box::pin(async move { self.disk.child().node().details().await })
+    }
+    fn filtered(&self) -> Option<Rc<Edge>> {
+        Some(self.disk.clone())
+    }
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}

@@ -1,0 +1,342 @@
+//! A group of disks as a manager sees it: made, given a role, taken from it.
+//!
+//! What must stay true: a group is in one role at a time; a primary is begun only from an image whose history is known, or a new
+//! one; a disk's own content is given up (by becoming a secondary) only where that was asked for.
+
+use super::Tell;
+use super::activity::Activity;
+use super::front::{Front, Mode};
+use super::primary::PrimaryGroup;
+use super::secondary::SecondaryGroup;
+use crate::history::History;
+use crate::primary::Config;
+use crate::store::{EdgeVolume, Engine, MIN_SIZE, NewStore, Role, Store, Volume};
+use crate::types::{Generation, GroupId};
+use block::{BlockError, ErrorKind, Result};
+use env::{Address, Existing, OpenMode};
+use graph::{Demand, Graph, NodeCell, NodeOptions, Parent, Role as EdgeRole};
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Settings of a new group.
+#[derive(Clone, Debug)]
+pub struct NewGroup {
+    /// Its name, the same on all its hosts.
+    pub id: String,
+    /// Node names of the disks, in an order that is the same on all hosts, and of the nodes that show them.
+    pub volumes: Vec<(String, String)>,
+    /// Where the group keeps what must survive a crash: this name for a secondary, with `.primary` for a primary.
+    pub store: PathBuf,
+    /// Bytes of a secondary's store.
+    pub size: u64,
+    /// A secondary's engine.
+    pub engine: Engine,
+}
+
+/// What a group does.
+#[derive(Clone)]
+pub enum Acting {
+    /// Nothing: the fronts pass through.
+    Unprotected,
+    /// It forwards.
+    Primary(Rc<PrimaryGroup>),
+    /// It follows, or has taken over.
+    Secondary(Rc<SecondaryGroup>),
+}
+
+/// See above.
+pub struct Group {
+    new: NewGroup,
+    group: GroupId,
+    graph: Rc<Graph>,
+    fronts: Vec<(Rc<Front>, Rc<NodeCell>)>,
+    acting: RefCell<Acting>,
+    peers: RefCell<Vec<(String, Address)>>,
+    tell: Tell,
+}
+
+fn refused(why: impl Into<String>) -> BlockError {
+    BlockError::new(ErrorKind::Busy, why)
+}
+
+impl Group {
+    /// Makes the group and the nodes that show its disks.
+    ///
+    /// # Errors
+    /// Unknown disks, names in use, a store that is too small.
+    pub async fn add(graph: &Rc<Graph>, new: NewGroup, tell: Tell) -> Result<Rc<Group>> {
+        if new.size < MIN_SIZE {
+            return Err(BlockError::invalid(format!("a replication store has at least {MIN_SIZE} bytes")));
+        }
+        if new.volumes.is_empty() || new.volumes.len() > crate::wire::MAX_VOLUMES {
+            return Err(BlockError::invalid("a replication group has 1 to 1024 volumes"));
+        }
+        let mut fronts: Vec<(Rc<Front>, Rc<NodeCell>)> = Vec::new();
+        for (number, (node, front)) in new.volumes.iter().enumerate() {
+            let made = Group::front(graph, number, node, front).await;
+            match made {
+                Ok(f) => fronts.push(f),
+                Err(e) => {
+                    for (_, cell) in fronts {
+                        // it has just been made and has no users
+                        let _ = graph.remove(&cell).await;
+                    }
+                    return Err(e);
+                }
+            }
+        }
+        Ok(Rc::new(Group {
+            group: GroupId::of_name(&new.id),
+            new,
+            graph: graph.clone(),
+            fronts,
+            acting: RefCell::new(Acting::Unprotected),
+            peers: RefCell::default(),
+            tell,
+        }))
+    }
+
+    async fn front(
+        graph: &Rc<Graph>,
+        number: usize,
+        node: &str,
+        name: &str,
+    ) -> Result<(Rc<Front>, Rc<NodeCell>)> {
+        let cell = graph.find(node).ok_or_else(|| {
+            BlockError::new(ErrorKind::NotFound, format!("Cannot find device='' nor node-name='{node}'"))
+        })?;
+        let edge =
+            graph.attach(&cell, "file", EdgeRole::Filtered, Parent::opening(), Demand::NOTHING).await?;
+        let front = Front::new(edge, u16::try_from(number).unwrap_or(u16::MAX));
+        let options = NodeOptions {
+            name: Some(name.to_owned()),
+            discard: true,
+            monitor_owned: true,
+            read_only: !cell.is_writable(),
+            ..NodeOptions::default()
+        };
+        let cell = graph.add(options, front.clone()).await?;
+        Ok((front, cell))
+    }
+
+    /// Settings.
+    pub fn settings(&self) -> &NewGroup {
+        &self.new
+    }
+
+    /// What it does.
+    pub fn acting(&self) -> Acting {
+        self.acting.borrow().clone()
+    }
+
+    /// The peers given so far.
+    pub fn peers(&self) -> Vec<(String, Address)> {
+        self.peers.borrow().clone()
+    }
+
+    fn act(&self, acting: Acting) {
+        for (front, _) in &self.fronts {
+            front.set_mode(match &acting {
+                Acting::Unprotected => Mode::Unprotected,
+                Acting::Primary(p) => Mode::Primary(p.clone()),
+                Acting::Secondary(s) => Mode::Secondary(s.clone()),
+            });
+        }
+        *self.acting.borrow_mut() = acting;
+    }
+
+    fn idle(&self) -> Result<()> {
+        match &*self.acting.borrow() {
+            Acting::Unprotected => Ok(()),
+            Acting::Primary(_) => Err(refused(format!("group '{}' is a primary already", self.new.id))),
+            Acting::Secondary(_) => Err(refused(format!("group '{}' is a secondary already", self.new.id))),
+        }
+    }
+
+    /// A secondary to forward to, from now on.
+    ///
+    /// # Errors
+    /// A name in use.
+    pub fn add_peer(&self, name: &str, address: Address) -> Result<()> {
+        if self.peers.borrow().iter().any(|p| p.0 == name) {
+            return Err(refused(format!("group '{}' has a peer '{name}' already", self.new.id)));
+        }
+        self.peers.borrow_mut().push((name.to_owned(), address.clone()));
+        if let Acting::Primary(p) = self.acting() {
+            p.add_peer(name, address);
+        }
+        Ok(())
+    }
+
+    fn record_path(&self) -> PathBuf {
+        let mut name = self.new.store.clone().into_os_string();
+        name.push(".primary");
+        name.into()
+    }
+
+    async fn file(&self, path: &std::path::Path) -> Result<(Rc<dyn env::File>, bool)> {
+        let (env, write) = (self.graph.env(), true);
+        match env.open(path, OpenMode { write, ..OpenMode::default() }).await {
+            Ok(f) => Ok((f, false)),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                let mode = OpenMode { write, existing: Existing::CreateNew, ..OpenMode::default() };
+                Ok((env.open(path, mode).await.map_err(|e| e.context(path.display()))?, true))
+            }
+            Err(e) => Err(e.context(path.display())),
+        }
+    }
+
+    fn volumes(&self) -> Vec<Rc<dyn Volume>> {
+        self.fronts.iter().map(|(f, _)| Rc::new(EdgeVolume(f.disk().clone())) as Rc<dyn Volume>).collect()
+    }
+
+    /// Begins as primary.
+    ///
+    /// # Errors
+    /// The group has a role; the disks are a secondary's that has not taken over; of the files.
+    pub async fn start_primary(&self, config: Config, timeout: Duration) -> Result<()> {
+        self.idle()?;
+        let env = self.graph.env().clone();
+        let disks: Vec<_> = self.fronts.iter().map(|(f, _)| f.disk().clone()).collect();
+        let lens: Vec<u64> = disks.iter().map(|d| d.len()).collect();
+        // Did these disks come from another primary?
+        let followed = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await
+        {
+            Ok(file) => {
+                let store = Store::open(&env, file, self.volumes()).await?;
+                if store.role() != Role::Done {
+                    return Err(refused(format!(
+                        "the disks of group '{}' are a secondary's: fail over first",
+                        self.new.id
+                    )));
+                }
+                Some(store.history())
+            }
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            Err(e) => return Err(e),
+        };
+        let (file, _) = self.file(&self.record_path()).await?;
+        let known = Activity::open(file.clone(), self.group, &lens).await?;
+        let known =
+            known.filter(|a| followed.as_ref().is_none_or(|h| h.generation() <= a.history().generation()));
+        let activity = match known {
+            Some(known) => known,
+            None => {
+                // A new line of images takes a number that no other has: two hosts that begin under one name are unrelated.
+                let fresh = || History::begin(Generation((1 << 32) | (env.random() & 0xffff_ffff)));
+                Activity::create(file, self.group, &lens, followed.unwrap_or_else(fresh)).await?
+            }
+        };
+        let tell = self.tell.clone();
+        let primary = PrimaryGroup::new(&env, self.group, disks, activity, config, timeout, tell)?;
+        // From here on every change is remembered, whether or not anybody is there.
+        self.act(Acting::Primary(primary.clone()));
+        self.peers.borrow().iter().for_each(|(name, address)| primary.add_peer(name, address.clone()));
+        Ok(())
+    }
+
+    /// Begins as secondary. The disks' own content is given up with the first checkpoint; where they have been a primary's or have
+    /// been promoted, `demote` must say that this is meant.
+    ///
+    /// # Errors
+    /// The group has a role; `demote` is missing; of the files; the address cannot be used.
+    pub async fn start_secondary(&self, listen: &Address, demote: bool) -> Result<Address> {
+        self.idle()?;
+        let env = self.graph.env().clone();
+        let (file, new) = self.file(&self.new.store).await?;
+        let lens: Vec<u64> = self.fronts.iter().map(|(f, _)| f.disk().len()).collect();
+        let settings = NewStore { group: self.group, engine: self.new.engine, size: self.new.size };
+        let (record, none) = self.file(&self.record_path()).await?;
+        let was_primary = !none && Activity::open(record, self.group, &lens).await?.is_some();
+        let mut fresh = new;
+        if new {
+            Store::create(&file, &settings, History::none()).await?;
+        }
+        let mut store = Store::open(&env, file.clone(), self.volumes()).await?;
+        if store.group() != self.group {
+            return Err(BlockError::invalid(format!(
+                "{} is another group's store",
+                self.new.store.display()
+            )));
+        }
+        if was_primary || store.role() == Role::Done {
+            if !demote {
+                if new {
+                    let _ = env.remove(&self.new.store).await;
+                }
+                return Err(refused(format!(
+                    "the disks of group '{}' were a primary's; what they hold will be overwritten: give 'demote': true",
+                    self.new.id
+                )));
+            }
+            fresh = true;
+        }
+        if fresh {
+            Store::create(&file, &settings, History::none()).await?;
+            store = Store::open(&env, file, self.volumes()).await?;
+            let _ = env.remove(&self.record_path()).await;
+        } else if none {
+            let _ = env.remove(&self.record_path()).await;
+        }
+        let secondary = SecondaryGroup::new(&env, store.clone(), self.tell.clone());
+        let address = secondary.listen(listen).await.inspect_err(|_| secondary.stop())?;
+        if store.role() == Role::Promoted {
+            secondary.start_merge();
+        }
+        self.act(Acting::Secondary(secondary));
+        Ok(address)
+    }
+
+    /// Gives the role up. A primary's disks go on unprotected, and what is written then is not remembered. A secondary that has not taken
+    /// over cannot: its disks alone are no checkpoint under the undo engine, and may lack one under redo.
+    ///
+    /// # Errors
+    /// A secondary that has not taken over, or is still merging.
+    pub async fn stop(&self) -> Result<()> {
+        match self.acting() {
+            Acting::Unprotected => Err(refused(format!("group '{}' does not replicate", self.new.id))),
+            Acting::Primary(p) => {
+                p.stop();
+                // Nobody may take these disks for the ones that were followed.
+                let _ = self.graph.env().remove(&self.record_path()).await;
+                self.act(Acting::Unprotected);
+                Ok(())
+            }
+            Acting::Secondary(s) => {
+                if s.stage() != crate::Stage::Done {
+                    return Err(refused(format!(
+                        "group '{}' is a secondary at a checkpoint: fail over first ({})",
+                        self.new.id,
+                        s.stage().name()
+                    )));
+                }
+                s.stop();
+                self.act(Acting::Unprotected);
+                Ok(())
+            }
+        }
+    }
+
+    /// Removes the nodes of a group without a role.
+    ///
+    /// # Errors
+    /// It has a role, or its nodes have users.
+    pub async fn remove(&self) -> Result<()> {
+        self.idle()?;
+        for (_, cell) in &self.fronts {
+            self.graph.remove(cell).await?;
+        }
+        Ok(())
+    }
+
+    /// The daemon ends: connections are closed, nothing is given up.
+    pub fn shut_down(&self) {
+        match self.acting() {
+            Acting::Unprotected => {}
+            Acting::Primary(p) => p.stop(),
+            Acting::Secondary(s) => s.stop(),
+        }
+    }
+}

@@ -1,0 +1,614 @@
+//! The primary's side of a group: the guest's changes, the sessions with the secondaries, checkpoints.
+//!
+//! What must stay true: a change is durably marked, gets its number and is queued for every peer before it is written here, under a
+//! lock of its range: so overlapping changes have one order everywhere (O2), and the bytes sent are those written (O6). A
+//! guest waits only for what its level of acknowledgement asks for, and never longer than a dead peer is believed alive.
+
+use super::activity::Activity;
+use super::link::{MAX_QUEUED, Outgoing};
+use super::{RECV, Tell};
+use crate::ack::AckLevel;
+use crate::digest::Digest;
+use crate::dirty::Dirty;
+use crate::primary::{Config, Event, Input, Output, PeerState, Primary, Standing};
+use crate::types::{Epoch, GroupId, Seq};
+use crate::wire::{Body, Decoder, MAX_PAYLOAD, VolumeInfo, crc_of};
+use bitmap::Bitmap;
+use block::{BlockError, Data, ErrorKind, ReqFlags, Result, Span};
+use copy::{Owner, RangeLocks};
+use env::sync::{Notify, race};
+use env::{Address, Env, Stream};
+use graph::Edge;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Bytes of one piece of a catch-up.
+const PIECE: u64 = 256 * 1024;
+/// Longest range of zeroes in a frame.
+const ZERO_PIECE: u64 = 1 << 30;
+/// A catch-up waits while so much is queued, so that the guest's own changes do not wait behind it.
+const SYNC_AHEAD: u64 = 4 << 20;
+/// Epoch numbers reserved at a time: one small write for so many checkpoints.
+const RESERVE: u64 = 256;
+/// Between attempts to connect: doubled from the first to the last.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// Reasons of failed checkpoints that are remembered.
+const MAX_FAILED: usize = 64;
+
+/// A checkpoint that all parties committed.
+#[derive(Clone, Debug)]
+pub struct CheckpointDone {
+    /// Its number.
+    pub epoch: Epoch,
+    /// What was in the epoch.
+    pub digest: Digest,
+    /// From the mark to the last answer.
+    pub duration: Duration,
+}
+
+struct Peer {
+    name: String,
+    address: Address,
+    session: RefCell<Option<Rc<Outgoing>>>,
+    stream: RefCell<Option<Rc<dyn Stream>>>,
+}
+
+/// See above.
+pub struct PrimaryGroup {
+    env: Env,
+    core: RefCell<Primary>,
+    disks: Vec<Rc<Edge>>,
+    locks: Vec<Rc<RangeLocks>>,
+    peers: RefCell<Vec<Rc<Peer>>>,
+    activity: Rc<Activity>,
+    progress: Notify,
+    failed: RefCell<BTreeMap<Epoch, String>>,
+    last_error: RefCell<Option<String>>,
+    timeout: Cell<Duration>,
+    stopped: Cell<bool>,
+    stop: Notify,
+    tell: Tell,
+}
+
+fn volume_index(volume: u16) -> usize {
+    usize::from(volume)
+}
+
+impl PrimaryGroup {
+    /// Begins as primary of `group` over `disks`, with what `activity` remembers.
+    ///
+    /// # Errors
+    /// Volumes that are too long.
+    pub fn new(
+        env: &Env,
+        group: GroupId,
+        disks: Vec<Rc<Edge>>,
+        activity: Rc<Activity>,
+        config: Config,
+        timeout: Duration,
+        tell: Tell,
+    ) -> Result<Rc<PrimaryGroup>> {
+        let volumes: Vec<VolumeInfo> = disks.iter().map(|d| VolumeInfo { len: d.len() }).collect();
+        let mut dirty = Dirty::new(volumes.iter().map(|v| v.len).collect(), activity.floor());
+        // What was written before a crash is newer than every epoch that was ever used.
+        let since = activity.used().next();
+        for (volume, at) in activity.marks() {
+            dirty.mark(since, volume, at)?;
+        }
+        let core = Primary::new(group, volumes, activity.history(), activity.used(), dirty, config);
+        Ok(Rc::new(PrimaryGroup {
+            env: env.clone(),
+            core: RefCell::new(core),
+            locks: disks.iter().map(|_| RangeLocks::new()).collect(),
+            disks,
+            peers: RefCell::default(),
+            activity,
+            progress: Notify::new(),
+            failed: RefCell::default(),
+            last_error: RefCell::default(),
+            timeout: Cell::new(timeout),
+            stopped: Cell::new(false),
+            stop: Notify::new(),
+            tell,
+        }))
+    }
+
+    /// Looks at the state machine.
+    pub fn look<T>(&self, f: impl FnOnce(&Primary) -> T) -> T {
+        f(&self.core.borrow())
+    }
+
+    /// Names of the peers, in their order.
+    pub fn peer_names(&self) -> Vec<String> {
+        self.peers.borrow().iter().map(|p| p.name.clone()).collect()
+    }
+
+    /// The last thing that went wrong.
+    pub fn last_error(&self) -> Option<String> {
+        self.last_error.borrow().clone()
+    }
+
+    /// Adds a secondary and keeps trying to reach it.
+    pub fn add_peer(self: &Rc<Self>, name: &str, address: Address) {
+        let number = self.core.borrow_mut().add_peer();
+        let peer = Rc::new(Peer {
+            name: name.to_owned(),
+            address,
+            session: RefCell::default(),
+            stream: RefCell::default(),
+        });
+        self.peers.borrow_mut().push(peer.clone());
+        let config = self.look(|c| c.config().clone());
+        self.configure(config);
+        let group = self.clone();
+        self.env.spawn("replication peer", async move { group.keep_connected(number, &peer).await });
+    }
+
+    /// Other settings, from the next change on.
+    pub fn configure(self: &Rc<Self>, config: Config) {
+        self.step(Input::Configure(config));
+    }
+
+    /// Ends all sessions; the disks go on unprotected.
+    pub fn stop(self: &Rc<Self>) {
+        self.stopped.set(true);
+        for peer in self.peers.borrow().iter() {
+            if let Some(session) = peer.session.borrow().as_ref() {
+                let text = "replication was stopped".to_owned();
+                session.push_urgent(&self.look(|c| c.frame(c.last(), c.open_epoch(), Body::Bye { text })));
+                session.close();
+            }
+        }
+        self.stop.notify_all();
+        self.progress.notify_all();
+    }
+
+    fn step(self: &Rc<Self>, input: Input<'_>) {
+        let mut out = Vec::new();
+        let result = self.core.borrow_mut().step(input, &mut out);
+        if let Err(e) = result {
+            *self.last_error.borrow_mut() = Some(e.to_string());
+        }
+        out.into_iter().for_each(|o| self.carry_out(o));
+    }
+
+    fn session(&self, peer: usize) -> Option<Rc<Outgoing>> {
+        self.peers.borrow().get(peer).and_then(|p| p.session.borrow().clone())
+    }
+
+    fn carry_out(self: &Rc<Self>, output: Output) {
+        match output {
+            Output::Send(peer, frame) => {
+                if let Some(s) = self.session(peer) {
+                    s.push(&frame);
+                }
+            }
+            Output::Close(peer) => {
+                if let Some(s) = self.session(peer) {
+                    s.close();
+                }
+            }
+            Output::Sync(peer, work) => {
+                let (group, session) = (self.clone(), self.session(peer));
+                self.env.spawn("replication sync", async move {
+                    if let Some(session) = session {
+                        group.sync(peer, session, work).await;
+                    }
+                });
+            }
+            Output::Progress => self.progress.notify_all(),
+            Output::WantCheckpoint => {
+                let group = self.clone();
+                self.env.spawn("replication checkpoint", async move {
+                    // its failure is told by events
+                    let _ = group.checkpoint(Duration::MAX).await;
+                });
+            }
+            Output::Clean(epoch) => {
+                let known = self.look(|c| (c.dirty_since(epoch), c.history().clone()));
+                if let (Ok(Some(dirty)), history) = known {
+                    self.activity.clean(epoch, &dirty, history);
+                }
+            }
+            Output::Event(event) => self.report(event),
+        }
+    }
+
+    fn report(&self, event: Event) {
+        let name = |p: usize| self.peers.borrow().get(p).map_or_else(String::new, |p| p.name.clone());
+        let tell = &self.tell;
+        match event {
+            Event::PeerState { peer, old, new, reason } => {
+                if matches!(new, PeerState::Down | PeerState::Refused) {
+                    *self.last_error.borrow_mut() = Some(format!("{}: {reason}", name(peer)));
+                }
+                tell(
+                    "REPLICATION_STATE_CHANGE",
+                    vec![
+                        ("peer", name(peer).into()),
+                        ("old", old.name().into()),
+                        ("new", new.name().into()),
+                        ("reason", reason.into()),
+                    ],
+                );
+            }
+            Event::Degraded { since, dirty_bytes } => tell(
+                "REPLICATION_DEGRADED",
+                vec![("since-seq", since.0.into()), ("dirty-bytes", dirty_bytes.into())],
+            ),
+            Event::Restored { since } => tell("REPLICATION_RESTORED", vec![("since-seq", since.0.into())]),
+            Event::Prepared { epoch } => tell("REPLICATION_PREPARED", vec![("epoch", epoch.0.into())]),
+            Event::Checkpoint { epoch, digest } => tell(
+                "REPLICATION_CHECKPOINT",
+                vec![
+                    ("epoch", epoch.0.into()),
+                    ("bytes", digest.bytes.into()),
+                    ("digest", digest.to_string().into()),
+                ],
+            ),
+            Event::Veto { epoch, peer, reason } => {
+                let mut facts = vec![("peer", name(peer).into()), ("reason", reason.clone().into())];
+                if let Some(e) = epoch {
+                    facts.insert(0, ("epoch", e.0.into()));
+                    let mut failed = self.failed.borrow_mut();
+                    failed.insert(e, reason);
+                    if failed.len() > MAX_FAILED {
+                        failed.pop_first();
+                    }
+                }
+                tell("REPLICATION_CHECKPOINT_VETO", facts);
+            }
+            Event::Fenced { by } => tell("REPLICATION_FENCED", vec![("generation", by.0.into())]),
+            Event::SplitBrain { peer } => tell("REPLICATION_SPLIT_BRAIN", vec![("peer", name(peer).into())]),
+            Event::BufferThreshold { peer, fill } => tell(
+                "REPLICATION_BUFFER_THRESHOLD",
+                vec![("peer", name(peer).into()), ("fill", u64::from(fill).into())],
+            ),
+        }
+    }
+
+    // ---- the guest
+
+    /// Reads are local. A fenced primary serves nobody: another one may have written since.
+    ///
+    /// # Errors
+    /// Of the disk; `Io` when fenced.
+    pub async fn read(&self, volume: u16, at: Span) -> Result<Data> {
+        self.unfenced()?;
+        self.disk(volume)?.read(at).await
+    }
+
+    fn unfenced(&self) -> Result<()> {
+        match self.look(Primary::fenced) {
+            None => Ok(()),
+            Some(by) => Err(BlockError::new(
+                ErrorKind::Io,
+                format!("this side is fenced: generation {by} was promoted elsewhere"),
+            )),
+        }
+    }
+
+    fn disk(&self, volume: u16) -> Result<&Rc<Edge>> {
+        self.disks.get(volume_index(volume)).ok_or_else(|| BlockError::invalid("no such volume in the group"))
+    }
+
+    /// A guest's write; without data, zeroes.
+    ///
+    /// # Errors
+    /// Of the local disk; of the link under the policy `io-error`; when fenced.
+    pub async fn write(
+        self: &Rc<Self>,
+        volume: u16,
+        at: Span,
+        data: Option<Data>,
+        flags: ReqFlags,
+    ) -> Result<()> {
+        if at.is_empty() {
+            return Ok(());
+        }
+        let disk = self.disk(volume)?;
+        let Some(locks) = self.locks.get(volume_index(volume)) else { return Ok(()) };
+        let mut ticket = locks.request(at, Owner::Guest);
+        ticket.held().await;
+        let seq = loop {
+            self.unfenced()?;
+            self.room().await;
+            self.activity.cover(volume, at).await?;
+            // no wait between this look and the number
+            if self.activity.covers(volume, at) {
+                break self.admit(volume, at, data.as_ref())?;
+            }
+        };
+        let local = match data {
+            Some(data) => disk.write(at.start, data, flags).await,
+            None => disk.zero(at, ReqFlags { no_fallback: false, ..flags }).await,
+        };
+        drop(ticket);
+        if let Err(e) = local {
+            // Nobody knows what is on this disk now: what the peers have may differ. They begin again from their checkpoint.
+            self.core.borrow_mut().unsure(volume, at)?;
+            self.break_sessions(&format!("a write here failed: {e}"));
+            return Err(e);
+        }
+        let level = self.look(|c| if flags.fua { c.config().flush_level } else { c.config().write_level });
+        if level == AckLevel::RemoteDurable {
+            self.ask_durable();
+        }
+        self.done(seq, level).await
+    }
+
+    /// Everything completed before is on stable storage here and where the flush level asks for.
+    ///
+    /// # Errors
+    /// As [`PrimaryGroup::write`].
+    pub async fn flush(self: &Rc<Self>, volume: u16) -> Result<()> {
+        self.unfenced()?;
+        let (seq, level) = self.look(|c| (c.last(), c.config().flush_level));
+        if level.is_remote() {
+            self.ask_durable();
+        }
+        self.disk(volume)?.flush().await?;
+        self.done(seq, level).await
+    }
+
+    fn ask_durable(&self) {
+        let flush = self.look(|c| c.frame(c.last(), c.open_epoch(), Body::Flush));
+        self.each_session(|s| s.push(&flush));
+    }
+
+    fn each_session(&self, f: impl Fn(&Outgoing)) {
+        let states: Vec<bool> = self.look(|c| c.peers().iter().map(|p| p.state.gets_changes()).collect());
+        for (peer, gets) in self.peers.borrow().iter().zip(states) {
+            if gets && let Some(s) = peer.session.borrow().as_ref() {
+                f(s);
+            }
+        }
+    }
+
+    /// Waits while too much is queued for a peer. A peer that takes nothing is dropped after the time-out, which ends the wait.
+    async fn room(&self) {
+        loop {
+            let full = {
+                let peers = self.peers.borrow();
+                let sessions = peers.iter().filter_map(|p| p.session.borrow().clone());
+                sessions.into_iter().find(|s| s.queued() > MAX_QUEUED && !s.is_closing())
+            };
+            let Some(session) = full else { return };
+            let drained = session.drained.wait();
+            race(drained, self.progress.wait()).await;
+        }
+    }
+
+    /// Gives the change its numbers and queues it: no wait in here.
+    fn admit(&self, volume: u16, at: Span, data: Option<&Data>) -> Result<Seq> {
+        let most = if data.is_some() { MAX_PAYLOAD as u64 } else { ZERO_PIECE };
+        let mut left = at;
+        let mut last = Seq(0);
+        while !left.is_empty() {
+            let (piece, rest) = left.split_at(most);
+            let part = data.map(|d| d.slice((piece.start - at.start) as usize, piece.len as usize));
+            let crc = part.as_ref().map_or(0, crc_of);
+            let (seq, epoch) = self.core.borrow_mut().admit(volume, piece, crc)?;
+            let frame = self.look(|c| c.frame(seq, epoch, change(volume, piece, part, crc, false)));
+            self.each_session(|s| s.push(&frame));
+            last = seq;
+            left = rest;
+        }
+        Ok(last)
+    }
+
+    async fn done(&self, seq: Seq, level: AckLevel) -> Result<()> {
+        loop {
+            let progress = self.progress.wait();
+            if self.stopped.get() {
+                return Ok(());
+            }
+            match self.look(|c| c.standing(seq, level)) {
+                Standing::Done => return Ok(()),
+                Standing::Wait => progress.await,
+                Standing::Fail => {
+                    self.unfenced()?;
+                    let why = "too few secondaries are connected and the policy is io-error";
+                    return Err(BlockError::new(ErrorKind::Io, why));
+                }
+            }
+        }
+    }
+
+    // ---- checkpoints
+
+    /// Makes a checkpoint on all secondaries that are up to date.
+    ///
+    /// # Errors
+    /// Nobody is there, a secondary refuses, or `timeout` passes (the checkpoint may still come).
+    pub async fn checkpoint(self: &Rc<Self>, timeout: Duration) -> Result<CheckpointDone> {
+        let began = self.env.now();
+        let (open, reserved) = self.look(|c| (c.open_epoch(), c.reserved()));
+        if open.0 + RESERVE / 2 > reserved.0 {
+            let upto = Epoch(open.0 + RESERVE);
+            self.activity.reserve(upto).await?;
+            self.core.borrow_mut().reserve(upto);
+        }
+        if let Some(why) = self.look(Primary::cannot_mark) {
+            return Err(BlockError::new(ErrorKind::Busy, why));
+        }
+        let epoch = self.look(Primary::open_epoch);
+        self.step(Input::Mark);
+        let wait = async {
+            loop {
+                let progress = self.progress.wait();
+                match self.look(|c| (c.last_checkpoint().filter(|l| l.0 >= epoch), c.is_pending(epoch))) {
+                    (Some((_, digest)), _) => {
+                        return Ok(CheckpointDone { epoch, digest, duration: self.env.now() - began });
+                    }
+                    (None, false) => {
+                        let why = self.failed.borrow().get(&epoch).cloned();
+                        let why = why.unwrap_or_else(|| "the secondaries are gone".to_owned());
+                        return Err(BlockError::new(
+                            ErrorKind::Io,
+                            format!("checkpoint {epoch} was refused: {why}"),
+                        ));
+                    }
+                    (None, true) => progress.await,
+                }
+            }
+        };
+        let late = || BlockError::new(ErrorKind::Io, format!("checkpoint {epoch} is not decided yet"));
+        self.env.timeout(timeout, wait).await.unwrap_or_else(|| Err(late()))
+    }
+
+    // ---- sessions
+
+    fn break_sessions(self: &Rc<Self>, why: &str) {
+        *self.last_error.borrow_mut() = Some(why.to_owned());
+        for peer in self.peers.borrow().iter() {
+            if let Some(s) = peer.stream.borrow().as_ref() {
+                s.shutdown();
+            }
+        }
+    }
+
+    async fn keep_connected(self: &Rc<Self>, number: usize, peer: &Rc<Peer>) {
+        let mut pause = BACKOFF.0;
+        while !self.stopped.get()
+            && self.look(|c| c.peers().get(number).is_some_and(|p| p.state != PeerState::Refused))
+        {
+            let why = match self.env.timeout(self.timeout.get(), self.env.connect(&peer.address)).await {
+                Some(Ok(stream)) => {
+                    pause = BACKOFF.0;
+                    let why = self.talk(number, peer, &stream).await;
+                    stream.shutdown();
+                    why
+                }
+                Some(Err(e)) => e.to_string(),
+                None => "connecting took too long".to_owned(),
+            };
+            *peer.session.borrow_mut() = None;
+            *peer.stream.borrow_mut() = None;
+            *self.last_error.borrow_mut() = Some(format!("{}: {why}", peer.name));
+            self.step(Input::Disconnected(number, why));
+            self.progress.notify_all();
+            let stop = self.stop.wait();
+            if self.stopped.get() {
+                return;
+            }
+            race(self.env.sleep(pause), stop).await;
+            pause = (pause * 2).min(BACKOFF.1);
+        }
+    }
+
+    /// One session, to its end; why it ended.
+    async fn talk(self: &Rc<Self>, number: usize, peer: &Rc<Peer>, stream: &Rc<dyn Stream>) -> String {
+        let session = Rc::new(Outgoing::default());
+        *peer.session.borrow_mut() = Some(session.clone());
+        *peer.stream.borrow_mut() = Some(stream.clone());
+        self.step(Input::Connected(number));
+        let why = RefCell::new(String::new());
+        let sending = async {
+            let result = self.send_all(number, &session, stream).await;
+            why.borrow_mut().push_str(&result.err().map_or_else(|| "closed".to_owned(), |e| e.to_string()));
+        };
+        let receiving = async {
+            let result = self.receive_all(number, stream).await;
+            *why.borrow_mut() =
+                result.err().map_or_else(|| "the peer closed the connection".to_owned(), |e| e.to_string());
+        };
+        race(receiving, sending).await;
+        why.take()
+    }
+
+    async fn send_all(&self, number: usize, session: &Rc<Outgoing>, stream: &Rc<dyn Stream>) -> Result<()> {
+        let beat = self.timeout.get() / 3;
+        let mut next_ping = self.env.now() + beat;
+        loop {
+            let wake = session.wake.wait();
+            let limit = self.look(|c| c.peers().get(number).map_or(0, |p| p.limit));
+            let data = session.take(limit);
+            if !data.is_empty() {
+                let sent = self.env.timeout(self.timeout.get(), stream.send(data)).await;
+                sent.unwrap_or_else(|| Err(BlockError::from_errno(BlockError::ETIMEDOUT)))?;
+                continue;
+            }
+            if session.is_closing() {
+                return Ok(());
+            }
+            if self.env.now() >= next_ping {
+                let sent = u64::try_from(self.env.now().as_micros()).unwrap_or(u64::MAX);
+                session.push_urgent(&self.look(|c| c.frame(c.last(), c.open_epoch(), Body::Ping { sent })));
+                next_ping = self.env.now() + beat;
+                continue;
+            }
+            self.env.timeout(next_ping.saturating_sub(self.env.now()), wake).await;
+        }
+    }
+
+    async fn receive_all(self: &Rc<Self>, number: usize, stream: &Rc<dyn Stream>) -> Result<()> {
+        let mut decoder = Decoder::new();
+        loop {
+            let got = self.env.timeout(self.timeout.get(), stream.recv(RECV)).await;
+            let bytes = got.unwrap_or_else(|| Err(BlockError::from_errno(BlockError::ETIMEDOUT)))?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            decoder.push(bytes);
+            while let Some(frame) = decoder.next_frame()? {
+                self.step(Input::Frame(number, &frame));
+            }
+            // an acknowledgement may have given credit
+            if let Some(s) = self.session(number) {
+                s.wake.notify_all();
+            }
+        }
+    }
+
+    /// Sends what a peer missed, as it is now, in the order of addresses, once (L6).
+    async fn sync(self: &Rc<Self>, number: usize, session: Rc<Outgoing>, work: Vec<Bitmap>) {
+        for (volume, bits) in work.iter().enumerate() {
+            let (Some(disk), Some(locks)) = (self.disks.get(volume), self.locks.get(volume)) else {
+                continue;
+            };
+            let volume = u16::try_from(volume).unwrap_or(u16::MAX);
+            for at in bits.areas(Span::new(0, disk.len()), PIECE) {
+                loop {
+                    let drained = session.drained.wait();
+                    if session.queued() <= SYNC_AHEAD || session.is_closing() {
+                        break;
+                    }
+                    race(drained, self.progress.wait()).await;
+                }
+                let mut ticket = locks.request(at, Owner::Copy { bulk: true });
+                ticket.held().await;
+                let same = self.session(number).is_some_and(|s| Rc::ptr_eq(&s, &session));
+                if !same || session.is_closing() {
+                    return;
+                }
+                let data = match disk.read(at).await {
+                    Ok(data) => data,
+                    Err(e) => {
+                        return self.break_sessions(&format!("reading {at} for a catch-up failed: {e}"));
+                    }
+                };
+                let data = (!data.is_zero()).then_some(data);
+                let crc = data.as_ref().map_or(0, crc_of);
+                let same = self.session(number).is_some_and(|s| Rc::ptr_eq(&s, &session));
+                if !same || !self.core.borrow_mut().admit_catch_up(number, volume, at, crc) {
+                    return;
+                }
+                let body = change(volume, at, data, crc, true);
+                session.push(&self.look(|c| c.frame(c.last(), c.open_epoch(), body)));
+            }
+        }
+        if self.session(number).is_some_and(|s| Rc::ptr_eq(&s, &session)) {
+            self.step(Input::SyncDone(number));
+        }
+    }
+}
+
+fn change(volume: u16, at: Span, data: Option<Data>, crc: u32, catch_up: bool) -> Body {
+    match data {
+        Some(data) => Body::Write { volume, offset: at.start, data, crc, catch_up, fua: false },
+        None => Body::Zero { volume, at, unmap: true, catch_up },
+    }
+}

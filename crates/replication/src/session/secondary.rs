@@ -1,0 +1,544 @@
+//! The secondary's side of a group: takes connections, does what the state machine says, serves the view, takes over.
+//!
+//! What must stay true: frames and their consequences are worked off one after the other, over all connections; a promotion stands in
+//! the same line, so nothing of an older generation is under way when it is done (I7, X3).
+
+use super::{DEFAULT_TIMEOUT, RECV, Tell};
+use crate::history::History;
+use crate::secondary::{Input, Output, Secondary, SessionId};
+use crate::store::{Change, Engine, Role, Store, Usage};
+use crate::types::{Epoch, Generation, Stage};
+use crate::wire::{Body, Decoder, Frame, VolumeInfo};
+use block::{BlockError, Data, Result, Span};
+use env::sync::{Notify, Queue, Semaphore, race};
+use env::{Address, Env, Listener, Stream};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// A connection that says nothing for so long is closed.
+const SILENCE: Duration = Duration::from_secs(30);
+/// Connections at once: the primary's, one that it has given up, and a few that do not belong here.
+const MAX_CONNECTIONS: usize = 8;
+/// Before a failed background pass is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+struct Connection {
+    out: Queue<Data>,
+    closing: Cell<bool>,
+    stream: Rc<dyn Stream>,
+    /// Bytes of changes received.
+    received: Cell<u64>,
+}
+
+/// What a failover gave (X5).
+#[derive(Clone, Debug)]
+pub struct Failover {
+    /// The checkpoint that is served.
+    pub epoch: Epoch,
+    /// The new generation.
+    pub generation: Generation,
+    /// From the command until requests were served.
+    pub duration: Duration,
+}
+
+/// See above.
+pub struct SecondaryGroup {
+    env: Env,
+    store: Rc<Store>,
+    core: RefCell<Secondary>,
+    connections: RefCell<BTreeMap<SessionId, Rc<Connection>>>,
+    next: Cell<SessionId>,
+    /// One thing at a time.
+    line: Semaphore,
+    stopped: Cell<bool>,
+    stop: Notify,
+    stage: Cell<Stage>,
+    last_error: RefCell<Option<String>>,
+    failover: RefCell<Option<Failover>>,
+    merged: Notify,
+    tell: Tell,
+}
+
+impl SecondaryGroup {
+    /// Over an open store. [`SecondaryGroup::serve`] lets primaries in.
+    pub fn new(env: &Env, store: Rc<Store>, tell: Tell) -> Rc<SecondaryGroup> {
+        let volumes = store.lens().into_iter().map(|len| VolumeInfo { len }).collect();
+        let promoted = store.role() != Role::Secondary;
+        let core = Secondary::new(store.group(), volumes, store.highest(), store.history(), promoted);
+        let group = Rc::new(SecondaryGroup {
+            env: env.clone(),
+            core: RefCell::new(core),
+            connections: RefCell::default(),
+            next: Cell::new(1),
+            line: Semaphore::new(1),
+            stopped: Cell::new(false),
+            stop: Notify::new(),
+            stage: Cell::new(match store.role() {
+                Role::Secondary => Stage::Running,
+                Role::Promoted => Stage::Failover,
+                Role::Done => Stage::Done,
+            }),
+            last_error: RefCell::default(),
+            failover: RefCell::default(),
+            merged: Notify::new(),
+            tell,
+            store,
+        });
+        let tidy = group.clone();
+        group.env.spawn("replication store", async move { tidy.background().await });
+        group
+    }
+
+    /// Takes connections until the group is stopped.
+    pub fn serve(self: &Rc<Self>, listener: Rc<dyn Listener>) {
+        let group = self.clone();
+        self.env.spawn("replication listener", async move {
+            loop {
+                let stop = group.stop.wait();
+                if group.stopped.get() {
+                    return;
+                }
+                match race(listener.accept(), stop).await {
+                    Some(Ok(stream)) if group.connections.borrow().len() < MAX_CONNECTIONS => {
+                        group.connected(stream)
+                    }
+                    Some(Ok(stream)) => stream.shutdown(),
+                    Some(Err(e)) => {
+                        *group.last_error.borrow_mut() = Some(format!("accepting a primary: {e}"));
+                        group.env.sleep(RETRY).await;
+                    }
+                    None => return,
+                }
+            }
+        });
+    }
+
+    /// Listens at `at`.
+    ///
+    /// # Errors
+    /// The address cannot be used.
+    pub async fn listen(self: &Rc<Self>, at: &Address) -> Result<Address> {
+        let listener = self.env.listen(at).await?;
+        let address = listener.address();
+        self.serve(listener);
+        Ok(address)
+    }
+
+    /// No more connections.
+    pub fn stop(&self) {
+        self.stopped.set(true);
+        self.stop.notify_all();
+        self.store.work.notify_all();
+        self.connections.borrow().values().for_each(|c| c.stream.shutdown());
+    }
+
+    // ---- what users ask for
+
+    /// Where the image comes from.
+    pub fn history(&self) -> History {
+        self.store.history()
+    }
+
+    /// QEMU's stage.
+    pub fn stage(&self) -> Stage {
+        self.stage.get()
+    }
+
+    /// Whether a primary is connected.
+    pub fn is_connected(&self) -> bool {
+        self.core.borrow().session().is_some()
+    }
+
+    /// Highest generation seen.
+    pub fn generation(&self) -> Generation {
+        self.core.borrow().highest()
+    }
+
+    /// The last change received in the session, and bytes of the open epoch.
+    pub fn received(&self) -> (crate::Seq, u64) {
+        self.core.borrow().received()
+    }
+
+    /// Figures of the store.
+    pub fn usage(&self) -> Usage {
+        self.store.usage()
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> Engine {
+        self.store.engine()
+    }
+
+    /// The last thing that went wrong.
+    pub fn last_error(&self) -> Option<String> {
+        self.last_error.borrow().clone()
+    }
+
+    /// The last failover.
+    pub fn last_failover(&self) -> Option<Failover> {
+        self.failover.borrow().clone()
+    }
+
+    /// Reads the view.
+    ///
+    /// # Errors
+    /// Of the store or a disk; nothing was ever committed here.
+    pub async fn read(&self, volume: u16, at: Span) -> Result<Data> {
+        self.synchronized()?;
+        self.store.read(volume, at).await
+    }
+
+    /// A write of this side's user; without data, zeroes.
+    ///
+    /// # Errors
+    /// As [`SecondaryGroup::read`]; `NoSpace`.
+    pub async fn write(&self, volume: u16, at: Span, data: Data, fua: bool) -> Result<()> {
+        self.synchronized()?;
+        self.store.own_write(volume, at, data).await?;
+        if fua { self.store.own_flush().await } else { Ok(()) }
+    }
+
+    /// Flushes this side's own writes.
+    ///
+    /// # Errors
+    /// Of the store or a disk.
+    pub async fn flush(&self) -> Result<()> {
+        self.store.own_flush().await
+    }
+
+    /// Before the first checkpoint there is nothing that could be shown: the disks hold what they held before.
+    fn synchronized(&self) -> Result<()> {
+        if self.core.borrow().history().now().is_some() {
+            return Ok(());
+        }
+        Err(BlockError::new(
+            block::ErrorKind::Io,
+            "this secondary has never been synchronized with a primary",
+        ))
+    }
+
+    /// Takes over (X1-X3, X7): durable, served, and no older generation accepted when done; the merge follows in the background. After
+    /// a failed merge, tries that again.
+    ///
+    /// # Errors
+    /// Never synchronized; of the store.
+    pub async fn failover(self: &Rc<Self>, keep_own: bool) -> Result<Failover> {
+        let began = self.env.now();
+        let _turn = self.line.acquire(1).await;
+        if self.store.role() == Role::Secondary {
+            self.synchronized()?;
+            // Higher than all seen, and not what another secondary promoted at the same time takes: then both are told apart as a
+            // split brain when they meet, instead of being taken for one.
+            let highest = self.core.borrow().highest().0.max(self.store.highest().0);
+            let generation = Generation(((highest >> 16) + 1) << 16 | (self.env.random() & 0xffff));
+            self.store.promote(generation, keep_own).await?;
+            let epoch = self.store.history().epoch();
+            self.stage.set(Stage::Failover);
+            let done = Failover { epoch, generation, duration: self.env.now().saturating_sub(began) };
+            *self.failover.borrow_mut() = Some(done);
+            self.step(Input::Promoted(generation, epoch)).await;
+            let micros =
+                u64::try_from((self.env.now().saturating_sub(began)).as_micros()).unwrap_or(u64::MAX);
+            self.say("serving", epoch, Some(("duration-us", micros.into())));
+        }
+        if matches!(self.stage.get(), Stage::Failover | Stage::FailoverFailed)
+            && self.store.role() == Role::Promoted
+        {
+            self.start_merge();
+        }
+        let known = self.failover.borrow().clone();
+        // promoted by an earlier process
+        let old = || Failover {
+            epoch: self.store.history().past().last().map_or(Epoch(0), |p| p.1),
+            generation: self.store.highest(),
+            duration: Duration::ZERO,
+        };
+        Ok(known.unwrap_or_else(old))
+    }
+
+    /// Merges in the background what a failover, perhaps of an earlier process, left to merge.
+    pub fn start_merge(self: &Rc<Self>) {
+        let group = self.clone();
+        self.stage.set(Stage::Failover);
+        self.env.spawn("replication merge", async move {
+            let epoch = group.store.history().epoch();
+            match group.store.merge().await {
+                Ok(()) => {
+                    group.stage.set(Stage::Done);
+                    group.say("completed", epoch, None);
+                }
+                Err(e) => {
+                    group.stage.set(Stage::FailoverFailed);
+                    *group.last_error.borrow_mut() = Some(format!("merge: {e}"));
+                    group.say("failed", epoch, Some(("reason", e.to_string().into())));
+                }
+            }
+            group.merged.notify_all();
+        });
+    }
+
+    fn say(&self, phase: &str, epoch: Epoch, more: Option<(&'static str, super::Fact)>) {
+        let mut facts = vec![("phase", phase.into()), ("epoch", epoch.0.into())];
+        facts.extend(more);
+        (self.tell)("REPLICATION_FAILOVER", facts);
+    }
+
+    // ---- connections
+
+    fn connected(self: &Rc<Self>, stream: Rc<dyn Stream>) {
+        let id = self.next.get();
+        self.next.set(id + 1);
+        let connection = Rc::new(Connection {
+            out: Queue::new(),
+            closing: Cell::new(false),
+            stream,
+            received: Cell::new(0),
+        });
+        self.connections.borrow_mut().insert(id, connection.clone());
+        let (sender, env) = (connection.clone(), self.env.clone());
+        self.env.spawn("replication answers", async move {
+            while let Some(mut data) = sender.out.pop().await {
+                while let Some(more) = sender.out.try_pop() {
+                    data.append(more);
+                }
+                let sent = env.timeout(DEFAULT_TIMEOUT, sender.stream.send(data)).await;
+                if !matches!(sent, Some(Ok(()))) {
+                    break;
+                }
+            }
+            sender.stream.shutdown();
+        });
+        let group = self.clone();
+        self.env.spawn("replication session", async move {
+            if let Err(e) = group.listen_to(id, &connection).await {
+                *group.last_error.borrow_mut() = Some(e.to_string());
+                let text = e.to_string();
+                let frame = Frame {
+                    generation: group.generation(),
+                    seq: crate::Seq(0),
+                    epoch: Epoch(0),
+                    body: Body::Bye { text },
+                };
+                connection.out.push(frame.encode());
+            }
+            connection.out.close();
+            group.connections.borrow_mut().remove(&id);
+            let was = group.core.borrow().session() == Some(id);
+            let _turn = group.line.acquire(1).await;
+            group.step(Input::Gone(id)).await;
+            if was {
+                group.state("connected", "detached");
+            }
+        });
+    }
+
+    fn state(&self, old: &str, new: &str) {
+        (self.tell)(
+            "REPLICATION_STATE_CHANGE",
+            vec![("old", old.into()), ("new", new.into()), ("reason", "".into())],
+        );
+    }
+
+    async fn listen_to(self: &Rc<Self>, id: SessionId, connection: &Rc<Connection>) -> Result<()> {
+        let mut decoder = Decoder::new();
+        while !connection.closing.get() {
+            let got = self.env.timeout(SILENCE, connection.stream.recv(RECV)).await;
+            let bytes = got.unwrap_or_else(|| Err(BlockError::from_errno(BlockError::ETIMEDOUT)))?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            decoder.push(bytes);
+            let mut frames = Vec::new();
+            while let Some(frame) = decoder.next_frame()? {
+                frames.push(frame);
+            }
+            if frames.is_empty() {
+                continue;
+            }
+            let _turn = self.line.acquire(1).await;
+            self.take(id, connection, &frames).await;
+        }
+        Ok(())
+    }
+
+    /// Works off the frames of one receive; changes next to one another are kept together.
+    async fn take(self: &Rc<Self>, id: SessionId, connection: &Rc<Connection>, frames: &[Frame]) {
+        let mut pending: Vec<Change> = Vec::new();
+        let mut any = false;
+        for frame in frames {
+            if connection.closing.get() {
+                break;
+            }
+            let mut out = Vec::new();
+            self.core.borrow_mut().step(Input::Frame(id, frame), &mut out);
+            for o in out {
+                if o == Output::Keep {
+                    any = true;
+                    connection.received.set(connection.received.get() + frame.wire_len());
+                    pending.extend(change_of(frame));
+                } else {
+                    self.keep(&mut pending).await;
+                    self.carry_out(o).await;
+                }
+            }
+        }
+        self.keep(&mut pending).await;
+        if any {
+            self.kept(id, false).await;
+        }
+    }
+
+    async fn keep(self: &Rc<Self>, pending: &mut Vec<Change>) {
+        let changes = std::mem::take(pending);
+        let Some(first) = changes.first() else { return };
+        if let Err(e) = self.store.keep(&changes).await {
+            let (volume, offset) = (first.volume, first.at.start);
+            *self.last_error.borrow_mut() = Some(e.to_string());
+            (self.tell)(
+                "REPLICATION_ERROR",
+                vec![
+                    ("operation", "keep".into()),
+                    ("volume", u64::from(volume).into()),
+                    ("offset", offset.into()),
+                    ("reason", e.to_string().into()),
+                ],
+            );
+            self.step(Input::Refused { volume, offset, errno: e.errno(), text: e.to_string() }).await;
+        }
+    }
+
+    async fn kept(self: &Rc<Self>, session: SessionId, durable: bool) {
+        let received = self.connections.borrow().get(&session).map(|c| c.received.get());
+        let Some(received) = received else { return };
+        let usage = self.store.usage();
+        let fill = u8::try_from(usage.used.saturating_mul(100) / usage.size.max(1)).unwrap_or(100);
+        let limit = received + self.store.room();
+        let applied = self.store.engine() == Engine::Undo;
+        self.step(Input::Kept { session, durable, applied, limit, fill }).await;
+    }
+
+    /// Gives the state machine an input and does what it says. The caller has the line.
+    async fn step(self: &Rc<Self>, input: Input<'_>) {
+        let mut out = Vec::new();
+        self.core.borrow_mut().step(input, &mut out);
+        for o in out {
+            Box::pin(self.carry_out(o)).await;
+        }
+    }
+
+    async fn carry_out(self: &Rc<Self>, output: Output) {
+        match output {
+            Output::Send(id, frame) => {
+                if let Some(c) = self.connections.borrow().get(&id) {
+                    c.out.push(frame.encode());
+                }
+            }
+            Output::Close(id) => {
+                if let Some(c) = self.connections.borrow().get(&id) {
+                    c.closing.set(true);
+                    c.out.close();
+                }
+            }
+            Output::Begin { session, generation } => match self.store.begin(generation).await {
+                Ok(()) => {
+                    self.state("detached", "connected");
+                    let limit = self.store.room();
+                    Box::pin(self.step(Input::Begun { session, limit })).await;
+                }
+                Err(e) => {
+                    *self.last_error.borrow_mut() = Some(e.to_string());
+                    Box::pin(self.carry_out(Output::Close(session))).await;
+                }
+            },
+            Output::Keep => {}
+            Output::Flush(session) => match self.store.flush_kept().await {
+                Ok(()) => Box::pin(self.kept(session, true)).await,
+                Err(e) => {
+                    let text = format!("flush: {e}");
+                    let refused = Input::Refused { volume: 0, offset: 0, errno: e.errno(), text };
+                    Box::pin(self.step(refused)).await;
+                }
+            },
+            Output::Prepare(epoch, digest, history) => {
+                let result = self.store.prepare(epoch, digest, history).await.map_err(|e| e.to_string());
+                Box::pin(self.step(Input::Prepared(epoch, result))).await;
+            }
+            Output::Commit(epoch) => match self.store.commit(epoch).await {
+                Ok(()) => {
+                    let digest = self.store.digest();
+                    Box::pin(self.step(Input::Decided(epoch))).await;
+                    (self.tell)(
+                        "REPLICATION_CHECKPOINT",
+                        vec![
+                            ("epoch", epoch.0.into()),
+                            ("bytes", digest.bytes.into()),
+                            ("digest", digest.to_string().into()),
+                        ],
+                    );
+                }
+                Err(e) => {
+                    // what was decided is known after the next start
+                    *self.last_error.borrow_mut() = Some(format!("commit of {epoch}: {e}"));
+                    let sessions: Vec<SessionId> = self.connections.borrow().keys().copied().collect();
+                    for id in sessions {
+                        Box::pin(self.carry_out(Output::Close(id))).await;
+                    }
+                }
+            },
+            Output::Abort(epoch) => {
+                if let Err(e) = self.store.abort(epoch).await {
+                    *self.last_error.borrow_mut() = Some(e.to_string());
+                }
+            }
+            Output::Fenced(by) => {
+                let generation = self.core.borrow().highest();
+                (self.tell)(
+                    "REPLICATION_FENCED",
+                    vec![("generation", generation.0.into()), ("by", by.0.into())],
+                );
+            }
+            Output::Vetoed(epoch, reason) => {
+                *self.last_error.borrow_mut() = Some(reason.clone());
+                (self.tell)(
+                    "REPLICATION_CHECKPOINT_VETO",
+                    vec![("epoch", epoch.0.into()), ("reason", reason.into())],
+                );
+            }
+            Output::SplitBrain(_) => (self.tell)("REPLICATION_SPLIT_BRAIN", Vec::new()),
+        }
+    }
+
+    /// Applies what is committed, frees what is not needed, gives the primary the space.
+    async fn background(self: Rc<Self>) {
+        while !self.stopped.get() {
+            let work = self.store.work.wait();
+            match self.store.tidy().await {
+                Ok(()) => {}
+                Err(e) => {
+                    *self.last_error.borrow_mut() = Some(format!("bringing a checkpoint to the disk: {e}"));
+                    self.env.sleep(RETRY).await;
+                    self.store.work.notify_all();
+                    continue;
+                }
+            }
+            let session = self.core.borrow().session();
+            if let Some(id) = session {
+                let _turn = self.line.acquire(1).await;
+                self.kept(id, false).await;
+            }
+            work.await;
+        }
+    }
+}
+
+fn change_of(frame: &Frame) -> Option<Change> {
+    match &frame.body {
+        Body::Write { volume, offset, data, .. } => {
+            Some(Change { volume: *volume, at: Span::new(*offset, data.len() as u64), data: data.clone() })
+        }
+        Body::Zero { volume, at, .. } => Some(Change { volume: *volume, at: *at, data: Data::empty() }),
+        _ => None,
+    }
+}
