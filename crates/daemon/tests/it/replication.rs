@@ -248,7 +248,9 @@ fn overlapping_writes_end_alike_on_both_sides() {
                     let url = format!("nbd+unix:///disk0?socket={}", p.dir.path("nbd.sock"));
                     let mut command = Command::new("qemu-io");
                     command.args(["-f", "raw"]);
-                    aio.iter().for_each(|a| drop(command.args(["-c", a])));
+                    for a in &aio {
+                        command.args(["-c", a]);
+                    }
                     assert!(command.args(["-c", "aio_flush", &url]).output().unwrap().status.success());
                 });
             }
