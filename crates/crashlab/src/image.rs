@@ -151,6 +151,49 @@ impl<'a> Guest<'a> {
         out
     }
 
+    /// The bitmap of this name: none if the image does not have it, or says that it is not complete; else for each granule
+    /// whether it is marked, and bytes a granule.
+    ///
+    /// # Errors
+    /// If the header's extension is malformed.
+    pub fn bitmap(&self, wanted: &str) -> Result<Option<(Vec<bool>, u64)>> {
+        let Some(directory) = self.header.bitmaps()? else { return Ok(None) };
+        let mut at = directory.at.0;
+        for _ in 0..directory.count {
+            let (table, sizes, kind) = (self.word(at), self.word(at + 8), self.word(at + 16));
+            let (entries, flags) = (sizes >> 32, sizes & 0xffff_ffff);
+            let (granularity, name_len, extra) =
+                (1 << (kind >> 48 & 0xff), kind >> 32 & 0xffff, kind & 0xffff_ffff);
+            let start = (at + 24 + extra) as usize;
+            let name = self.image.get(start..start + name_len as usize).unwrap_or_default();
+            if name == wanted.as_bytes() {
+                return Ok((flags & 1 == 0).then(|| (self.bits(table, entries, granularity), granularity)));
+            }
+            at += (24 + extra + name_len).next_multiple_of(8);
+        }
+        Ok(None)
+    }
+
+    /// The bits of a bitmap, of all its clusters one after the other; bits that do not exist read as 0.
+    fn bits(&self, table: u64, entries: u64, granularity: u64) -> Vec<bool> {
+        let cluster = self.g.cluster_size();
+        let bit = |n: u64| {
+            let byte = n / 8;
+            if byte / cluster >= entries {
+                return false;
+            }
+            let entry = self.word(table + byte / cluster * 8);
+            match entry & 0x00ff_ffff_ffff_fe00 {
+                0 => entry & 1 != 0,
+                host => {
+                    let bits = self.image.get((host + byte % cluster) as usize).copied().unwrap_or(0);
+                    bits >> (n % 8) & 1 != 0
+                }
+            }
+        };
+        (0..self.header.size.div_ceil(granularity)).map(bit).collect()
+    }
+
     fn word(&self, at: u64) -> u64 {
         let at = at as usize;
         self.image.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)

@@ -293,11 +293,12 @@ fn report(plan: &Plan, s: &Stats, seconds: f64) {
         s.kills, s.torn, s.dirty, s.sectors
     );
     println!(
-        "  {} with leaks ({:.2} clusters each), {} of them repaired; {} of version 2 with idle flags repaired; {} agreed by qemu-img check",
+        "  {} with leaks ({:.2} clusters each), {} of them repaired; {} of version 2 with idle flags repaired; {} with a complete bitmap; {} agreed by qemu-img check",
         s.leaky,
         s.leaked as f64 / s.leaky.max(1) as f64,
         s.repaired,
         s.idle,
+        s.bitmaps,
         s.agreed
     );
     println!(

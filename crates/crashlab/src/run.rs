@@ -3,6 +3,7 @@
 use crate::history::{Ask, History};
 use crate::proto::Backing;
 use crate::record::{Entry, RecordedFile, Recorder};
+use bitmap::{BitmapList, DirtyBitmap};
 use block::{Data, Prealloc, ReqFlags, Result, Span};
 use env::{Env, Executor, OpenMode};
 use graph::{Node, Role};
@@ -31,12 +32,19 @@ pub struct Setup {
     pub backing: bool,
     /// Bytes of the L2 cache, small to have slices written back early.
     pub l2_cache: Option<u64>,
+    /// Whether it keeps a bitmap of all that the guest changed.
+    pub bitmap: bool,
 }
 
 impl Setup {
     /// The layer below: every sector stamped with its own write.
     pub fn backing_bytes(&self) -> Vec<u8> {
         if self.backing { stamped(BACKING_STAMP, 0, self.create.size / SECTOR).to_vec() } else { Vec::new() }
+    }
+
+    /// What each sector of a new image holds.
+    pub fn fresh_value(&self) -> Value {
+        if self.backing { Value::Write(BACKING_STAMP) } else { Value::Zero }
     }
 
     /// A new, empty image of this kind, with what its sectors hold.
@@ -46,14 +54,15 @@ impl Setup {
     pub fn fresh(&self) -> Result<(Files, Vec<Value>)> {
         let (image, data) = (Memory::default(), Memory::default());
         now(qcow2::create::create(&image, self.create.data_file.is_some().then_some(&data), &self.create))?;
-        let value = if self.backing { Value::Write(BACKING_STAMP) } else { Value::Zero };
-        let values = vec![value; (self.create.size / SECTOR) as usize];
+        let values = vec![self.fresh_value(); (self.create.size / SECTOR) as usize];
         Ok((Files { image: image.into_bytes(), data: data.into_bytes() }, values))
     }
 }
 
 /// The stamp of the layer below.
 pub const BACKING_STAMP: u32 = 1;
+/// The bitmap that a [`Setup`] keeps, and its granularity: bytes a bit.
+pub const BITMAP: (&str, u64) = ("changes", 4096);
 /// The first stamp for guests.
 pub const FIRST_STAMP: u32 = 2;
 
@@ -140,7 +149,18 @@ async fn work(
     steps: Vec<Step>,
     close: bool,
 ) -> Result<()> {
-    let node = open(&env, &setup, &log).await?;
+    let (mut node, mut marks) = open(&env, &setup, &log).await?;
+    if let Some(list) = &marks
+        && !renew_bitmap(&node, list, setup.fresh_value()).await?
+    {
+        // A bitmap is in the image once it was closed; that costs no guest's flush anything.
+        log.uncounted(true);
+        node.close().await?;
+        drop((node, marks));
+        (node, marks) = open(&env, &setup, &log).await?;
+        log.uncounted(false);
+    }
+    let marks = marks.and_then(|list| list.borrow().first().cloned());
     for step in steps {
         let mut running = Vec::new();
         for request in step {
@@ -153,16 +173,16 @@ async fn work(
                     continue;
                 }
                 log.uncounted(!matches!(request.ask, Ask::Resize(_)));
-                let done = perform(&node, &log, &history, request).await;
+                let done = perform(&node, marks.as_ref(), &log, &history, request).await;
                 log.uncounted(false);
                 done?;
                 continue;
             }
-            let (node, log, history) = (node.clone(), log.clone(), history.clone());
+            let (node, marks, log, history) = (node.clone(), marks.clone(), log.clone(), history.clone());
             let result = Rc::new(std::cell::RefCell::new(Ok(())));
             let out = result.clone();
             let task = env.spawn("guest", async move {
-                let r = perform(&node, &log, &history, request).await;
+                let r = perform(&node, marks.as_ref(), &log, &history, request).await;
                 *out.borrow_mut() = r;
             });
             running.push((task, result));
@@ -180,7 +200,33 @@ async fn work(
     Ok(())
 }
 
-async fn open(env: &Env, setup: &Setup, log: &Rc<Recorder>) -> Result<Rc<Qcow2>> {
+/// Gives the image the bitmap if it has none that is complete; whether it had one. What a new image does not hold is marked in a
+/// new bitmap.
+async fn renew_bitmap(node: &Rc<Qcow2>, list: &BitmapList, fresh: Value) -> Result<bool> {
+    let there = list.borrow().first().cloned();
+    if there.as_ref().is_some_and(|b| !b.inconsistent()) {
+        return Ok(true);
+    }
+    if there.is_some() {
+        node.forget_bitmap(BITMAP.0).await?;
+        list.take();
+    }
+    node.check_bitmap(BITMAP.0, BITMAP.1)?;
+    let new = DirtyBitmap::new(Some(BITMAP.0.to_owned()), node.len(), BITMAP.1)?;
+    new.set_persistent(true);
+    let bytes = node.read(Span::new(0, node.len())).await?.to_vec();
+    for (sector, value) in (0..).zip(values_of(&bytes, 0)) {
+        if value != fresh {
+            new.bits_mut().set(Span::new(sector * SECTOR, SECTOR));
+        }
+    }
+    list.borrow_mut().push(Rc::new(new));
+    Ok(false)
+}
+
+type Opened = (Rc<Qcow2>, Option<BitmapList>);
+
+async fn open(env: &Env, setup: &Setup, log: &Rc<Recorder>) -> Result<Opened> {
     let mode = OpenMode { write: true, ..OpenMode::default() };
     let mut edges = Vec::new();
     for (i, name) in ["image", "data"].iter().enumerate() {
@@ -197,10 +243,20 @@ async fn open(env: &Env, setup: &Setup, log: &Rc<Recorder>) -> Result<Rc<Qcow2>>
         let backing = Backing(Data::from(setup.backing_bytes()));
         node.set_backing(Some(edge_onto(env, Rc::new(backing), false, Role::Backing).await?));
     }
-    Ok(node)
+    let list = setup.bitmap.then(BitmapList::default);
+    if let Some(list) = &list {
+        node.share_bitmaps(list);
+    }
+    Ok((node, list))
 }
 
-async fn perform(node: &Rc<Qcow2>, log: &Recorder, history: &History, r: Request) -> Result<()> {
+async fn perform(
+    node: &Rc<Qcow2>,
+    marks: Option<&Rc<DirtyBitmap>>,
+    log: &Recorder,
+    history: &History,
+    r: Request,
+) -> Result<()> {
     let now = node.len() / SECTOR;
     let sectors = match r.ask {
         Ask::Resize(n) => n.min(now)..now,
@@ -214,6 +270,10 @@ async fn perform(node: &Rc<Qcow2>, log: &Recorder, history: &History, r: Request
     let (number, stamp) = history.begin(r.ask, sectors.clone(), log.len());
     let at = Span::between(sectors.start * SECTOR, sectors.end * SECTOR);
     let data = || stamped(stamp, sectors.start, sectors.end - sectors.start);
+    if let Some(marks) = marks.filter(|_| !at.is_empty()) {
+        // as the graph does for every change of a node
+        marks.record(at);
+    }
     match r.ask {
         Ask::Write => node.write(at, data(), ReqFlags::NONE).await?,
         Ask::WritePacked => node.write(at, data(), ReqFlags { compressed: true, ..ReqFlags::NONE }).await?,

@@ -7,7 +7,7 @@
 
 use crate::history::Legal;
 use crate::image::{Flat, Guest, Undo};
-use crate::run::{Files, Recording, Setup};
+use crate::run::{BITMAP, Files, Recording, Setup};
 use qcow2::check::{Fix, Report, check};
 use qcow2::storage::{Memory, now};
 use sim::{Rng, Value, value_of};
@@ -42,6 +42,8 @@ pub struct Stats {
     pub idle: u64,
     /// Guest flushes.
     pub flushes: u64,
+    /// States with a bitmap that is said to be complete, and was.
+    pub bitmaps: u64,
     /// Sectors looked at.
     pub sectors: u64,
 }
@@ -63,6 +65,7 @@ impl Stats {
             (&mut self.barriers, o.barriers),
             (&mut self.idle, o.idle),
             (&mut self.flushes, o.flushes),
+            (&mut self.bitmaps, o.bitmaps),
             (&mut self.sectors, o.sectors),
         ];
         pairs.into_iter().for_each(|(a, b)| *a += b);
@@ -281,13 +284,22 @@ impl Lab {
             let text = format!("the disk has {} sectors; possible: {:?}", guest.size() / 512, s.legal.sizes);
             return Err(Failure { kind: "lost", text });
         }
-        let mut wrong = None;
+        let marks = guest.bitmap(BITMAP.0).map_err(|e| Failure { kind: "corrupt", text: e.to_string() })?;
+        let fresh = s.setup.fresh_value();
+        self.stats.bitmaps += u64::from(marks.is_some());
+        let (mut wrong, mut unmarked) = (None, None);
         let mut i = 0;
         let read = guest.sectors(s.sectors, |sector, bytes| {
             while s.sectors[i] != sector {
                 i += 1;
             }
             let found = value_of(bytes, sector);
+            if let Some((bits, granularity)) = &marks
+                && found != fresh
+                && !bits.get((sector * 512 / granularity) as usize).is_some_and(|b| *b)
+            {
+                unmarked.get_or_insert((sector, found));
+            }
             if wrong.is_none() && !s.legal.values[i].contains(&found) {
                 wrong = Some((sector, found, s.legal.values[i].clone()));
             }
@@ -295,6 +307,12 @@ impl Lab {
         self.stats.sectors += s.sectors.len() as u64;
         snapshots_are_right(guest, s)?;
         read.map_err(|e| Failure { kind: "corrupt", text: e.to_string() })?;
+        if let Some((sector, found)) = unmarked {
+            let text = format!(
+                "the bitmap is said to be complete, but sector {sector} holds {found:?} and is not marked"
+            );
+            return Err(Failure { kind: "lost", text });
+        }
         match wrong {
             None => Ok(()),
             Some((sector, found, legal)) => {

@@ -9,8 +9,13 @@ use sim::Rng;
 /// The kinds of image. Disks are small, so that tables and refcount blocks run out of room often.
 pub fn setups() -> Vec<Setup> {
     let o = |size: u64, cluster_size: u64| Options { cluster_size, ..Options::new(size) };
-    let setup =
-        |name: &str, create: Options| Setup { name: name.to_owned(), create, backing: false, l2_cache: None };
+    let setup = |name: &str, create: Options| Setup {
+        name: name.to_owned(),
+        create,
+        backing: false,
+        l2_cache: None,
+        bitmap: false,
+    };
     let data_file = |o: Options| Options { data_file: Some("data.raw".into()), ..o };
     vec![
         setup("64k", o(2 << 20, 65536)),
@@ -29,6 +34,9 @@ pub fn setups() -> Vec<Setup> {
             ..setup("backing subclusters", Options { extended_l2: true, ..o(1 << 20, 16384) })
         },
         Setup { l2_cache: Some(8192), ..setup("512, small cache", o(512 << 10, 512)) },
+        Setup { bitmap: true, ..setup("bitmap 4k", o(1 << 20, 4096)) },
+        Setup { bitmap: true, ..setup("bitmap 1k", o(256 << 10, 1024)) },
+        Setup { bitmap: true, backing: true, ..setup("bitmap over backing 64k", o(1 << 20, 65536)) },
     ]
 }
 
@@ -37,6 +45,8 @@ fn allowed(setup: &Setup, ask: Ask) -> bool {
     match ask {
         // Packed clusters share host clusters, so they need a refcount above 1.
         Ask::WritePacked => setup.create.data_file.is_none() && setup.create.refcount_bits > 1,
+        // What a new length does to a bitmap is the graph's business, which is not here.
+        Ask::Resize(_) => !setup.bitmap,
         Ask::Take | Ask::Drop(_) => setup.create.data_file.is_none() && setup.create.refcount_bits > 1,
         _ => true,
     }

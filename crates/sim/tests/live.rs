@@ -59,8 +59,21 @@ fn no_job_on_a_chain_changes_what_the_guest_reads() {
     }
 }
 
+#[test]
+fn a_backup_over_a_link_that_is_cut_is_the_disk_at_one_instant() {
+    let report = run(
+        chain::remote,
+        start()..start() + SHARE / 2,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    for what in ["links cut", "full backups", "incremental backups", "kills", "power losses"] {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
 /// One case of so many is tried in the tests; prime, so that scripts, I/Os and kinds of failure all take turns.
-const STRIDE: u64 = 61;
+const STRIDE: u64 = 151;
 
 #[test]
 fn whatever_io_fails_nothing_is_lost_and_a_repeat_succeeds() {

@@ -10,7 +10,7 @@
 
 use super::nth::{all_of, connect, opened};
 use super::plan::{check_qcow2, empty_qcow2};
-use crate::boot::{Booted, nbd};
+use crate::boot::{Booted, FAR_NBD, nbd};
 use crate::history::{Crash, History, What};
 use crate::runner::Outcome;
 use crate::{
@@ -57,6 +57,8 @@ struct Plan {
     deeds: Vec<Deed>,
     faults: bool,
     end: End,
+    /// Backups go to another daemon.
+    remote: bool,
 }
 
 impl Plan {
@@ -85,6 +87,7 @@ impl Plan {
             deeds,
             faults: rng.chance(0.3),
             end: *rng.choose(&[End::Quit, End::Quit, End::Kill, End::PowerLoss]),
+            remote: false,
         }
     }
 
@@ -126,13 +129,32 @@ struct Run {
     /// A command that changes which image is the guest's is under way: no moment for a crash.
     moving: Cell<bool>,
     done: Cell<bool>,
+    /// The daemon that has what is backed up, if that is not here.
+    far: RefCell<Option<(Booted, Rc<Manager>)>>,
+    /// `reconnect-delay` of the link to it, in seconds.
+    reconnect: Cell<u64>,
+    /// The link was cut while the job that runs was to be told.
+    told_of_cut: Cell<bool>,
 }
 
 /// One seed.
 pub fn chain(seed: u64, verbose: bool) -> Outcome {
+    played(seed, verbose, false)
+}
+
+/// One seed, with backups that go to another daemon, over a link that is cut now and then.
+pub fn remote(seed: u64, verbose: bool) -> Outcome {
+    played(seed, verbose, true)
+}
+
+fn played(seed: u64, verbose: bool, remote: bool) -> Outcome {
     World::play(seed, verbose, |w| async move {
         let mut rng = w.rng("plan");
-        let plan = Plan::drawn(&mut rng);
+        let mut plan = Plan::drawn(&mut rng);
+        plan.remote = remote;
+        if remote {
+            plan.deeds.extend([Deed::BackupFull, Deed::BackupIncremental]);
+        }
         w.host().set_profile(Profile::drawn_calm(&mut rng));
         w.machine().say(|| format!("{plan:#?}"));
         let (outside, process) = w.start();
@@ -149,6 +171,9 @@ pub fn chain(seed: u64, verbose: bool) -> Outcome {
             names: Cell::new(0),
             moving: Cell::new(false),
             done: Cell::new(false),
+            far: RefCell::default(),
+            reconnect: Cell::new(0),
+            told_of_cut: Cell::new(false),
         };
         Rc::new(run).go().await;
     })
@@ -210,6 +235,9 @@ impl Run {
             "type": "nbd", "id": "e0", "node-name": self.top().node, "name": "disk", "writable": true
         });
         m.must("block-export-add", export).await?;
+        if self.plan.remote {
+            self.start_far().await?;
+        }
         for n in 0..self.plan.guests {
             self.start_guest(n);
         }
@@ -231,6 +259,37 @@ impl Run {
         }
         deeds.cancel();
         Ok(())
+    }
+
+    /// The other daemon, and how patient the link to it is: losses are bridged, or told at once.
+    async fn start_far(&self) -> Result<(), Refusal> {
+        let Some(far) = Booted::start_far(&self.world).await else { return Err(Refusal::Gone) };
+        let m = far.manage(&self.world, &self.outside, &self.history).await?;
+        m.must("nbd-server-start", json!({"addr": Booted::far_address(), "max-connections": 0})).await?;
+        *self.far.borrow_mut() = Some((far, m));
+        self.reconnect.set(self.draw(|r| *r.choose(&[0, 30])));
+        Ok(())
+    }
+
+    /// The node a backup goes to: the file itself, or what the other daemon exports of it (under its path, for good).
+    async fn open_target(&self, m: &Manager, node: &str, path: &str, new: bool) -> Result<(), Refusal> {
+        let far = self.far.borrow().as_ref().map(|(_, m)| m.clone());
+        let Some(far) = far else {
+            let raw = json!({"driver": "raw", "node-name": node, "file": file(path)});
+            return m.must("blockdev-add", raw).await.map(drop);
+        };
+        if new {
+            let raw = json!({"driver": "file", "node-name": node, "filename": path});
+            far.must("blockdev-add", raw).await?;
+            let export =
+                json!({"type": "nbd", "id": node, "node-name": node, "name": path, "writable": true});
+            far.must("block-export-add", export).await?;
+        }
+        let client = json!({
+            "driver": "nbd", "node-name": node, "server": Booted::far_server(), "export": path,
+            "reconnect-delay": self.reconnect.get(),
+        });
+        m.must("blockdev-add", client).await.map(drop)
     }
 
     async fn open_base(&self, m: &Manager) -> Result<(), Refusal> {
@@ -465,7 +524,7 @@ impl Run {
                 m.must("block-dirty-bitmap-add", bitmap).await?;
             }
         }
-        m.must("blockdev-add", json!({"driver": "raw", "node-name": node, "file": file(&path)})).await?;
+        self.open_target(m, &node, &path, kept.is_none()).await?;
         let mut arguments = json!({
             "job-id": "job", "device": top.node, "target": node, "sync": "full",
             "on-source-error": self.draw(|r| *r.choose(&["report", "ignore", "stop"])),
@@ -528,6 +587,7 @@ impl Run {
         }
         started.iter().for_each(|s| s.set(self.history.tick()));
         self.world.count("jobs", 1);
+        self.told_of_cut.set(false);
         let calm_after = self.outside.now() + Duration::from_secs(4);
         let (mut cancelled, mut asked, mut soft) = (false, false, false);
         loop {
@@ -543,7 +603,7 @@ impl Run {
                         Some(None) => !soft,
                         Some(Some(e)) => {
                             self.world.count("failed", 1);
-                            if self.world.host().faults() == 0 {
+                            if self.world.host().faults() == 0 && !self.told_of_cut.get() {
                                 self.bad(format!(
                                     "{command} {arguments} failed although nothing else did: {e}"
                                 ));
@@ -584,6 +644,12 @@ impl Run {
                     m.execute("block-job-set-speed", json!({"device": "job", "speed": speed})).await
                 }
                 3 => m.execute("query-block-jobs", json!({})).await,
+                4 if self.plan.remote => {
+                    self.world.net().cut(FAR_NBD);
+                    self.world.count("links cut", 1);
+                    self.told_of_cut.set(self.reconnect.get() == 0);
+                    Ok(Json::Null)
+                }
                 _ => Ok(Json::Null),
             };
             self.pause(Duration::from_millis(10)).await;
@@ -637,19 +703,25 @@ impl Run {
     /// The daemon ends (or crashes), and what it leaves is looked at.
     async fn finish(&self, daemon: Booted) {
         let host = self.world.host();
+        let far = self.far.take().map(|(far, _)| far);
         let how = match self.plan.end {
             End::Kill => {
                 self.world.count("kills", 1);
                 daemon.process.kill();
+                far.iter().for_each(|f| f.process.kill());
                 Crash::Kill
             }
             End::PowerLoss => {
                 self.world.count("power losses", 1);
-                host.power_loss(&[&daemon.process]);
+                let all: Vec<&crate::Process> = far.iter().chain([&daemon]).map(|b| &b.process).collect();
+                host.power_loss(&all);
                 Crash::PowerLoss
             }
             End::Quit => {
                 daemon.quit(&self.world, &self.outside).await;
+                if let Some(far) = far {
+                    far.quit(&self.world, &self.outside).await;
+                }
                 Crash::KillWriteThrough
             }
         };

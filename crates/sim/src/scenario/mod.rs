@@ -10,11 +10,12 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 5] = [
+pub const SCENARIOS: [(&str, Scenario); 6] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
     ("chain", chain::chain),
+    ("remote", chain::remote),
     ("nth", nth::case),
 ];
 

@@ -29,6 +29,9 @@ pub(crate) const SECTORS: u64 = 640;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A job whose I/O hangs is cancelled after this.
 const HANGS: Duration = Duration::from_secs(2);
+/// Seeds are dealt out to so many scripts, of which some are still to come, so that a seed stays the same case for ever.
+const SLOTS: u64 = 100;
+const _: () = assert!(SCRIPTS.len() as u64 <= SLOTS);
 /// The seed of all plays: what differs between two is the fault alone.
 const SEED: u64 = 1;
 
@@ -66,6 +69,8 @@ pub(crate) enum Step {
     Do(&'static str, fn() -> Json),
     /// A command that starts the job `job`; then how it is brought to its end.
     Job(&'static str, fn() -> Json, Finish),
+    /// The guest writes to so many sectors from there on what they hold already, and flushes.
+    Rewrite(u64, u64),
 }
 
 /// How a job is brought to its end.
@@ -77,6 +82,8 @@ pub(crate) enum Finish {
     Complete,
     /// `block-job-cancel` when it is ready.
     Stop,
+    /// `block-job-cancel` as soon as it runs: it would never end.
+    Cancel,
     /// `job-finalize` when it is pending, `job-dismiss` when it has concluded.
     ByHand,
     /// [`Finish::Complete`], then [`Finish::ByHand`].
@@ -111,13 +118,15 @@ thread_local! {
 /// How many cases there are: seeds from here on do nothing.
 pub fn cases() -> u64 {
     let most = (0..SCRIPTS.len()).filter_map(|s| prepared(s).ok()).map(|p| p.ios).max().unwrap_or(0);
-    most * SCRIPTS.len() as u64 * KINDS.len() as u64
+    most * SLOTS * KINDS.len() as u64
 }
 
 /// One case: `seed` says which script, which kind of failure, and which I/O.
 pub fn case(seed: u64, verbose: bool) -> Outcome {
-    let scripts = SCRIPTS.len() as u64;
-    let (script, rest) = ((seed % scripts) as usize, seed / scripts);
+    let (script, rest) = ((seed % SLOTS) as usize, seed / SLOTS);
+    if script >= SCRIPTS.len() {
+        return Outcome::default();
+    }
     let (kind, nth) = (KINDS[(rest % KINDS.len() as u64) as usize], rest / KINDS.len() as u64);
     let prepared = match prepared(script) {
         Ok(p) => p,
@@ -342,6 +351,7 @@ impl Play {
                     Err(Refusal::Gone) => return Err(Refusal::Gone),
                 },
                 Step::Job(command, arguments, finish) => self.job(m, command, arguments(), *finish).await?,
+                Step::Rewrite(start, n) => self.rewrite(*start, *n).await,
             };
             if let Ended::Badly(_) = ended {
                 return Ok((ended, n));
@@ -350,16 +360,37 @@ impl Play {
         Ok((Ended::Well, self.script.steps.len()))
     }
 
-    /// A command. What hangs in it goes on after a while: it cannot be called off.
-    async fn patiently(&self, m: &Manager, command: &str, arguments: Json) -> Result<Json, Refusal> {
+    /// Something that cannot be called off: what hangs in it goes on after a while.
+    async fn released<T>(&self, done: impl Future<Output = T>) -> T {
         let (host, outside) = (self.world.host().clone(), self.outside.clone());
         let release = self.outside.spawn("release", async move {
             outside.sleep(HANGS).await;
             host.release_hung();
         });
-        let answer = m.execute(command, arguments).await;
+        let answer = done.await;
         release.cancel();
         answer
+    }
+
+    /// A command.
+    async fn patiently(&self, m: &Manager, command: &str, arguments: Json) -> Result<Json, Refusal> {
+        self.released(m.execute(command, arguments)).await
+    }
+
+    /// The same bytes once more: whatever becomes of it, the disk reads the same.
+    async fn rewrite(&self, start: u64, sectors: u64) -> Ended {
+        let Some(d) = connect(&self.world, &self.outside).await else {
+            return Ended::Badly("no connection".to_owned());
+        };
+        let at = Span::new(start * SECTOR, sectors * SECTOR);
+        let again = async {
+            let bytes = d.read(at).await?;
+            d.write(at.start, bytes, false).await?;
+            d.flush().await
+        };
+        let done = self.released(again).await;
+        d.disconnect();
+        done.map_or_else(|e| Ended::Badly(e.to_string()), |()| Ended::Well)
     }
 
     async fn job(
@@ -371,6 +402,7 @@ impl Play {
     ) -> Result<Ended, Refusal> {
         let id = || json!({"id": "job"});
         let by_hand = matches!(finish, Finish::ByHand | Finish::CompleteByHand);
+        let of_group = arguments["properties"]["completion-mode"] == "grouped";
         let began = self.outside.now();
         match self.patiently(m, command, arguments).await {
             Ok(_) => {}
@@ -381,6 +413,10 @@ impl Play {
         loop {
             let seen = m.job("job");
             match seen.status.as_str() {
+                "running" if finish == Finish::Cancel && !asked => {
+                    // refused if it is over, which it can only be by an error
+                    asked = self.patiently(m, "block-job-cancel", json!({"device": "job"})).await.is_ok();
+                }
                 "ready" if !asked && !matches!(finish, Finish::Itself | Finish::ByHand) => {
                     asked = true;
                     let _refused_if_over = match finish {
@@ -402,6 +438,7 @@ impl Play {
                     m.must("job-dismiss", id()).await?;
                 }
                 "null" => {
+                    self.all_are_over(m).await?;
                     return Ok(match (seen.completed, seen.cancelled) {
                         (Some(None), false) if error.is_none() => Ended::Well,
                         (Some(Some(e)), false) if e.is_empty() => {
@@ -409,6 +446,9 @@ impl Play {
                             Ended::Badly(e)
                         }
                         (Some(e), false) => Ended::Badly(e.or(error).unwrap_or_default()),
+                        (None, true) if finish == Finish::Cancel && asked => Ended::Well,
+                        // its partner failed
+                        (None, true) if of_group => Ended::Badly("cancelled".to_owned()),
                         // no block job: only query-jobs told
                         (None, false) if by_hand => error.map_or(Ended::Well, Ended::Badly),
                         (None, true) if cancelled || error.is_some() => Ended::Badly("cancelled".to_owned()),
@@ -433,6 +473,14 @@ impl Play {
             }
             self.outside.sleep(Duration::from_millis(1)).await;
         }
+    }
+
+    /// Waits for the other jobs of the same transaction, which end on their own.
+    async fn all_are_over(&self, m: &Manager) -> Result<(), Refusal> {
+        while m.must("query-jobs", json!({})).await? != json!([]) {
+            self.outside.sleep(Duration::from_millis(1)).await;
+        }
+        Ok(())
     }
 
     /// After the fault: what failed succeeds when it is done again.
@@ -517,7 +565,9 @@ impl Play {
 
 /// `blockdev-add` arguments of a layer.
 fn node(l: &Layer) -> Json {
-    let file = json!({"driver": "file", "filename": format!("/{}.img", l.name)});
+    let file = json!({
+        "driver": "file", "node-name": format!("{}-file", l.name), "filename": format!("/{}.img", l.name)
+    });
     if l.cluster == 0 {
         return json!({"driver": "raw", "node-name": l.name, "file": file});
     }
