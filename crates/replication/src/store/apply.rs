@@ -83,6 +83,7 @@ impl Store {
     }
 
     /// One map for each volume: the first of `layers` that has a byte decides.
+    #[allow(clippy::needless_pass_by_value)] // an iterator, cloned for each volume
     fn merged<'a>(&self, layers: impl Iterator<Item = &'a Layer> + Clone) -> Vec<RangeMap> {
         let one = |volume: usize| {
             let mut out = RangeMap::default();
