@@ -315,7 +315,8 @@ impl Run {
     fn start_guest(self: &Rc<Self>, client: u32) {
         let habits = self.draw(|r| Habits {
             requests: *r.choose(&[60, 200, 600]),
-            errors_allowed: self.plan.faults,
+            // what a lost link keeps from being copied fails the write that would have destroyed it
+            errors_allowed: self.plan.faults || (self.plan.remote && self.reconnect.get() == 0),
             breaks_allowed: self.plan.end != End::Quit,
             ..Habits::drawn(r, client, self.plan.sectors)
         });
