@@ -287,10 +287,11 @@ class Queue:
         found = self.answers()
         while len(found) < count:
             ready = wait_for(self.call_fd, seconds)
+            if ready:
+                # first: a call for an answer that is not seen now must stay
+                os.eventfd_read(self.call_fd)
             more = self.answers()
             assert ready, f"no call within {seconds} s: {found} {more}"
-            if ready:
-                os.eventfd_read(self.call_fd)
             found += more
         return found
 
