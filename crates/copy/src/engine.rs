@@ -92,6 +92,7 @@ impl Engine {
                 policy,
                 offload: Cell::new(offload),
                 turns: Turns::new(),
+                resting: Cell::new(false),
             }),
             control,
             window,
@@ -133,6 +134,8 @@ impl Engine {
     /// Copies until the policy says [`Next::Done`] or, with [`Engine::set_leave_on_pause`], a pause is wanted (then
     /// nothing is in flight), or an error is to be reported.
     pub async fn run(&mut self) -> Result<()> {
+        // an earlier run may have been given up while it rested
+        self.shared.resting.set(false);
         loop {
             // made before the looks below, so that nothing that happens after them is missed
             let shared = self.shared.clone();
@@ -145,13 +148,13 @@ impl Engine {
             }
             let failed = shared.work.failure.borrow_mut().take();
             if let Some(error) = failed {
-                self.settle().await;
+                self.settle_soon().await;
                 // further failures of the same round: the first one is what is reported
                 shared.work.failure.take();
                 return Err(error);
             }
             if control.pause_wanted() {
-                self.settle().await;
+                self.settle_soon().await;
                 if self.leave_on_pause {
                     return Ok(());
                 }
@@ -352,6 +355,7 @@ impl Engine {
                 }
                 self.hints.extend(found);
             }
+            Outcome::GaveWay => {}
             Outcome::Copied => {
                 self.window.took(ended.took);
                 self.retry = None;
@@ -370,6 +374,14 @@ impl Engine {
                 }
             },
         }
+    }
+
+    /// Waits until no copy is in flight; those that have not begun do not begin. One error is told once, not again by each
+    /// that was about to meet it, too.
+    async fn settle_soon(&mut self) {
+        self.shared.resting.set(true);
+        self.settle().await;
+        self.shared.resting.set(false);
     }
 
     /// Waits until no copy is in flight.

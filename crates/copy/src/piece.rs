@@ -22,6 +22,8 @@ pub(crate) struct Shared {
     /// Whether the host may be able to copy between the two by itself; false once it said that it cannot.
     pub(crate) offload: Cell<bool>,
     pub(crate) turns: Turns,
+    /// Copies whose turn has not come give way: the job is to rest, or has failed.
+    pub(crate) resting: Cell<bool>,
 }
 
 /// How much is copied between two looks at what has come from outside: a copy in memory takes the thread as long as dozens of
@@ -57,6 +59,8 @@ impl Turns {
 pub(crate) enum Outcome {
     /// All that was dirty in the piece is on the target.
     Copied,
+    /// Nothing was tried: the engine rests. All that was dirty is.
+    GaveWay,
     /// A request failed; what was not copied is dirty again.
     Failed(Side, BlockError, Span),
     /// What the source holds in the span that was asked about, from its start.
@@ -160,9 +164,13 @@ impl PieceTask {
             shared.turns.enter(&shared.work, at.len).await;
         }
         let begun = shared.work.env.now();
-        let outcome = match shared.copy_dirty(at, data).await {
-            Ok(()) => Outcome::Copied,
-            Err((side, error)) => Outcome::Failed(side, error, at),
+        let outcome = if shared.resting.get() {
+            Outcome::GaveWay
+        } else {
+            match shared.copy_dirty(at, data).await {
+                Ok(()) => Outcome::Copied,
+                Err((side, error)) => Outcome::Failed(side, error, at),
+            }
         };
         drop(lock);
         let took = shared.work.env.now().saturating_sub(begun);

@@ -66,7 +66,7 @@ impl Host {
             .unwrap();
     }
 
-    fn primary(&mut self, peers: &[&Host], more: Value) {
+    fn primary(&mut self, peers: &[&Host], more: &Value) {
         for (n, p) in peers.iter().enumerate() {
             let addr = unix(&p.dir.path("repl.sock"));
             self.c
@@ -124,7 +124,7 @@ fn the_primary_is_killed_and_the_secondary_has_the_checkpoint() {
         p.io(0, "write -P 1 0 1M").unwrap();
         s.secondary();
         assert!(s.io(0, "read 0 4k").is_err(), "nothing has ever been synchronized");
-        p.primary(&[&s], json!({"flush-level": "remote-durable"}));
+        p.primary(&[&s], &json!({"flush-level": "remote-durable"}));
         p.until_running(1);
         p.io(0, "write -P 2 512k 1M").unwrap();
         p.io(1, "write -P 3 4M 64k").unwrap();
@@ -167,7 +167,7 @@ fn the_primary_is_killed_and_the_secondary_has_the_checkpoint() {
 fn a_primary_that_was_left_behind_is_fenced() {
     let (mut p, mut s) = (Host::new("undo", 1), Host::new("undo", 1));
     s.secondary();
-    p.primary(&[&s], json!({}));
+    p.primary(&[&s], &json!({}));
     p.until_running(1);
     p.io(0, "write -P 1 0 64k").unwrap();
     p.checkpoint();
@@ -188,7 +188,7 @@ fn a_killed_secondary_comes_back_at_its_checkpoint_and_catches_up() {
     for engine in ["redo", "undo"] {
         let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
         s.secondary();
-        p.primary(&[&s], json!({"write-level": "remote-durable"}));
+        p.primary(&[&s], &json!({"write-level": "remote-durable"}));
         p.until_running(1);
         p.io(0, "write -P 1 0 1M").unwrap();
         p.checkpoint();
@@ -213,7 +213,7 @@ fn a_killed_secondary_comes_back_at_its_checkpoint_and_catches_up() {
 fn a_frozen_secondary_does_not_freeze_the_guest() {
     let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
     s.secondary();
-    p.primary(&[&s], json!({"write-level": "remote-durable", "timeout-ms": 400}));
+    p.primary(&[&s], &json!({"write-level": "remote-durable", "timeout-ms": 400}));
     p.until_running(1);
     s.daemon.signal("STOP");
     p.io(0, "write -P 1 0 64k").unwrap();
@@ -229,7 +229,7 @@ fn a_frozen_secondary_does_not_freeze_the_guest() {
 fn overlapping_writes_end_alike_on_both_sides() {
     let (mut p, mut s) = (Host::new("undo", 1), Host::new("undo", 1));
     s.secondary();
-    p.primary(&[&s], json!({"write-level": "queued"}));
+    p.primary(&[&s], &json!({"write-level": "queued"}));
     p.until_running(1);
     for round in 0..4u32 {
         std::thread::scope(|scope| {
@@ -265,13 +265,13 @@ fn overlapping_writes_end_alike_on_both_sides() {
 fn a_killed_primary_comes_back_and_nothing_is_forgotten() {
     let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
     s.secondary();
-    p.primary(&[&s], json!({}));
+    p.primary(&[&s], &json!({}));
     p.until_running(1);
     p.checkpoint();
     p.io(0, "write -P 1 0 64k").unwrap();
     // killed before a checkpoint has it
     let mut p = p.restart("redo", 1);
-    p.primary(&[&s], json!({}));
+    p.primary(&[&s], &json!({}));
     p.until_running(1);
     s.io(0, "read -P 1 0 64k").unwrap();
     let rest = s.io(0, "read -P 0 64k 15M");
@@ -286,7 +286,7 @@ fn with_two_secondaries_any_one_may_go_and_not_both() {
     b.secondary();
     p.primary(
         &[&a, &b],
-        json!({"write-level": "remote-received", "min-acks": 1, "on-link-loss": "io-error"}),
+        &json!({"write-level": "remote-received", "min-acks": 1, "on-link-loss": "io-error"}),
     );
     p.until_running(2);
     p.io(0, "write -P 1 0 64k").unwrap();
@@ -328,7 +328,7 @@ fn commands_out_of_place_are_refused() {
         let e = h.c.command(command, arguments).unwrap_err();
         assert!(e.contains(says), "{command}: {e}");
     }
-    h.primary(&[], json!({}));
+    h.primary(&[], &json!({}));
     let e = h.c.command("replication-checkpoint", json!({"group": "g"})).unwrap_err();
     assert!(e.contains("no secondary is connected"), "{e}");
     h.io(0, "write -P 1 0 64k").unwrap();

@@ -212,7 +212,8 @@ impl Run {
 
     async fn go(self: Rc<Self>) {
         let Some(daemon) = Booted::start(&self.world).await else { return };
-        let life = self.live(&daemon);
+        // On the heap: the whole run's state is large for a stack.
+        let life = Box::pin(self.live(&daemon));
         match self.world.within(&self.outside, PATIENCE * 5, "the run", life).await {
             Some(Ok(())) => {}
             Some(Err(e)) => self.bad(format!("the run: {e}")),
