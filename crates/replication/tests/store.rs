@@ -1,7 +1,8 @@
 //! The store on disks that crash: at any moment the process is killed or the power fails, and of what was not made durable any part
 //! survives. Afterwards the image is exactly a checkpoint (the one acknowledged, or the one being decided), of all volumes the
 //! same one, with the own writes that were flushed. `SEED=n` repeats a run; `SEEDS=n` runs more.
-#![allow(missing_docs, clippy::unwrap_used)]
+// Volumes and sectors count through several tables at once.
+#![allow(missing_docs, clippy::unwrap_used, clippy::needless_range_loop)]
 
 use block::{Data, Span};
 use env::{Env, OpenMode};
@@ -200,18 +201,22 @@ impl Life {
             let before: Vec<usize> =
                 self.model.borrow().lines[v][at..at + len].iter().map(|l| l.settled).collect();
             let data = self.store.read(v as u16, span_of(at, len)).await.unwrap().to_vec();
-            let mut m = self.model.borrow_mut();
-            for (i, from) in before.iter().enumerate() {
-                let sector = &data[i * SECTOR as usize..(i + 1) * SECTOR as usize];
-                let allowed = &m.lines[v][at + i].values[*from..];
-                let ok = allowed.contains(&sector[0]) && sector.iter().all(|b| *b == sector[0]);
-                if !ok {
-                    let text =
-                        format!("I2: sector {} of {v} read as {}, allowed {allowed:?}", at + i, sector[0]);
-                    m.wrong.get_or_insert(text);
+            {
+                let mut m = self.model.borrow_mut();
+                for (i, from) in before.iter().enumerate() {
+                    let sector = &data[i * SECTOR as usize..(i + 1) * SECTOR as usize];
+                    let allowed = &m.lines[v][at + i].values[*from..];
+                    let ok = allowed.contains(&sector[0]) && sector.iter().all(|b| *b == sector[0]);
+                    if !ok {
+                        let text = format!(
+                            "I2: sector {} of {v} read as {}, allowed {allowed:?}",
+                            at + i,
+                            sector[0]
+                        );
+                        m.wrong.get_or_insert(text);
+                    }
                 }
             }
-            drop(m);
             // zeroes take no time at all; time has to pass nevertheless
             self.env.sleep(Duration::from_micros(1)).await;
         }
