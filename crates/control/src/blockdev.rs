@@ -76,7 +76,7 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
         "copy-before-write" => blockdev_backup::copy_before_write(f, depth)?,
         "snapshot-access" => DriverSpec::SnapshotAccess { file: child(f, "file", depth)? },
         "blkdebug" | "blklogwrites" | "blkverify" | "compress" | "copy-on-read" | "preallocate"
-        | "quorum" | "throttle" => blockdev_filters::filter(f, depth)?,
+        | "quorum" | "replication" | "throttle" => blockdev_filters::filter(f, depth)?,
         "qcow2" => DriverSpec::Qcow2(Box::new(qcow2_spec(f, depth)?)),
         "nbd" => DriverSpec::Nbd(nbd(f)?),
         other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),

@@ -5,12 +5,14 @@ use crate::error::QmpError;
 use drivers::filters::Given;
 use drivers::filters::preallocate::PreallocateOptions;
 use drivers::filters::quorum::{QuorumEvent, QuorumOptions, ReadPattern};
+use drivers::filters::replication::{DEFAULT_TIMEOUT, ReplicationOptions, Side};
 use drivers::testing::blkdebug::{BlkdebugOptions, offset};
 use drivers::testing::blkdebug_rules::{Action, Inject, IoType, Rule};
 use drivers::testing::blklogwrites::LogOptions;
 use graph::{DebugEvent, Perms};
 use open::{DriverSpec, FilterSpec};
 use qapi::{Map, Value, json};
+use std::time::Duration;
 
 /// Options that every driver has: they are not part of a node's `json:{…}` file name.
 const COMMON: [&str; 9] = [
@@ -71,6 +73,7 @@ pub(crate) fn filter(f: &Fields<'_>, depth: usize) -> Result<DriverSpec, QmpErro
         }
         "preallocate" => FilterSpec::Preallocate { file: file()?, options: preallocate(f)? },
         "quorum" => quorum(f, depth)?,
+        "replication" => FilterSpec::Replication { file: file()?, options: replication(f)? },
         "throttle" => FilterSpec::Throttle { file: file()?, group: f.string("throttle-group") },
         other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),
     };
@@ -97,6 +100,17 @@ fn quorum(f: &Fields<'_>, depth: usize) -> Result<FilterSpec, QmpError> {
         given: given(f.0, &["children"]),
     };
     Ok(FilterSpec::Quorum { children, options })
+}
+
+fn replication(f: &Fields<'_>) -> Result<ReplicationOptions, QmpError> {
+    let seconds = f.size("forward-timeout")?.map_or(DEFAULT_TIMEOUT, Duration::from_secs);
+    Ok(ReplicationOptions {
+        side: if f.text("mode") == Some("primary") { Side::Primary } else { Side::Secondary },
+        top: f.text("top-id").map(str::to_owned),
+        timeout: seconds,
+        durable: f.flag("durable").unwrap_or(false),
+        given: given(f.0, &["file"]),
+    })
 }
 
 /// `QUORUM_REPORT_BAD` or `QUORUM_FAILURE`: its name and data. Places are in sectors.

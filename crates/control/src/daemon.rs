@@ -66,6 +66,7 @@ pub struct Daemon {
     opener: Rc<Opener>,
     jobs: Rc<Registry>,
     exports: Rc<ExportRegistry>,
+    colo: Rc<jobs::colo::Colo>,
     objects: Rc<Objects>,
     chardevs: Chardevs,
     replication: RefCell<BTreeMap<String, Rc<replication::session::Group>>>,
@@ -79,6 +80,8 @@ pub struct Daemon {
     opened: Notify,
     phase: Cell<Phase>,
     phase_changed: Notify,
+    /// Which side of a replication it was that ended last.
+    last_side: Cell<&'static str>,
 }
 
 /// A session's place in the list; leaves it when dropped.
@@ -114,6 +117,12 @@ impl Daemon {
             let (name, data) = crate::blockdev_filters::quorum_event(event);
             told.emit(name, data);
         }));
+        let told = events.clone();
+        opener.on_replication(Rc::new(move |node, event| {
+            for (name, data) in crate::colo::events(node, &event) {
+                told.emit(name, data);
+            }
+        }));
         let named = objects.clone();
         opener.find_throttle_groups(Rc::new(move |id| named.throttle_group(id)));
         Rc::new(Daemon {
@@ -122,6 +131,7 @@ impl Daemon {
             schema: Schema::new(&names, EVENTS),
             commands: entries().map(|e| (e.name, *e)).collect(),
             opener,
+            colo: jobs::colo::Colo::new(env, &graph),
             graph,
             jobs: Registry::new(env, Rc::new(JobEvents(events.clone()))),
             exports: ExportRegistry::new(env, {
@@ -140,6 +150,7 @@ impl Daemon {
             opened: Notify::new(),
             phase: Cell::new(Phase::Running),
             phase_changed: Notify::new(),
+            last_side: Cell::new("none"),
         })
     }
 
@@ -166,6 +177,16 @@ impl Daemon {
         &self.replication
     }
 
+    /// Replication as this side has ended because the other was lost.
+    pub(crate) fn exited(&self, side: &'static str) {
+        self.last_side.set(side);
+    }
+    pub(crate) fn last_side(&self) -> &'static str {
+        self.last_side.get()
+    }
+    pub(crate) fn colo(&self) -> &Rc<jobs::colo::Colo> {
+        &self.colo
+    }
     pub(crate) fn graph(&self) -> &Rc<Graph> {
         &self.graph
     }
@@ -282,6 +303,7 @@ impl Daemon {
             self.exports.shut_down().await;
             self.jobs.cancel_all().await;
             self.replication.borrow().values().for_each(|g| g.shut_down());
+            self.colo.shut_down().await;
             if let Err(e) = self.graph.close_all().await {
                 *self.trouble.borrow_mut() = Some(e.into());
             }

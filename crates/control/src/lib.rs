@@ -10,6 +10,7 @@ mod blockdev;
 mod blockdev_backup;
 mod blockdev_filters;
 mod chardev;
+mod colo;
 mod commands;
 mod daemon;
 mod error;

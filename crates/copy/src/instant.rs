@@ -6,18 +6,20 @@
 //!   left that state.
 //! * A reader of the instant who reads the source holds the range lock meanwhile, so that it never sees newer bytes; what
 //!   is on the target does not change, so it is read without a lock.
-//! * A lock is held only while the source is read and the target is written. Nobody waits for space, for another lock or
+//! * A lock is held only while the source is read and the target is written (and, where the target is an overlay through which
+//!   the source is read, until those who read there before have their bytes; they wait for nobody here). Nobody waits for space, for another lock or
 //!   at a gate while holding one, so those who wait never wait for one another.
 //! * Emptying the record (a checkpoint) happens when no change and no reader is inside the gate and no range is locked.
 //! * Once the instant is lost, reading it fails, also where the read began before.
 
-use crate::ranges::Owner;
+use crate::ranges::{Owner, RangeTicket};
 use crate::status::{status, top_layer};
 use crate::work::Work;
 use bitmap::Bitmap;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, ReqFlags, Result, Span};
 use drivers::filters::copy_before_write::Keeper;
 use env::sync::{Notify, race};
+use graph::exclusion::Exclusion;
 use graph::gate::{Closed, Gate, Gated};
 use graph::{CopyRecord, Edge};
 use std::cell::{Cell, RefCell};
@@ -35,6 +37,9 @@ pub enum OnSaveError {
     FailChange,
     /// It is done, and the instant is lost (`break-snapshot`).
     LoseInstant,
+    /// It fails, and so does every later change: what has reached the disk stays a prefix of what
+    /// was sent, and the instant stays whole. A checkpoint ends that.
+    RefuseAll,
 }
 
 /// How old bytes are kept.
@@ -52,6 +57,8 @@ pub struct KeepRules {
     pub compressed: bool,
     /// What has been copied is discarded in the source.
     pub discard_source: bool,
+    /// A change waits until what was copied for it is on stable storage: the instant survives a crash.
+    pub durable: bool,
 }
 
 /// See the top of this file.
@@ -66,7 +73,13 @@ pub struct PointInTime {
     /// Only what the top layer of the source holds is wanted; the rest is released as soon as it is met.
     top_only: Cell<bool>,
     lost: RefCell<Option<BlockError>>,
+    /// Why no change is let through any more ([`OnSaveError::RefuseAll`]).
+    refusing: RefCell<Option<BlockError>>,
     over: Cell<bool>,
+    /// Those who read the instant through an overlay that the target is.
+    readers: RefCell<Option<Rc<Exclusion>>>,
+    /// The target has taken something since the instant began.
+    took: Cell<bool>,
     released: Notify,
     /// Who empties the target, and is told where a client waits.
     drain: RefCell<Option<Rc<Work>>>,
@@ -110,6 +123,9 @@ impl PointInTime {
             gate: Gate::new(),
             top_only: Cell::new(false),
             lost: RefCell::new(None),
+            refusing: RefCell::new(None),
+            readers: RefCell::new(None),
+            took: Cell::new(false),
             over: Cell::new(false),
             released: Notify::new(),
             drain: RefCell::new(None),
@@ -176,6 +192,22 @@ impl PointInTime {
         *self.drain.borrow_mut() = Some(drain.clone());
     }
 
+    /// The target is an overlay through which `readers` read the source: they and copies keep out of each other's way.
+    pub fn exclude(&self, readers: Option<Rc<Exclusion>>) {
+        *self.readers.borrow_mut() = readers;
+    }
+
+    /// Why changes are refused, if they are.
+    pub fn refusing(&self) -> Option<BlockError> {
+        self.refusing.borrow().clone()
+    }
+
+    /// From now on every change is refused for this reason (the first reason counts).
+    pub fn refuse(&self, why: BlockError) {
+        self.refusing.borrow_mut().get_or_insert(why);
+        self.released.notify_all();
+    }
+
     /// Why the instant is lost, if it is.
     pub fn lost(&self) -> Option<BlockError> {
         self.lost.borrow().clone()
@@ -207,15 +239,18 @@ impl PointInTime {
     /// reader reads. `empty` is called then; it may not wait (emptying the target itself comes before or after: what is
     /// on it means nothing from then on).
     pub async fn checkpoint(self: &Rc<Self>, empty: impl FnOnce()) {
-        let _closed = Closed::close(self.clone()).await;
+        let still = self.still().await;
+        still.begin_anew();
+        empty();
+    }
+
+    /// Waits until no change is on its way and no reader reads; none begins before the returned value is dropped.
+    pub async fn still(self: &Rc<Self>) -> Still {
+        let closed = Closed::close(self.clone()).await;
         let whole = Span::new(0, self.work.len());
         let mut all = self.work.locks.request(whole, Owner::Guest);
         all.held().await;
-        self.readable.borrow_mut().set_all();
-        self.work.dirty.borrow_mut().set_all();
-        self.lost.take();
-        empty();
-        self.released.notify_all();
+        Still { of: closed.of().clone(), _closed: closed, _all: all }
     }
 
     /// The clusters that `at` touches.
@@ -246,6 +281,9 @@ impl PointInTime {
     async fn save_step(&self, at: Span) -> Result<()> {
         loop {
             let released = self.released.wait();
+            if let Some(why) = self.refusing().filter(|_| !self.over.get()) {
+                return Err(why);
+            }
             if self.is_settled(at) {
                 return Ok(());
             }
@@ -259,6 +297,11 @@ impl PointInTime {
             }
             match self.rules.on_error {
                 OnSaveError::FailChange => return Err(error.context("copying old data before a write")),
+                OnSaveError::RefuseAll => {
+                    let error = error.context("copying old data before a write");
+                    self.refuse(error.clone());
+                    return Err(error);
+                }
                 OnSaveError::LoseInstant => {
                     self.lose(error);
                     return Ok(());
@@ -296,12 +339,31 @@ impl PointInTime {
                 left = Span::between(end, left.end());
             }
         }
+        let readers = self.readers.borrow().clone();
+        let _alone = match &readers {
+            None => None,
+            Some(readers) => Some(readers.begin_copy(at).await),
+        };
         let areas: Vec<Span> = self.work.dirty.borrow().areas(at, 0).collect();
         let _saving = Saving::new(&self.work);
-        for area in areas {
-            self.save_area(area).await?;
+        for area in &areas {
+            self.save_area(*area).await?;
+        }
+        // the first of an instant in any case: after a crash the target shows that there was one
+        if !areas.is_empty() && (self.rules.durable || (!self.took.get() && readers.is_some())) {
+            self.keep_durably(&areas).await?;
+            self.took.set(true);
         }
         Ok(())
+    }
+
+    /// What was copied from `areas` counts as kept only once it is on stable storage.
+    async fn keep_durably(&self, areas: &[Span]) -> Result<()> {
+        let flushed = self.target.flush().await;
+        if flushed.is_err() {
+            areas.iter().for_each(|a| self.work.dirty.borrow_mut().set(*a));
+        }
+        flushed
     }
 
     async fn save_area(&self, area: Span) -> Result<()> {
@@ -456,12 +518,33 @@ impl PointInTime {
     }
 }
 
+/// No change is on its way and no reader reads, as long as this value is there.
+pub struct Still {
+    of: Rc<PointInTime>,
+    _closed: Closed<PointInTime>,
+    _all: RangeTicket,
+}
+
+impl Still {
+    /// Empties the record: the instant is now, the target holds nothing of it, and changes are let through again. What is on
+    /// the target means nothing from now on.
+    pub fn begin_anew(&self) {
+        let of = &self.of;
+        of.readable.borrow_mut().set_all();
+        of.work.dirty.borrow_mut().set_all();
+        of.lost.take();
+        of.refusing.take();
+        of.took.set(false);
+        of.released.notify_all();
+    }
+}
+
 impl Keeper for PointInTime {
     fn gate(&self) -> &Gate {
         &self.gate
     }
     fn is_kept(&self, at: Span) -> bool {
-        self.is_settled(at)
+        self.over.get() || (self.refusing.borrow().is_none() && self.is_settled(at))
     }
     fn save(&self, at: Span) -> Io<'_> {
         Box::pin(self.save_all(at))

@@ -22,7 +22,7 @@ mod work;
 
 pub use cluster::cluster_size;
 pub use engine::Engine;
-pub use instant::{KeepRules, OnSaveError, PointInTime};
+pub use instant::{KeepRules, OnSaveError, PointInTime, Still};
 pub use policy::{Action, Control, Fate, Next, OnError, OnWrite, Policy, Side, Standing};
 pub use ranges::{Owner, RangeLocks, RangeTicket};
 pub use stats::{Meter, Obstacle, Outlook};

@@ -5,6 +5,7 @@
 //! the blocks it modifies; a change is in every enabled bitmap before it is acknowledged, also if it failed or its
 //! future was dropped.
 
+use crate::exclusion::Exclusion;
 use crate::ranges::RangeLocks;
 use crate::tree::Reaper;
 use crate::{DebugEvent, Edge, HostBytes, Node};
@@ -89,6 +90,8 @@ pub struct NodeCell {
     flushed: Cell<u64>,
     write_threshold: Cell<u64>,
     threshold_hit: RefCell<Option<ThresholdHook>>,
+    /// Keeps copies of old bytes into this node away from those who read it.
+    readers: RefCell<Option<Rc<Exclusion>>>,
     reaper: Weak<Reaper>,
 }
 
@@ -149,6 +152,7 @@ impl NodeCell {
             flushed: Cell::new(0),
             write_threshold: Cell::new(0),
             threshold_hit: RefCell::new(None),
+            readers: RefCell::new(None),
             reaper,
         }
     }
@@ -293,7 +297,17 @@ impl NodeCell {
         self.node.filtered().or_else(|| self.node.backing()).map(|e| e.child())
     }
 
+    /// From now on reads of this node are inside `exclusion`, which keeps copies of old bytes into the node away meanwhile.
+    pub fn exclude_copies(&self, exclusion: Option<Rc<Exclusion>>) {
+        *self.readers.borrow_mut() = exclusion;
+    }
+
     pub(crate) async fn read(&self, at: Span) -> Result<Data> {
+        let readers = self.readers.borrow().clone();
+        let _inside = match &readers {
+            None => None,
+            Some(readers) => Some(readers.begin_read(at).await),
+        };
         let limits = self.node.limits();
         let data = if at.is_aligned(limits.request_alignment) && within(at.len, limits.max_transfer) {
             self.node.read(at).await?

@@ -16,6 +16,7 @@ pub mod bitmaps;
 mod cell;
 mod debug_event;
 mod edge;
+pub mod exclusion;
 pub mod gate;
 pub mod node;
 pub mod perm;

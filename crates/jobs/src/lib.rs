@@ -8,6 +8,7 @@ pub mod backup;
 mod backup_args;
 mod backup_bitmap;
 mod chain;
+pub mod colo;
 pub mod commit;
 mod commit_args;
 pub mod create;

@@ -6,6 +6,7 @@ use drivers::filters::compress::Compress;
 use drivers::filters::copy_on_read::CopyOnRead;
 use drivers::filters::preallocate::{Preallocate, PreallocateOptions};
 use drivers::filters::quorum::{Quorum, QuorumEvent, QuorumOptions};
+use drivers::filters::replication::{Replication, ReplicationEvent, ReplicationOptions};
 use drivers::filters::throttle::{Throttle, ThrottleGroup};
 use drivers::testing::blkdebug::{Blkdebug, BlkdebugOptions};
 use drivers::testing::blklogwrites::{BlkLogWrites, LogOptions};
@@ -68,6 +69,13 @@ pub enum FilterSpec {
         /// How they vote.
         options: QuorumOptions,
     },
+    /// One side of a replicated disk.
+    Replication {
+        /// Where the other side is, or the overlay.
+        file: Child,
+        /// Which side.
+        options: ReplicationOptions,
+    },
     /// Requests wait.
     Throttle {
         /// Which node it is in front of.
@@ -117,6 +125,14 @@ impl Opener {
             }
             FilterSpec::Quorum { children, options } => {
                 self.quorum(children, options.clone(), now, name, trail).await
+            }
+            FilterSpec::Replication { file, options } => {
+                options.check()?;
+                let child = self.child(file, now, trail).await?;
+                let file = self.hold(&child, "file", Role::Primary, name, Demand::NOTHING).await?;
+                let told = self.on_replication.borrow().clone();
+                let hook = told.unwrap_or_else(|| Rc::new(|_: &str, _: ReplicationEvent| ()));
+                Ok(Replication::open(env, name, file, options.clone(), hook)?)
             }
             FilterSpec::Throttle { file, group: id } => {
                 let group = self.throttle_group(id)?;

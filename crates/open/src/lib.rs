@@ -22,6 +22,7 @@ pub use spec::{
 use block::{BlockError, ErrorKind, Result, Span};
 use drivers::file::{FileNode, FileOptions};
 use drivers::filters::quorum::QuorumHook;
+use drivers::filters::replication::ReplicationHook;
 use drivers::filters::snapshot_access::SnapshotAccess;
 use drivers::nbd_client::{ClientTls, NbdClient};
 use drivers::null::NullNode;
@@ -46,6 +47,7 @@ pub struct Opener {
     credentials: RefCell<Option<CredentialsHook>>,
     throttle: RefCell<Option<ThrottleHook>>,
     on_quorum: RefCell<Option<QuorumHook>>,
+    on_replication: RefCell<Option<ReplicationHook>>,
     /// How nodes were described, by id.
     given: RefCell<BTreeMap<u64, reopen::Given>>,
 }
@@ -101,6 +103,7 @@ impl Opener {
             credentials: RefCell::default(),
             throttle: RefCell::default(),
             on_quorum: RefCell::default(),
+            on_replication: RefCell::default(),
             given: RefCell::default(),
         })
     }
@@ -118,6 +121,11 @@ impl Opener {
     /// `hook` is told of what happens in quorums that are opened from now on.
     pub fn on_quorum(&self, hook: QuorumHook) {
         *self.on_quorum.borrow_mut() = Some(hook);
+    }
+
+    /// `hook` is told of what happens in replication nodes that are opened from now on.
+    pub fn on_replication(&self, hook: ReplicationHook) {
+        *self.on_replication.borrow_mut() = Some(hook);
     }
 
     /// `hook` gives the throttle groups that users name.

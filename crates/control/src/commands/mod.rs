@@ -7,6 +7,7 @@ mod backup;
 pub(crate) mod bitmap;
 mod chain;
 mod chardev;
+mod colo;
 mod create;
 mod drive;
 mod export;
@@ -77,6 +78,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     object::COMMANDS,
     reopen::COMMANDS,
     replication::COMMANDS,
+    colo::COMMANDS,
     snapshot::COMMANDS,
     transaction::COMMANDS,
 ];
@@ -92,6 +94,7 @@ pub(crate) const EVENTS: &[&str] = &[
     "BLOCK_JOB_PENDING",
     "BLOCK_JOB_READY",
     "BLOCK_WRITE_THRESHOLD",
+    "COLO_EXIT",
     "JOB_STATUS_CHANGE",
     "QUORUM_FAILURE",
     "QUORUM_REPORT_BAD",

@@ -5,6 +5,7 @@ mod backups;
 mod bitmaps;
 mod chains;
 mod cmdline;
+mod colo;
 mod common;
 mod disk;
 mod hostile;

@@ -38,6 +38,8 @@ pub struct CopyBeforeWrite {
     pinned: Cell<bool>,
     /// Whether what has been copied is discarded in the disk, which is then written to.
     discards: Cell<bool>,
+    /// Why nothing passes any more, if so.
+    fence: RefCell<Option<BlockError>>,
 }
 
 impl CopyBeforeWrite {
@@ -45,7 +47,8 @@ impl CopyBeforeWrite {
     /// keeper everything passes.
     pub fn new(file: Rc<Edge>, target: Rc<Edge>) -> Rc<CopyBeforeWrite> {
         let (keeper, pinned, discards) = (RefCell::new(None), Cell::new(false), Cell::new(false));
-        Rc::new(CopyBeforeWrite { file, target, keeper, pinned, discards })
+        let fence = RefCell::new(None);
+        Rc::new(CopyBeforeWrite { file, target, keeper, pinned, discards, fence })
     }
 
     /// Lets `keeper` see the changes that come from now on; `None` lets them pass.
@@ -65,6 +68,16 @@ impl CopyBeforeWrite {
         self.discards.set(on);
     }
 
+    /// From now on every request fails with `why`: those who come this way have lost the disk to another owner. The filter asks
+    /// nothing of the disk any more from the next change of the graph on.
+    pub fn fence(&self, why: BlockError) {
+        self.fence.borrow_mut().get_or_insert(why);
+    }
+
+    fn check_fence(&self) -> Result<()> {
+        self.fence.borrow().clone().map_or(Ok(()), Err)
+    }
+
     /// The edge to the disk.
     pub fn file(&self) -> &Rc<Edge> {
         &self.file
@@ -82,9 +95,10 @@ impl CopyBeforeWrite {
 }
 
 /// Lets a change of `at` begin: its old bytes are kept. It has ended when the pass is dropped.
-async fn begin(keeper: &dyn Keeper, at: Span) -> Result<Pass<'_>> {
+async fn begin<'a>(of: &CopyBeforeWrite, keeper: &'a dyn Keeper, at: Span) -> Result<Pass<'a>> {
     loop {
         let pass = keeper.gate().enter().await;
+        of.check_fence()?;
         if keeper.is_kept(at) {
             return Ok(pass);
         }
@@ -109,6 +123,9 @@ impl Node for CopyBeforeWrite {
     }
     fn wants(&self, edge: &Edge, above: Demand, _: bool) -> Demand {
         let others = Perms::CONSISTENT_READ.with(Perms::WRITE_UNCHANGED);
+        if self.fence.borrow().is_some() {
+            return Demand::NOTHING;
+        }
         if edge.id() == self.target.id() {
             return Demand { needs: Perms::WRITE, shares: others.with(Perms::WRITE) };
         }
@@ -125,22 +142,31 @@ impl Node for CopyBeforeWrite {
     }
 
     fn read(&self, at: Span) -> Io<'_, Data> {
-        Box::pin(self.file.read(at))
+        Box::pin(async move {
+            self.check_fence()?;
+            self.file.read(at).await
+        })
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         match self.keeper().filter(|_| !flags.unchanged) {
-            None => Box::pin(self.file.write(at.start, data, flags)),
+            None => Box::pin(async move {
+                self.check_fence()?;
+                self.file.write(at.start, data, flags).await
+            }),
             Some(keeper) => Box::pin(async move {
-                let _pass = begin(&*keeper, at).await?;
+                let _pass = begin(self, &*keeper, at).await?;
                 self.file.write(at.start, data, flags).await
             }),
         }
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
         match self.keeper().filter(|_| !flags.unchanged) {
-            None => Box::pin(self.file.zero(at, flags)),
+            None => Box::pin(async move {
+                self.check_fence()?;
+                self.file.zero(at, flags).await
+            }),
             Some(keeper) => Box::pin(async move {
-                let _pass = begin(&*keeper, at).await?;
+                let _pass = begin(self, &*keeper, at).await?;
                 self.file.zero(at, flags).await
             }),
         }
@@ -148,9 +174,12 @@ impl Node for CopyBeforeWrite {
     fn discard(&self, at: Span) -> Io<'_> {
         // where the disk ignores it nothing changes
         match self.keeper().filter(|_| self.file.child().options().discard) {
-            None => Box::pin(self.file.discard(at)),
+            None => Box::pin(async move {
+                self.check_fence()?;
+                self.file.discard(at).await
+            }),
             Some(keeper) => Box::pin(async move {
-                let _pass = begin(&*keeper, at).await?;
+                let _pass = begin(self, &*keeper, at).await?;
                 self.file.discard(at).await
             }),
         }
@@ -159,6 +188,9 @@ impl Node for CopyBeforeWrite {
         Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
     }
     fn flush(&self) -> Io<'_> {
+        if let Err(e) = self.check_fence() {
+            return Box::pin(async { Err(e) });
+        }
         Box::pin(self.file.flush())
     }
     fn resize(&self, _: u64, _: Prealloc) -> Io<'_> {

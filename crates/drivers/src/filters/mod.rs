@@ -8,6 +8,7 @@ pub mod copy_on_read;
 pub mod mirror_top;
 pub mod preallocate;
 pub mod quorum;
+pub mod replication;
 pub mod snapshot_access;
 pub mod throttle;
 pub mod throttle_limits;

@@ -122,6 +122,11 @@ impl NbdClient {
         Ok(Rc::new(NbdClient { pool, read_only }))
     }
 
+    /// Ends all connections at once, whatever they wait for: requests fail, and none is sent any more (`yank`).
+    pub fn hang_up(&self) {
+        self.pool.abandon();
+    }
+
     /// Whether the node can only be read, because it was opened so or the server says so.
     pub fn is_read_only(&self) -> bool {
         self.read_only
