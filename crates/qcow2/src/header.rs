@@ -644,8 +644,10 @@ pub(crate) fn backing_place(first: &[u8]) -> std::ops::Range<usize> {
     let mut raw = Raw::new_zeroed();
     let n = first.len().min(size_of::<Raw>());
     raw.as_mut_bytes()[..n].copy_from_slice(&first[..n]);
-    let at = usize::try_from(raw.backing_offset.get()).unwrap_or(0);
-    at..at.saturating_add(raw.backing_len.get() as usize)
+    // Without a place there is no name, whatever its length is said to be; and none goes on behind the header's cluster.
+    let at = usize::try_from(raw.backing_offset.get()).unwrap_or(0).min(first.len());
+    let len = if at == 0 { 0 } else { raw.backing_len.get() as usize };
+    at..at.saturating_add(len).min(first.len())
 }
 
 /// Where the extensions of an encoded, valid header end, with their end mark.
