@@ -153,8 +153,9 @@ impl Side {
     /// Runs commands of qemu-io on an export; whether all succeeded.
     fn io(&self, export: &str, commands: &[&str]) -> bool {
         let uri = format!("nbd+unix:///{export}?socket={}", self.dir.path("nbd.sock"));
-        let mut io = Command::new("qemu-io");
-        io.args(["-f", "raw"]);
+        // a request that hangs shall fail the test, not hang it
+        let mut io = Command::new("timeout");
+        io.args(["20", "qemu-io", "-f", "raw"]);
         commands.iter().for_each(|c| {
             io.args(["-c", c]);
         });
@@ -173,13 +174,14 @@ impl Side {
 
     /// Waits until the overlays have left the front.
     fn merged(&mut self) {
-        loop {
+        for _ in 0..2000 {
             let nodes = self.qmp.command("query-named-block-nodes", json!({"flat": true})).unwrap();
             if !nodes.as_array().unwrap().iter().any(|n| n["node-name"] == "active") {
                 return;
             }
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
+        panic!("the overlays do not go");
     }
 }
 
