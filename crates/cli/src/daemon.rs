@@ -5,10 +5,6 @@ use qmpclient::Client;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-/// How long a daemon may take to start.
-const START_LIMIT: Duration = Duration::from_secs(20);
 
 pub(crate) struct OwnDaemon {
     child: Child,
@@ -36,20 +32,8 @@ impl OwnDaemon {
                 )
             })?;
         let mut daemon = OwnDaemon { child, dir, socket };
-        let begin = Instant::now();
-        while !daemon.socket.exists() {
-            if let Ok(Some(status)) = daemon.child.try_wait() {
-                return Err(format!("{} ended at once ({status})", program.display()));
-            }
-            if begin.elapsed() > START_LIMIT {
-                return Err(format!(
-                    "{} did not start within {} s",
-                    program.display(),
-                    START_LIMIT.as_secs()
-                ));
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        qmpclient::until_listening(&mut daemon.child, &daemon.socket)
+            .map_err(|e| format!("{}: {e}", program.display()))?;
         Ok(daemon)
     }
 

@@ -25,6 +25,32 @@ pub struct Client {
     next_id: u64,
 }
 
+/// How long a server may take to start.
+const START_LIMIT: Duration = Duration::from_secs(20);
+
+/// Waits until `child`, just started, listens at `socket`. That the name is there says too little: it appears when
+/// the socket is bound, and a connection is refused until it listens, which a busy machine can put far apart.
+///
+/// # Errors
+/// The child ended, or does not listen after 20 s.
+pub fn until_listening(child: &mut std::process::Child, socket: &Path) -> Outcome {
+    let begin = Instant::now();
+    while let Err(e) = UnixStream::connect(socket) {
+        if let Ok(Some(status)) = child.try_wait() {
+            return Err(format!("ended at once ({status})"));
+        }
+        if begin.elapsed() > START_LIMIT {
+            return Err(format!(
+                "does not listen at {} after {} s: {e}",
+                socket.display(),
+                START_LIMIT.as_secs()
+            ));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
 impl Client {
     /// Connects and negotiates.
     pub fn connect(path: &Path) -> Outcome<Client> {

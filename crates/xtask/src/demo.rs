@@ -8,7 +8,7 @@ use crate::setup;
 use crate::shell::{self, Outcome, fail};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const DISK: &str = "512M";
 /// Seconds that fio writes; both mirrors must fit in.
@@ -34,22 +34,6 @@ impl Drop for Stage {
 impl Stage {
     fn path(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
-    }
-
-    fn wait_for(&mut self, name: &str) -> Outcome {
-        let (path, begin) = (self.dir.join(name), Instant::now());
-        while !path.exists() {
-            if begin.elapsed() > Duration::from_secs(20) {
-                return fail(format!("{} did not appear", path.display()));
-            }
-            if let Some((who, Ok(Some(status)))) =
-                self.running.iter_mut().map(|(n, c)| (*n, c.try_wait())).next()
-            {
-                return fail(format!("{who} ended early ({status})"));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
     }
 
     fn end_of(&mut self, name: &str) -> Outcome {
@@ -153,7 +137,7 @@ fn serve(stage: &mut Stage, bin: &Path, source: &str) -> Outcome {
     let blockdev = format!(
         "driver=qcow2,node-name=disk,discard=unmap,file.driver=file,file.filename={source},file.discard=unmap"
     );
-    let child = Command::new(bin.join("liveblkd"))
+    let mut child = Command::new(bin.join("liveblkd"))
         .args(["--blockdev", &blockdev])
         .args(["--nbd-server", &format!("addr.type=unix,addr.path={}", stage.path("nbd.sock"))])
         .args(["--export", "type=nbd,id=export,node-name=disk,name=disk,writable=on"])
@@ -161,9 +145,10 @@ fn serve(stage: &mut Stage, bin: &Path, source: &str) -> Outcome {
         .args(["--monitor", "chardev=qmp"])
         .spawn()
         .map_err(|e| format!("cannot start liveblkd: {e}"))?;
+    let listening =
+        ["qmp.sock", "nbd.sock"].map(|s| qmpclient::until_listening(&mut child, &stage.dir.join(s)));
     stage.running.push(("liveblkd", child));
-    stage.wait_for("qmp.sock")?;
-    stage.wait_for("nbd.sock")
+    listening.into_iter().collect::<Outcome>().map_err(|e| format!("liveblkd: {e}"))
 }
 
 fn client(stage: &mut Stage, uri: &str) -> Outcome {

@@ -157,7 +157,7 @@ fn we_read_and_write_qemus_and_mirror_there() {
         ])
         .spawn()
         .unwrap();
-    crate::common::until(|| std::path::Path::new(&socket).exists());
+    crate::common::until(|| std::os::unix::net::UnixStream::connect(&socket).is_ok());
     let daemon =
         Daemon::start(&dir, &["--blockdev", &format!("file,node-name=n,filename={}", dir.path("disk"))]);
     let mut c = daemon.client();

@@ -1,7 +1,7 @@
 //! A daemon under measurement: started with one command line on either side, its processor time read from /proc.
 
 use super::Side;
-use crate::shell::{self, Outcome, fail};
+use crate::shell::{self, Outcome};
 use qmpclient::Client;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -40,16 +40,7 @@ impl Daemon {
             .spawn()
             .map_err(|e| format!("cannot start {}: {e}", side.program().display()))?;
         let mut daemon = Daemon { child, qmp: ready };
-        let begin = Instant::now();
-        while !daemon.qmp.exists() {
-            if let Ok(Some(status)) = daemon.child.try_wait() {
-                return fail(format!("{side:?} ended at once: {status}"));
-            }
-            if begin.elapsed() > Duration::from_secs(20) {
-                return fail(format!("{side:?} did not start"));
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        qmpclient::until_listening(&mut daemon.child, &daemon.qmp).map_err(|e| format!("{side:?}: {e}"))?;
         Ok(daemon)
     }
 

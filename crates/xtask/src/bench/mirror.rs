@@ -85,14 +85,13 @@ fn target(options: &Options, side: Side, kind: &str, client: &mut Client) -> Out
     }
     let socket = options.path(&format!("peer-{side:?}.sock"));
     let _ = std::fs::remove_file(&socket);
-    let child = Command::new("qemu-nbd")
+    let mut child = Command::new("qemu-nbd")
         .args(["-t", "-f", "raw", "-e", "8", "-x", "t", "-k", &socket, &file])
         .stdin(Stdio::null())
         .spawn()
         .map_err(|e| format!("cannot start qemu-nbd: {e}"))?;
-    while !std::path::Path::new(&socket).exists() {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    qmpclient::until_listening(&mut child, std::path::Path::new(&socket))
+        .map_err(|e| format!("qemu-nbd: {e}"))?;
     let server = json!({"type": "unix", "path": socket});
     client.execute(
         "blockdev-add",

@@ -93,7 +93,7 @@ impl Server {
         command.args(words).current_dir(&dir.0).stdin(Stdio::null()).stdout(Stdio::null());
         let server = Server(command.spawn().unwrap());
         let begin = Instant::now();
-        while !dir.0.join(socket).exists() {
+        while std::os::unix::net::UnixStream::connect(dir.0.join(socket)).is_err() {
             assert!(begin.elapsed() < Duration::from_secs(10), "{line} does not listen");
             pause(5);
         }
