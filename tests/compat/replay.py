@@ -172,13 +172,26 @@ def overlap(replay):
         f.write((l1 | 1 << 63).to_bytes(8, "big"))
 
 
+def dial(path):
+    """A connection to the server that listens at `path`, or soon will: the name is there before it listens."""
+    deadline = time.monotonic() + 10
+    while True:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.connect(path)
+            return sock
+        except OSError:
+            sock.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 def serve(replay):
     """qemu-nbd serves the target."""
     path = os.path.join(replay.dir, "dst-nbd.sock")
     replay.server = subprocess.Popen(["qemu-nbd", "-t", "-f", "raw", "-x", "d", "-k", path, os.path.join(replay.dir, "d.raw")])
-    deadline = time.monotonic() + 10
-    while not os.path.exists(path) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    dial(path).close()
 
 
 def server_dies(replay):
@@ -278,17 +291,7 @@ class Connection:
     """One QMP client, reading messages as they come."""
 
     def __init__(self, path):
-        deadline = time.monotonic() + 10
-        while True:
-            self.sock = socket.socket(socket.AF_UNIX)
-            try:
-                self.sock.connect(path)
-                break
-            except OSError:
-                self.sock.close()
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        self.sock = dial(path)
         self.buffer = b""
         self.replies = []
         self.events = []
