@@ -8,6 +8,7 @@
 //! * See [`Work`] for the order of dirty bits, locks and reads.
 
 use crate::bugs::{Bug, planted};
+use crate::first::ASK;
 use crate::piece::{Ended, Outcome, PieceTask, Shared, Turns};
 use crate::policy::{Action, Control, Next, Policy, Standing};
 use crate::ranges::Owner;
@@ -39,7 +40,7 @@ const COPIES_BESIDE_SAVING: u32 = 1;
 /// How much of the disk is asked about at first, to find large runs of zeroes, and at the most: each question is about four times
 /// as much as the one before, so that the copy begins at once and a large disk does not take many.
 const HINT_FIRST: u64 = 32 << 20;
-const HINT_MOST: u64 = 1 << 30;
+const HINT_MOST: u64 = ASK;
 
 /// Copies from one edge to another what [`Work`] says is dirty.
 pub struct Engine {
@@ -300,11 +301,19 @@ impl Engine {
         contended.filter(|at| !work.locks.copy_overlaps(at)).map_or(Found::Nothing, Found::Contended)
     }
 
-    /// How far the source is known to have been zero from `at` on, in whole granules.
+    /// How far the source is known to have been zero from `at` on, in whole granules: no further than what may be zeroed in one
+    /// piece, but where the target is zero already and nothing will have to be done.
     fn zero_ahead(&self, at: u64) -> Option<u64> {
         let e = self.hints.iter().find(|e| e.span.contains_offset(at))?;
-        let run = (e.span.end() - at).min(MAX_ZERO_PIECE) & !(self.shared.work.granularity() - 1);
-        (e.kind == Kind::Zero && run > 0).then_some(run)
+        if e.kind != Kind::Zero {
+            return None;
+        }
+        let whole = |bytes: u64| bytes & !(self.shared.work.granularity() - 1);
+        let mut run = whole(e.span.end() - at);
+        if run > MAX_ZERO_PIECE && !self.shared.work.target_is_zero(Span::new(at, run)) {
+            run = whole(MAX_ZERO_PIECE);
+        }
+        (run > 0).then_some(run)
     }
 
     /// Whether the source is known to hold data in all of `at`, and that is enough to leave it to the host. If it no longer

@@ -10,8 +10,11 @@ use block::{BlockError, Kind, ReqFlags, Result, Span};
 use graph::{Edge, NodeCell, walk};
 use std::rc::Rc;
 
-/// Bytes looked at, or zeroed, in one step; between steps other tasks run and the job can be paused or cancelled.
+/// Bytes zeroed in one step; between steps other tasks run and the job can be paused or cancelled.
 const STEP: u64 = 1 << 30;
+/// Bytes asked about in one step. What nobody allocated costs nothing however much it is; an answer has a bounded number of extents,
+/// and making it gives others their turn by itself.
+pub(crate) const ASK: u64 = 1 << 36;
 
 /// Marks all that the source's layers hold as data. For a target that reads as zero where nothing is copied.
 pub async fn mark_data(work: &Work, source: &Edge) -> Result<()> {
@@ -38,7 +41,7 @@ pub async fn each_of_top(work: &Work, source: &Edge, at: Span, take: impl FnMut(
 async fn each(work: &Work, source: &Edge, at: Span, top: bool, mut take: impl FnMut(Span)) -> Result<()> {
     let mut left = at;
     while !left.is_empty() {
-        let (step, _) = left.split_at(STEP);
+        let (step, _) = left.split_at(ASK);
         let found = if top { top_layer(source, step).await? } else { status(source, step).await? };
         let mut end = left.start;
         for e in found {
@@ -61,7 +64,7 @@ async fn each(work: &Work, source: &Edge, at: Span, top: bool, mut take: impl Fn
 pub async fn reads_as_zero(work: &Work, target: &Edge) -> Result<bool> {
     let mut left = Span::new(0, work.len());
     while !left.is_empty() {
-        let (step, _) = left.split_at(STEP);
+        let (step, _) = left.split_at(ASK);
         let found = status(target, step).await?;
         let end = found.last().map_or(left.start, |e| e.span.end());
         if end <= left.start || found.iter().any(|e| e.kind == Kind::Data) {
@@ -85,10 +88,6 @@ pub async fn zero_target(work: &Work, target: &Edge) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of a chain looked at in one step. What nobody allocated costs nothing however much it is, and a walk gives others
-/// their turn by itself.
-const CHAIN_STEP: u64 = 1 << 36;
-
 /// Marks what the layers of the source above `base` (all layers if there is none) hold and a copy down to `base`, or up into the
 /// top layer, has to bring there: data, and zeroes where `base` does not read as zero. With `below_top` the top layer does
 /// not count.
@@ -100,7 +99,7 @@ pub async fn mark_above(
 ) -> Result<()> {
     let mut left = Span::new(0, work.len().min(source.len()));
     while !left.is_empty() {
-        let (step, _) = left.split_at(CHAIN_STEP);
+        let (step, _) = left.split_at(ASK);
         let found = source.status_above(step, base).await?;
         let mut end = left.start;
         for e in found {

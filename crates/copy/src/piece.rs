@@ -3,7 +3,7 @@
 use crate::bugs::{Bug, planted};
 use crate::policy::{Fate, Policy, Side};
 use crate::ranges::RangeTicket;
-use crate::status::status_all;
+use crate::status::status_some;
 use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, OFFLOAD_LEAST};
 use crate::work::Work;
 use block::{BlockError, ErrorKind, Extent, Kind, ReqFlags, Span};
@@ -211,13 +211,29 @@ impl Shared {
             Some(_) => area.len >= OFFLOAD_LEAST && !self.work.guest_active(),
             None => data || area.len > MAX_PIECE,
         };
-        let extents = if let Some(look) = look {
-            look.await.map_err(|e| (Side::Source, e))?
-        } else if data || area.len <= MAX_PIECE {
-            vec![Extent::new(area, Kind::Data)]
-        } else {
-            status_all(&self.source, area).await.map_err(|e| (Side::Source, e))?
-        };
+        if let Some(look) = look {
+            let extents = look.await.map_err(|e| (Side::Source, e))?;
+            return self.copy_extents(unfinished, area, extents, known).await;
+        }
+        if data || area.len <= MAX_PIECE {
+            return self.copy_extents(unfinished, area, vec![Extent::new(area, Kind::Data)], known).await;
+        }
+        // by one answer at a time: of a vast piece that turned out to be in bits all answers together would not be bounded
+        while !unfinished.left.is_empty() {
+            let extents = status_some(&self.source, unfinished.left).await.map_err(|e| (Side::Source, e))?;
+            self.copy_extents(unfinished, area, extents, known).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings `extents` of `area`, which begin where `unfinished` does, to the target.
+    async fn copy_extents(
+        &self,
+        unfinished: &mut Unfinished<'_>,
+        area: Span,
+        extents: Vec<Extent>,
+        known: bool,
+    ) -> Result<(), Failure> {
         for e in extents {
             let mut left = e.span.intersect(&area);
             while !left.is_empty() {

@@ -14,18 +14,20 @@ pub async fn status(edge: &Edge, at: Span) -> Result<Vec<Extent>> {
     Ok(list)
 }
 
+/// As [`status`], but never nothing: where a driver says nothing everything may be data.
+pub(crate) async fn status_some(edge: &Edge, at: Span) -> Result<Vec<Extent>> {
+    let some = status(edge, at).await?;
+    let nothing = some.last().is_none_or(|e| e.span.end() <= at.start);
+    Ok(if nothing { vec![Extent::new(at, Kind::Data)] } else { some })
+}
+
 /// As [`status`], but covering `at` to its end.
 pub async fn status_all(edge: &Edge, at: Span) -> Result<Vec<Extent>> {
     let mut list = Vec::new();
     let mut left = at;
     while !left.is_empty() {
-        let some = status(edge, left).await?;
-        let covered = some.last().map_or(left.start, |e| e.span.end());
-        if covered <= left.start {
-            // a driver that says nothing: everything may be data
-            Extent::push_merged(&mut list, Extent::new(left, Kind::Data));
-            break;
-        }
+        let some = status_some(edge, left).await?;
+        let covered = some.last().map_or(left.end(), |e| e.span.end());
         some.into_iter().for_each(|e| Extent::push_merged(&mut list, e));
         left = Span::between(covered, left.end());
     }

@@ -21,7 +21,7 @@ pub const MAX_IN_FLIGHT: u32 = 16;
 pub(crate) const MAX_IN_FLIGHT_GUEST: u32 = 4;
 /// Copies that take at least so long wait for a device or network, not for this thread.
 const SLOW_COPY: Duration = Duration::from_millis(2);
-/// Most bytes known to be zero that are handled as one piece.
+/// Most bytes known to be zero that are made zero on the target as one piece.
 pub(crate) const MAX_ZERO_PIECE: u64 = 1 << 30;
 /// A rate limit is met over slices of this length.
 const SLICE: Duration = Duration::from_millis(100);
