@@ -71,6 +71,7 @@ fn two_hundred_layers() {
     let dir = Dir::new();
     long_chain(&dir, 200);
     let files: Vec<String> = (0..200).map(|n| format!("{n:03}.qcow2")).collect();
+    let before: Vec<Vec<u8>> = files.iter().map(|f| std::fs::read(dir.path(f)).unwrap()).collect();
     let (mut daemon, mut c) = serve(&dir, &files);
     let writer = Writer::start(&dir, DISK, &["4", "300"]);
     let commit = json!({"job-id": "j", "device": "n199", "top-node": "n150", "base-node": "n50", "auto-dismiss": false});
@@ -80,6 +81,10 @@ fn two_hundred_layers() {
     writer.stop();
     assert_eq!(header(&dir, "199.qcow2"), (Value::Null, Value::Null));
     compare(&dir, &mut daemon, &mut c, "199.qcow2", &["199.qcow2", "151.qcow2", "050.qcow2"]);
+    // nobody wrote to any other
+    for (n, file) in files.iter().enumerate().filter(|(n, _)| ![50, 151, 199].contains(n)) {
+        assert!(std::fs::read(dir.path(file)).unwrap() == before[n], "{file} has changed");
+    }
 }
 
 /// A disk of 16 TiB (1 TiB above a raw file) with a few MiB here and there: committed in the middle, then streamed.
