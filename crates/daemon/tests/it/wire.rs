@@ -102,6 +102,7 @@ fn recorded_nodes_and_exports() {
         "blockdev-add-del",
         "blockdev-create",
         "del-ownership",
+        "export-other-types",
         "image-corrupted-event",
         "nbd-connection-limits",
         "pidfile-and-cmdline",
