@@ -26,7 +26,7 @@ cargo xtask COMMAND
   sim       the whole daemon in a simulated world: --seeds N [--start S] | --seed S | --planted
   crash     enumerated crash states of qcow2: --states N [--seed S]
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
-  interleave jobs on a chain in real processes, steered and failing at random: [--rounds N] [--seed S]
+  interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
@@ -104,6 +104,9 @@ fn interleave(args: &[String]) -> Outcome {
     command.env("LIVEBLK_ROUNDS", rounds);
     if let Some(seed) = value("--seed") {
         command.env("LIVEBLK_SEED", seed);
+    }
+    if let Some(job) = value("--job") {
+        command.env("LIVEBLK_JOB", job);
     }
     shell::run(&mut command)
 }
