@@ -5,7 +5,8 @@
 
 A history is one image. In each round one of the two daemons opens it, does random things to bitmaps and disk, and closes it
 (or is killed). A model in here says what each bitmap must hold: it is compared, bit by bit by its hash, before and after each
-round, whoever opened the image; between rounds `qemu-img info` and `qemu-img check` look at it. Exit status 0: no difference.
+round, whoever opened the image, and as `nbdinfo --map` shows it to a client. Between rounds `qemu-img info` and `qemu-img check` look
+at the image, and `qemu-img bitmap` takes its turn. Exit status 0: no difference.
 """
 import argparse
 import hashlib
@@ -93,6 +94,10 @@ class Daemon:
             self.events.append(json.loads(self.lines.readline())["event"])
         self.events.clear()
 
+    def delete_export(self, export):
+        self.do("block-export-del", id=export, mode="hard")
+        self.wait_event("BLOCK_EXPORT_DELETED")
+
     def kill(self):
         self.process.kill()
         self.process.wait()
@@ -113,6 +118,22 @@ class Bits:
     def mark(self, at, length, size):
         if self.enabled and length:
             self.set.update(range(at // self.g, (min(at + length, size) - 1) // self.g + 1))
+
+    def ranges(self, size):
+        """What is set, as merged (start, end) pairs."""
+        out = []
+        for i in sorted(self.set):
+            start, end = i * self.g, min((i + 1) * self.g, size)
+            if out and out[-1][1] == start:
+                start = out.pop()[0]
+            out.append((start, end))
+        return out
+
+    def merge(self, other, size):
+        if other is self:
+            return
+        for start, end in other.ranges(size):
+            self.set.update(range(start // self.g, (end - 1) // self.g + 1))
 
     def sha(self, size):
         n = -(-size // self.g)
@@ -156,6 +177,8 @@ class History:
             self.step(d, client)
         self.compare(d)
         client.close()
+        if self.r.random() < 0.4:
+            self.show(d)
         if self.r.random() < 0.04:
             self.log.append("kill")
             in_image = {b["name"] for b in self.info().get("bitmaps", [])}
@@ -164,17 +187,83 @@ class History:
             for b in self.bitmaps.values():
                 b.inconsistent, b.enabled, b.set = True, False, set()
             self.tool("qemu-img", "check", "-q", "-r", "all", self.image)
+            self.between()
             return
-        d.do("block-export-del", id="e", mode="hard")
-        d.wait_event("BLOCK_EXPORT_DELETED")
+        d.delete_export("e")
         if self.r.random() < 0.2:
             self.resize(d)
         d.do("blockdev-del", node_name="n")
         self.bitmaps = {n: b for n, b in self.bitmaps.items() if b.persistent}
+        self.look()
+        if self.r.random() < 0.5:
+            self.between()
+
+    def look(self):
+        """What `qemu-img` says of the closed image."""
         self.tool("qemu-img", "check", "-q", self.image)
-        want = {(n, b.g, b.inconsistent) for n, b in self.bitmaps.items()}
-        have = {(b["name"], b["granularity"], "in-use" in b["flags"]) for b in self.info().get("bitmaps", [])}
+        want = {(n, b.g, b.inconsistent, not b.inconsistent and b.enabled) for n, b in self.bitmaps.items()}
+        have = {(b["name"], b["granularity"], "in-use" in b["flags"], "auto" in b["flags"] and "in-use" not in b["flags"])
+                for b in self.info().get("bitmaps", [])}
         assert want == have, f"qemu-img info: want {want}, have {have}"
+
+    def between(self):
+        """`qemu-img bitmap` changes a bitmap of the closed image."""
+        r = self.r
+        sound = sorted(n for n, b in self.bitmaps.items() if not b.inconsistent)
+        what = r.choice(["add", "remove", "clear", "enable", "disable", "merge", "merge"])
+        words = [f"--{what}"]
+        if what == "add":
+            name = r.choice(["a", "b", "q", "ü"])
+            if name in self.bitmaps:
+                return
+            b = self.bitmaps[name] = Bits(1 << r.choice([9, 16, 20, 31]), True, r.random() < 0.7)
+            words += ["-g", str(b.g)] + ["--disable"] * (not b.enabled)
+            if sound and r.random() < 0.5:
+                other = r.choice(sound)
+                words += ["--merge", other]
+                b.merge(self.bitmaps[other], self.size)
+        elif what == "remove":
+            if not self.bitmaps or r.random() < 0.5:
+                return
+            name = r.choice(sorted(self.bitmaps))
+            del self.bitmaps[name]
+        else:
+            if not sound:
+                return
+            name = r.choice(sound)
+            b = self.bitmaps[name]
+            if what == "merge":
+                other = r.choice(sound)
+                words.append(other)
+                b.merge(self.bitmaps[other], self.size)
+            elif what == "clear":
+                b.set = set()
+            else:
+                b.enabled = what == "enable"
+        self.log.append(f"qemu-img bitmap {' '.join(words)} {name[:3]}")
+        self.tool("qemu-img", "bitmap", "-f", "qcow2", *words, self.image, name)
+        self.look()
+
+    def show(self, d):
+        """What a client of the daemon sees of a bitmap."""
+        sound = sorted(n for n, b in self.bitmaps.items() if not b.inconsistent)
+        if not sound:
+            return
+        name = self.r.choice(sound)
+        self.log.append(f"nbdinfo {name[:3]}")
+        d.do("block-export-add", type="nbd", id="m", node_name="n", name="m", writable=True, bitmaps=[name])
+        context = f"qemu:dirty-bitmap:{name}"
+        rows = json.loads(self.tool("nbdinfo", "--json", f"--map={context}", f"nbd+unix:///m?socket={d.nbd}"))
+        d.delete_export("m")
+        have, at = [], 0
+        for row in rows:
+            assert row["offset"] == at, f"nbdinfo: {name[:3]} in {d.name}: nothing said of {at}"
+            at += row["length"]
+            if row["type"] & 1:
+                start = have.pop()[0] if have and have[-1][1] == row["offset"] else row["offset"]
+                have.append((start, at))
+        want = self.bitmaps[name].ranges(self.size)
+        assert at == self.size and have == want, f"nbdinfo: {name[:3]} in {d.name}: want {want[:9]}, have {have[:9]}"
 
     def info(self):
         out = self.tool("qemu-img", "info", "-U", "--output=json", self.image)
@@ -237,12 +326,7 @@ class History:
         if what == "merge":
             other = r.choice(sorted(sound))
             d.do("block-dirty-bitmap-merge", node="n", target=name, bitmaps=[other])
-            o = self.bitmaps[other]
-            size = self.size
-            if o is not b:
-                for i in o.set:
-                    start, end = i * o.g, min((i + 1) * o.g, size)
-                    b.set.update(range(start // b.g, (end - 1) // b.g + 1))
+            b.merge(self.bitmaps[other], self.size)
             return
         d.do(f"block-dirty-bitmap-{what}", node="n", name=name)
         if what == "clear":
@@ -276,7 +360,7 @@ def main():
     first = o.seed if o.seed is not None else random.randrange(1 << 30)
     print(f"{o.count} histories from seed {first}", flush=True)
     where = tempfile.mkdtemp(prefix="liveblk-bitmaps-")
-    daemons, failed, rounds = [], 0, 0
+    daemons, failed, rounds, turns, maps = [], 0, 0, 0, 0
     try:
         daemons = [Daemon(o.daemon, "liveblkd", where), Daemon("qemu-storage-daemon", "qsd", where)]
         for seed in range(first, first + o.count):
@@ -290,11 +374,13 @@ def main():
                 print(f"seed {seed}: {e}\n  " + "\n  ".join(history.log), flush=True)
                 for d in daemons:
                     d.kill()
+            turns += sum(line.startswith("qemu-img bitmap") for line in history.log)
+            maps += sum(line.startswith("nbdinfo") for line in history.log)
     finally:
         for d in daemons:
             d.end()
         shutil.rmtree(where, ignore_errors=True)
-    print(f"{o.count} histories, {rounds} rounds, {failed} with differences")
+    print(f"{o.count} histories, {rounds} rounds, {turns} turns of qemu-img, {maps} maps by nbdinfo, {failed} with differences")
     sys.exit(1 if failed else 0)
 
 
