@@ -61,7 +61,8 @@ impl Drop for OwnDaemon {
     }
 }
 
-fn program() -> PathBuf {
+/// `liveblkd`, beside this program or on the PATH.
+pub(crate) fn program() -> PathBuf {
     let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("liveblkd")));
     match beside {
         Some(p) if p.is_file() => p,

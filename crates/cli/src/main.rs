@@ -8,7 +8,10 @@
 
 mod convert;
 mod daemon;
+mod failover;
 mod mirror;
+mod pair;
+mod replicate;
 mod status;
 mod watch;
 
@@ -31,7 +34,11 @@ enum Command {
     Mirror(mirror::MirrorArgs),
     /// Write an image anew: in another format, compressed, with other options
     Convert(convert::ConvertArgs),
-    /// Show disks, exports and jobs of a running daemon
+    /// Keep a copy of a disk on another host, at checkpoints; typed once on each side
+    Replicate(replicate::ReplicateArgs),
+    /// Let the secondary of a pair take over, at the last checkpoint
+    Failover(failover::FailoverArgs),
+    /// Show disks, exports, pairs and jobs of a running daemon
     Status(SocketArgs),
     /// Show the progress of jobs until they end
     Watch(watch::WatchArgs),
@@ -80,6 +87,8 @@ fn run(command: Command) -> Outcome {
     match command {
         Command::Mirror(args) => mirror::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Replicate(args) => replicate::run(&args),
+        Command::Failover(args) => failover::run(&args),
         Command::Status(args) => status::run(&mut Client::connect(&args.socket)?),
         Command::Watch(args) => watch::run(&args),
         Command::Complete(args) => {

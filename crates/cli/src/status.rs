@@ -1,7 +1,7 @@
-//! What a running daemon has: disks, exports, jobs.
+//! What a running daemon has: disks, exports, pairs, jobs.
 
-use crate::Outcome;
 use crate::watch::{facts, jobs, number, text};
+use crate::{Outcome, pair};
 use indicatif::HumanBytes;
 use qmpclient::Client;
 use serde_json::{Value, json};
@@ -27,6 +27,9 @@ pub(crate) fn run(client: &mut Client) -> Outcome {
     for e in &exports {
         println!("  {:<16} {:<10} serves {}", text(&e["id"]), text(&e["type"]), text(&e["node-name"]));
     }
+    let pairs = pair::all(client)?;
+    println!("pairs   {}", if pairs.is_empty() { "none" } else { "" });
+    pairs.iter().flat_map(pair::lines).for_each(|l| println!("  {l}"));
     let jobs = jobs(client)?;
     println!("jobs    {}", if jobs.is_empty() { "none" } else { "" });
     for j in &jobs {

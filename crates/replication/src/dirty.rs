@@ -84,6 +84,11 @@ impl Dirty {
         Ok(Some(all))
     }
 
+    /// Whether anything is in [`Dirty::since`]`(c)`. Cheap: a set is made by the first change of its epoch.
+    pub fn any_since(&self, c: Epoch) -> bool {
+        c < self.floor || self.sets.range(c.next()..).next().is_some()
+    }
+
     /// Bytes in [`Dirty::since`]`(c)`; all of the volumes if that is not known.
     pub fn bytes_since(&self, c: Epoch) -> u64 {
         match self.since(c) {

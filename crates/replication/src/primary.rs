@@ -226,6 +226,8 @@ struct Pending {
     committed: Vec<usize>,
 }
 
+const NOT_RESERVED: &str = "no epoch is reserved";
+
 /// A peer's buffer asks for a checkpoint from this fill on (F-1), in percent.
 pub const SOFT_FILL: u8 = 70;
 
@@ -356,6 +358,11 @@ impl Primary {
         self.dirty.bytes_since(c)
     }
 
+    /// Whether anything was written since the newest checkpoint of a peer.
+    pub fn lacks(&self, peer: usize) -> bool {
+        self.dirty.any_since(self.peers.get(peer).and_then(|p| p.committed).unwrap_or(self.dirty.floor()))
+    }
+
     /// Everything written since checkpoint `c`; see [`Dirty::since`].
     ///
     /// # Errors
@@ -370,13 +377,21 @@ impl Primary {
             return Some("this side is fenced: another primary was promoted");
         }
         if self.open > self.reserved {
-            return Some("no epoch is reserved");
+            return Some(NOT_RESERVED);
         }
         if self.marks.len() >= MAX_MARKS {
             return Some("too many checkpoints are undecided");
         }
         let ready = |p: &Peer| matches!(p.state, PeerState::Running | PeerState::Synced);
         (!self.peers.iter().any(ready)).then_some("no secondary is connected and synchronized")
+    }
+
+    /// Whether a checkpoint can be made and would give a secondary something that it lacks.
+    pub fn wants_checkpoint(&self) -> bool {
+        let ready = |p: &Peer| matches!(p.state, PeerState::Running | PeerState::Synced);
+        self.marks.is_empty()
+            && self.cannot_mark().is_none_or(|why| why == NOT_RESERVED)
+            && self.peers.iter().enumerate().any(|(i, p)| ready(p) && self.lacks(i))
     }
 
     /// A frame to a peer.

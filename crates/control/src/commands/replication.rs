@@ -138,6 +138,7 @@ struct Start {
     min_acks: Option<u64>,
     on_link_loss: Option<String>,
     timeout_ms: Option<u64>,
+    checkpoint_interval_ms: Option<u64>,
 }
 
 impl Start {
@@ -162,6 +163,17 @@ impl Start {
     }
 }
 
+/// Time between checkpoints; 0: none by the clock.
+fn interval(ms: Option<u64>) -> Result<Option<Duration>, QmpError> {
+    match ms {
+        None | Some(0) => Ok(None),
+        Some(ms @ 10..=86_400_000) => Ok(Some(Duration::from_millis(ms))),
+        Some(_) => Err(QmpError::generic(
+            "Parameter 'checkpoint-interval-ms' expects 0, or 10 to 86400000 (one day)",
+        )),
+    }
+}
+
 impl Command for Start {
     const NAME: &'static str = "replication-start";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
@@ -171,7 +183,11 @@ impl Command for Start {
             if timeout < Duration::from_millis(10) {
                 return Err(QmpError::generic("Parameter 'timeout-ms' expects at least 10"));
             }
-            group.start_primary(self.config()?, timeout).await?;
+            let (config, every) = (self.config()?, interval(self.checkpoint_interval_ms)?);
+            group.start_primary(config, timeout).await?;
+            if let Acting::Primary(primary) = group.acting() {
+                primary.set_interval(every);
+            }
             return Ok(json!({}));
         }
         let demote = self.demote.unwrap_or(false);
@@ -208,6 +224,10 @@ impl Command for Checkpoint {
     }
 }
 
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}
+
 fn micros(d: Duration) -> u64 {
     u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
 }
@@ -227,12 +247,16 @@ impl Command for Failover {
             return Err(QmpError::generic(format!("Replication group '{}' is not a secondary", self.group)));
         };
         let done = secondary.failover(self.own_writes.as_deref() != Some("discard")).await?;
-        Ok(json!({
+        let mut record = json!({
             "epoch": done.epoch.0,
             "generation": done.generation.0,
             "stage": secondary.stage().name(),
             "duration-us": micros(done.duration),
-        }))
+        });
+        if let Some(age) = done.age {
+            record["age-ms"] = json!(millis(age));
+        }
+        Ok(record)
     }
 }
 
@@ -278,6 +302,11 @@ fn describe(id: &str, group: &Group) -> Value {
         Acting::Primary(p) => primary(&p, &mut out),
         Acting::Secondary(s) => secondary(&s, &mut out),
     }
+    let volume = |v: &(String, String)| json!({"node-name": v.0, "front": v.1});
+    out.insert("volumes".into(), group.settings().volumes.iter().map(volume).collect());
+    if let Some(address) = group.listening() {
+        out.insert("listen".into(), json!(address.to_string()));
+    }
     Value::Object(out)
 }
 
@@ -300,11 +329,11 @@ fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
         put("committed-epoch", json!(c.history().epoch().0));
         put("sent-data-size", json!(c.sent_since_mark()));
     });
-    let names = p.peer_names();
+    put("checkpoint-interval-ms", json!(p.interval().map_or(0, millis)));
+    let facts = p.peer_facts();
     let peers: Vec<Value> = p.look(|c| {
         let one = |(i, peer): (usize, &replication::primary::Peer)| {
-            json!({
-                "name": names.get(i).cloned().unwrap_or_default(),
+            let mut one = json!({
                 "state": peer.state.name(),
                 "sent-seq": c.last().0,
                 "received-seq": peer.progress.received.0,
@@ -312,7 +341,19 @@ fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
                 "committed-epoch": peer.committed.map_or(0, |e| e.0),
                 "dirty-bytes": c.dirty_bytes(i),
                 "buffer-fill": peer.fill,
-            })
+            });
+            // What a failover to it would lose now is what it has not committed.
+            one["rpo-bytes"] = one["dirty-bytes"].clone();
+            if let Some(f) = facts.get(i) {
+                one["name"] = json!(f.name);
+                one["addr"] = json!(f.address);
+                one["rpo-ms"] = json!(millis(f.behind));
+                one["in-flight-bytes"] = json!(f.queued);
+                if let Some(rtt) = f.rtt {
+                    one["last-rtt-us"] = json!(micros(rtt));
+                }
+            }
+            one
         };
         c.peers().iter().enumerate().map(one).collect()
     });
@@ -336,6 +377,9 @@ fn secondary(s: &SecondaryGroup, out: &mut Map<String, Value>) {
     put("state", json!(state));
     put("generation", json!(s.generation().0));
     put("committed-epoch", json!(s.history().epoch().0));
+    if let Some(age) = s.age() {
+        put("checkpoint-age-ms", json!(millis(age)));
+    }
     let (seq, bytes) = s.received();
     put("received-seq", json!(seq.0));
     put("open-bytes", json!(bytes));

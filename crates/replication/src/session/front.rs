@@ -5,7 +5,7 @@ use super::secondary::SecondaryGroup;
 use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 /// What is done with the users' requests.
@@ -24,17 +24,24 @@ pub struct Front {
     disk: Rc<Edge>,
     volume: u16,
     mode: RefCell<Mode>,
+    /// Whether nobody else may write to the disk even while nobody uses this node.
+    pinned: Cell<bool>,
 }
 
 impl Front {
     /// Above the child of `disk` (an edge of role `Filtered`), which is number `volume` of its group.
     pub fn new(disk: Rc<Edge>, volume: u16) -> Rc<Front> {
-        Rc::new(Front { disk, volume, mode: RefCell::new(Mode::Unprotected) })
+        Rc::new(Front { disk, volume, mode: RefCell::new(Mode::Unprotected), pinned: Cell::new(false) })
     }
 
     /// The edge to the disk.
     pub fn disk(&self) -> &Rc<Edge> {
         &self.disk
+    }
+
+    /// The disk is this node's alone, or no longer. Takes effect with the next change of the graph.
+    pub fn pin(&self, on: bool) {
+        self.pinned.set(on);
     }
 
     /// From now on requests are handled so. Those under way end as they began.
@@ -62,7 +69,10 @@ impl Node for Front {
         vec![self.disk.clone()]
     }
     /// Nobody else may write to the disk, resize it, or trust what it reads as.
-    fn wants(&self, _: &Edge, _: Demand, writable: bool) -> Demand {
+    fn wants(&self, _: &Edge, above: Demand, writable: bool) -> Demand {
+        if above == Demand::NOTHING && !self.pinned.get() {
+            return above;
+        }
         let needs = Perms::CONSISTENT_READ.with(if writable { Perms::WRITE } else { Perms::NONE });
         Demand { needs, shares: Perms::CONSISTENT_READ }
     }

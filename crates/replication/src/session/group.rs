@@ -14,7 +14,7 @@ use crate::store::{EdgeVolume, Engine, MIN_SIZE, NewStore, Role, Store, Volume};
 use crate::types::{Generation, GroupId};
 use block::{BlockError, ErrorKind, Result};
 use env::{Address, Existing, OpenMode};
-use graph::{Demand, Graph, NodeCell, NodeOptions, Parent, Role as EdgeRole};
+use graph::{Demand, Graph, NodeCell, NodeOptions, Parent, Plan, Role as EdgeRole, Step};
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -54,6 +54,7 @@ pub struct Group {
     fronts: Vec<(Rc<Front>, Rc<NodeCell>)>,
     acting: RefCell<Acting>,
     peers: RefCell<Vec<(String, Address)>>,
+    listening: RefCell<Option<Address>>,
     tell: Tell,
 }
 
@@ -79,13 +80,30 @@ impl Group {
             match made {
                 Ok(f) => fronts.push(f),
                 Err(e) => {
-                    for (_, cell) in fronts {
-                        // it has just been made and has no users
-                        let _ = graph.remove(&cell).await;
-                    }
+                    Group::step_back(graph, &fronts).await;
                     return Err(e);
                 }
             }
+        }
+        // Whoever uses the disks now does so through the fronts from here on, without a gap.
+        let mut plan = Plan::new();
+        for (front, cell) in &fronts {
+            let disk = front.disk().child();
+            plan = plan
+                .then(Step::MoveParents { from: disk.clone(), to: cell.clone(), except: Vec::new() })
+                .then(Step::Cover { node: disk, filter: Some(cell.clone()) });
+        }
+        if let Err(e) = graph.apply(plan).await {
+            Group::step_back(graph, &fronts).await;
+            return Err(e);
+        }
+        // Now nobody may come beside them, even while nobody uses them.
+        fronts.iter().for_each(|(front, _)| front.pin(true));
+        if let Err(e) = graph.apply(Plan::new()).await {
+            // what it was before needed no more than this
+            let _ = graph.apply(Group::leave(&fronts)).await;
+            Group::step_back(graph, &fronts).await;
+            return Err(e);
         }
         Ok(Rc::new(Group {
             group: GroupId::of_name(&new.id),
@@ -94,8 +112,27 @@ impl Group {
             fronts,
             acting: RefCell::new(Acting::Unprotected),
             peers: RefCell::default(),
+            listening: RefCell::default(),
             tell,
         }))
+    }
+
+    /// Users of the fronts go on with the disks themselves.
+    fn leave(fronts: &[(Rc<Front>, Rc<NodeCell>)]) -> Plan {
+        fronts.iter().fold(Plan::new(), |plan, (front, cell)| {
+            front.pin(false);
+            let disk = front.disk().child();
+            plan.then(Step::MoveParents { from: cell.clone(), to: disk.clone(), except: Vec::new() })
+                .then(Step::Cover { node: disk, filter: None })
+        })
+    }
+
+    /// Removes fronts that have no users.
+    async fn step_back(graph: &Rc<Graph>, fronts: &[(Rc<Front>, Rc<NodeCell>)]) {
+        for (_, cell) in fronts {
+            // they have just been made
+            let _ = graph.remove(cell).await;
+        }
     }
 
     async fn front(
@@ -131,6 +168,11 @@ impl Group {
         self.acting.borrow().clone()
     }
 
+    /// Where primaries may connect, while it is a secondary.
+    pub fn listening(&self) -> Option<Address> {
+        self.listening.borrow().clone()
+    }
+
     /// The peers given so far.
     pub fn peers(&self) -> Vec<(String, Address)> {
         self.peers.borrow().clone()
@@ -143,6 +185,9 @@ impl Group {
                 Acting::Primary(p) => Mode::Primary(p.clone()),
                 Acting::Secondary(s) => Mode::Secondary(s.clone()),
             });
+        }
+        if !matches!(acting, Acting::Secondary(_)) {
+            self.listening.take();
         }
         *self.acting.borrow_mut() = acting;
     }
@@ -286,6 +331,7 @@ impl Group {
             secondary.start_merge();
         }
         self.act(Acting::Secondary(secondary));
+        *self.listening.borrow_mut() = Some(address.clone());
         Ok(address)
     }
 
@@ -319,12 +365,15 @@ impl Group {
         }
     }
 
-    /// Removes the nodes of a group without a role.
+    /// Removes the nodes of a group without a role. Their users go on with the disks themselves.
     ///
     /// # Errors
-    /// It has a role, or its nodes have users.
+    /// It has a role; a user of a front that may not use the disk instead.
     pub async fn remove(&self) -> Result<()> {
         self.idle()?;
+        self.graph.apply(Group::leave(&self.fronts)).await.inspect_err(|_| {
+            self.fronts.iter().for_each(|(front, _)| front.pin(true));
+        })?;
         for (_, cell) in &self.fronts {
             self.graph.remove(cell).await?;
         }

@@ -15,7 +15,7 @@ mod secondary;
 pub use activity::Activity;
 pub use front::{Front, Mode};
 pub use group::{Acting, Group, NewGroup};
-pub use primary::{CheckpointDone, PrimaryGroup};
+pub use primary::{CheckpointDone, PeerFacts, PrimaryGroup};
 pub use secondary::{Failover, SecondaryGroup};
 
 use std::time::Duration;

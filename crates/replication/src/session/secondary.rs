@@ -41,6 +41,8 @@ pub struct Failover {
     pub generation: Generation,
     /// From the command until requests were served.
     pub duration: Duration,
+    /// How long ago the checkpoint was committed here, if that was in this process.
+    pub age: Option<Duration>,
 }
 
 /// See above.
@@ -57,6 +59,8 @@ pub struct SecondaryGroup {
     stage: Cell<Stage>,
     last_error: RefCell<Option<String>>,
     failover: RefCell<Option<Failover>>,
+    /// When the last checkpoint was committed.
+    committed: Cell<Option<Duration>>,
     merged: Notify,
     tell: Tell,
 }
@@ -82,6 +86,7 @@ impl SecondaryGroup {
             }),
             last_error: RefCell::default(),
             failover: RefCell::default(),
+            committed: Cell::new(None),
             merged: Notify::new(),
             tell,
             store,
@@ -181,6 +186,11 @@ impl SecondaryGroup {
         self.failover.borrow().clone()
     }
 
+    /// How long ago the last checkpoint was committed, if that was in this process.
+    pub fn age(&self) -> Option<Duration> {
+        self.committed.get().map(|at| self.env.now().saturating_sub(at))
+    }
+
     /// Reads the view.
     ///
     /// # Errors
@@ -236,7 +246,8 @@ impl SecondaryGroup {
             self.store.promote(generation, keep_own).await?;
             let epoch = self.store.history().epoch();
             self.stage.set(Stage::Failover);
-            let done = Failover { epoch, generation, duration: self.env.now().saturating_sub(began) };
+            let duration = self.env.now().saturating_sub(began);
+            let done = Failover { epoch, generation, duration, age: self.age() };
             *self.failover.borrow_mut() = Some(done);
             self.step(Input::Promoted(generation, epoch)).await;
             let micros =
@@ -254,6 +265,7 @@ impl SecondaryGroup {
             epoch: self.store.history().past().last().map_or(Epoch(0), |p| p.1),
             generation: self.store.highest(),
             duration: Duration::ZERO,
+            age: None,
         };
         Ok(known.unwrap_or_else(old))
     }
@@ -468,6 +480,7 @@ impl SecondaryGroup {
             Output::Commit(epoch) => match self.store.commit(epoch).await {
                 Ok(()) => {
                     let digest = self.store.digest();
+                    self.committed.set(Some(self.env.now()));
                     Box::pin(self.step(Input::Decided(epoch))).await;
                     (self.tell)(
                         "REPLICATION_CHECKPOINT",

@@ -4,16 +4,19 @@
 //! lock of its range: so overlapping changes have one order everywhere (O2), and the bytes sent are those written (O6). A
 //! guest waits only for what its level of acknowledgement asks for, and never longer than a dead peer is believed alive.
 
+mod catch_up;
+mod checkpoints;
+mod connection;
+
+use super::Tell;
 use super::activity::Activity;
 use super::link::{MAX_QUEUED, Outgoing};
-use super::{RECV, Tell};
 use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::dirty::Dirty;
 use crate::primary::{Config, Event, Input, Output, PeerState, Primary, Standing};
 use crate::types::{Epoch, GroupId, Seq};
-use crate::wire::{Body, Decoder, MAX_PAYLOAD, VolumeInfo, crc_of};
-use bitmap::Bitmap;
+use crate::wire::{Body, MAX_PAYLOAD, VolumeInfo, crc_of};
 use block::{BlockError, Data, ErrorKind, ReqFlags, Result, Span};
 use copy::{Owner, RangeLocks};
 use env::sync::{Notify, race};
@@ -24,16 +27,8 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// Bytes of one piece of a catch-up.
-const PIECE: u64 = 256 * 1024;
 /// Longest range of zeroes in a frame.
 const ZERO_PIECE: u64 = 1 << 30;
-/// A catch-up waits while so much is queued, so that the guest's own changes do not wait behind it.
-const SYNC_AHEAD: u64 = 4 << 20;
-/// Epoch numbers reserved at a time: one small write for so many checkpoints.
-const RESERVE: u64 = 256;
-/// Between attempts to connect: doubled from the first to the last.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Reasons of failed checkpoints that are remembered.
 const MAX_FAILED: usize = 64;
 
@@ -48,11 +43,28 @@ pub struct CheckpointDone {
     pub duration: Duration,
 }
 
+/// A peer as a manager sees it.
+#[derive(Clone, Debug)]
+pub struct PeerFacts {
+    /// Its name.
+    pub name: String,
+    /// Where it is.
+    pub address: String,
+    /// There and back, of the last ping that was answered.
+    pub rtt: Option<Duration>,
+    /// Age of the oldest change that a failover to it would lose; zero if none.
+    pub behind: Duration,
+    /// Bytes that wait to be sent.
+    pub queued: u64,
+}
+
 struct Peer {
     name: String,
     address: Address,
     session: RefCell<Option<Rc<Outgoing>>>,
     stream: RefCell<Option<Rc<dyn Stream>>>,
+    /// Of the last ping that was answered.
+    rtt: Cell<Option<Duration>>,
 }
 
 /// See above.
@@ -65,6 +77,12 @@ pub struct PrimaryGroup {
     activity: Rc<Activity>,
     progress: Notify,
     failed: RefCell<BTreeMap<Epoch, String>>,
+    /// When epochs were marked, newest last; what is older was marked before this began.
+    marked: RefCell<BTreeMap<Epoch, Duration>>,
+    began: Duration,
+    /// Between checkpoints by the clock, if they are wanted.
+    interval: Cell<Option<Duration>>,
+    retimed: Notify,
     last_error: RefCell<Option<String>>,
     timeout: Cell<Duration>,
     stopped: Cell<bool>,
@@ -98,7 +116,7 @@ impl PrimaryGroup {
             dirty.mark(since, volume, at)?;
         }
         let core = Primary::new(group, volumes, activity.history(), activity.used(), dirty, config);
-        Ok(Rc::new(PrimaryGroup {
+        let group = Rc::new(PrimaryGroup {
             env: env.clone(),
             core: RefCell::new(core),
             locks: disks.iter().map(|_| RangeLocks::new()).collect(),
@@ -107,12 +125,19 @@ impl PrimaryGroup {
             activity,
             progress: Notify::new(),
             failed: RefCell::default(),
+            marked: RefCell::default(),
+            began: env.now(),
+            interval: Cell::new(None),
+            retimed: Notify::new(),
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
             stopped: Cell::new(false),
             stop: Notify::new(),
             tell,
-        }))
+        });
+        let clock = group.clone();
+        env.spawn("replication clock", async move { clock.by_the_clock().await });
+        Ok(group)
     }
 
     /// Looks at the state machine.
@@ -120,9 +145,16 @@ impl PrimaryGroup {
         f(&self.core.borrow())
     }
 
-    /// Names of the peers, in their order.
-    pub fn peer_names(&self) -> Vec<String> {
-        self.peers.borrow().iter().map(|p| p.name.clone()).collect()
+    /// What is known of the peers beyond the state machine, in their order.
+    pub fn peer_facts(&self) -> Vec<PeerFacts> {
+        let facts = |(i, p): (usize, &Rc<Peer>)| PeerFacts {
+            name: p.name.clone(),
+            address: p.address.to_string(),
+            rtt: p.rtt.get(),
+            behind: self.behind(i),
+            queued: p.session.borrow().as_ref().map_or(0, |s| s.queued()),
+        };
+        self.peers.borrow().iter().enumerate().map(facts).collect()
     }
 
     /// The last thing that went wrong.
@@ -138,6 +170,7 @@ impl PrimaryGroup {
             address,
             session: RefCell::default(),
             stream: RefCell::default(),
+            rtt: Cell::new(None),
         });
         self.peers.borrow_mut().push(peer.clone());
         let config = self.look(|c| c.config().clone());
@@ -417,191 +450,12 @@ impl PrimaryGroup {
         }
     }
 
-    // ---- checkpoints
-
-    /// Makes a checkpoint on all secondaries that are up to date.
-    ///
-    /// # Errors
-    /// Nobody is there, a secondary refuses, or `timeout` passes (the checkpoint may still come).
-    pub async fn checkpoint(self: &Rc<Self>, timeout: Duration) -> Result<CheckpointDone> {
-        let began = self.env.now();
-        let (open, reserved) = self.look(|c| (c.open_epoch(), c.reserved()));
-        if open.0 + RESERVE / 2 > reserved.0 {
-            let upto = Epoch(open.0 + RESERVE);
-            self.activity.reserve(upto).await?;
-            self.core.borrow_mut().reserve(upto);
-        }
-        if let Some(why) = self.look(Primary::cannot_mark) {
-            return Err(BlockError::new(ErrorKind::Busy, why));
-        }
-        let epoch = self.look(Primary::open_epoch);
-        self.step(Input::Mark);
-        let wait = async {
-            loop {
-                let progress = self.progress.wait();
-                match self.look(|c| (c.last_checkpoint().filter(|l| l.0 >= epoch), c.is_pending(epoch))) {
-                    (Some((_, digest)), _) => {
-                        return Ok(CheckpointDone { epoch, digest, duration: self.env.now() - began });
-                    }
-                    (None, false) => {
-                        let why = self.failed.borrow().get(&epoch).cloned();
-                        let why = why.unwrap_or_else(|| "the secondaries are gone".to_owned());
-                        return Err(BlockError::new(
-                            ErrorKind::Io,
-                            format!("checkpoint {epoch} was refused: {why}"),
-                        ));
-                    }
-                    (None, true) => progress.await,
-                }
-            }
-        };
-        let late = || BlockError::new(ErrorKind::Io, format!("checkpoint {epoch} is not decided yet"));
-        self.env.timeout(timeout, wait).await.unwrap_or_else(|| Err(late()))
-    }
-
-    // ---- sessions
-
     fn break_sessions(self: &Rc<Self>, why: &str) {
         *self.last_error.borrow_mut() = Some(why.to_owned());
         for peer in self.peers.borrow().iter() {
             if let Some(s) = peer.stream.borrow().as_ref() {
                 s.shutdown();
             }
-        }
-    }
-
-    async fn keep_connected(self: &Rc<Self>, number: usize, peer: &Rc<Peer>) {
-        let mut pause = BACKOFF.0;
-        while !self.stopped.get()
-            && self.look(|c| c.peers().get(number).is_some_and(|p| p.state != PeerState::Refused))
-        {
-            let why = match self.env.timeout(self.timeout.get(), self.env.connect(&peer.address)).await {
-                Some(Ok(stream)) => {
-                    pause = BACKOFF.0;
-                    let why = self.talk(number, peer, &stream).await;
-                    stream.shutdown();
-                    why
-                }
-                Some(Err(e)) => e.to_string(),
-                None => "connecting took too long".to_owned(),
-            };
-            *peer.session.borrow_mut() = None;
-            *peer.stream.borrow_mut() = None;
-            *self.last_error.borrow_mut() = Some(format!("{}: {why}", peer.name));
-            self.step(Input::Disconnected(number, why));
-            self.progress.notify_all();
-            let stop = self.stop.wait();
-            if self.stopped.get() {
-                return;
-            }
-            race(self.env.sleep(pause), stop).await;
-            pause = (pause * 2).min(BACKOFF.1);
-        }
-    }
-
-    /// One session, to its end; why it ended.
-    async fn talk(self: &Rc<Self>, number: usize, peer: &Rc<Peer>, stream: &Rc<dyn Stream>) -> String {
-        let session = Rc::new(Outgoing::default());
-        *peer.session.borrow_mut() = Some(session.clone());
-        *peer.stream.borrow_mut() = Some(stream.clone());
-        self.step(Input::Connected(number));
-        let why = RefCell::new(String::new());
-        let sending = async {
-            let result = self.send_all(number, &session, stream).await;
-            why.borrow_mut().push_str(&result.err().map_or_else(|| "closed".to_owned(), |e| e.to_string()));
-        };
-        let receiving = async {
-            let result = self.receive_all(number, stream).await;
-            *why.borrow_mut() =
-                result.err().map_or_else(|| "the peer closed the connection".to_owned(), |e| e.to_string());
-        };
-        race(receiving, sending).await;
-        why.take()
-    }
-
-    async fn send_all(&self, number: usize, session: &Rc<Outgoing>, stream: &Rc<dyn Stream>) -> Result<()> {
-        let beat = self.timeout.get() / 3;
-        let mut next_ping = self.env.now() + beat;
-        loop {
-            let wake = session.wake.wait();
-            let limit = self.look(|c| c.peers().get(number).map_or(0, |p| p.limit));
-            let data = session.take(limit);
-            if !data.is_empty() {
-                let sent = self.env.timeout(self.timeout.get(), stream.send(data)).await;
-                sent.unwrap_or_else(|| Err(BlockError::from_errno(BlockError::ETIMEDOUT)))?;
-                continue;
-            }
-            if session.is_closing() {
-                return Ok(());
-            }
-            if self.env.now() >= next_ping {
-                let sent = u64::try_from(self.env.now().as_micros()).unwrap_or(u64::MAX);
-                session.push_urgent(&self.look(|c| c.frame(c.last(), c.open_epoch(), Body::Ping { sent })));
-                next_ping = self.env.now() + beat;
-                continue;
-            }
-            self.env.timeout(next_ping.saturating_sub(self.env.now()), wake).await;
-        }
-    }
-
-    async fn receive_all(self: &Rc<Self>, number: usize, stream: &Rc<dyn Stream>) -> Result<()> {
-        let mut decoder = Decoder::new();
-        loop {
-            let got = self.env.timeout(self.timeout.get(), stream.recv(RECV)).await;
-            let bytes = got.unwrap_or_else(|| Err(BlockError::from_errno(BlockError::ETIMEDOUT)))?;
-            if bytes.is_empty() {
-                return Ok(());
-            }
-            decoder.push(bytes);
-            while let Some(frame) = decoder.next_frame()? {
-                self.step(Input::Frame(number, &frame));
-            }
-            // an acknowledgement may have given credit
-            if let Some(s) = self.session(number) {
-                s.wake.notify_all();
-            }
-        }
-    }
-
-    /// Sends what a peer missed, as it is now, in the order of addresses, once (L6).
-    async fn sync(self: &Rc<Self>, number: usize, session: Rc<Outgoing>, work: Vec<Bitmap>) {
-        for (volume, bits) in work.iter().enumerate() {
-            let (Some(disk), Some(locks)) = (self.disks.get(volume), self.locks.get(volume)) else {
-                continue;
-            };
-            let volume = u16::try_from(volume).unwrap_or(u16::MAX);
-            for at in bits.areas(Span::new(0, disk.len()), PIECE) {
-                loop {
-                    let drained = session.drained.wait();
-                    if session.queued() <= SYNC_AHEAD || session.is_closing() {
-                        break;
-                    }
-                    race(drained, self.progress.wait()).await;
-                }
-                let mut ticket = locks.request(at, Owner::Copy { bulk: true });
-                ticket.held().await;
-                let same = self.session(number).is_some_and(|s| Rc::ptr_eq(&s, &session));
-                if !same || session.is_closing() {
-                    return;
-                }
-                let data = match disk.read(at).await {
-                    Ok(data) => data,
-                    Err(e) => {
-                        return self.break_sessions(&format!("reading {at} for a catch-up failed: {e}"));
-                    }
-                };
-                let data = (!data.is_zero()).then_some(data);
-                let crc = data.as_ref().map_or(0, crc_of);
-                let same = self.session(number).is_some_and(|s| Rc::ptr_eq(&s, &session));
-                if !same || !self.core.borrow_mut().admit_catch_up(number, volume, at, crc) {
-                    return;
-                }
-                let body = change(volume, at, data, crc, true);
-                session.push(&self.look(|c| c.frame(c.last(), c.open_epoch(), body)));
-            }
-        }
-        if self.session(number).is_some_and(|s| Rc::ptr_eq(&s, &session)) {
-            self.step(Input::SyncDone(number));
         }
     }
 }

@@ -1,0 +1,82 @@
+//! `liveblk failover`: the secondary takes over.
+//!
+//! What must stay true: a primary that is alive is not robbed of its disk by accident; the command may be repeated.
+
+use crate::watch::{number, text};
+use crate::{Outcome, SocketArgs, pair};
+use clap::Args;
+use qmpclient::Client;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// Between looks at a merge.
+const EVERY: Duration = Duration::from_millis(50);
+
+#[derive(Args)]
+pub(crate) struct FailoverArgs {
+    #[command(flatten)]
+    socket: SocketArgs,
+    /// The pair's name
+    #[arg(default_value = "pair")]
+    group: String,
+    /// Serve the checkpoint alone, without what was written on this side since
+    #[arg(long)]
+    discard_own_writes: bool,
+    /// Take over although the primary is connected (what it wrote since the last checkpoint is lost)
+    #[arg(long)]
+    force: bool,
+}
+
+pub(crate) fn run(args: &FailoverArgs) -> Outcome {
+    let mut client = Client::connect(&args.socket.socket)?;
+    let Some(before) = pair::find(&mut client, &args.group)? else {
+        return Err(format!("there is no pair named {}\n  `liveblk status` lists them", args.group));
+    };
+    if before["role"] != "secondary" {
+        return Err(format!(
+            "{} is a {} here: only a secondary takes over",
+            args.group,
+            text(&before["role"])
+        ));
+    }
+    if before["state"] == "running" && !args.force {
+        return Err(format!(
+            "the primary of {} is alive and connected\n  To take over although what it wrote since checkpoint {} would be lost: --force",
+            args.group, before["committed-epoch"]
+        ));
+    }
+    let own = if args.discard_own_writes { "discard" } else { "keep" };
+    let done = client.execute("replication-failover", &json!({"group": args.group, "own-writes": own}))?;
+    let age = done.get("age-ms").and_then(Value::as_u64);
+    let age = age.map(|ms| format!(", {} old", pair::time(ms))).unwrap_or_default();
+    println!(
+        "{} serves checkpoint {}{age} here, for reading and writing, {}.{} ms after the command",
+        args.group,
+        done["epoch"],
+        number(&done["duration-us"]) / 1000,
+        number(&done["duration-us"]) % 1000 / 100
+    );
+    merged(&mut client, &args.group)
+}
+
+/// Waits for the end of the merge, which goes on behind the service.
+fn merged(client: &mut Client, group: &str) -> Outcome {
+    loop {
+        let now = pair::find(client, group)?.unwrap_or_default();
+        match now["stage"].as_str() {
+            Some("failover") => std::thread::sleep(EVERY),
+            Some("done") => {
+                println!(
+                    "the disk alone holds everything now; to protect it again: liveblk replicate DISK --to ADDR"
+                );
+                return Ok(());
+            }
+            _ => {
+                let why = now.get("last-error").map(text).unwrap_or_default();
+                return Err(format!(
+                    "the merge failed: {why}\n  Service goes on. When that is mended: liveblk failover {group}"
+                ));
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The sessions of a primary: connecting, again and again; sending; hearing.
+//!
+//! What can happen: a peer that is gone, frozen, or slow. What must stay true: no wait is longer than the time-out; frames
+//! leave in the order in which they were queued.
+
+use super::super::RECV;
+use super::super::link::Outgoing;
+use super::{Peer, PrimaryGroup};
+use crate::primary::{Input, PeerState};
+use crate::wire::{Body, Decoder};
+use block::{BlockError, Result};
+use env::Stream;
+use env::sync::race;
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Between attempts to connect: doubled from the first to the last.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+impl PrimaryGroup {
+    pub(super) async fn keep_connected(self: &Rc<Self>, number: usize, peer: &Rc<Peer>) {
+        let mut pause = BACKOFF.0;
+        while !self.stopped.get()
+            && self.look(|c| c.peers().get(number).is_some_and(|p| p.state != PeerState::Refused))
+        {
+            let why = match self.env.timeout(self.timeout.get(), self.env.connect(&peer.address)).await {
+                Some(Ok(stream)) => {
+                    pause = BACKOFF.0;
+                    let why = self.talk(number, peer, &stream).await;
+                    stream.shutdown();
+                    why
+                }
+                Some(Err(e)) => e.to_string(),
+                None => "connecting took too long".to_owned(),
+            };
+            *peer.session.borrow_mut() = None;
+            *peer.stream.borrow_mut() = None;
+            *self.last_error.borrow_mut() = Some(format!("{}: {why}", peer.name));
+            self.step(Input::Disconnected(number, why));
+            self.progress.notify_all();
+            let stop = self.stop.wait();
+            if self.stopped.get() {
+                return;
+            }
+            race(self.env.sleep(pause), stop).await;
+            pause = (pause * 2).min(BACKOFF.1);
+        }
+    }
+
+    /// One session, to its end; why it ended.
+    async fn talk(self: &Rc<Self>, number: usize, peer: &Rc<Peer>, stream: &Rc<dyn Stream>) -> String {
+        let session = Rc::new(Outgoing::default());
+        *peer.session.borrow_mut() = Some(session.clone());
+        *peer.stream.borrow_mut() = Some(stream.clone());
+        self.step(Input::Connected(number));
+        let why = RefCell::new(String::new());
+        let sending = async {
+            let result = self.send_all(number, &session, stream).await;
+            why.borrow_mut().push_str(&result.err().map_or_else(|| "closed".to_owned(), |e| e.to_string()));
+        };
+        let receiving = async {
+            let result = self.receive_all(number, peer, stream).await;
+            *why.borrow_mut() =
+                result.err().map_or_else(|| "the peer closed the connection".to_owned(), |e| e.to_string());
+        };
+        race(receiving, sending).await;
+        why.take()
+    }
+
+    async fn send_all(&self, number: usize, session: &Rc<Outgoing>, stream: &Rc<dyn Stream>) -> Result<()> {
+        let beat = self.timeout.get() / 3;
+        let mut next_ping = self.env.now() + beat;
+        loop {
+            let wake = session.wake.wait();
+            let limit = self.look(|c| c.peers().get(number).map_or(0, |p| p.limit));
+            let data = session.take(limit);
+            if !data.is_empty() {
+                let sent = self.env.timeout(self.timeout.get(), stream.send(data)).await;
+                sent.unwrap_or_else(|| Err(BlockError::from_errno(BlockError::ETIMEDOUT)))?;
+                continue;
+            }
+            if session.is_closing() {
+                return Ok(());
+            }
+            if self.env.now() >= next_ping {
+                let sent = u64::try_from(self.env.now().as_micros()).unwrap_or(u64::MAX);
+                session.push_urgent(&self.look(|c| c.frame(c.last(), c.open_epoch(), Body::Ping { sent })));
+                next_ping = self.env.now() + beat;
+                continue;
+            }
+            self.env.timeout(next_ping.saturating_sub(self.env.now()), wake).await;
+        }
+    }
+
+    async fn receive_all(self: &Rc<Self>, number: usize, peer: &Peer, stream: &Rc<dyn Stream>) -> Result<()> {
+        let mut decoder = Decoder::new();
+        loop {
+            let got = self.env.timeout(self.timeout.get(), stream.recv(RECV)).await;
+            let bytes = got.unwrap_or_else(|| Err(BlockError::from_errno(BlockError::ETIMEDOUT)))?;
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            decoder.push(bytes);
+            while let Some(frame) = decoder.next_frame()? {
+                if let Body::Pong { sent } = &frame.body {
+                    let sent = Duration::from_micros(*sent);
+                    peer.rtt.set(Some(self.env.now().saturating_sub(sent)));
+                }
+                self.step(Input::Frame(number, &frame));
+            }
+            // an acknowledgement may have given credit
+            if let Some(s) = self.session(number) {
+                s.wake.notify_all();
+            }
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! A planned change of sides, the primary's part: nothing is written any more, the secondary commits the last checkpoint and is told
+//! to take over (X9).
+//!
+//! What can happen: the secondary refuses, or is gone before its answer came. What must stay true: once the request has left,
+//! this side serves nobody until it knows whether it was heard: the secondary says that it took over, or welcomes this
+//! side in a new session, which it does only if it did not.
+
+use super::PrimaryGroup;
+use crate::primary::{PeerState, Primary};
+use crate::types::Generation;
+use crate::wire::{Body, HandOver};
+use block::{BlockError, ErrorKind, Result};
+use std::rc::Rc;
+use std::time::Duration;
+
+fn busy(why: impl Into<String>) -> BlockError {
+    BlockError::new(ErrorKind::Busy, why)
+}
+
+impl PrimaryGroup {
+    /// The number of the peer of that name.
+    pub fn peer_number(&self, name: &str) -> Option<usize> {
+        self.peers.borrow().iter().position(|p| p.name == name && !p.removed.get())
+    }
+
+    /// Hands the group over to peer number `peer`; its new generation. The caller keeps all requests of users out, before and for as
+    /// long as this takes: without end if the peer is gone after it was asked.
+    ///
+    /// # Errors
+    /// The peer is no copy, or refuses; of a disk; a checkpoint fails. This side is the primary still.
+    pub async fn hand_over(self: &Rc<Self>, peer: usize, hand: HandOver, limit: Duration) -> Result<Generation> {
+        self.unfenced()?;
+        for disk in &self.disks {
+            disk.flush().await?;
+        }
+        let is_copy = |c: &Primary| c.peers().get(peer).is_some_and(|p| p.state == PeerState::Running);
+        if !self.look(is_copy) {
+            return Err(busy("that secondary is not in sync"));
+        }
+        // One may be under way; what it leaves is in the next.
+        let begun = self.env.now();
+        while self.look(|c| c.lacks(peer) || c.open_epoch() != c.history().epoch().next()) {
+            let waited = self.env.now().saturating_sub(begun);
+            if waited >= limit || !self.look(is_copy) {
+                return Err(busy("the last checkpoint was not committed"));
+            }
+            let progress = self.progress.wait();
+            if self.look(Primary::wants_checkpoint) {
+                self.checkpoint(limit.saturating_sub(waited)).await?;
+            } else if self.look(|c| c.lacks(peer)) {
+                self.env.timeout(limit.saturating_sub(waited), progress).await;
+            } else {
+                break;
+            }
+        }
+        let Some(session) = self.session(peer).filter(|_| self.look(is_copy)) else {
+            return Err(busy("the secondary is gone"));
+        };
+        let body = Body::HandOver(Box::new(hand));
+        session.push(&self.look(|c| c.frame(c.last(), c.history().epoch(), body)));
+        loop {
+            let progress = self.progress.wait();
+            if let Some(by) = self.look(Primary::fenced) {
+                return Ok(by);
+            }
+            let other = self.session(peer).is_none_or(|s| !Rc::ptr_eq(&s, &session));
+            let welcomed = self.look(|c| c.peers().get(peer).is_some_and(|p| p.state.gets_changes()));
+            if self.stopped.get() || (other && welcomed) {
+                let why = self.last_error().unwrap_or_default();
+                return Err(busy(format!("the secondary did not take over: {why}")));
+            }
+            progress.await;
+        }
+    }
+}
