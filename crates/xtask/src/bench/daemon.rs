@@ -28,9 +28,14 @@ impl Daemon {
     /// Starts the server that does nothing, listening on `socket`; it has no monitor.
     pub(super) fn start_ideal(socket: &str, size: u64) -> Outcome<Daemon> {
         let _ = std::fs::remove_file(socket);
+        Daemon::run(Side::Nothing, Daemon::ideal(socket, size), PathBuf::from(socket))
+    }
+
+    /// The command that starts the server that does nothing.
+    pub(super) fn ideal(socket: &str, size: u64) -> Command {
         let mut command = Command::new(Side::Nothing.program());
         command.args(["--socket", socket, "--size", &size.to_string()]);
-        Daemon::run(Side::Nothing, command, PathBuf::from(socket))
+        command
     }
 
     /// Starts a server and waits until the socket `ready` is there.

@@ -22,7 +22,9 @@ pub(super) fn measure(options: &Options) -> Outcome {
         ("mirror raw to raw", "raw", "raw"),
         ("mirror qcow2 to raw", "qcow2", "raw"),
         ("mirror qcow2 with backing to qcow2", "overlay", "qcow2"),
+        ("mirror raw to raw that is allocated", "raw", "allocated"),
         ("mirror raw to NBD", "raw", "nbd"),
+        ("mirror raw to NBD that does nothing", "raw", "nothing"),
     ] {
         if options.wants(name) {
             throughput(options, name, source, target)?;
@@ -72,26 +74,32 @@ fn source(options: &Options, side: Side, kind: &str) -> Outcome<(String, String)
 }
 
 /// A target that the daemon under test opens as node `t`; for NBD, with the server that serves it.
+///
+/// `allocated` has its space already, as a block device or a preallocated image has, and keeps it. `nothing` is the server
+/// that throws away what it gets, so that the mirror is measured and not qemu-nbd, which has one thread.
 fn target(options: &Options, side: Side, kind: &str, client: &mut Client) -> Outcome<Option<Child>> {
-    let format = if kind == "nbd" { "raw" } else { kind };
-    let file = make_image(options, format, &format!("target-{side:?}"), false)?;
-    if kind != "nbd" {
-        let file = json!({"driver": "file", "filename": file, "discard": "unmap"});
-        client.execute(
-            "blockdev-add",
-            &json!({"driver": kind, "node-name": "t", "discard": "unmap", "file": file}),
-        )?;
+    let format = if kind == "qcow2" { "qcow2" } else { "raw" };
+    let file = make_image(options, format, &format!("target-{side:?}"), kind == "allocated")?;
+    let discard = if kind == "allocated" { "ignore" } else { "unmap" };
+    let file_node = json!({"driver": "file", "filename": file, "discard": discard});
+    let node = json!({"driver": format, "node-name": "t", "discard": discard, "file": file_node});
+    if !matches!(kind, "nbd" | "nothing") {
+        client.execute("blockdev-add", &node)?;
         return Ok(None);
     }
     let socket = options.path(&format!("peer-{side:?}.sock"));
     let _ = std::fs::remove_file(&socket);
-    let mut child = Command::new("qemu-nbd")
-        .args(["-t", "-f", "raw", "-e", "8", "-x", "t", "-k", &socket, &file])
-        .stdin(Stdio::null())
-        .spawn()
-        .map_err(|e| format!("cannot start qemu-nbd: {e}"))?;
+    let mut server = if kind == "nbd" {
+        let mut qemu = Command::new("qemu-nbd");
+        qemu.args(["-t", "-f", "raw", "-e", "8", "-x", "t", "-k", &socket, &file]);
+        qemu
+    } else {
+        Daemon::ideal(&socket, options.image_mib << 20)
+    };
+    let mut child =
+        server.stdin(Stdio::null()).spawn().map_err(|e| format!("cannot start {server:?}: {e}"))?;
     qmpclient::until_listening(&mut child, std::path::Path::new(&socket))
-        .map_err(|e| format!("qemu-nbd: {e}"))?;
+        .map_err(|e| format!("the server of the target: {e}"))?;
     let server = json!({"type": "unix", "path": socket});
     client.execute(
         "blockdev-add",
