@@ -7,7 +7,7 @@ mod storm;
 use block::{BlockError, Data, ErrorKind, Kind, ReqFlags, Span};
 use drivers::nbd_client::{NbdClient, NbdOptions};
 use env::{Address, Env};
-use graph::Node;
+use graph::{HostBytes, Node};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -33,9 +33,12 @@ impl Dir {
         Address::Unix(self.0.join("s"))
     }
     fn image(&self, seed: u64) -> Vec<u8> {
+        self.image_named("disk", seed)
+    }
+    fn image_named(&self, name: &str, seed: u64) -> Vec<u8> {
         let mut r = Random(seed | 1);
         let v: Vec<u8> = (0..SIZE / 8).flat_map(|_| r.next().to_le_bytes()).collect();
-        std::fs::write(self.0.join("disk"), &v).unwrap();
+        std::fs::write(self.0.join(name), &v).unwrap();
         v
     }
     fn disk(&self) -> Vec<u8> {
@@ -148,6 +151,58 @@ fn random_requests_against_a_server_with_nothing_but_reads_and_writes() {
 #[test]
 fn random_requests_against_a_delaying_server() {
     storm_against(|d| nbdkit(d, &["delay"], &["rdelay=2ms", "wdelay=1ms"]), 4);
+}
+
+/// Writes whose bytes lie in a file of the host, among others, over several links.
+fn writes_from_a_file_against(start: impl FnOnce(&Dir) -> Peer) {
+    let dir = Dir::new();
+    let mut want = dir.image(3);
+    let source = dir.image_named("source", 4);
+    let path = dir.0.join("source");
+    let server = start(&dir);
+    let mut o = options(&dir);
+    o.connections = 2;
+    let piece = (want.len() / 8) as u64;
+    for i in [0, 2, 5, 7] {
+        let at = (i * piece) as usize..((i + 1) * piece) as usize;
+        want[at.clone()].copy_from_slice(&source[at]);
+    }
+    want[piece as usize..][..4096].fill(7);
+    with(move |env| async move {
+        let file = env.open(&path, env::OpenMode::default()).await.unwrap();
+        let unreadable = env.open("/proc/self/mem".as_ref(), env::OpenMode::default()).await.unwrap();
+        let c = NbdClient::open(&env, o).await.unwrap();
+        let nothing = HostBytes { file: unreadable, at: Span::new(0, 4096) };
+        // what could not be read is refused, and nothing else is; the server gets something, here what is written again
+        c.write_from(2 * piece, nothing).await.unwrap_err();
+        let mut tasks = Vec::new();
+        for i in [0, 2, 5, 7] {
+            let (writer, c) = (c.clone(), c.clone());
+            let from = HostBytes { file: file.clone(), at: Span::new(i * piece, piece) };
+            tasks.push(env.spawn("file", async move { writer.write_from(i * piece, from).await.unwrap() }));
+            tasks.push(env.spawn("plain", async move {
+                let at = Span::new(piece, 4096);
+                c.write(at, Data::copy_from(&[7; 4096]), ReqFlags::NONE).await.unwrap();
+                assert!(c.read(at).await.unwrap().to_vec() == [7; 4096]);
+            }));
+        }
+        for task in tasks {
+            task.join().await;
+        }
+        c.flush().await.unwrap();
+        c.close().await.unwrap();
+    });
+    drop(server);
+    assert!(dir.disk() == want);
+}
+
+#[test]
+fn writes_from_a_file_against_qemu_nbd() {
+    writes_from_a_file_against(|d| qemu_nbd(d, &[]));
+}
+#[test]
+fn writes_from_a_file_against_nbdkit() {
+    writes_from_a_file_against(|d| nbdkit(d, &[], &[]));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Sockets.
 
-use block::{Data, Io};
+use crate::File;
+use block::{BlockError, Data, Io, Result, Span};
 use bytes::Bytes;
 use std::fmt;
 use std::path::PathBuf;
@@ -59,6 +60,19 @@ pub trait Stream: 'static {
     fn recv(&self, max: usize) -> Io<'_, Bytes>;
     /// Sends all of `data` (gathered, no copy). One send at a time; callers queue.
     fn send(&self, data: Data) -> Io<'_>;
+    /// Whether [`Stream::send_file`] works from this file.
+    fn sends_from(&self, file: &Rc<dyn File>) -> bool {
+        let _ = file;
+        false
+    }
+    /// Sends as many bytes as `at` has, those of `file`, without bringing them into this process. One send at a time.
+    ///
+    /// The peer has been promised that many: if the file cannot be read, or ends, zeroes are sent for the rest, and the
+    /// inner result tells. The outer one is the stream's.
+    fn send_file<'a>(&'a self, file: &'a Rc<dyn File>, at: Span) -> Io<'a, Result<()>> {
+        let _ = (file, at);
+        Box::pin(async { Err(BlockError::unsupported("sending from a file")) })
+    }
     /// Ends both directions: a pending `recv` gives the end of the stream, a pending `send` fails.
     fn shutdown(&self);
     /// Who the peer is, for unix sockets.

@@ -3,11 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
-use block::{BlockError, Data, ErrorKind};
+use block::{BlockError, Data, ErrorKind, Span};
 use bytes::Bytes;
 use common::{Dir, MODES, pattern, run_in};
 use env::os::OsConfig;
-use env::{Address, Env, Listener, Stream};
+use env::{Address, Env, Listener, OpenMode, Stream};
 use std::cell::Cell;
 use std::future::Future;
 use std::io::{Read, Write};
@@ -82,6 +82,73 @@ fn a_large_send_waits_for_a_slow_reader() {
         assert!(!sent.get());
         assert_eq!(recv_all(&b, data.len()).await, data);
         task.join().await;
+    });
+}
+
+/// Unix and TCP; a reader who is slower than a helper thread waits; what is past the end reads as zero.
+#[test]
+fn bytes_of_a_file_are_sent_from_where_they_lie() {
+    each(|env, dir| async move {
+        let content = pattern(9, (5 << 20) + 77);
+        std::fs::write(dir.path("f"), &content).unwrap();
+        let file = env.open(&dir.path("f"), OpenMode::default()).await.unwrap();
+        for at in [Address::Unix(dir.path("s")), Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 }] {
+            let (_l, a, b) = pair(&env, &at).await;
+            assert!(a.sends_from(&file));
+            let (from, out) = (file.clone(), a.clone());
+            let task = env.spawn("send", async move {
+                out.send(Data::copy_from(b"head")).await.unwrap();
+                out.send_file(&from, Span::new(3, 6 << 20)).await.unwrap().unwrap();
+                out.send(Data::copy_from(b"tail")).await.unwrap();
+            });
+            env.sleep(Duration::from_millis(60)).await;
+            assert!(!task.is_done());
+            let mut want = b"head".to_vec();
+            want.extend_from_slice(&content[3..]);
+            want.resize(4 + (6 << 20), 0);
+            want.extend_from_slice(b"tail");
+            assert!(recv_all(&b, want.len()).await == want);
+            task.join().await;
+        }
+    });
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_told_of_and_the_stream_goes_on() {
+    each(|env, dir| async move {
+        // nothing is mapped at the bottom of this process's memory: reading there is an I/O error
+        let file = env.open("/proc/self/mem".as_ref(), OpenMode::default()).await.unwrap();
+        let (_l, a, b) = pair(&env, &Address::Unix(dir.path("s"))).await;
+        let e = a.send_file(&file, Span::new(0, 100_000)).await.unwrap().unwrap_err();
+        assert!(e.errno() == BlockError::EIO || e.kind() == ErrorKind::Unsupported, "{e}");
+        a.send(Data::copy_from(b"tail")).await.unwrap();
+        let all = recv_all(&b, 100_004).await;
+        assert!(all[..100_000].iter().all(|x| *x == 0) && all.ends_with(b"tail"));
+    });
+}
+
+#[test]
+fn a_peer_that_goes_away_ends_the_sending_of_a_file() {
+    each(|env, dir| async move {
+        std::fs::write(dir.path("f"), pattern(1, 4 << 20)).unwrap();
+        let file = env.open(&dir.path("f"), OpenMode::default()).await.unwrap();
+        for gone in [true, false] {
+            let (_l, a, b) = pair(&env, &Address::Unix(dir.path("s"))).await;
+            let (from, out) = (file.clone(), a.clone());
+            let task = env.spawn("send", async move {
+                let e = out.send_file(&from, Span::new(0, 4 << 20)).await.unwrap_err();
+                assert_eq!(e.kind(), ErrorKind::Disconnected);
+            });
+            env.sleep(Duration::from_millis(40)).await;
+            assert!(!task.is_done());
+            if gone {
+                drop(b)
+            } else {
+                a.shutdown()
+            }
+            task.join().await;
+        }
+        file.settle().await.unwrap();
     });
 }
 

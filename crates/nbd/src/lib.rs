@@ -34,5 +34,5 @@ pub use outbox::Outbox;
 pub use proto::{Cmd, Mode};
 pub use reply_parser::{Answer, Expected, Reply, ReplyParser};
 pub use reply_writer::{ReplyWriter, StatusExtent};
-pub use request::{ParseError, Request, RequestParser, encode_request};
+pub use request::{ParseError, Request, RequestParser, encode_announced, encode_request};
 pub use server::{Agreed, Catalog, ExportFacts, HandshakeStep, Protection, ServerHandshake};

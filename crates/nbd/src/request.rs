@@ -191,8 +191,22 @@ pub fn encode_request(
     payload: Data,
 ) {
     debug_assert!(payload.is_empty() || payload.len() as u64 == at.len);
+    if payload.is_empty() {
+        return encode_header(out, mode, cmd, flags, cookie, at);
+    }
+    encode_announced(out, mode, cmd, flags, cookie, at);
+    out.append(payload);
+}
+
+/// As [`encode_request`], of a request whose payload of `at`'s length is sent behind it by other means.
+pub fn encode_announced(out: &mut Outbox, mode: Mode, cmd: Cmd, flags: u16, cookie: u64, at: Span) {
+    let extended = mode == Mode::Extended;
+    let flags = if extended { flags | cmd_flag::PAYLOAD_LEN } else { flags };
+    encode_header(out, mode, cmd, flags, cookie, at);
+}
+
+fn encode_header(out: &mut Outbox, mode: Mode, cmd: Cmd, flags: u16, cookie: u64, at: Span) {
     if mode == Mode::Extended {
-        let flags = if payload.is_empty() { flags } else { flags | cmd_flag::PAYLOAD_LEN };
         let f = Fields::<32>::new().u32(EXTENDED_REQUEST_MAGIC).u16(flags).u16(cmd as u16);
         out.put(&f.u64(cookie).u64(at.start).u64(at.len).bytes);
     } else {
@@ -200,7 +214,6 @@ pub fn encode_request(
         let f = Fields::<28>::new().u32(REQUEST_MAGIC).u16(flags).u16(cmd as u16);
         out.put(&f.u64(cookie).u64(at.start).u32(at.len as u32).bytes);
     }
-    out.append(payload);
 }
 
 #[cfg(test)]

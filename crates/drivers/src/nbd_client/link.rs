@@ -1,7 +1,8 @@
 //! One connection to a server: many requests in flight, each answered in any order.
 //!
 //! Two tasks belong to a link. The writer sends all requests that were made since its last send, gathered; the reader
-//! gives answers to whoever waits. What can happen: the server goes away or breaks the protocol (then every request in
+//! gives answers to whoever waits. What is written from a file of the host goes from there to the socket without passing
+//! through here, in its turn. What can happen: the server goes away or breaks the protocol (then every request in
 //! flight fails as *lost*, and the link is over); a caller stops waiting (its answer is still read, then dropped).
 //! What must stay true: a cookie is not used again while the server may still answer it; nothing the server sends makes
 //! us hold more than what was asked for.
@@ -9,13 +10,15 @@
 use super::{ClientTls, handshake};
 use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::sync::{Notify, OneshotSender, Semaphore, oneshot};
-use env::{Address, Env, Stream};
+use env::{Address, Env, File, Stream};
+use graph::HostBytes;
 use nbd::{
     Answer, ClientWants, Cmd, Expected, Inbox, Mode, Negotiated, Outbox, ReadAssembly, Reply, ReplyParser,
-    StatusExtent, encode_request,
+    StatusExtent, encode_announced, encode_request,
 };
 use slab::Slab;
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 /// Requests in flight on one link. Servers of others take 16 or 64 at a time; more only waits in the socket.
@@ -41,6 +44,28 @@ pub(super) enum Outcome {
     Data(Data),
     /// The extents of a block status, from the start of its span.
     Status(Vec<StatusExtent>),
+}
+
+/// What is sent behind a request.
+#[derive(Clone)]
+pub(super) enum Payload {
+    /// Bytes, for most requests none.
+    Data(Data),
+    /// Bytes of a file of the host, which the host sends.
+    Host(HostBytes),
+}
+
+impl Payload {
+    pub(super) fn none() -> Payload {
+        Payload::Data(Data::empty())
+    }
+}
+
+/// Bytes to be sent that lie in a file, with what has to be sent before them.
+struct Hosted {
+    before: Data,
+    from: HostBytes,
+    cookie: u64,
 }
 
 enum Content {
@@ -79,6 +104,8 @@ pub(super) struct Link {
     stream: Rc<dyn Stream>,
     negotiated: Negotiated,
     table: RefCell<Table>,
+    /// Sent first, one after the other; then `out`.
+    hosted: RefCell<VecDeque<Hosted>>,
     out: RefCell<Outbox>,
     queued: Notify,
     window: Semaphore,
@@ -106,6 +133,7 @@ impl Link {
             stream,
             negotiated,
             table: RefCell::default(),
+            hosted: RefCell::default(),
             out: RefCell::default(),
             queued: Notify::new(),
             window: Semaphore::new(WINDOW),
@@ -160,7 +188,7 @@ impl Link {
         cmd: Cmd,
         flags: u16,
         span: Span,
-        payload: Data,
+        payload: Payload,
     ) -> Result<Outcome, Failure> {
         // The place is given back when the server has answered, even if nobody waits by then.
         self.window.acquire(1).await.forget();
@@ -181,7 +209,18 @@ impl Link {
             let index = table.flights.insert(Flight { generation, answer, content, error: None, done });
             u64::from(generation) << 32 | index as u64
         };
-        encode_request(&mut self.out.borrow_mut(), self.mode(), cmd, flags, cookie, span, payload);
+        {
+            let mut out = self.out.borrow_mut();
+            match payload {
+                Payload::Data(data) => {
+                    encode_request(&mut out, self.mode(), cmd, flags, cookie, span, data);
+                }
+                Payload::Host(from) => {
+                    encode_announced(&mut out, self.mode(), cmd, flags, cookie, span);
+                    self.hosted.borrow_mut().push_back(Hosted { before: out.take(), from, cookie });
+                }
+            }
+        }
         self.queued.notify_one();
         match answered.await {
             Some(r) => r,
@@ -193,7 +232,7 @@ impl Link {
     pub(super) async fn leave(&self) {
         let mut bye = Outbox::new();
         encode_request(&mut bye, self.mode(), Cmd::Disconnect, 0, 0, Span::new(0, 0), Data::empty());
-        if self.is_up() && self.out.borrow().is_empty() && self.load() == 0 {
+        if self.is_up() && self.idle() && self.load() == 0 {
             let _ = self.stream.send(bye.take()).await;
         }
         self.fail(&lost("connection closed"));
@@ -210,6 +249,7 @@ impl Link {
             self.window.release(1);
             f.done.send(Err(Failure::Lost(why.clone())));
         }
+        self.hosted.borrow_mut().clear();
         self.out.borrow_mut().take();
         self.stream.shutdown();
         self.queued.notify_all();
@@ -218,13 +258,42 @@ impl Link {
 
     async fn write_requests(&self) {
         while self.is_up() {
-            let data = self.out.borrow_mut().take();
-            if data.is_empty() {
-                self.queued.wait().await;
-            } else if let Err(e) = self.stream.send(data).await {
+            let hosted = self.hosted.borrow_mut().pop_front();
+            let sent = if let Some(next) = hosted {
+                self.send_hosted(next).await
+            } else {
+                let data = self.out.borrow_mut().take();
+                if data.is_empty() {
+                    self.queued.wait().await;
+                    continue;
+                }
+                self.stream.send(data).await
+            };
+            if let Err(e) = sent {
                 self.fail(&lost(e.message()));
             }
         }
+    }
+
+    /// The request is refused here if the file could not be read: the server got zeroes for it, and says that all is well.
+    async fn send_hosted(&self, next: Hosted) -> Result<()> {
+        self.stream.send(next.before).await?;
+        let Err(e) = self.stream.send_file(&next.from.file, next.from.at).await? else { return Ok(()) };
+        let mut table = self.table.borrow_mut();
+        if let Some(flight) = table.flights.get_mut(index_of(next.cookie)) {
+            flight.error.get_or_insert(e);
+        }
+        Ok(())
+    }
+
+    /// Whether nothing waits to be sent.
+    fn idle(&self) -> bool {
+        self.out.borrow().is_empty() && self.hosted.borrow().is_empty()
+    }
+
+    /// Whether a payload may lie in this file.
+    pub(super) fn sends_from(&self, file: &Rc<dyn File>) -> bool {
+        self.stream.sends_from(file)
     }
 
     async fn read_replies(&self, mut inbox: Inbox) {

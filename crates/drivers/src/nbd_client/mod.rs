@@ -13,8 +13,8 @@ mod pool;
 
 use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, ReqFlags, Result, Span};
 use env::{Address, Env};
-use graph::{Demand, Edge, Node, NodeDetails};
-use link::Outcome;
+use graph::{Demand, Edge, HostBytes, Node, NodeDetails};
+use link::{Outcome, Payload};
 use nbd::proto::{MAX_PAYLOAD, MAX_STRING, cmd_flag, flag, state};
 use nbd::{Cmd, Mode, StatusExtent};
 use pool::Pool;
@@ -141,7 +141,16 @@ impl NbdClient {
     }
 
     async fn plain(&self, cmd: Cmd, flags: u16, span: Span, payload: Data) -> Result<()> {
-        self.pool.call(cmd, flags, span, payload).await.map(|_| ())
+        self.pool.call(cmd, flags, span, Payload::Data(payload)).await.map(|_| ())
+    }
+
+    /// From the file straight into the socket, which TLS cannot.
+    async fn do_write_from(&self, offset: u64, from: HostBytes) -> Result<()> {
+        if !self.pool.sends_from(&from.file)? {
+            return Err(BlockError::unsupported("the host cannot send these bytes"));
+        }
+        let at = Span::new(offset, from.at.len);
+        self.pool.call(Cmd::Write, 0, at, Payload::Host(from)).await.map(|_| ())
     }
 
     /// The flag for forced unit access, or whether a flush has to follow.
@@ -209,7 +218,7 @@ impl NbdClient {
             return Ok(if at.is_empty() { Vec::new() } else { vec![data(at)] });
         }
         let (asked, _) = at.split_at(self.piece());
-        let list = match self.pool.call(Cmd::BlockStatus, 0, asked, Data::empty()).await? {
+        let list = match self.pool.call(Cmd::BlockStatus, 0, asked, Payload::none()).await? {
             Outcome::Status(list) => list,
             Outcome::Done | Outcome::Data(_) => Vec::new(),
         };
@@ -298,7 +307,7 @@ impl Node for NbdClient {
             if at.is_empty() {
                 return Ok(Data::empty());
             }
-            match self.pool.call(Cmd::Read, 0, at, Data::empty()).await? {
+            match self.pool.call(Cmd::Read, 0, at, Payload::none()).await? {
                 Outcome::Data(data) => Ok(data),
                 Outcome::Done | Outcome::Status(_) => {
                     Err(BlockError::corrupt("NBD server sent no data for a read"))
@@ -308,6 +317,9 @@ impl Node for NbdClient {
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         Box::pin(self.do_write(at, data, flags))
+    }
+    fn write_from(&self, offset: u64, from: HostBytes) -> Io<'_> {
+        Box::pin(self.do_write_from(offset, from))
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
         Box::pin(self.do_zero(at, flags))

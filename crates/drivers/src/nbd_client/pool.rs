@@ -6,11 +6,11 @@
 //! link was lost and no other is up; attempts to connect are never closer than the pause of [`FIRST_PAUSE`] unless the
 //! link before had worked.
 
-use super::link::{Failure, Link, Outcome};
+use super::link::{Failure, Link, Outcome, Payload};
 use super::{FILL, NbdOptions};
-use block::{BlockError, Data, ErrorKind, Result, Span};
-use env::Env;
+use block::{BlockError, ErrorKind, Result, Span};
 use env::sync::{Notify, race};
+use env::{Env, File};
 use nbd::proto::flag;
 use nbd::{ClientWants, Cmd, Mode, Negotiated};
 use std::cell::{Cell, RefCell};
@@ -190,8 +190,16 @@ impl Pool {
             .unwrap_or_else(|| BlockError::new(ErrorKind::Io, "Connection to NBD server lost"))
     }
 
+    /// Whether payloads may lie in this file; an error while no link is there to ask.
+    pub(super) fn sends_from(&self, file: &Rc<dyn File>) -> Result<bool> {
+        match self.links.borrow().iter().flatten().next() {
+            Some(link) => Ok(link.sends_from(file)),
+            None => Err(self.why_dark()),
+        }
+    }
+
     /// Makes a request on some link, again on another if that is lost.
-    pub(super) async fn call(&self, cmd: Cmd, flags: u16, span: Span, payload: Data) -> Result<Outcome> {
+    pub(super) async fn call(&self, cmd: Cmd, flags: u16, span: Span, payload: Payload) -> Result<Outcome> {
         let delay = Duration::from_secs(u64::from(self.options.reconnect_delay));
         let mut deadline = None;
         let mut attempts = 0;

@@ -72,6 +72,7 @@ pub(super) enum Request {
     SetLen { fd: RawFd, len: u64 },
     Copy(Copy),
     Device { fd: RawFd, zero: bool, start: u64, len: u64 },
+    SendFile { from: RawFd, offset: u64, len: u32, to: RawFd },
     Receive { fd: RawFd, ptr: *mut u8, len: u32 },
     Poll { fd: RawFd, events: u32 },
 }
@@ -102,7 +103,9 @@ impl Request {
             Request::Receive { fd, ptr, len } => opcode::Recv::new(types::Fd(fd), ptr, len).build(),
             Request::Poll { fd, events } => opcode::PollAdd::new(types::Fd(fd), events).build(),
             // newer than the kernels we want to run on, or not there at all
-            Request::SetLen { .. } | Request::Copy(_) | Request::Device { .. } => return None,
+            Request::SetLen { .. } | Request::Copy(_) | Request::Device { .. } | Request::SendFile { .. } => {
+                return None;
+            }
         })
     }
 
@@ -133,6 +136,11 @@ impl Request {
             Request::SetLen { fd, len } => again(|| i64::from(unsafe { libc::ftruncate(fd, len as i64) })),
             Request::Copy(copy) => copy.run(),
             Request::Device { fd, zero, start, len } => sys::device_range(fd, zero, start, len),
+            Request::SendFile { from, offset, len, to } => {
+                let mut at = offset as i64;
+                // SAFETY: `at` is valid for the call.
+                again(|| unsafe { libc::sendfile(to, from, &raw mut at, len as usize) } as i64)
+            }
             Request::Receive { .. } | Request::Poll { .. } => Err(libc::EINVAL),
         })
     }

@@ -5,12 +5,13 @@
 //! reads slowly (the rest of a send waits for room); a shutdown while others wait (they end). Receives go into one chunk after
 //! the other, so that neighbouring requests share memory; a chunk is used again when nobody holds a part of it.
 
+use super::file::OsFile;
 use super::op::{Handle, Memory, OnDrop, Op, Request};
 use super::sys::{again, check};
 use super::{Ask, Core, Driver};
 use crate::sync::{Notify, race};
-use crate::{Credentials, Stream};
-use block::{BlockError, Data, Io, Result};
+use crate::{Credentials, File, Stream};
+use block::{BlockError, Data, Io, Result, Span};
 use bytes::{BufMut, Bytes, BytesMut};
 use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
@@ -35,12 +36,21 @@ struct Incoming {
     more: bool,
 }
 
+/// Most bytes of a file that a helper thread sends in one go.
+const FILE_STEP: u64 = 1 << 20;
+/// How long a helper thread waits for room in a socket, in microseconds; then the ring waits, and the thread is free.
+const SEND_WAIT: i64 = 20_000;
+/// Zeroes for what could not be read.
+static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+
 /// A connected socket.
 pub(super) struct Socket {
     core: Rc<Core>,
     handle: Rc<Handle>,
     incoming: RefCell<Incoming>,
     closed: Cell<bool>,
+    /// Sends that wait end after [`SEND_WAIT`].
+    patience_set: Cell<bool>,
 }
 
 fn new_incoming() -> RefCell<Incoming> {
@@ -63,7 +73,13 @@ fn hand_out(chunk: &mut BytesMut, max: usize) -> Bytes {
 
 impl Socket {
     pub(super) fn stream(core: &Rc<Core>, handle: Rc<Handle>) -> Rc<dyn Stream> {
-        Rc::new(Socket { core: core.clone(), handle, incoming: new_incoming(), closed: Cell::new(false) })
+        Rc::new(Socket {
+            core: core.clone(),
+            handle,
+            incoming: new_incoming(),
+            closed: Cell::new(false),
+            patience_set: Cell::new(false),
+        })
     }
 
     /// Receives what is there without waiting: the number of bytes, or an errno.
@@ -177,6 +193,83 @@ impl Socket {
         Ok(())
     }
 
+    /// Limits how long a send without `MSG_DONTWAIT` waits: only those of helper threads are without.
+    fn limit_patience(&self) -> Result<()> {
+        if self.patience_set.replace(true) {
+            return Ok(());
+        }
+        let wait = libc::timeval { tv_sec: 0, tv_usec: SEND_WAIT };
+        // SAFETY: the pointer is valid for the call, with the given size.
+        check(i64::from(unsafe {
+            libc::setsockopt(
+                self.handle.fd(),
+                libc::SOL_SOCKET,
+                libc::SO_SNDTIMEO,
+                (&raw const wait).cast(),
+                size_of::<libc::timeval>() as libc::socklen_t,
+            )
+        }))
+        .map(drop)
+        .map_err(BlockError::from_errno)
+    }
+
+    async fn send_from(&self, file: &OsFile, at: Span) -> Result<Result<()>> {
+        self.limit_patience()?;
+        let mut left = at;
+        while !left.is_empty() {
+            if self.closed.get() {
+                return Err(BlockError::from_errno(libc::EPIPE));
+            }
+            let request = Request::SendFile {
+                from: file.handle.fd(),
+                offset: left.start,
+                len: left.len.min(FILE_STEP) as u32,
+                to: self.handle.fd(),
+            };
+            let (result, _) = self
+                .core
+                .submit(Ask {
+                    request,
+                    memory: Memory::None,
+                    handle: &self.handle,
+                    other: Some(&file.handle),
+                    on_drop: OnDrop::Finish,
+                    threads: true,
+                })
+                .await;
+            match result {
+                n if n > 0 => left = left.split_at(n as u64).1,
+                // the file has ended: what is past its end reads as zero
+                0 => return self.send_zeroes(left.len).await.map(Ok),
+                e => match -e {
+                    libc::EAGAIN => {
+                        self.core.ready(&self.handle, libc::POLLOUT).await.map_err(BlockError::from_errno)?;
+                    }
+                    e @ (libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN | libc::ETIMEDOUT) => {
+                        return Err(BlockError::from_errno(e));
+                    }
+                    e => {
+                        self.send_zeroes(left.len).await?;
+                        // these say that the file is none that can be sent from
+                        let unable =
+                            matches!(e, libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::ESPIPE);
+                        return Ok(Err(BlockError::from_errno(if unable { libc::EOPNOTSUPP } else { e })));
+                    }
+                },
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    async fn send_zeroes(&self, mut len: u64) -> Result<()> {
+        while len > 0 {
+            let part = len.min(ZEROES.len() as u64);
+            self.send_all(Data::from(Bytes::from_static(&ZEROES[..part as usize]))).await?;
+            len -= part;
+        }
+        Ok(())
+    }
+
     fn send_now(&self, data: &Data, done: usize) -> Result<usize, i32> {
         let mut list: SmallVec<[libc::iovec; 16]> = SmallVec::new();
         super::file::pieces(data, done, |p| list.push(p));
@@ -207,6 +300,19 @@ impl Stream for Socket {
 
     fn send(&self, data: Data) -> Io<'_> {
         Box::pin(self.send_all(data))
+    }
+
+    fn sends_from(&self, file: &Rc<dyn File>) -> bool {
+        file.as_any().is::<OsFile>()
+    }
+
+    fn send_file<'a>(&'a self, file: &'a Rc<dyn File>, at: Span) -> Io<'a, Result<()>> {
+        Box::pin(async move {
+            match file.as_any().downcast_ref::<OsFile>() {
+                Some(file) => self.send_from(file, at).await,
+                None => Err(BlockError::unsupported("sending from a file of another backend")),
+            }
+        })
     }
 
     fn shutdown(&self) {
