@@ -1,9 +1,10 @@
 //! The test of the tests: defects switched on one at a time, each of which the simulation must find.
 //!
 //! What must stay true: with no defect switched on the same seeds are clean (the tests run those); a defect is searched for
-//! in the same scenario and the same seeds as any other.
+//! in the scenario that plays its part of the daemon, in the same seeds as any other.
 
-use crate::runner::run_one;
+use crate::runner::{Scenario, run_one};
+use crate::scenario::chain::chain;
 use crate::scenario::live::whole_daemon;
 use copy::bugs::Bug;
 use std::ops::Range;
@@ -22,18 +23,22 @@ pub const NAMED: &[&str] = &[
     "qcow2: freed cluster reused early",
 ];
 
+/// Those that only jobs on a chain show.
+pub const CHAINED: &[&str] = &["stream: users write where it copies"];
+
 /// One defect.
 #[derive(Clone, Copy, Debug)]
 enum Defect {
     Copy(Bug),
     Named(&'static str),
+    Chained(&'static str),
 }
 
 impl Defect {
     fn name(self) -> String {
         match self {
             Defect::Copy(bug) => format!("copy: {bug:?}"),
-            Defect::Named(name) => name.to_owned(),
+            Defect::Named(name) | Defect::Chained(name) => name.to_owned(),
         }
     }
 }
@@ -52,7 +57,7 @@ pub struct Found {
 fn plant(defect: Option<Defect>) {
     let (copy, named) = match defect {
         Some(Defect::Copy(bug)) => (Some(bug), None),
-        Some(Defect::Named(name)) => (None, Some(name)),
+        Some(Defect::Named(name) | Defect::Chained(name)) => (None, Some(name)),
         None => (None, None),
     };
     copy::bugs::plant(copy);
@@ -62,7 +67,8 @@ fn plant(defect: Option<Defect>) {
 fn search(defect: Defect, seeds: Range<u64>) -> Found {
     let bug = defect.name();
     plant(Some(defect));
-    let hit = seeds.into_iter().find_map(|s| run_one(whole_daemon, s, false).violation.map(|v| (s, v)));
+    let scenario: Scenario = if matches!(defect, Defect::Chained(_)) { chain } else { whole_daemon };
+    let hit = seeds.into_iter().find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));
     plant(None);
     let (seed, violation) = hit.map_or((None, String::new()), |(s, v)| (Some(s), v));
     Found { bug, seed, violation }
@@ -72,6 +78,7 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
 pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + Sync) -> Vec<Found> {
     let named = NAMED.iter().map(|n| Defect::Named(n));
     let all = named.chain(Bug::ALL.into_iter().map(Defect::Copy));
+    let all = all.chain(CHAINED.iter().map(|n| Defect::Chained(n)));
     let all: Vec<Defect> = all.filter(|d| d.name().contains(only)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {
