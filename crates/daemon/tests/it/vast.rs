@@ -1,7 +1,7 @@
 //! A disk of 16 TiB with little in it: mirrored, backed up and committed while its client writes, in the time of its data. A walk over
 //! what is not there, by cluster or by table, does not end within the limit of `Client`; a target that was filled is seen by its blocks.
 //!
-//! `tests/vast.py` measures the same with 1 GiB of data, also of qemu-storage-daemon.
+//! `cargo xtask vast` measures the same with 1 GiB of data; `tests/vast.py` does so of qemu-storage-daemon, too.
 
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::{tool, until};
