@@ -302,8 +302,13 @@ impl NodeCell {
         *self.readers.borrow_mut() = exclusion;
     }
 
+    /// See [`NodeCell::exclude_copies`].
+    pub(crate) fn readers(&self) -> Option<Rc<Exclusion>> {
+        self.readers.borrow().clone()
+    }
+
     pub(crate) async fn read(&self, at: Span) -> Result<Data> {
-        let readers = self.readers.borrow().clone();
+        let readers = self.readers();
         let _inside = match &readers {
             None => None,
             Some(readers) => Some(readers.begin_read(at).await),
@@ -473,6 +478,10 @@ impl NodeCell {
     pub(crate) async fn copy_to(&self, at: Span, to: &NodeCell, to_offset: u64) -> Result<u64> {
         if !at.is_aligned(self.node.limits().request_alignment) {
             return Err(BlockError::unsupported("copy offload of unaligned ranges"));
+        }
+        // The reader would be inside the exclusion while somebody else's write goes on, and that may wait for a copy.
+        if self.readers.borrow().is_some() {
+            return Err(BlockError::unsupported("copy offload from where old bytes are saved to"));
         }
         let copied = self.node.copy_to(at, to, to_offset).await?;
         let mut c = self.counters.get();

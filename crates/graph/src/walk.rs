@@ -1,6 +1,7 @@
 //! Walks over chains: filters and copy-on-write layers from the top down.
 //!
-//! What must stay true: a walk never holds anything while it waits; lengths differ between layers, and what lies past the
+//! What must stay true: a walk holds nothing while it waits but its place inside an overlay's [`crate::exclusion`], from before
+//! it asks the overlay until it has asked the disk below (else old bytes saved in between would be missed); lengths differ between layers, and what lies past the
 //! end of a lower layer reads as zero; every walk is bounded by the number of layers times the extents it is given.
 
 use crate::Parent;
@@ -76,9 +77,18 @@ pub fn is_root(cell: &NodeCell) -> bool {
 /// What the chain from `top` down to, not including, `base` says of `at`, from its start and perhaps not to its end, but
 /// never nothing.
 pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -> Result<Vec<ChainExtent>> {
+    walk_down(Todo::Ask(top.clone(), at, 1), base, None).await
+}
+
+/// `inside`: an overlay whose readers keep copies of old bytes away, and whose exclusion the caller is in.
+async fn walk_down(
+    first: Todo,
+    base: Option<&Rc<NodeCell>>,
+    inside: Option<u64>,
+) -> Result<Vec<ChainExtent>> {
     let mut out = Vec::new();
     // Runs that still have to be looked up, nearest last; bounded: each look splits one run into finitely many.
-    let mut todo = vec![Todo::Ask(top.clone(), at, 1)];
+    let mut todo = vec![first];
     let mut asked = 0u32;
     while let Some(next) = todo.pop() {
         let (cell, span, depth) = match next {
@@ -96,6 +106,17 @@ pub async fn status(top: &Rc<NodeCell>, at: Span, base: Option<&Rc<NodeCell>>) -
         }
         if base.is_some_and(|b| b.id() == cell.id()) {
             ChainExtent::push(&mut out, ChainExtent { span, kind: Kind::Unallocated, depth: 0 });
+            continue;
+        }
+        if inside != Some(cell.id())
+            && let Some(readers) = cell.readers()
+        {
+            let _inside = readers.begin_read(span).await;
+            let ask = Todo::Ask(cell.clone(), span, depth);
+            let found = Box::pin(walk_down(ask, base, Some(cell.id()))).await?;
+            let covered = found.last().map_or(span.start, |e| e.span.end());
+            todo.push(Todo::Ask(cell, Span::between(covered, span.end()), depth));
+            todo.extend(found.into_iter().rev().map(Todo::Known));
             continue;
         }
         if let Some(edge) = cell.node().filtered() {

@@ -1,11 +1,13 @@
 //! Walks over long and fragmented chains: what they say, and how often they ask.
 
-use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Span};
+use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, ReqFlags, Span};
 use env::Env;
 use env::os::{OsConfig, start};
+use graph::exclusion::Exclusion;
 use graph::{Demand, Edge, Graph, Node, NodeCell, NodeDetails, NodeOptions, Parent, Role, walk};
 use std::cell::Cell;
 use std::rc::Rc;
+use std::time::Duration;
 
 const LEN: u64 = 1 << 20;
 const BLOCK: u64 = 512;
@@ -64,6 +66,9 @@ impl Node for Layer {
             start = end;
         }
         Box::pin(async move { Ok(found) })
+    }
+    fn copy_to<'a>(&'a self, at: Span, _: &'a NodeCell, _: u64) -> Io<'a, u64> {
+        Box::pin(async move { Ok(at.len) })
     }
     fn flush(&self) -> Io<'_> {
         Box::pin(async { Ok(()) })
@@ -145,5 +150,38 @@ fn a_chain_of_256_layers_asks_each_layer_once() {
         let found = all(&top).await;
         assert_eq!(found, [walk::ChainExtent { span: Span::new(0, LEN), kind: Kind::Data, depth: 256 }]);
         assert_eq!(asked.get(), 256);
+    });
+}
+
+/// Old bytes that are being saved into an overlay: who asks where bytes lie waits, and is told of both layers as they were
+/// at one time; nothing is copied behind the exclusion's back.
+#[test]
+fn a_walk_through_an_overlay_keeps_copies_of_old_bytes_away() {
+    run(|env| async move {
+        let graph = Graph::new(&env);
+        let (top, asked) = chain(&graph, &[1, 0]).await;
+        let readers = Exclusion::new(4096);
+        top.exclude_copies(Some(readers.clone()));
+        let saving = readers.begin_copy(Span::new(4096, 4096)).await;
+        let walked = top.clone();
+        let walking = env.spawn("walk", async move {
+            let found = walk::status(&walked, Span::new(0, 8192), None).await.expect("asked");
+            assert_eq!(
+                found.iter().map(|e| (e.span, e.depth)).collect::<Vec<_>>(),
+                [(Span::new(0, 8192), 2)]
+            );
+        });
+        env.sleep(Duration::from_millis(5)).await;
+        assert!(!walking.is_done() && asked.get() == 0);
+        drop(saving);
+        walking.join().await;
+        assert_eq!((asked.get(), readers.claims()), (2, 0));
+
+        let reader = graph.attach(&top, "reader", Role::Backing, Parent::opening(), Demand::NOTHING);
+        let reader = reader.await.expect("asks for nothing");
+        let copied = || reader.copy_onto(Span::new(0, 4096), &top, 0);
+        assert_eq!(copied().await.expect_err("saved old bytes are read").kind(), ErrorKind::Unsupported);
+        top.exclude_copies(None);
+        assert_eq!(copied().await.expect("copied"), 4096);
     });
 }
