@@ -320,8 +320,8 @@ impl ChainPolicy {
 
 impl Policy for ChainPolicy {
     fn guest_write(&self, _: Span) -> OnWrite {
-        let excluded = !self.over.get() && !(self.up && planted("stream: users write where it copies"));
-        if excluded { OnWrite::Exclude } else { OnWrite::Pass }
+        let unguarded = self.up && planted("stream: users write where it copies");
+        if self.over.get() || unguarded { OnWrite::Pass } else { OnWrite::Exclude }
     }
 
     fn look<'a>(&'a self, source: &'a Edge, at: Span) -> Option<Io<'a, Vec<Extent>>> {
