@@ -50,6 +50,7 @@ struct Kind {
 }
 
 /// One image of a script.
+#[derive(Clone, Copy)]
 pub(crate) struct Layer {
     /// Its node; its file is `/NAME.img`.
     pub(crate) name: &'static str,
@@ -67,10 +68,18 @@ pub(crate) struct Layer {
 pub(crate) enum Step {
     /// A command that has its answer at once.
     Do(&'static str, fn() -> Json),
-    /// A command that starts the job `job`; then how it is brought to its end.
-    Job(&'static str, fn() -> Json, Finish),
+    /// A command that starts the job `job`: its usual arguments, those of this step; then how it is brought to its end.
+    Job(&'static str, fn() -> Json, fn() -> Json, Finish),
     /// The guest writes to so many sectors from there on what they hold already, and flushes.
     Rewrite(u64, u64),
+}
+
+/// `all` and `more`, which has the last word.
+fn with(mut all: Json, more: Json) -> Json {
+    if let (Json::Object(all), Json::Object(more)) = (&mut all, more) {
+        all.extend(more);
+    }
+    all
 }
 
 /// How a job is brought to its end.
@@ -90,14 +99,20 @@ pub(crate) enum Finish {
     CompleteByHand,
 }
 
-/// What is tried.
-pub(crate) struct Script {
-    /// For people.
-    pub(crate) name: &'static str,
+/// The images that a script finds.
+pub(crate) struct Stack {
     /// From the lowest up.
     pub(crate) layers: &'static [Layer],
     /// The node that the guest has.
     pub(crate) disk: &'static str,
+}
+
+/// What is tried.
+pub(crate) struct Script {
+    /// For people.
+    pub(crate) name: &'static str,
+    /// What it is tried on.
+    pub(crate) on: &'static Stack,
     /// What is done under faults.
     pub(crate) steps: &'static [Step],
 }
@@ -178,7 +193,7 @@ fn write_layers(script: &'static Script) -> Result<Written, String> {
     let outcome = World::play(SEED, false, |w| async move {
         let (outside, _process) = w.start();
         let mut number = 1;
-        for layer in script.layers {
+        for layer in script.on.layers {
             let path = format!("/{}.img", layer.name);
             let bytes = SECTORS * SECTOR;
             let below = layer.over.map(|o| format!("/{o}.img"));
@@ -191,7 +206,7 @@ fn write_layers(script: &'static Script) -> Result<Written, String> {
                 w.host().install(&path, image);
                 continue;
             }
-            let below_is_raw = script.layers.iter().any(|l| Some(l.name) == layer.over && l.cluster == 0);
+            let below_is_raw = script.on.layers.iter().any(|l| Some(l.name) == layer.over && l.cluster == 0);
             w.host().install(&path, empty_qcow2(bytes, layer.cluster, below.as_deref(), below_is_raw));
             let Some(daemon) = Booted::start(&w).await else { return };
             let node =
@@ -203,14 +218,14 @@ fn write_layers(script: &'static Script) -> Result<Written, String> {
                     }
                     number += 1;
                 }
-                if layer.name == script.disk {
+                if layer.name == script.on.disk {
                     result.borrow_mut().1 = all_of(&w, &*d).await;
                 }
                 d.disconnect();
             }
             daemon.quit(&w, &outside).await;
         }
-        if let Some(l) = script.layers.iter().find(|l| l.name == script.disk && l.cluster == 0) {
+        if let Some(l) = script.on.layers.iter().find(|l| l.name == script.on.disk && l.cluster == 0) {
             let image = w.host().image(&format!("/{}.img", l.name)).unwrap_or_default();
             result.borrow_mut().1 = values_of(&image.to_vec(), 0);
         }
@@ -331,12 +346,12 @@ impl Play {
 
     /// Opens what is open before the script, and exports the disk.
     async fn open(&self, m: &Manager) -> Result<(), Refusal> {
-        for l in self.script.layers.iter().filter(|l| l.open) {
+        for l in self.script.on.layers.iter().filter(|l| l.open) {
             m.must("blockdev-add", node(l)).await?;
         }
         m.must("nbd-server-start", json!({"addr": Booted::nbd_address()})).await?;
         let export = json!({
-            "type": "nbd", "id": "e0", "node-name": self.script.disk, "name": "disk", "writable": true
+            "type": "nbd", "id": "e0", "node-name": self.script.on.disk, "name": "disk", "writable": true
         });
         m.must("block-export-add", export).await.map(drop)
     }
@@ -350,7 +365,9 @@ impl Play {
                     Err(Refusal::Error(e)) => Ended::Badly(e),
                     Err(Refusal::Gone) => return Err(Refusal::Gone),
                 },
-                Step::Job(command, arguments, finish) => self.job(m, command, arguments(), *finish).await?,
+                Step::Job(command, usual, more, finish) => {
+                    self.job(m, command, with(usual(), more()), *finish).await?
+                }
                 Step::Rewrite(start, n) => self.rewrite(*start, *n).await,
             };
             if let Ended::Badly(_) = ended {

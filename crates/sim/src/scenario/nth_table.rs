@@ -1,270 +1,270 @@
 //! The scripts whose every I/O is failed in turn (see `nth`). A new operation is one more entry here.
 
-use super::nth::{Finish, Layer, Script, Step};
+use super::nth::{Finish, Layer, Script, Stack, Step};
 use serde_json::{Value, json};
 
+/// What the lowest image of most has.
+const SPREAD: &[(u64, u64)] = &[(0, 60), (200, 90), (600, 40)];
+
+const fn raw(name: &'static str, written: &'static [(u64, u64)]) -> Layer {
+    Layer { name, cluster: 0, over: None, written, open: true }
+}
+
+const fn qcow2(
+    name: &'static str,
+    cluster: u64,
+    over: Option<&'static str>,
+    written: &'static [(u64, u64)],
+) -> Layer {
+    Layer { name, cluster, over, written, open: true }
+}
+
+/// Not opened before the script begins.
+const fn closed(layer: Layer) -> Layer {
+    Layer { open: false, ..layer }
+}
+
 /// A chain of three; each layer has something that no other has, and some that the one above covers.
-const CHAIN: &[Layer] = &[
-    Layer { name: "base", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "mid", cluster: 4096, over: Some("base"), written: &[(30, 60), (300, 50)], open: true },
-    Layer {
-        name: "top",
-        cluster: 4096,
-        over: Some("mid"),
-        written: &[(80, 30), (210, 10), (480, 33)],
-        open: true,
-    },
-];
+const CHAIN: Stack = Stack {
+    disk: "top",
+    layers: &[
+        qcow2("base", 4096, None, SPREAD),
+        qcow2("mid", 4096, Some("base"), &[(30, 60), (300, 50)]),
+        qcow2("top", 4096, Some("mid"), &[(80, 30), (210, 10), (480, 33)]),
+    ],
+};
 
 /// The same with tables so small that they are made and changed all the time, over a raw base.
-const SMALL: &[Layer] = &[
-    Layer { name: "base", cluster: 0, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "mid", cluster: 512, over: Some("base"), written: &[(30, 60), (300, 50)], open: true },
-    Layer {
-        name: "top",
-        cluster: 512,
-        over: Some("mid"),
-        written: &[(80, 30), (210, 10), (480, 33)],
-        open: true,
-    },
-];
+const SMALL: Stack = Stack {
+    disk: "top",
+    layers: &[
+        raw("base", SPREAD),
+        qcow2("mid", 512, Some("base"), &[(30, 60), (300, 50)]),
+        qcow2("top", 512, Some("mid"), &[(80, 30), (210, 10), (480, 33)]),
+    ],
+};
 
 /// Not opened: for scripts that open it.
-const CLOSED: &[Layer] = &[
-    Layer { name: "disk", cluster: 0, over: None, written: &[(5, 9)], open: true },
-    Layer { name: "base", cluster: 4096, over: None, written: &[(0, 60)], open: false },
-    Layer { name: "mid", cluster: 4096, over: Some("base"), written: &[(30, 60)], open: false },
-];
+const CLOSED: Stack = Stack {
+    disk: "disk",
+    layers: &[
+        raw("disk", &[(5, 9)]),
+        closed(qcow2("base", 4096, None, &[(0, 60)])),
+        closed(qcow2("mid", 4096, Some("base"), &[(30, 60)])),
+    ],
+};
 
 /// A disk and an empty place to copy it to.
-const RAW_TO_QCOW2: &[Layer] = &[
-    Layer { name: "disk", cluster: 0, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "target", cluster: 4096, over: None, written: &[], open: true },
-];
-const QCOW2_TO_RAW: &[Layer] = &[
-    Layer { name: "disk", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "target", cluster: 0, over: None, written: &[(100, 30)], open: true },
-];
-const QCOW2_TO_SMALL: &[Layer] = &[
-    Layer { name: "disk", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "target", cluster: 512, over: None, written: &[(100, 30)], open: true },
-];
+const RAW_TO_QCOW2: Stack =
+    Stack { disk: "disk", layers: &[raw("disk", SPREAD), qcow2("target", 4096, None, &[])] };
+const QCOW2_TO_RAW: Stack =
+    Stack { disk: "disk", layers: &[qcow2("disk", 4096, None, SPREAD), raw("target", &[(100, 30)])] };
+const QCOW2_TO_SMALL: Stack = Stack {
+    disk: "disk",
+    layers: &[qcow2("disk", 4096, None, SPREAD), qcow2("target", 512, None, &[(100, 30)])],
+};
 /// A disk with a layer of its own, and a place beside that layer.
-const BESIDE: &[Layer] = &[
-    Layer { name: "base", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "disk", cluster: 4096, over: Some("base"), written: &[(30, 60), (300, 50)], open: true },
-    Layer { name: "target", cluster: 4096, over: Some("base"), written: &[], open: true },
-];
+const BESIDE: Stack = Stack {
+    disk: "disk",
+    layers: &[
+        qcow2("base", 4096, None, SPREAD),
+        qcow2("disk", 4096, Some("base"), &[(30, 60), (300, 50)]),
+        qcow2("target", 4096, Some("base"), &[]),
+    ],
+};
 
 /// A disk, and an empty image that is to go on top.
-const CHAIN_AND_EMPTY: &[Layer] = &[
-    Layer { name: "base", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "mid", cluster: 4096, over: Some("base"), written: &[(30, 60), (300, 50)], open: true },
-    Layer { name: "new", cluster: 4096, over: Some("mid"), written: &[], open: false },
-];
+const CHAIN_AND_EMPTY: Stack = Stack {
+    disk: "mid",
+    layers: &[
+        qcow2("base", 4096, None, SPREAD),
+        qcow2("mid", 4096, Some("base"), &[(30, 60), (300, 50)]),
+        closed(qcow2("new", 4096, Some("mid"), &[])),
+    ],
+};
 /// Two disks, and the images that are to go on top of them.
-const TWO_AND_EMPTY: &[Layer] = &[
-    Layer { name: "disk", cluster: 4096, over: None, written: &[(0, 60), (200, 90)], open: true },
-    Layer { name: "other", cluster: 0, over: None, written: &[(7, 60)], open: true },
-    Layer { name: "new", cluster: 4096, over: Some("disk"), written: &[], open: false },
-    Layer { name: "newer", cluster: 512, over: Some("other"), written: &[], open: false },
-];
-const CHAIN_OF_FOUR: &[Layer] = &[
-    Layer { name: "base", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "two", cluster: 512, over: Some("base"), written: &[(30, 60), (300, 50)], open: true },
-    Layer { name: "three", cluster: 4096, over: Some("two"), written: &[(50, 9), (333, 30)], open: true },
-    Layer { name: "top", cluster: 65536, over: Some("three"), written: &[(80, 30), (210, 10)], open: true },
-];
+const TWO_AND_EMPTY: Stack = Stack {
+    disk: "disk",
+    layers: &[
+        qcow2("disk", 4096, None, &[(0, 60), (200, 90)]),
+        raw("other", &[(7, 60)]),
+        closed(qcow2("new", 4096, Some("disk"), &[])),
+        closed(qcow2("newer", 512, Some("other"), &[])),
+    ],
+};
+const CHAIN_OF_FOUR: Stack = Stack {
+    disk: "top",
+    layers: &[
+        qcow2("base", 4096, None, SPREAD),
+        qcow2("two", 512, Some("base"), &[(30, 60), (300, 50)]),
+        qcow2("three", 4096, Some("two"), &[(50, 9), (333, 30)]),
+        qcow2("top", 65536, Some("three"), &[(80, 30), (210, 10)]),
+    ],
+};
 
 /// A disk, a copy of some of it, and a place for a copy of one instant.
-const DISK_AND_TWO: &[Layer] = &[
-    Layer { name: "disk", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "target", cluster: 4096, over: None, written: &[], open: true },
-    Layer { name: "kept", cluster: 0, over: None, written: &[], open: true },
-];
+const DISK_AND_TWO: Stack = Stack {
+    disk: "disk",
+    layers: &[qcow2("disk", 4096, None, SPREAD), qcow2("target", 4096, None, &[]), raw("kept", &[])],
+};
 /// A disk, a place to copy it to, and one for what clients overwrite meanwhile.
-const BUFFERED: &[Layer] = &[
-    Layer { name: "disk", cluster: 4096, over: None, written: &[(0, 60), (200, 90), (600, 40)], open: true },
-    Layer { name: "target", cluster: 0, over: None, written: &[], open: true },
-    Layer { name: "buffer", cluster: 4096, over: None, written: &[], open: false },
-];
+const BUFFERED: Stack = Stack {
+    disk: "disk",
+    layers: &[
+        qcow2("disk", 4096, None, SPREAD),
+        raw("target", &[]),
+        closed(qcow2("buffer", 4096, None, &[])),
+    ],
+};
 /// Two disks and a place for each.
-const TWO_PAIRS: &[Layer] = &[
-    Layer { name: "disk", cluster: 4096, over: None, written: &[(0, 60), (200, 90)], open: true },
-    Layer { name: "target", cluster: 512, over: None, written: &[], open: true },
-    Layer { name: "other", cluster: 0, over: None, written: &[(7, 60)], open: true },
-    Layer { name: "place", cluster: 4096, over: None, written: &[], open: true },
-];
+const TWO_PAIRS: Stack = Stack {
+    disk: "disk",
+    layers: &[
+        qcow2("disk", 4096, None, &[(0, 60), (200, 90)]),
+        qcow2("target", 512, None, &[]),
+        raw("other", &[(7, 60)]),
+        qcow2("place", 4096, None, &[]),
+    ],
+};
 
-fn mirror(more: Value) -> Value {
-    with(
-        json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full", "granularity": 65536}),
-        more,
-    )
+/// A job on the usual nodes, with what a script adds to its arguments.
+const fn mirror(more: fn() -> Value, finish: Finish) -> Step {
+    let usual = || json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full", "granularity": 65536});
+    Step::Job("blockdev-mirror", usual, more, finish)
 }
 
-fn commit(more: Value) -> Value {
-    with(json!({"job-id": "job", "device": "top"}), more)
+const fn commit(more: fn() -> Value, finish: Finish) -> Step {
+    Step::Job("block-commit", || json!({"job-id": "job", "device": "top"}), more, finish)
 }
 
-fn stream(more: Value) -> Value {
-    with(json!({"job-id": "job", "device": "top"}), more)
+const fn stream(more: fn() -> Value, finish: Finish) -> Step {
+    Step::Job("block-stream", || json!({"job-id": "job", "device": "top"}), more, finish)
 }
 
-fn backup(more: Value) -> Value {
-    with(json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full"}), more)
+fn usual_backup() -> Value {
+    json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full"})
 }
 
-fn with(mut all: Value, more: Value) -> Value {
-    if let (Value::Object(all), Value::Object(more)) = (&mut all, more) {
-        all.extend(more);
-    }
-    all
+const fn backup(more: fn() -> Value, finish: Finish) -> Step {
+    Step::Job("blockdev-backup", usual_backup, more, finish)
 }
+
+const fn job(command: &'static str, arguments: fn() -> Value, finish: Finish) -> Step {
+    Step::Job(command, || json!({}), arguments, finish)
+}
+
+const ADD_BITMAP: Step = Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b"}));
+const ADD_PERSISTENT_BITMAP: Step =
+    Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b", "persistent": true}));
+const REMOVE_BITMAP: Step = Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"}));
+const CLOSE_N: Step = Step::Do("blockdev-del", || json!({"node-name": "n"}));
 
 /// All of them. The order decides which seed is which case: add at the end.
 pub(crate) const SCRIPTS: &[Script] = &[
     Script {
         name: "mirror raw to qcow2, complete",
-        layers: RAW_TO_QCOW2,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-mirror", || mirror(json!({})), Finish::Complete)],
+        on: &RAW_TO_QCOW2,
+        steps: &[mirror(|| json!({}), Finish::Complete)],
     },
     Script {
         name: "mirror qcow2 to raw, write-blocking, complete",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"copy-mode": "write-blocking"})),
-            Finish::Complete,
-        )],
+        on: &QCOW2_TO_RAW,
+        steps: &[mirror(|| json!({"copy-mode": "write-blocking"}), Finish::Complete)],
     },
     Script {
         name: "mirror qcow2 to small clusters, soft cancel",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-mirror", || mirror(json!({})), Finish::Stop)],
+        on: &QCOW2_TO_SMALL,
+        steps: &[mirror(|| json!({}), Finish::Stop)],
     },
     Script {
         name: "mirror with on-error=stop",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"on-source-error": "stop", "on-target-error": "stop"})),
-            Finish::Complete,
-        )],
+        on: &QCOW2_TO_SMALL,
+        steps: &[mirror(|| json!({"on-source-error": "stop", "on-target-error": "stop"}), Finish::Complete)],
     },
     Script {
         name: "mirror with on-error=ignore",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"on-source-error": "ignore", "on-target-error": "ignore"})),
+        on: &QCOW2_TO_RAW,
+        steps: &[mirror(
+            || json!({"on-source-error": "ignore", "on-target-error": "ignore"}),
             Finish::Complete,
         )],
     },
     Script {
         name: "mirror sync=top, soft cancel",
-        layers: BESIDE,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-mirror", || mirror(json!({"sync": "top"})), Finish::Stop)],
+        on: &BESIDE,
+        steps: &[mirror(|| json!({"sync": "top"}), Finish::Stop)],
     },
     Script {
         name: "commit the middle",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({"top-node": "mid"})), Finish::Itself)],
+        on: &CHAIN,
+        steps: &[commit(|| json!({"top-node": "mid"}), Finish::Itself)],
     },
     Script {
         name: "commit the middle, small clusters, raw base",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({"top-node": "mid"})), Finish::Itself)],
+        on: &SMALL,
+        steps: &[commit(|| json!({"top-node": "mid"}), Finish::Itself)],
     },
     Script {
         name: "commit the middle, by hand",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-commit",
-            || commit(json!({"top-node": "mid", "auto-finalize": false, "auto-dismiss": false})),
+        on: &CHAIN,
+        steps: &[commit(
+            || json!({"top-node": "mid", "auto-finalize": false, "auto-dismiss": false}),
             Finish::ByHand,
         )],
     },
     Script {
         name: "commit the middle, on-error=stop",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-commit",
-            || commit(json!({"top-node": "mid", "on-error": "stop"})),
-            Finish::Itself,
-        )],
+        on: &CHAIN,
+        steps: &[commit(|| json!({"top-node": "mid", "on-error": "stop"}), Finish::Itself)],
     },
     Script {
         name: "commit the active layer to the base",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({})), Finish::Complete)],
+        on: &CHAIN,
+        steps: &[commit(|| json!({}), Finish::Complete)],
     },
     Script {
         name: "commit the active layer by one, small clusters",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({"base-node": "mid"})), Finish::Complete)],
+        on: &SMALL,
+        steps: &[commit(|| json!({"base-node": "mid"}), Finish::Complete)],
     },
     Script {
         name: "commit the active layer, cancelled when ready",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({})), Finish::Stop)],
+        on: &CHAIN,
+        steps: &[commit(|| json!({}), Finish::Stop)],
     },
-    Script {
-        name: "stream all",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-stream", || stream(json!({})), Finish::Itself)],
-    },
+    Script { name: "stream all", on: &CHAIN, steps: &[stream(|| json!({}), Finish::Itself)] },
     Script {
         name: "stream all, small clusters, raw base",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job("block-stream", || stream(json!({})), Finish::Itself)],
+        on: &SMALL,
+        steps: &[stream(|| json!({}), Finish::Itself)],
     },
     Script {
         name: "stream down to the base",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-stream", || stream(json!({"base-node": "base"})), Finish::Itself)],
+        on: &CHAIN,
+        steps: &[stream(|| json!({"base-node": "base"}), Finish::Itself)],
     },
     Script {
         name: "stream with on-error=stop",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-stream", || stream(json!({"on-error": "stop"})), Finish::Itself)],
+        on: &CHAIN,
+        steps: &[stream(|| json!({"on-error": "stop"}), Finish::Itself)],
     },
     Script {
         name: "open a chain and close it",
-        layers: CLOSED,
-        disk: "disk",
+        on: &CLOSED,
         steps: &[
             Step::Do(
                 "blockdev-add",
                 || json!({"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "/mid.img"}}),
             ),
-            Step::Do("blockdev-del", || json!({"node-name": "n"})),
+            CLOSE_N,
         ],
     },
     Script {
         name: "create a qcow2 image",
-        layers: CLOSED,
-        disk: "disk",
+        on: &CLOSED,
         steps: &[
             Step::Do("blockdev-add", || json!({"driver": "file", "node-name": "f", "filename": "/base.img"})),
-            Step::Job(
+            job(
                 "blockdev-create",
                 || {
                     json!({"job-id": "job", "options": {
@@ -276,67 +276,48 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "grow an image",
-        layers: CLOSED,
-        disk: "disk",
+        on: &CLOSED,
         steps: &[
             Step::Do(
                 "blockdev-add",
                 || json!({"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "/base.img"}}),
             ),
             Step::Do("block_resize", || json!({"node-name": "n", "size": 64 << 20})),
-            Step::Do("blockdev-del", || json!({"node-name": "n"})),
+            CLOSE_N,
         ],
     },
     Script {
         name: "back up all to qcow2",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-backup", || backup(json!({})), Finish::Itself)],
+        on: &QCOW2_TO_SMALL,
+        steps: &[backup(|| json!({}), Finish::Itself)],
     },
     Script {
         name: "back up all to raw, by hand",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-backup",
-            || backup(json!({"auto-finalize": false, "auto-dismiss": false})),
-            Finish::ByHand,
-        )],
+        on: &QCOW2_TO_RAW,
+        steps: &[backup(|| json!({"auto-finalize": false, "auto-dismiss": false}), Finish::ByHand)],
     },
     Script {
         name: "back up the top layer",
-        layers: BESIDE,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-backup", || backup(json!({"sync": "top"})), Finish::Itself)],
+        on: &BESIDE,
+        steps: &[backup(|| json!({"sync": "top"}), Finish::Itself)],
     },
     Script {
         name: "back up with on-error=stop",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-backup",
-            || backup(json!({"on-source-error": "stop", "on-target-error": "stop"})),
-            Finish::Itself,
-        )],
+        on: &QCOW2_TO_SMALL,
+        steps: &[backup(|| json!({"on-source-error": "stop", "on-target-error": "stop"}), Finish::Itself)],
     },
     Script {
         name: "back up by a bitmap",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
+        on: &QCOW2_TO_RAW,
         steps: &[
-            Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b"})),
-            Step::Job(
-                "blockdev-backup",
-                || backup(json!({"sync": "incremental", "bitmap": "b"})),
-                Finish::Itself,
-            ),
-            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"})),
+            ADD_BITMAP,
+            backup(|| json!({"sync": "incremental", "bitmap": "b"}), Finish::Itself),
+            REMOVE_BITMAP,
         ],
     },
     Script {
         name: "put a layer on top",
-        layers: CHAIN_AND_EMPTY,
-        disk: "mid",
+        on: &CHAIN_AND_EMPTY,
         steps: &[
             Step::Do("blockdev-add", || {
                 json!({"driver": "qcow2", "node-name": "new", "backing": null,
@@ -347,8 +328,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "put layers on two disks at once",
-        layers: TWO_AND_EMPTY,
-        disk: "disk",
+        on: &TWO_AND_EMPTY,
         steps: &[
             Step::Do("blockdev-add", || {
                 json!({"driver": "qcow2", "node-name": "new", "backing": null,
@@ -368,39 +348,29 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "commit the active layer by hand",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-commit",
-            || commit(json!({"base-node": "mid", "auto-finalize": false, "auto-dismiss": false})),
+        on: &CHAIN,
+        steps: &[commit(
+            || json!({"base-node": "mid", "auto-finalize": false, "auto-dismiss": false}),
             Finish::CompleteByHand,
         )],
     },
     Script {
         name: "mirror by hand",
-        layers: RAW_TO_QCOW2,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"auto-finalize": false, "auto-dismiss": false})),
-            Finish::CompleteByHand,
-        )],
+        on: &RAW_TO_QCOW2,
+        steps: &[mirror(|| json!({"auto-finalize": false, "auto-dismiss": false}), Finish::CompleteByHand)],
     },
     Script {
         name: "stream by hand",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-stream",
-            || stream(json!({"base-node": "base", "auto-finalize": false, "auto-dismiss": false})),
+        on: &SMALL,
+        steps: &[stream(
+            || json!({"base-node": "base", "auto-finalize": false, "auto-dismiss": false}),
             Finish::ByHand,
         )],
     },
     Script {
         name: "stream a layer below the active one",
-        layers: CHAIN_OF_FOUR,
-        disk: "top",
-        steps: &[Step::Job(
+        on: &CHAIN_OF_FOUR,
+        steps: &[job(
             "block-stream",
             || json!({"job-id": "job", "device": "three", "base-node": "base"}),
             Finish::Itself,
@@ -408,60 +378,37 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "mirror in read-write-blocking mode",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"copy-mode": "read-write-blocking"})),
-            Finish::Complete,
-        )],
+        on: &QCOW2_TO_SMALL,
+        steps: &[mirror(|| json!({"copy-mode": "read-write-blocking"}), Finish::Complete)],
     },
     Script {
         name: "mirror within a small buffer",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"granularity": 512, "buf-size": 4096})),
-            Finish::Complete,
-        )],
+        on: &QCOW2_TO_RAW,
+        steps: &[mirror(|| json!({"granularity": 512, "buf-size": 4096}), Finish::Complete)],
     },
     Script {
         name: "commit two layers in the middle",
-        layers: CHAIN_OF_FOUR,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-commit",
-            || commit(json!({"top-node": "three", "base-node": "base"})),
-            Finish::Itself,
-        )],
+        on: &CHAIN_OF_FOUR,
+        steps: &[commit(|| json!({"top-node": "three", "base-node": "base"}), Finish::Itself)],
     },
     Script {
         name: "commit with on-error=ignore",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-commit",
-            || commit(json!({"top-node": "mid", "on-error": "ignore"})),
-            Finish::Itself,
-        )],
+        on: &SMALL,
+        steps: &[commit(|| json!({"top-node": "mid", "on-error": "ignore"}), Finish::Itself)],
     },
     Script {
         name: "stream with on-error=ignore",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job("block-stream", || stream(json!({"on-error": "ignore"})), Finish::Itself)],
+        on: &SMALL,
+        steps: &[stream(|| json!({"on-error": "ignore"}), Finish::Itself)],
     },
     Script {
         name: "commit the active layer with on-error=stop",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({"on-error": "stop"})), Finish::Complete)],
+        on: &CHAIN,
+        steps: &[commit(|| json!({"on-error": "stop"}), Finish::Complete)],
     },
     Script {
         name: "export a disk and take it back",
-        layers: CLOSED,
-        disk: "disk",
+        on: &CLOSED,
         steps: &[
             Step::Do(
                 "blockdev-add",
@@ -476,9 +423,8 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "create a raw image, preallocated",
-        layers: CLOSED,
-        disk: "disk",
-        steps: &[Step::Job(
+        on: &CLOSED,
+        steps: &[job(
             "blockdev-create",
             || {
                 json!({"job-id": "job", "options": {
@@ -489,11 +435,10 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "create a preallocated qcow2 image of small clusters",
-        layers: CLOSED,
-        disk: "disk",
+        on: &CLOSED,
         steps: &[
             Step::Do("blockdev-add", || json!({"driver": "file", "node-name": "f", "filename": "/base.img"})),
-            Step::Job(
+            job(
                 "blockdev-create",
                 || {
                     json!({"job-id": "job", "options": {
@@ -506,55 +451,36 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "mirror raw to qcow2, write-blocking",
-        layers: RAW_TO_QCOW2,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"copy-mode": "write-blocking"})),
-            Finish::Complete,
-        )],
+        on: &RAW_TO_QCOW2,
+        steps: &[mirror(|| json!({"copy-mode": "write-blocking"}), Finish::Complete)],
     },
     Script {
         name: "mirror raw to qcow2, read-write-blocking, on-error=stop",
-        layers: RAW_TO_QCOW2,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || {
-                mirror(
-                    json!({"copy-mode": "read-write-blocking", "on-source-error": "stop", "on-target-error": "enospc"}),
-                )
-            },
+        on: &RAW_TO_QCOW2,
+        steps: &[mirror(
+            || json!({"copy-mode": "read-write-blocking", "on-source-error": "stop", "on-target-error": "enospc"}),
             Finish::Complete,
         )],
     },
     Script {
         name: "mirror sync=none, soft cancel",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-mirror", || mirror(json!({"sync": "none"})), Finish::Stop)],
+        on: &QCOW2_TO_SMALL,
+        steps: &[mirror(|| json!({"sync": "none"}), Finish::Stop)],
     },
     Script {
         name: "mirror sync=top, complete",
-        layers: BESIDE,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-mirror", || mirror(json!({"sync": "top"})), Finish::Complete)],
+        on: &BESIDE,
+        steps: &[mirror(|| json!({"sync": "top"}), Finish::Complete)],
     },
     Script {
         name: "mirror sync=top, write-blocking, soft cancel",
-        layers: BESIDE,
-        disk: "disk",
-        steps: &[Step::Job(
-            "blockdev-mirror",
-            || mirror(json!({"sync": "top", "copy-mode": "write-blocking"})),
-            Finish::Stop,
-        )],
+        on: &BESIDE,
+        steps: &[mirror(|| json!({"sync": "top", "copy-mode": "write-blocking"}), Finish::Stop)],
     },
     Script {
         name: "drive-mirror to a new image",
-        layers: CLOSED,
-        disk: "disk",
-        steps: &[Step::Job(
+        on: &CLOSED,
+        steps: &[job(
             "drive-mirror",
             || json!({"job-id": "job", "device": "disk", "target": "/made.img", "sync": "full", "format": "qcow2"}),
             Finish::Complete,
@@ -562,9 +488,8 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "drive-backup to a new image",
-        layers: CLOSED,
-        disk: "disk",
-        steps: &[Step::Job(
+        on: &CLOSED,
+        steps: &[job(
             "drive-backup",
             || json!({"job-id": "job", "device": "disk", "target": "/made.img", "sync": "full", "format": "qcow2"}),
             Finish::Itself,
@@ -572,63 +497,46 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "commit the active layer with on-error=ignore",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({"on-error": "ignore"})), Finish::Complete)],
+        on: &SMALL,
+        steps: &[commit(|| json!({"on-error": "ignore"}), Finish::Complete)],
     },
     Script {
         name: "commit the active layer of four",
-        layers: CHAIN_OF_FOUR,
-        disk: "top",
-        steps: &[Step::Job("block-commit", || commit(json!({"base-node": "two"})), Finish::Complete)],
+        on: &CHAIN_OF_FOUR,
+        steps: &[commit(|| json!({"base-node": "two"}), Finish::Complete)],
     },
     Script {
         name: "commit the middle, naming the backing file",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-commit",
-            || commit(json!({"top-node": "mid", "backing-file": "base.img", "backing-mask-protocol": true})),
+        on: &CHAIN,
+        steps: &[commit(
+            || json!({"top-node": "mid", "backing-file": "base.img", "backing-mask-protocol": true}),
             Finish::Itself,
         )],
     },
     Script {
         name: "commit the second of four",
-        layers: CHAIN_OF_FOUR,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-commit",
-            || commit(json!({"top-node": "two", "on-error": "stop"})),
-            Finish::Itself,
-        )],
+        on: &CHAIN_OF_FOUR,
+        steps: &[commit(|| json!({"top-node": "two", "on-error": "stop"}), Finish::Itself)],
     },
     Script {
         name: "stream above a bottom",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job("block-stream", || stream(json!({"bottom": "mid"})), Finish::Itself)],
+        on: &CHAIN,
+        steps: &[stream(|| json!({"bottom": "mid"}), Finish::Itself)],
     },
     Script {
         name: "stream, naming the backing file",
-        layers: CHAIN,
-        disk: "top",
-        steps: &[Step::Job(
-            "block-stream",
-            || stream(json!({"base-node": "base", "backing-file": "base.img"})),
-            Finish::Itself,
-        )],
+        on: &CHAIN,
+        steps: &[stream(|| json!({"base-node": "base", "backing-file": "base.img"}), Finish::Itself)],
     },
     Script {
         name: "stream all below the active one",
-        layers: CHAIN_OF_FOUR,
-        disk: "top",
-        steps: &[Step::Job("block-stream", || json!({"job-id": "job", "device": "three"}), Finish::Itself)],
+        on: &CHAIN_OF_FOUR,
+        steps: &[job("block-stream", || json!({"job-id": "job", "device": "three"}), Finish::Itself)],
     },
     Script {
         name: "stream the middle of the chain over raw",
-        layers: SMALL,
-        disk: "top",
-        steps: &[Step::Job(
+        on: &SMALL,
+        steps: &[job(
             "block-stream",
             || json!({"job-id": "job", "device": "mid", "on-error": "stop"}),
             Finish::Itself,
@@ -636,71 +544,52 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "back up what is about to change, until cancelled",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-backup", || backup(json!({"sync": "none"})), Finish::Cancel)],
+        on: &QCOW2_TO_SMALL,
+        steps: &[backup(|| json!({"sync": "none"}), Finish::Cancel)],
     },
     Script {
         name: "back up compressed",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
-        steps: &[Step::Job("blockdev-backup", || backup(json!({"compress": true})), Finish::Itself)],
+        on: &QCOW2_TO_SMALL,
+        steps: &[backup(|| json!({"compress": true}), Finish::Itself)],
     },
     Script {
         name: "back up all, whatever becomes of it clears the bitmap",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
+        on: &QCOW2_TO_RAW,
         steps: &[
-            Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b"})),
+            ADD_BITMAP,
             Step::Rewrite(210, 20),
-            Step::Job(
-                "blockdev-backup",
-                || backup(json!({"bitmap": "b", "bitmap-mode": "always"})),
-                Finish::Itself,
-            ),
-            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"})),
+            backup(|| json!({"bitmap": "b", "bitmap-mode": "always"}), Finish::Itself),
+            REMOVE_BITMAP,
         ],
     },
     Script {
         name: "back up by a persistent bitmap",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
+        on: &QCOW2_TO_RAW,
         steps: &[
-            Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b", "persistent": true})),
+            ADD_PERSISTENT_BITMAP,
             Step::Rewrite(20, 70),
-            Step::Job(
-                "blockdev-backup",
-                || backup(json!({"sync": "incremental", "bitmap": "b"})),
-                Finish::Itself,
-            ),
-            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"})),
+            backup(|| json!({"sync": "incremental", "bitmap": "b"}), Finish::Itself),
+            REMOVE_BITMAP,
         ],
     },
     Script {
         name: "back up by a persistent bitmap, keeping what failed",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
+        on: &QCOW2_TO_SMALL,
         steps: &[
-            Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b", "persistent": true})),
+            ADD_PERSISTENT_BITMAP,
             Step::Rewrite(20, 70),
-            Step::Job(
-                "blockdev-backup",
-                || {
-                    backup(
-                        json!({"sync": "bitmap", "bitmap": "b", "bitmap-mode": "always", "on-target-error": "stop"}),
-                    )
-                },
+            backup(
+                || json!({"sync": "bitmap", "bitmap": "b", "bitmap-mode": "always", "on-target-error": "stop"}),
                 Finish::Itself,
             ),
-            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"})),
+            REMOVE_BITMAP,
         ],
     },
     Script {
         name: "store a persistent bitmap, load it and back up by it",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
+        on: &QCOW2_TO_RAW,
         steps: &[
-            Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b", "persistent": true})),
+            ADD_PERSISTENT_BITMAP,
             Step::Rewrite(200, 30),
             Step::Do("block-dirty-bitmap-disable", || json!({"node": "disk", "name": "b"})),
             Step::Do("block-dirty-bitmap-enable", || json!({"node": "disk", "name": "b"})),
@@ -708,44 +597,38 @@ pub(crate) const SCRIPTS: &[Script] = &[
                 "blockdev-reopen",
                 || json!({"options": [{"driver": "qcow2", "node-name": "disk", "file": "disk-file", "backing": null, "discard": "unmap"}]}),
             ),
-            Step::Job(
-                "blockdev-backup",
-                || backup(json!({"sync": "incremental", "bitmap": "b"})),
-                Finish::Itself,
-            ),
-            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"})),
+            backup(|| json!({"sync": "incremental", "bitmap": "b"}), Finish::Itself),
+            REMOVE_BITMAP,
         ],
     },
     Script {
         name: "a transaction clears a bitmap and starts a backup",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
+        on: &QCOW2_TO_SMALL,
         steps: &[
-            Step::Do("block-dirty-bitmap-add", || json!({"node": "disk", "name": "b"})),
+            ADD_BITMAP,
             Step::Rewrite(20, 5),
-            Step::Job(
+            job(
                 "transaction",
                 || {
                     json!({"actions": [
                         {"type": "block-dirty-bitmap-clear", "data": {"node": "disk", "name": "b"}},
-                        {"type": "blockdev-backup", "data": backup(json!({}))},
+                        {"type": "blockdev-backup", "data": usual_backup()},
                     ]})
                 },
                 Finish::Itself,
             ),
-            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "b"})),
+            REMOVE_BITMAP,
         ],
     },
     Script {
         name: "two backups end together or not at all",
-        layers: TWO_PAIRS,
-        disk: "disk",
-        steps: &[Step::Job(
+        on: &TWO_PAIRS,
+        steps: &[job(
             "transaction",
             || {
                 json!({"properties": {"completion-mode": "grouped"}, "actions": [
-                    {"type": "blockdev-backup", "data": backup(json!({}))},
-                    {"type": "blockdev-backup", "data": backup(json!({"job-id": "second", "device": "other", "target": "place"}))},
+                    {"type": "blockdev-backup", "data": usual_backup()},
+                    {"type": "blockdev-backup", "data": {"job-id": "second", "device": "other", "target": "place", "sync": "full"}},
                 ]})
             },
             Finish::Itself,
@@ -753,8 +636,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "a transaction puts made layers on two disks",
-        layers: TWO_PAIRS,
-        disk: "disk",
+        on: &TWO_PAIRS,
         steps: &[Step::Do("transaction", || {
             json!({"actions": [
                 {"type": "blockdev-snapshot-sync", "data": {"node-name": "disk", "snapshot-file": "/s1.img", "snapshot-node-name": "s1"}},
@@ -765,8 +647,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "put a layer on top that the command makes",
-        layers: CHAIN_AND_EMPTY,
-        disk: "mid",
+        on: &CHAIN_AND_EMPTY,
         steps: &[Step::Do(
             "blockdev-snapshot-sync",
             || json!({"node-name": "mid", "snapshot-file": "/s.img", "snapshot-node-name": "s", "format": "qcow2"}),
@@ -774,8 +655,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "take an internal snapshot, write, delete it",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
+        on: &QCOW2_TO_SMALL,
         steps: &[
             Step::Do("blockdev-snapshot-internal-sync", || json!({"device": "disk", "name": "s"})),
             Step::Rewrite(30, 50),
@@ -784,8 +664,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "a transaction takes two internal snapshots",
-        layers: TWO_AND_EMPTY,
-        disk: "disk",
+        on: &TWO_AND_EMPTY,
         steps: &[
             Step::Do(
                 "blockdev-add",
@@ -801,8 +680,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "change the backing file's name",
-        layers: CHAIN,
-        disk: "top",
+        on: &CHAIN,
         steps: &[Step::Do(
             "change-backing-file",
             || json!({"device": "top", "image-node-name": "mid", "backing-file": "/base.img"}),
@@ -810,8 +688,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "reopen an image read-only and back",
-        layers: CHAIN,
-        disk: "top",
+        on: &CHAIN,
         steps: &[
             Step::Do(
                 "blockdev-reopen",
@@ -825,8 +702,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "reopen the active image and its file with discard",
-        layers: SMALL,
-        disk: "top",
+        on: &SMALL,
         steps: &[
             Step::Rewrite(85, 9),
             Step::Do(
@@ -838,9 +714,8 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "amend an image",
-        layers: QCOW2_TO_RAW,
-        disk: "disk",
-        steps: &[Step::Job(
+        on: &QCOW2_TO_RAW,
+        steps: &[job(
             "x-blockdev-amend",
             || json!({"job-id": "job", "node-name": "disk", "options": {"driver": "qcow2"}}),
             Finish::ByHand,
@@ -848,21 +723,19 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "shrink an image",
-        layers: CLOSED,
-        disk: "disk",
+        on: &CLOSED,
         steps: &[
             Step::Do(
                 "blockdev-add",
                 || json!({"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "/base.img"}}),
             ),
             Step::Do("block_resize", || json!({"node-name": "n", "size": 12 << 10})),
-            Step::Do("blockdev-del", || json!({"node-name": "n"})),
+            CLOSE_N,
         ],
     },
     Script {
         name: "grow a raw image and a qcow2 image of small clusters",
-        layers: TWO_AND_EMPTY,
-        disk: "disk",
+        on: &TWO_AND_EMPTY,
         steps: &[
             Step::Do("block_resize", || json!({"node-name": "other", "size": 1 << 20})),
             Step::Do(
@@ -870,13 +743,12 @@ pub(crate) const SCRIPTS: &[Script] = &[
                 || json!({"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "/newer.img"}, "backing": null}),
             ),
             Step::Do("block_resize", || json!({"node-name": "n", "size": 64 << 20})),
-            Step::Do("blockdev-del", || json!({"node-name": "n"})),
+            CLOSE_N,
         ],
     },
     Script {
         name: "read one instant through copy-before-write",
-        layers: DISK_AND_TWO,
-        disk: "disk",
+        on: &DISK_AND_TWO,
         steps: &[
             Step::Do(
                 "blockdev-add",
@@ -886,7 +758,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
                 "blockdev-add",
                 || json!({"driver": "snapshot-access", "node-name": "instant", "file": "cbw"}),
             ),
-            Step::Job(
+            job(
                 "blockdev-backup",
                 || json!({"job-id": "job", "device": "instant", "target": "kept", "sync": "full"}),
                 Finish::Itself,
@@ -897,33 +769,23 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script {
         name: "back up while the guest writes",
-        layers: QCOW2_TO_SMALL,
-        disk: "disk",
+        on: &QCOW2_TO_SMALL,
         steps: &[
             Step::Rewrite(0, 5),
             Step::Rewrite(600, 30),
-            Step::Job(
-                "blockdev-backup",
-                || backup(json!({"x-perf": {"max-chunk": 65536, "max-workers": 2}})),
-                Finish::Itself,
-            ),
+            backup(|| json!({"x-perf": {"max-chunk": 65536, "max-workers": 2}}), Finish::Itself),
             Step::Rewrite(300, 10),
         ],
     },
     Script {
         name: "back up through a buffer",
-        layers: BUFFERED,
-        disk: "disk",
+        on: &BUFFERED,
         steps: &[
             Step::Do("blockdev-add", || {
                 json!({"driver": "qcow2", "node-name": "buffer", "discard": "unmap",
                        "file": {"driver": "file", "filename": "/buffer.img", "discard": "unmap"}})
             }),
-            Step::Job(
-                "blockdev-backup",
-                || backup(json!({"buffer": "buffer", "buffer-size": 65536})),
-                Finish::Itself,
-            ),
+            backup(|| json!({"buffer": "buffer", "buffer-size": 65536}), Finish::Itself),
             Step::Rewrite(205, 40),
         ],
     },
