@@ -48,26 +48,4 @@ impl Bug {
     ];
 }
 
-#[cfg(feature = "planted-bugs")]
-thread_local! {
-    static CHOSEN: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
-}
-
-/// Switches one defect on for this thread, or all off.
-#[cfg(feature = "planted-bugs")]
-pub fn plant(bug: Option<Bug>) {
-    CHOSEN.set(bug);
-}
-
-/// Whether `bug` is switched on.
-#[cfg(feature = "planted-bugs")]
-pub fn planted(bug: Bug) -> bool {
-    CHOSEN.get() == Some(bug)
-}
-
-/// Never: this build has no planted bugs.
-#[cfg(not(feature = "planted-bugs"))]
-#[inline(always)]
-pub const fn planted(_: Bug) -> bool {
-    false
-}
+env::planted_bugs!(Bug);

@@ -63,26 +63,4 @@ impl Bug {
     ];
 }
 
-#[cfg(feature = "planted-bugs")]
-thread_local! {
-    static CHOSEN: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
-}
-
-/// Switches one rule off for this thread, or all on.
-#[cfg(feature = "planted-bugs")]
-pub fn plant(bug: Option<Bug>) {
-    CHOSEN.set(bug);
-}
-
-/// Whether the rule of `bug` is switched off.
-#[cfg(feature = "planted-bugs")]
-pub fn planted(bug: Bug) -> bool {
-    CHOSEN.get() == Some(bug)
-}
-
-/// Never: this build has all rules.
-#[cfg(not(feature = "planted-bugs"))]
-#[inline(always)]
-pub const fn planted(_: Bug) -> bool {
-    false
-}
+env::planted_bugs!(Bug);
