@@ -93,6 +93,16 @@ impl Span {
         (Span { start: self.start, len }, Span { start: self.start + len, len: self.len - len })
     }
 
+    /// The span in pieces of `most` bytes (more than 0) from its start; the last may be shorter.
+    pub fn pieces(&self, most: u64) -> impl Iterator<Item = Span> + use<> {
+        let mut left = *self;
+        std::iter::from_fn(move || {
+            let (piece, rest) = left.split_at(most);
+            left = rest;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+
     /// The span moved so that it starts `by` bytes later.
     pub const fn shifted(&self, by: u64) -> Span {
         Span::new(self.start + by, self.len)
@@ -168,6 +178,14 @@ impl Extent {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_cover_a_span_once() {
+        let cut = |at: Span, most| at.pieces(most).map(|s| (s.start, s.len)).collect::<Vec<_>>();
+        assert_eq!(cut(Span::new(10, 100), 60), [(10, 60), (70, 40)]);
+        assert_eq!(cut(Span::new(0, 100), 50), [(0, 50), (50, 50)]);
+        assert_eq!(cut(Span::new(10, 0), 50), []);
+    }
 
     #[test]
     fn alignment_at_the_borders() {

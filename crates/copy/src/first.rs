@@ -78,11 +78,8 @@ pub async fn reads_as_zero(work: &Work, target: &Edge) -> Result<bool> {
 
 /// Makes the whole target read as zero, giving its space back; in steps.
 pub async fn zero_target(work: &Work, target: &Edge) -> Result<()> {
-    let mut left = Span::new(0, work.len());
-    while !left.is_empty() {
-        let (step, rest) = left.split_at(STEP);
+    for step in Span::new(0, work.len()).pieces(STEP) {
         target.zero(step, ReqFlags { may_unmap: true, ..ReqFlags::NONE }).await?;
-        left = rest;
         work.env.yield_now().await;
     }
     Ok(())

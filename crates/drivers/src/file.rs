@@ -118,11 +118,8 @@ impl FileNode {
     }
 
     async fn write_zeroes(&self, file: &Rc<dyn File>, at: Span) -> Result<()> {
-        let mut left = at;
-        while !left.is_empty() {
-            let (now, rest) = left.split_at(ZERO_WRITE);
+        for now in at.pieces(ZERO_WRITE) {
             file.write(now.start, Data::zeroes(now.len as usize)).await?;
-            left = rest;
         }
         Ok(())
     }

@@ -93,11 +93,8 @@ impl Storage for Rc<dyn env::File> {
 const ZERO_CHUNK: u64 = 1 << 20;
 
 async fn write_zeroes(file: &Rc<dyn env::File>, at: Span) -> Result<()> {
-    let mut left = at;
-    while !left.is_empty() {
-        let (now, rest) = left.split_at(ZERO_CHUNK);
+    for now in at.pieces(ZERO_CHUNK) {
         env::File::write(&**file, now.start, block::Data::zeroes(now.len as usize)).await?;
-        left = rest;
     }
     Ok(())
 }

@@ -157,11 +157,8 @@ async fn execute(s: &Session, c: Checked) -> Result<Outcome> {
         Cmd::Flush if planted("nbd: flush answered before older writes") => {}
         Cmd::Flush => edge.flush().await?,
         Cmd::Cache => {
-            let mut left = Span { len: c.span.len.min(MAX_PAYLOAD), ..c.span };
-            while !left.is_empty() {
-                let (piece, rest) = left.split_at(CACHE_PIECE);
+            for piece in c.span.split_at(MAX_PAYLOAD).0.pieces(CACHE_PIECE) {
                 drop(edge.read(piece).await?);
-                left = rest;
             }
         }
         Cmd::Disconnect => {}

@@ -7,7 +7,7 @@
 
 use super::chain::Chain;
 use super::device::{Device, SECTOR};
-use block::{BlockError, Data, ErrorKind, ReqFlags, Result, Span};
+use block::{BlockError, Data, ErrorKind, ReqFlags, Result};
 use env::os::shared::{GuestMemory, Piece};
 
 const T_IN: u32 = 0;
@@ -107,7 +107,7 @@ impl Request {
         match self.what {
             What::Read(sector) => {
                 let span = device.span(sector, c.writable_len - 1)?;
-                for piece in pieces(span) {
+                for piece in span.pieces(PIECE) {
                     let data = device.edge().read(piece).await?;
                     memory.scatter(&c.writable, piece.start - span.start, &data)?;
                 }
@@ -117,7 +117,7 @@ impl Request {
                 device.check_writable()?;
                 let span = device.span(sector, c.readable_len - HEADER)?;
                 let flags = device.write_flags();
-                for piece in pieces(span) {
+                for piece in span.pieces(PIECE) {
                     let from = HEADER + (piece.start - span.start);
                     let data = memory.gather(&c.readable, from, piece.len as usize)?;
                     device.edge().write(piece.start, data, flags).await?;
@@ -168,17 +168,4 @@ impl Request {
         device.edge().discard(span).await?;
         if write_flags.fua { device.edge().flush().await } else { Ok(()) }
     }
-}
-
-/// A long request in pieces.
-fn pieces(span: Span) -> impl Iterator<Item = Span> {
-    let mut left = span;
-    std::iter::from_fn(move || {
-        if left.is_empty() {
-            return None;
-        }
-        let (piece, rest) = left.split_at(PIECE);
-        left = rest;
-        Some(piece)
-    })
 }

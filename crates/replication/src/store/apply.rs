@@ -3,14 +3,12 @@
 use super::map::{Place, RangeMap};
 use super::record::{Kind, Record};
 use super::recover::role_number;
-use super::{Engine, Layer, Role, Store, pieces};
+use super::{Engine, Layer, PIECE, Role, Store};
 use crate::bugs::{Bug, planted};
 use crate::types::Generation;
 use block::{BlockError, ErrorKind, Result, Span};
 use std::rc::Rc;
 
-/// Bytes brought to the disk in one piece.
-const PIECE: u64 = 1 << 20;
 /// A merge holds new writes for its last pass once no more than this is left to bring over.
 const LAST_PASS: u64 = 1 << 20;
 /// Ranges freed at a time.
@@ -101,7 +99,7 @@ impl Store {
             for (span, place) in map.iter() {
                 match place {
                     Place::Log(from) => {
-                        for p in pieces(span, PIECE) {
+                        for p in span.pieces(PIECE) {
                             let data = self.log.read(Span::new(from + (p.start - span.start), p.len)).await?;
                             v.write(p.start, data).await?;
                         }
@@ -113,7 +111,7 @@ impl Store {
         Ok(())
     }
 
-    async fn flush_volumes(&self) -> Result<()> {
+    pub(super) async fn flush_volumes(&self) -> Result<()> {
         for v in &self.volumes {
             v.flush().await?;
         }

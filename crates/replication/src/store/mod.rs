@@ -44,6 +44,8 @@ pub const MIN_SIZE: u64 = 8 << 20;
 /// Kept back for control records, so that an epoch can always be decided: thousands of them, and one longest record for the end
 /// of the ring.
 const RESERVE: u64 = 2 << 20;
+/// Bytes copied between log and disk in one piece.
+const PIECE: u64 = 1 << 20;
 /// Ranges in the index over all layers: about 100 bytes each, so 200 MB.
 const MAX_RANGES: usize = 2_000_000;
 /// How long an own write waits for space before it fails (F-2).
@@ -280,16 +282,17 @@ impl Store {
                 payload: c.data.clone(),
             })
             .collect();
+        self.log_open(&records).await
+    }
+
+    /// Records with bytes of the open epoch: into the log and its index.
+    async fn log_open(&self, records: &[Record]) -> Result<()> {
         let turn = self.log.turn().await;
-        let places = self.log.append(&turn, &records, RESERVE).await?;
+        let places = self.log.append(&turn, records, RESERVE).await?;
         let mut s = self.state.borrow_mut();
         let Some(open) = s.layers.back_mut() else { return Ok(()) };
-        for (c, place) in changes.iter().zip(places) {
-            let place = if c.data.is_empty() { Place::Zero } else { Place::Log(place) };
-            if let Some(map) = open.maps.get_mut(usize::from(c.volume)) {
-                map.insert(c.at, place);
-            }
-            open.bytes += c.data.len() as u64;
+        for (r, place) in records.iter().zip(places) {
+            open.add(r, place);
         }
         Ok(())
     }
@@ -330,7 +333,7 @@ impl Store {
             let mut records = Vec::with_capacity(group.len());
             for (volume, span) in group {
                 let Some(v) = self.volumes.get(usize::from(*volume)) else { continue };
-                for piece in pieces(*span, 1 << 20) {
+                for piece in span.pieces(PIECE) {
                     let old = v.read(piece).await?;
                     let payload = if old.is_zero() { Data::empty() } else { old };
                     records.push(Record {
@@ -342,17 +345,7 @@ impl Store {
                     });
                 }
             }
-            let turn = self.log.turn().await;
-            let places = self.log.append(&turn, &records, RESERVE).await?;
-            let mut s = self.state.borrow_mut();
-            let Some(open) = s.layers.back_mut() else { return Ok(()) };
-            for (r, place) in records.iter().zip(places) {
-                let place = if r.payload.is_empty() { Place::Zero } else { Place::Log(place) };
-                if let Some(map) = open.maps.get_mut(usize::from(r.volume)) {
-                    map.insert(r.at, place);
-                }
-                open.bytes += r.payload.len() as u64;
-            }
+            self.log_open(&records).await?;
         }
         if !missing.is_empty() && !planted(Bug::PreimageNotDurable) {
             self.log.barrier().await?;
@@ -366,9 +359,7 @@ impl Store {
     /// Of the log or a disk.
     pub async fn flush_kept(&self) -> Result<()> {
         if self.engine == Engine::Undo {
-            for v in &self.volumes {
-                v.flush().await?;
-            }
+            self.flush_volumes().await?;
         }
         self.log.barrier().await
     }
@@ -379,9 +370,7 @@ impl Store {
     /// Of the log or a disk; the epoch must not be decided then.
     pub async fn prepare(&self, epoch: Epoch, digest: Digest, history: History) -> Result<()> {
         if self.engine == Engine::Undo && !planted(Bug::DataNotFlushedBeforeCommit) {
-            for v in &self.volumes {
-                v.flush().await?;
-            }
+            self.flush_volumes().await?;
         }
         let payload = record::history_bytes(&history, &digest);
         {
@@ -490,7 +479,7 @@ impl Store {
                 return if data.is_empty() { v.zero(at).await } else { v.write(at.start, data).await };
             }
             let mut records = Vec::new();
-            for piece in pieces(at, crate::wire::MAX_PAYLOAD as u64) {
+            for piece in at.pieces(crate::wire::MAX_PAYLOAD as u64) {
                 let from = usize::try_from(piece.start - at.start).unwrap_or(usize::MAX);
                 let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
                 let payload = if data.is_empty() { Data::empty() } else { data.slice(from, len) };
@@ -533,27 +522,11 @@ impl Store {
     /// Of the log.
     pub async fn own_flush(&self) -> Result<()> {
         if self.direct.get() {
-            for v in &self.volumes {
-                v.flush().await?;
-            }
-            return Ok(());
+            return self.flush_volumes().await;
         }
         if planted(Bug::OwnNotFlushed) {
             return Ok(());
         }
         self.log.barrier().await
     }
-}
-
-/// `at` in pieces of at most `most` bytes.
-fn pieces(at: Span, most: u64) -> impl Iterator<Item = Span> {
-    let mut left = at;
-    std::iter::from_fn(move || {
-        if left.is_empty() {
-            return None;
-        }
-        let (head, rest) = left.split_at(most);
-        left = rest;
-        Some(head)
-    })
 }

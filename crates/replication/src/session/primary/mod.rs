@@ -417,17 +417,14 @@ impl PrimaryGroup {
     /// Gives the change its numbers and queues it: no wait in here.
     fn admit(&self, volume: u16, at: Span, data: Option<&Data>) -> Result<Seq> {
         let most = if data.is_some() { MAX_PAYLOAD as u64 } else { ZERO_PIECE };
-        let mut left = at;
         let mut last = Seq(0);
-        while !left.is_empty() {
-            let (piece, rest) = left.split_at(most);
+        for piece in at.pieces(most) {
             let part = data.map(|d| d.slice((piece.start - at.start) as usize, piece.len as usize));
             let crc = part.as_ref().map_or(0, crc_of);
             let (seq, epoch) = self.core.borrow_mut().admit(volume, piece, crc)?;
             let frame = self.look(|c| c.frame(seq, epoch, change(volume, piece, part, crc, false)));
             self.each_session(|s| s.push(&frame));
             last = seq;
-            left = rest;
         }
         Ok(last)
     }
