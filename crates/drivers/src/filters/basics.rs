@@ -1,5 +1,6 @@
 //! What every filter with one child does the same way, and how filters are named in queries.
 
+use block::{Data, Span};
 use graph::{Edge, NodeCell, NodeDetails};
 use std::rc::Rc;
 
@@ -29,6 +30,88 @@ macro_rules! filter_basics {
     };
 }
 pub(crate) use filter_basics;
+
+/// Methods of [`graph::Node`] that a filter does not change: each that is named goes to the child in the field `$child` as
+/// it comes. `extents` is left to whoever walks through the filter, `close` has nothing of the filter's own to write back, and
+/// `details` are the child's under the name of a node that only its options describe.
+macro_rules! filter_passes {
+    (@limits $child:ident) => {
+        fn limits(&self) -> block::Limits {
+            self.$child.limits()
+        }
+    };
+    (@wants $child:ident) => {
+        fn wants(&self, _: &graph::Edge, above: graph::Demand, _: bool) -> graph::Demand {
+            above
+        }
+    };
+    (@read $child:ident) => {
+        fn read(&self, at: block::Span) -> block::Io<'_, block::Data> {
+            Box::pin(self.$child.read(at))
+        }
+    };
+    (@write $child:ident) => {
+        fn write(&self, at: block::Span, data: block::Data, flags: block::ReqFlags) -> block::Io<'_> {
+            Box::pin(self.$child.write(at.start, data, flags))
+        }
+    };
+    (@zero $child:ident) => {
+        fn zero(&self, at: block::Span, flags: block::ReqFlags) -> block::Io<'_> {
+            Box::pin(self.$child.zero(at, flags))
+        }
+    };
+    (@discard $child:ident) => {
+        fn discard(&self, at: block::Span) -> block::Io<'_> {
+            Box::pin(self.$child.discard(at))
+        }
+    };
+    (@extents $child:ident) => {
+        fn extents(&self, at: block::Span) -> block::Io<'_, Vec<block::Extent>> {
+            Box::pin(async move { Ok(vec![block::Extent::new(at, block::Kind::Unallocated)]) })
+        }
+    };
+    (@flush $child:ident) => {
+        fn flush(&self) -> block::Io<'_> {
+            Box::pin(self.$child.flush())
+        }
+    };
+    (@resize $child:ident) => {
+        fn resize(&self, len: u64, prealloc: block::Prealloc) -> block::Io<'_> {
+            Box::pin(self.$child.resize(len, prealloc))
+        }
+    };
+    (@close $child:ident) => {
+        fn close(&self) -> block::Io<'_> {
+            Box::pin(async { Ok(()) })
+        }
+    };
+    (@details $child:ident) => {
+        fn details(&self) -> block::Io<'_, graph::NodeDetails> {
+            Box::pin(async move {
+                let driver = graph::Node::driver(self);
+                $crate::filters::Given::default().details(driver, &self.$child).await
+            })
+        }
+    };
+    ($child:ident: $($what:ident),+) => {
+        $(filter_passes!(@$what $child);)+
+    };
+}
+pub(crate) use filter_passes;
+
+/// The part of `at` that the disk behind `edge` has: a filter with an alignment of its own is asked for whole units, of which the
+/// last may reach beyond the end.
+pub(crate) fn inside(edge: &Edge, at: Span) -> Span {
+    at.intersect(&Span::new(0, edge.len()))
+}
+
+/// Reads `at`, which may reach past the end of the disk behind `edge`: zeroes are there.
+pub(crate) async fn read_past_end(edge: &Edge, at: Span) -> block::Result<Data> {
+    let there = inside(edge, at);
+    let mut data = edge.read(there).await?;
+    data.append(Data::zeroes((at.len - there.len) as usize));
+    Ok(data)
+}
 
 /// Options as the client gave them: flat keys (`inject-error.0.event`) with their value as JSON text. For file names of the
 /// form `json:{…}` alone; what the options mean is in structs.

@@ -3,9 +3,9 @@
 //! What must stay true: readers see what they saw before (the images below keep showing it, whatever the base gets); nobody
 //! below has to promise its users anything for that, since the base alone is inconsistent meanwhile.
 
-use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
+use super::{filter_basics, filter_passes};
+use block::{BlockError, Data, ErrorKind, Io, Prealloc, ReqFlags, Span};
 use graph::{Demand, Edge, Node, NodeDetails};
-use std::any::Any;
 use std::rc::Rc;
 
 /// The filter.
@@ -25,23 +25,14 @@ fn read_only(what: &str) -> BlockError {
 }
 
 impl Node for CommitTop {
+    filter_basics!(below);
+    filter_passes!(below: limits, read, extents, flush, close);
+
     fn driver(&self) -> &'static str {
         "commit_top"
     }
-    fn len(&self) -> u64 {
-        self.below.len()
-    }
-    fn limits(&self) -> Limits {
-        self.below.limits()
-    }
-    fn edges(&self) -> Vec<Rc<Edge>> {
-        vec![self.below.clone()]
-    }
     fn wants(&self, _: &Edge, _: Demand, _: bool) -> Demand {
         Demand::NOTHING
-    }
-    fn read(&self, at: Span) -> Io<'_, Data> {
-        Box::pin(self.below.read(at))
     }
     fn write(&self, _: Span, _: Data, _: ReqFlags) -> Io<'_> {
         Box::pin(async { Err(read_only("writes")) })
@@ -52,28 +43,10 @@ impl Node for CommitTop {
     fn discard(&self, _: Span) -> Io<'_> {
         Box::pin(async { Err(read_only("discards")) })
     }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
-    fn flush(&self) -> Io<'_> {
-        Box::pin(self.below.flush())
-    }
     fn resize(&self, _: u64, _: Prealloc) -> Io<'_> {
         Box::pin(async { Err(read_only("other length")) })
     }
-    fn set_writable(&self, _: bool) -> Io<'_> {
-        Box::pin(async { Ok(()) })
-    }
-    fn close(&self) -> Io<'_> {
-        Box::pin(async { Ok(()) })
-    }
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move { self.below.child().node().details().await })
-    }
-    fn filtered(&self) -> Option<Rc<Edge>> {
-        Some(self.below.clone())
-    }
-    fn as_any(&self) -> &dyn Any {
-        self
     }
 }

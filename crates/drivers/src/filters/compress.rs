@@ -3,9 +3,9 @@
 //! Formats compress whole clusters, so the filter's alignment is the cluster: the common part of a node fills up what is
 //! shorter.
 
-use super::{Given, filter_basics};
-use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
-use graph::{Demand, Edge, Node, NodeDetails, walk};
+use super::{filter_basics, filter_passes, inside, read_past_end};
+use block::{BlockError, Data, Io, Limits, ReqFlags, Result, Span};
+use graph::{Edge, Node, walk};
 use std::rc::Rc;
 
 /// The filter.
@@ -24,15 +24,11 @@ impl Compress {
         }
         Ok(Rc::new(Compress { file }))
     }
-
-    /// The part of an aligned request that the disk has.
-    fn inside(&self, at: Span) -> Span {
-        at.intersect(&Span::new(0, self.file.len()))
-    }
 }
 
 impl Node for Compress {
     filter_basics!(file);
+    filter_passes!(file: wants, extents, flush, resize, close, details);
 
     fn driver(&self) -> &'static str {
         "compress"
@@ -41,44 +37,21 @@ impl Node for Compress {
         let below = self.file.limits();
         Limits { request_alignment: below.cluster_size.max(below.request_alignment), ..below }
     }
-    fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
-        above
-    }
 
     fn read(&self, at: Span) -> Io<'_, Data> {
-        Box::pin(async move {
-            let there = self.inside(at);
-            let mut data = self.file.read(there).await?;
-            data.append(Data::zeroes((at.len - there.len) as usize));
-            Ok(data)
-        })
+        Box::pin(read_past_end(&self.file, at))
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         Box::pin(async move {
-            let there = self.inside(at);
+            let there = inside(&self.file, at);
             let data = data.slice(0, there.len as usize);
             self.file.write(there.start, data, ReqFlags { compressed: true, ..flags }).await
         })
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
-        Box::pin(self.file.zero(self.inside(at), flags))
+        Box::pin(self.file.zero(inside(&self.file, at), flags))
     }
     fn discard(&self, at: Span) -> Io<'_> {
-        Box::pin(self.file.discard(self.inside(at)))
-    }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
-    fn flush(&self) -> Io<'_> {
-        Box::pin(self.file.flush())
-    }
-    fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
-        Box::pin(self.file.resize(len, prealloc))
-    }
-    fn close(&self) -> Io<'_> {
-        Box::pin(async { Ok(()) })
-    }
-    fn details(&self) -> Io<'_, NodeDetails> {
-        Box::pin(async move { Given::default().details(self.driver(), &self.file).await })
+        Box::pin(self.file.discard(inside(&self.file, at)))
     }
 }

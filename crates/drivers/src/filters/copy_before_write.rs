@@ -4,10 +4,10 @@
 //! What must stay true: a change reaches the disk only while the keeper says that the old bytes are kept, and inside the
 //! keeper's gate, so that whoever closes that gate knows that no change is on its way.
 
-use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
+use super::{filter_basics, filter_passes};
+use block::{BlockError, Data, Extent, Io, Prealloc, ReqFlags, Result, Span};
 use graph::gate::{Gate, Pass};
 use graph::{CopyRecord, Demand, Edge, Node, NodeDetails, Perms};
-use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -109,17 +109,11 @@ async fn begin<'a>(of: &CopyBeforeWrite, keeper: &'a dyn Keeper, at: Span) -> Re
 }
 
 impl Node for CopyBeforeWrite {
+    filter_basics!(file, [file, target], file);
+    filter_passes!(file: limits, extents);
+
     fn driver(&self) -> &'static str {
         "copy-before-write"
-    }
-    fn len(&self) -> u64 {
-        self.file.len()
-    }
-    fn limits(&self) -> Limits {
-        self.file.limits()
-    }
-    fn edges(&self) -> Vec<Rc<Edge>> {
-        vec![self.file.clone(), self.target.clone()]
     }
     fn wants(&self, edge: &Edge, above: Demand, _: bool) -> Demand {
         let others = Perms::CONSISTENT_READ.with(Perms::WRITE_UNCHANGED);
@@ -184,9 +178,6 @@ impl Node for CopyBeforeWrite {
             }),
         }
     }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
     fn flush(&self) -> Io<'_> {
         if let Err(e) = self.check_fence() {
             return Box::pin(async { Err(e) });
@@ -199,9 +190,6 @@ impl Node for CopyBeforeWrite {
             Err(BlockError::new(block::ErrorKind::Busy, why))
         })
     }
-    fn set_writable(&self, _: bool) -> Io<'_> {
-        Box::pin(async { Ok(()) })
-    }
     fn close(&self) -> Io<'_> {
         self.set_keeper(None);
         Box::pin(async { Ok(()) })
@@ -212,11 +200,5 @@ impl Node for CopyBeforeWrite {
             let records = self.keeper().map(|k| k.records()).unwrap_or_default();
             Ok(NodeDetails { records, specific: Vec::new(), ..details })
         })
-    }
-    fn filtered(&self) -> Option<Rc<Edge>> {
-        Some(self.file.clone())
-    }
-    fn as_any(&self) -> &dyn Any {
-        self
     }
 }

@@ -7,11 +7,11 @@
 //! With `bottom`, only what the layers from the top down to that node hold is copied; without, whatever the top does not
 //! hold, so that zeroes are stored, too.
 
-use super::{Given, filter_basics};
-use block::{Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
+use super::{filter_basics, filter_passes};
+use block::{Data, Io, ReqFlags, Result, Span};
 use graph::ranges::RangeLocks;
 use graph::walk::{self, ChainExtent};
-use graph::{DebugEvent, Demand, Edge, Node, NodeCell, NodeDetails, Perms};
+use graph::{DebugEvent, Demand, Edge, Node, NodeCell, Perms};
 use std::rc::{Rc, Weak};
 
 /// Bytes copied at once: bounds memory, and is long enough to be fast.
@@ -76,9 +76,7 @@ impl CopyOnRead {
 
     async fn copy(&self, run: Span) -> Result<()> {
         let flags = ReqFlags { unchanged: true, ..ReqFlags::NONE };
-        let mut left = run;
-        while !left.is_empty() {
-            let (now, rest) = left.split_at(PIECE);
+        for now in run.pieces(PIECE) {
             let data = self.file.read(now).await?;
             self.file.announce(DebugEvent::CorWrite);
             if data.is_zero() {
@@ -86,7 +84,6 @@ impl CopyOnRead {
             } else {
                 self.file.write(now.start, data, flags).await?;
             }
-            left = rest;
         }
         Ok(())
     }
@@ -105,12 +102,10 @@ impl CopyOnRead {
 
 impl Node for CopyOnRead {
     filter_basics!(file);
+    filter_passes!(file: limits, extents, flush, resize, close, details);
 
     fn driver(&self) -> &'static str {
         "copy-on-read"
-    }
-    fn limits(&self) -> Limits {
-        self.file.limits()
     }
     fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
         // Who writes past us is not kept from what we are copying, so nobody may.
@@ -140,20 +135,5 @@ impl Node for CopyOnRead {
             let _lock = self.ranges.lock(at, false).await;
             self.file.discard(at).await
         })
-    }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
-    fn flush(&self) -> Io<'_> {
-        Box::pin(self.file.flush())
-    }
-    fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
-        Box::pin(self.file.resize(len, prealloc))
-    }
-    fn close(&self) -> Io<'_> {
-        Box::pin(async { Ok(()) })
-    }
-    fn details(&self) -> Io<'_, NodeDetails> {
-        Box::pin(async move { Given::default().details(self.driver(), &self.file).await })
     }
 }

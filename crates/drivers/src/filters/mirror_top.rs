@@ -5,9 +5,9 @@
 //! before a job begins and after it let go, requests go straight to the source. What must stay true: a request is
 //! handled by the tap that was there when it came, to its end.
 
-use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
+use super::{filter_basics, filter_passes};
+use block::{BlockError, Data, Io, Prealloc, ReqFlags, Span};
 use graph::{CopyRecord, Demand, Edge, Node, NodeDetails, Perms};
-use std::any::Any;
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -67,20 +67,14 @@ impl MirrorTop {
 }
 
 impl Node for MirrorTop {
+    filter_basics!(source);
+    filter_passes!(source: limits, extents, flush);
+
     fn driver(&self) -> &'static str {
         match self.purpose {
             Purpose::Mirror | Purpose::Commit => "mirror_top",
             Purpose::Stream => "copy-on-read",
         }
-    }
-    fn len(&self) -> u64 {
-        self.source.len()
-    }
-    fn limits(&self) -> Limits {
-        self.source.limits()
-    }
-    fn edges(&self) -> Vec<Rc<Edge>> {
-        vec![self.source.clone()]
     }
     fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
         let needs = match self.purpose {
@@ -115,19 +109,10 @@ impl Node for MirrorTop {
             Some(tap) => Box::pin(async move { tap.discard(&self.source, at).await }),
         }
     }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
-    fn flush(&self) -> Io<'_> {
-        Box::pin(self.source.flush())
-    }
     fn resize(&self, _: u64, _: Prealloc) -> Io<'_> {
         Box::pin(async {
             Err(BlockError::new(block::ErrorKind::Busy, "a disk cannot be resized while a job copies it"))
         })
-    }
-    fn set_writable(&self, _: bool) -> Io<'_> {
-        Box::pin(async { Ok(()) })
     }
     fn close(&self) -> Io<'_> {
         self.set_tap(None);
@@ -139,11 +124,5 @@ impl Node for MirrorTop {
             let tap = self.tap().filter(|_| self.purpose != Purpose::Stream);
             Ok(NodeDetails { records: tap.map(|tap| tap.record()).into_iter().collect(), ..details })
         })
-    }
-    fn filtered(&self) -> Option<Rc<Edge>> {
-        Some(self.source.clone())
-    }
-    fn as_any(&self) -> &dyn Any {
-        self
     }
 }

@@ -14,6 +14,5 @@ pub mod throttle;
 pub mod throttle_limits;
 
 pub use basics::Given;
-pub(crate) use basics::description;
-pub(crate) use basics::filter_basics;
+pub(crate) use basics::{description, filter_basics, filter_passes, inside, read_past_end};
 pub(crate) use quorum::all;

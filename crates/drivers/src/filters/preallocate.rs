@@ -4,9 +4,9 @@
 //! closes or turns read-only; nobody else changes the file's length meanwhile (the filter shares neither writing nor resizing
 //! while it may do both itself).
 
-use super::Given;
-use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
-use graph::{Demand, Edge, Node, NodeDetails, Perms};
+use super::filter_passes;
+use block::{BlockError, ErrorKind, Io, Prealloc, Result};
+use graph::{Demand, Edge, Node, Perms};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -87,14 +87,13 @@ impl Preallocate {
 }
 
 impl Node for Preallocate {
+    filter_passes!(file: limits, read, write, zero, discard, extents, flush, details);
+
     fn driver(&self) -> &'static str {
         "preallocate"
     }
     fn len(&self) -> u64 {
         self.seen()
-    }
-    fn limits(&self) -> Limits {
-        self.file.limits()
     }
     fn edges(&self) -> Vec<Rc<Edge>> {
         vec![self.file.clone()]
@@ -109,24 +108,6 @@ impl Node for Preallocate {
         Demand { needs, shares: above.shares }
     }
 
-    fn read(&self, at: Span) -> Io<'_, Data> {
-        Box::pin(self.file.read(at))
-    }
-    fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
-        Box::pin(self.file.write(at.start, data, flags))
-    }
-    fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
-        Box::pin(self.file.zero(at, flags))
-    }
-    fn discard(&self, at: Span) -> Io<'_> {
-        Box::pin(self.file.discard(at))
-    }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
-    fn flush(&self) -> Io<'_> {
-        Box::pin(self.file.flush())
-    }
     fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
         Box::pin(self.set_len(len, prealloc))
     }
@@ -135,9 +116,6 @@ impl Node for Preallocate {
     }
     fn close(&self) -> Io<'_> {
         Box::pin(self.give_back())
-    }
-    fn details(&self) -> Io<'_, NodeDetails> {
-        Box::pin(async move { Given::default().details(self.driver(), &self.file).await })
     }
     fn filtered(&self) -> Option<Rc<Edge>> {
         Some(self.file.clone())

@@ -12,8 +12,8 @@
 //!   half-way ([`Replication::bypass`]).
 //! * Nobody is inside while the gate is closed: whoever closes it may exchange what is below.
 
-use super::Given;
-use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
+use super::{Given, filter_passes};
+use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Prealloc, ReqFlags, Result, Span};
 use env::Env;
 use graph::gate::{Gate, Gated};
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
@@ -31,7 +31,7 @@ pub enum Side {
     Secondary,
 }
 
-/// How far replication is.
+/// How far replication is, of this node or of a group of the crate `replication`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Stage {
     /// Not started: all requests fail.
@@ -303,14 +303,13 @@ impl Replication {
 }
 
 impl Node for Replication {
+    filter_passes!(file: limits);
+
     fn driver(&self) -> &'static str {
         "replication"
     }
     fn len(&self) -> u64 {
         self.file.len()
-    }
-    fn limits(&self) -> Limits {
-        self.file.limits()
     }
     fn edges(&self) -> Vec<Rc<Edge>> {
         let mut edges = vec![self.file.clone()];

@@ -3,12 +3,12 @@
 //! What can happen: the filter goes away, or its instant is lost, while it is read: then reads fail, they never give
 //! newer bytes. A discard tells the filter that the bytes need not be kept any more.
 
-use block::{BlockError, Data, Extent, Io, Limits, ReqFlags, Result, Span};
+use super::copy_before_write::{CopyBeforeWrite, Keeper};
+use super::filter_passes;
+use block::{BlockError, Data, Extent, Io, ReqFlags, Result, Span};
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::any::Any;
 use std::rc::Rc;
-
-use super::copy_before_write::{CopyBeforeWrite, Keeper};
 
 /// The node.
 pub struct SnapshotAccess {
@@ -35,14 +35,13 @@ fn read_only<'a>() -> Io<'a> {
 }
 
 impl Node for SnapshotAccess {
+    filter_passes!(file: limits, close);
+
     fn driver(&self) -> &'static str {
         "snapshot-access"
     }
     fn len(&self) -> u64 {
         self.file.len()
-    }
-    fn limits(&self) -> Limits {
-        self.file.limits()
     }
     fn edges(&self) -> Vec<Rc<Edge>> {
         vec![self.file.clone()]
@@ -81,9 +80,6 @@ impl Node for SnapshotAccess {
         Box::pin(async { Ok(()) })
     }
     fn set_writable(&self, _: bool) -> Io<'_> {
-        Box::pin(async { Ok(()) })
-    }
-    fn close(&self) -> Io<'_> {
         Box::pin(async { Ok(()) })
     }
     fn details(&self) -> Io<'_, NodeDetails> {

@@ -6,11 +6,11 @@
 //! requests do not wait at all (they count all the same); nothing is kept of a request that was dropped.
 
 use super::throttle_limits::{Buckets, Config, Direction};
-use super::{Given, filter_basics};
-use block::{Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
+use super::{Given, filter_basics, filter_passes};
+use block::{Data, Io, ReqFlags, Span};
 use env::Env;
 use env::sync::{Notify, OneshotSender, oneshot, race};
-use graph::{Demand, Edge, Node, NodeDetails};
+use graph::{Edge, Node, NodeDetails};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -235,15 +235,10 @@ impl Throttle {
 
 impl Node for Throttle {
     filter_basics!(file);
+    filter_passes!(file: limits, wants, extents, flush, resize, close);
 
     fn driver(&self) -> &'static str {
         "throttle"
-    }
-    fn limits(&self) -> Limits {
-        self.file.limits()
-    }
-    fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
-        above
     }
     fn hurry(&self) -> Option<Box<dyn Any>> {
         let seat = self.seat.borrow().1.clone();
@@ -274,18 +269,6 @@ impl Node for Throttle {
             self.pass(Direction::Write, at.len).await;
             self.file.discard(at).await
         })
-    }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
-    fn flush(&self) -> Io<'_> {
-        Box::pin(self.file.flush())
-    }
-    fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
-        Box::pin(self.file.resize(len, prealloc))
-    }
-    fn close(&self) -> Io<'_> {
-        Box::pin(async { Ok(()) })
     }
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {

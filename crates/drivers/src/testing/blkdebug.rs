@@ -5,8 +5,8 @@
 
 use super::blkdebug_config;
 use super::blkdebug_rules::{IoType, Rule, Rules};
-use crate::filters::{Given, filter_basics};
-use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
+use crate::filters::{Given, filter_basics, filter_passes, inside, read_past_end};
+use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Result, Span};
 use env::{Env, OpenMode};
 use graph::{DebugEvent, Demand, Edge, Node, NodeDetails, Perms};
 use std::cell::{Cell, RefCell};
@@ -100,7 +100,7 @@ impl Blkdebug {
         for now in pieces(at, self.options.opt_write_zero, self.options.max_write_zero) {
             outcome = self.check(IoType::WriteZeroes, now).await;
             if outcome.is_ok() {
-                outcome = self.image.zero(self.inside(now), flags).await;
+                outcome = self.image.zero(inside(&self.image, now), flags).await;
             }
             if outcome.is_err() {
                 break;
@@ -108,12 +108,6 @@ impl Blkdebug {
         }
         self.wrote();
         outcome
-    }
-
-    /// The part of an aligned request that the child has: with an alignment of its own the filter's last block may reach
-    /// beyond the end.
-    fn inside(&self, at: Span) -> Span {
-        at.intersect(&Span::new(0, self.image.len()))
     }
 }
 
@@ -170,6 +164,7 @@ fn pieces(at: Span, unit: u64, max: u64) -> impl Iterator<Item = Span> {
 
 impl Node for Blkdebug {
     filter_basics!(image);
+    filter_passes!(image: resize, close);
 
     fn driver(&self) -> &'static str {
         "blkdebug"
@@ -195,10 +190,7 @@ impl Node for Blkdebug {
     fn read(&self, at: Span) -> Io<'_, Data> {
         Box::pin(async move {
             self.check(IoType::Read, at).await?;
-            let there = self.inside(at);
-            let mut data = self.image.read(there).await?;
-            data.append(Data::zeroes((at.len - there.len) as usize));
-            Ok(data)
+            read_past_end(&self.image, at).await
         })
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
@@ -206,7 +198,7 @@ impl Node for Blkdebug {
             self.tell(DebugEvent::Pwritev);
             let mut outcome = self.check(IoType::Write, at).await;
             if outcome.is_ok() {
-                let there = self.inside(at);
+                let there = inside(&self.image, at);
                 outcome = self.image.write(there.start, data.slice(0, there.len as usize), flags).await;
             }
             self.wrote();
@@ -220,7 +212,7 @@ impl Node for Blkdebug {
         Box::pin(async move {
             for now in pieces(at, self.options.opt_discard, self.options.max_discard) {
                 self.check(IoType::Discard, now).await?;
-                self.image.discard(self.inside(now)).await?;
+                self.image.discard(inside(&self.image, now)).await?;
                 self.written.set(true);
             }
             Ok(())
@@ -240,12 +232,6 @@ impl Node for Blkdebug {
             self.written.set(false);
             self.image.flush().await
         })
-    }
-    fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
-        Box::pin(self.image.resize(len, prealloc))
-    }
-    fn close(&self) -> Io<'_> {
-        Box::pin(async { Ok(()) })
     }
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {

@@ -8,8 +8,8 @@
 //! The log: one sector with the superblock (magic, version, number of entries, sector size), then entries of one sector each
 //! (place, length, flags), the data of a write behind its entry. All numbers are little-endian, places in sectors of the log.
 
-use crate::filters::{Given, filter_basics};
-use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
+use crate::filters::{Given, filter_basics, filter_passes};
+use block::{BlockError, Data, ErrorKind, Io, Limits, Prealloc, ReqFlags, Result, Span};
 use graph::ranges::RangeLocks;
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::cell::Cell;
@@ -206,6 +206,7 @@ async fn read_log(log: &Rc<Edge>) -> Result<(u64, u64, u64)> {
 
 impl Node for BlkLogWrites {
     filter_basics!(file, [file, log], file);
+    filter_passes!(file: read, extents);
 
     fn driver(&self) -> &'static str {
         "blklogwrites"
@@ -223,9 +224,6 @@ impl Node for BlkLogWrites {
         Demand { needs: Perms::CONSISTENT_READ.with(writing), shares }
     }
 
-    fn read(&self, at: Span) -> Io<'_, Data> {
-        Box::pin(self.file.read(at))
-    }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         Box::pin(async move {
             let now = ReqFlags { fua: false, ..flags };
@@ -244,9 +242,6 @@ impl Node for BlkLogWrites {
             self.file.discard(at).await?;
             self.done(at, DISCARD, None, false).await
         })
-    }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
     }
     fn flush(&self) -> Io<'_> {
         Box::pin(self.flush_logged())

@@ -4,8 +4,8 @@
 //! write goes to both, nobody compares while a write to the same bytes is between them, and a difference fails the request
 //! that finds it, with its place.
 
-use crate::filters::{all, description, filter_basics};
-use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
+use crate::filters::{all, description, filter_basics, filter_passes};
+use block::{BlockError, Data, ErrorKind, Io, Limits, Prealloc, ReqFlags, Result, Span};
 use graph::ranges::RangeLocks;
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::rc::Rc;
@@ -53,6 +53,7 @@ fn first_difference(a: &Data, b: &Data) -> u64 {
 
 impl Node for Blkverify {
     filter_basics!(test, [raw, test], raw);
+    filter_passes!(raw: extents, close);
 
     fn driver(&self) -> &'static str {
         "blkverify"
@@ -108,9 +109,6 @@ impl Node for Blkverify {
         // What discarded bytes read as may differ.
         Box::pin(async { Ok(()) })
     }
-    fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
-        Box::pin(async move { Ok(vec![Extent::new(at, Kind::Unallocated)]) })
-    }
     fn flush(&self) -> Io<'_> {
         Box::pin(async move {
             self.both(Span::new(0, 0), "a flush", |c| Box::pin(c.flush())).await?;
@@ -123,9 +121,6 @@ impl Node for Blkverify {
             self.both(at, "a resize", |c| Box::pin(c.resize(len, prealloc))).await?;
             Ok(())
         })
-    }
-    fn close(&self) -> Io<'_> {
-        Box::pin(async { Ok(()) })
     }
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
