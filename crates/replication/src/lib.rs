@@ -23,4 +23,4 @@ pub mod store;
 pub mod types;
 pub mod wire;
 
-pub use types::{Epoch, Generation, GroupId, Op, Seq, Stage};
+pub use types::{Epoch, Generation, GroupId, Op, Seq};

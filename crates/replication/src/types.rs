@@ -76,31 +76,3 @@ pub enum Op {
     /// Reads as zero afterwards.
     Zero,
 }
-
-/// QEMU's five stages, kept as a reported field.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Stage {
-    /// Not started.
-    None,
-    /// Replicating.
-    Running,
-    /// The buffer is being merged into the disk.
-    Failover,
-    /// The merge failed; the buffer stays authoritative.
-    FailoverFailed,
-    /// Over.
-    Done,
-}
-
-impl Stage {
-    /// As reported.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Stage::None => "none",
-            Stage::Running => "running",
-            Stage::Failover => "failover",
-            Stage::FailoverFailed => "failover-failed",
-            Stage::Done => "done",
-        }
-    }
-}

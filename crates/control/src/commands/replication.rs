@@ -4,6 +4,7 @@ use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::address::SocketAddress;
 use crate::error::{QmpError, Reply};
+use drivers::filters::replication::Stage;
 use qapi::{Map, Value, json};
 use replication::ack::{AckLevel, Quorum};
 use replication::primary::{Config, LinkPolicy, Primary};
@@ -370,8 +371,8 @@ fn secondary(s: &SecondaryGroup, out: &mut Map<String, Value>) {
     put("role", json!("secondary"));
     put("stage", json!(s.stage().name()));
     let state = match (s.stage(), s.is_connected()) {
-        (replication::Stage::Running, true) => "running",
-        (replication::Stage::Running, false) => "detached",
+        (Stage::Running, true) => "running",
+        (Stage::Running, false) => "detached",
         (stage, _) => stage.name(),
     };
     put("state", json!(state));

@@ -13,6 +13,7 @@ use crate::primary::Config;
 use crate::store::{EdgeVolume, Engine, MIN_SIZE, NewStore, Role, Store, Volume};
 use crate::types::{Generation, GroupId};
 use block::{BlockError, ErrorKind, Result};
+use drivers::filters::replication::Stage;
 use env::{Address, Existing, OpenMode};
 use graph::{Demand, Graph, NodeCell, NodeOptions, Parent, Plan, Role as EdgeRole, Step};
 use std::cell::RefCell;
@@ -351,7 +352,7 @@ impl Group {
                 Ok(())
             }
             Acting::Secondary(s) => {
-                if s.stage() != crate::Stage::Done {
+                if s.stage() != Stage::Done {
                     return Err(refused(format!(
                         "group '{}' is a secondary at a checkpoint: fail over first ({})",
                         self.new.id,
