@@ -1,6 +1,6 @@
 //! What cannot be written or read: headers, bases, images that are committed; under each policy.
 
-use super::{compare, header, images, job};
+use super::{compare, header, images, job, served};
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::until;
 use crate::mirrors::{DISK, Writer};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 /// Four images as nodes `n0` to `n3`, with `rules` of blkdebug in front of the file of image `n`.
 fn serve(dir: &Dir, n: usize, rules: &Value) -> (Daemon, Client) {
     images(dir, 4);
-    let mut words = Vec::new();
+    let mut nodes = Vec::new();
     for i in 0..4 {
         let backing = if i > 0 { json!(format!("n{}", i - 1)) } else { Value::Null };
         let mut file = json!({"driver": "file", "filename": format!("{i}.qcow2"), "auto-read-only": true});
@@ -22,15 +22,9 @@ fn serve(dir: &Dir, n: usize, rules: &Value) -> (Daemon, Client) {
         let mut node =
             json!({"driver": "qcow2", "node-name": format!("n{i}"), "backing": backing, "file": file});
         node["read-only"] = json!(i < 3);
-        words.extend(["--blockdev".to_owned(), node.to_string()]);
+        nodes.push(node);
     }
-    let export = "nbd,id=e0,node-name=n3,name=disk,writable=on";
-    words
-        .extend(["--nbd-server", "addr.type=unix,addr.path=nbd.sock", "--export", export].map(str::to_owned));
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let daemon = Daemon::start(dir, &words);
-    let client = daemon.client();
-    (daemon, client)
+    served(dir, &nodes)
 }
 
 /// The error that the job ended with.

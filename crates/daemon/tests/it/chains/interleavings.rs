@@ -4,7 +4,7 @@
 //! LIVEBLK_SEED sets the first seed, LIVEBLK_ROUNDS how many there are (`cargo xtask interleave` runs 1,000), LIVEBLK_JOB one of
 //! [`KINDS`] if not all are to be played.
 
-use super::images;
+use super::{images, served};
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::tool;
 use crate::mirrors::{DISK, Writer, seed};
@@ -52,7 +52,7 @@ fn faulty(rng: &mut Rng, mut file: Value, from: u64) -> Value {
 
 /// The chain as nodes `n0` to `n3`, served; with `faults` a request here and there fails.
 fn serve(dir: &Dir, rng: &mut Rng, faults: bool) -> (Daemon, Client) {
-    let mut words = Vec::new();
+    let mut nodes = Vec::new();
     for i in 0..4 {
         let backing = if i > 0 { json!(format!("n{}", i - 1)) } else { Value::Null };
         let mut file = json!({"driver": "file", "filename": format!("{i}.qcow2"), "auto-read-only": true,
@@ -63,15 +63,9 @@ fn serve(dir: &Dir, rng: &mut Rng, faults: bool) -> (Daemon, Client) {
         let mut node = json!({"driver": "qcow2", "node-name": format!("n{i}"), "backing": backing, "file": file,
             "discard": "unmap", "read-only": i < 3});
         node["auto-read-only"] = json!(true);
-        words.extend(["--blockdev".to_owned(), node.to_string()]);
+        nodes.push(node);
     }
-    let export = "nbd,id=e0,node-name=n3,name=disk,writable=on";
-    words
-        .extend(["--nbd-server", "addr.type=unix,addr.path=nbd.sock", "--export", export].map(str::to_owned));
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let daemon = Daemon::start(dir, &words);
-    let client = daemon.client();
-    (daemon, client)
+    served(dir, &nodes)
 }
 
 /// What is played in a round.

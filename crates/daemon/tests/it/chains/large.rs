@@ -1,6 +1,6 @@
 //! Long chains and vast disks: what nobody allocated costs no time.
 
-use super::{compare, header, job};
+use super::{compare, header, job, served};
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::{tool, until};
 use crate::mirrors::{DISK, Writer};
@@ -37,7 +37,7 @@ fn long_chain(dir: &Dir, layers: usize) {
 
 /// The images as nodes `n0` and up, the last one served.
 fn serve(dir: &Dir, files: &[String]) -> (Daemon, Client) {
-    let mut words = Vec::new();
+    let mut nodes = Vec::new();
     for (n, file) in files.iter().enumerate() {
         let backing = if n > 0 { json!(format!("n{}", n - 1)) } else { Value::Null };
         let format = file.rsplit_once('.').unwrap().1;
@@ -46,16 +46,9 @@ fn serve(dir: &Dir, files: &[String]) -> (Daemon, Client) {
         if format == "qcow2" {
             node["backing"] = backing;
         }
-        words.extend(["--blockdev".to_owned(), node.to_string()]);
+        nodes.push(node);
     }
-    let export = format!("nbd,id=e0,node-name=n{},name=disk,writable=on", files.len() - 1);
-    words.extend(
-        ["--nbd-server", "addr.type=unix,addr.path=nbd.sock", "--export", &export].map(str::to_owned),
-    );
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let daemon = Daemon::start(dir, &words);
-    let client = daemon.client();
-    (daemon, client)
+    served(dir, &nodes)
 }
 
 fn run(c: &mut Client, command: &str, arguments: Value) {

@@ -30,7 +30,7 @@ fn images(dir: &Dir, layers: usize) {
 
 /// The chain as nodes `n0` to the top one, which is served as "disk"; all but the top one read-only.
 fn serve(dir: &Dir, layers: usize) -> (Daemon, Client) {
-    let mut words = Vec::new();
+    let mut nodes = Vec::new();
     for n in 0..layers {
         let backing = if n > 0 { json!(format!("n{}", n - 1)) } else { Value::Null };
         let mut node = json!({"driver": "qcow2", "node-name": format!("n{n}"), "backing": backing, "discard": "unmap",
@@ -39,13 +39,19 @@ fn serve(dir: &Dir, layers: usize) -> (Daemon, Client) {
             node["read-only"] = json!(true);
             node["auto-read-only"] = json!(true);
         }
-        words.extend(["--blockdev".to_owned(), node.to_string()]);
+        nodes.push(node);
     }
-    let export = format!("nbd,id=e0,node-name=n{},name=disk,writable=on", layers - 1);
-    words.extend(
-        ["--nbd-server", "addr.type=unix,addr.path=nbd.sock", "--export", &export].map(str::to_owned),
-    );
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    served(dir, &nodes)
+}
+
+/// A daemon with these nodes, the last of them served as "disk".
+fn served(dir: &Dir, nodes: &[Value]) -> (Daemon, Client) {
+    let top = nodes.last().unwrap()["node-name"].as_str().unwrap();
+    let export = format!("nbd,id=e0,node-name={top},name=disk,writable=on");
+    let nodes: Vec<String> = nodes.iter().map(Value::to_string).collect();
+    let mut words = vec!["--nbd-server", "addr.type=unix,addr.path=nbd.sock"];
+    words.extend(nodes.iter().flat_map(|node| ["--blockdev", node]));
+    words.extend(["--export", &export]);
     let daemon = Daemon::start(dir, &words);
     let client = daemon.client();
     (daemon, client)
