@@ -261,9 +261,10 @@ impl Activity {
             history: self.history(),
             runs: (runs.len() <= MAX_RUNS).then_some(runs),
         };
-        self.sequence.set(sequence);
         self.file.write(sequence % 2 * SLOT, slot.encode()).await?;
         self.file.barrier().await?;
+        // Only now: what failed is tried again in the same slot, and never where the last whole one is.
+        self.sequence.set(sequence);
         // A mark that was taken away meanwhile must not come back as durable: it is not in the next slot.
         let marked = self.marked.borrow();
         for ((d, s), m) in self.durable.borrow_mut().iter_mut().zip(&snapshot).zip(marked.iter()) {
