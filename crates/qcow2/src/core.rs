@@ -59,6 +59,8 @@ pub(crate) struct Core {
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,
     pub(crate) snapshots: RefCell<Snapshots>,
+    /// Flags of the active tables may not fit the counts (`snapshot`).
+    pub(crate) flags_due: Cell<bool>,
     pub(crate) bitmaps: Bitmaps,
     pub(crate) corrupt: Cell<bool>,
     /// Work that goes on without its requests.

@@ -75,6 +75,7 @@ pub(crate) async fn open(
         corrupt: Cell::new(false),
         background,
         snapshots: Default::default(),
+        flags_due: Cell::new(false),
         on_corruption: RefCell::new(None),
         heading: Loading::default(),
     });

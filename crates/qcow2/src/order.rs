@@ -22,7 +22,7 @@ use crate::core::Core;
 use crate::header::INCOMPAT_DIRTY;
 use block::{BlockError, Data, ErrorKind, Result};
 use env::bugs::planted;
-use env::sync::{Notify, OneshotSender, oneshot};
+use env::sync::{OneshotSender, oneshot};
 use graph::DebugEvent;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -33,8 +33,6 @@ use std::rc::Rc;
 pub(crate) struct Order {
     waiting: RefCell<Vec<OneshotSender<Result<()>>>>,
     running: Cell<bool>,
-    /// Notified when none is running any more.
-    rested: Notify,
     /// Something was written that must be durable before a mapping that now is dirty (or refcounts were written without a
     /// barrier since).
     before_mapping: Cell<bool>,
@@ -109,24 +107,6 @@ impl Core {
         }
     }
 
-    /// A commit with all that it does after its answer: no commit is running and no count is dirty. So the caches may be
-    /// dropped, until the next wait.
-    pub(crate) async fn commit_to_the_end(self: &Rc<Self>) -> Result<()> {
-        loop {
-            self.commit().await?;
-            loop {
-                let rested = self.order.rested.wait();
-                if !self.order.running.get() {
-                    break;
-                }
-                rested.await;
-            }
-            if !self.rb.borrow().is_dirty() {
-                return Ok(());
-            }
-        }
-    }
-
     /// A guest's flush.
     pub(crate) async fn flush(self: &Rc<Self>) -> Result<()> {
         if !self.needs_commit() && !self.corrupt.get() {
@@ -150,7 +130,6 @@ impl Core {
                 core.commit_once(waiting).await;
             }
             core.order.running.set(false);
-            core.order.rested.notify_all();
         });
     }
 
@@ -220,6 +199,7 @@ impl Core {
         self.commit().await?;
         let frees = self.frees_until_now();
         self.release(frees, true).await?;
+        self.set_due_flags().await?;
         self.order.set_lazy(false);
         self.commit().await?;
         self.file.trim(self.space.end() << self.geo.cluster_bits()).await?;

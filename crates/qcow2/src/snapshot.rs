@@ -5,8 +5,11 @@
 //! In between, counts and flags in the file do not fit together, so the image is marked dirty for as long (version 3; what a crash
 //! leaves is put right when it is opened again; docs/durability.md says why nothing is endangered without the mark, either).
 //!
-//! What must stay true: no request runs meanwhile, nor any commit but ours, so that everything is in the file and the caches
-//! can be dropped at the end; a change that fails before the header names the new table is undone.
+//! What must stay true: no request runs meanwhile, nor any commit but ours, so that everything is in the file; a change that
+//! fails before the header names the new table is undone. What is kept in memory follows each step without being read again,
+//! so that no failed I/O leaves the two apart. Flags that could not be brought in line with the counts are *due*: that is
+//! harmless to guests (a write makes a copy too many, or goes where no snapshot looks), it is tried again whenever the
+//! metadata is settled, and until it is done the image stays marked.
 
 use crate::core::Core;
 use crate::header::{Header, INCOMPAT_DIRTY, MAX_L1_BYTES, MAX_SNAPSHOTS};
@@ -290,25 +293,12 @@ impl Core {
             core.mark_changing().await?;
             let done = change(core.clone()).await;
             core.space.close_packed_data();
-            core.start_anew().await?;
             // The image stays marked if that fails, and closing it tries again.
             let _marked = core.settle_metadata().await;
             core.order.set_lazy(core.wants_lazy());
             done
         })
         .await
-    }
-
-    /// The tables in the file are right, whatever the caches say of flags: counts are brought there, then all is read anew.
-    async fn start_anew(self: &Rc<Self>) -> Result<()> {
-        if self.corrupt.get() {
-            return Ok(());
-        }
-        let mut read = self.commit_to_the_end().await;
-        if read.is_ok() {
-            read = self.load_tables().await;
-        }
-        read.map_err(|e| self.found_corrupt(format!("tables could not be read again: {e}"), None, None))
     }
 
     async fn mark_changing(self: &Rc<Self>) -> Result<()> {
@@ -332,10 +322,11 @@ impl Core {
         };
         if made.is_err() && !self.corrupt.get() {
             // The tables name the old snapshots only: the new counts go, and the flags come back.
+            // What fails here is a count too high, or a flag that is due.
             let (_, lowered) = self.count(&l1, Way::Down, counted).await;
-            lowered?;
-            self.set_flags(l1).await?;
-            self.commit().await?;
+            if lowered.is_ok() {
+                let _due = self.flags_before_counts().await;
+            }
         }
         made
     }
@@ -353,9 +344,12 @@ impl Core {
         list.push(new.clone());
         let placed = self.place(encode(&list)).await;
         let done = match &placed {
-            Ok((at, _)) => self.name_table(list.len(), *at, Some(l1)).await,
+            Ok((at, _)) => self.name_table(list, *at, true).await,
             Err(e) => Err(e.clone()),
         };
+        if done.is_ok() {
+            self.note_meta(l1_at, l1.len() as u64 * 8, Meta::InactiveL1);
+        }
         if done.is_err() && !self.corrupt.get() {
             self.free_clusters(self.geo.host_cluster(l1_at).0, l1_clusters, false);
             if let Ok((at, n)) = placed {
@@ -368,25 +362,32 @@ impl Core {
     async fn delete_now(self: &Rc<Self>, list: Vec<Snapshot>, gone: &Snapshot) -> Result<()> {
         let l1 = self.snapshot_l1(gone).await?;
         let (at, clusters) = self.place(encode(&list)).await?;
-        if let Err(e) = self.name_table(list.len(), at, None).await {
+        if let Err(e) = self.name_table(list, at, false).await {
             if !self.corrupt.get() {
                 self.free_clusters(self.geo.host_cluster(at).0, clusters, false);
             }
             return Err(e);
         }
-        // From here on a failure leaks space, no more.
+        // The snapshot is deleted. From here on a failure leaks space, no more: to tell of it as of a failed deletion would have
+        // the client try again what is done.
         let (_, lowered) = self.count(&l1, Way::Down, u64::MAX).await;
-        let clusters = self.geo.clusters_for(l1.len() as u64 * 8);
-        self.free_clusters(self.geo.host_cluster(gone.l1).0, clusters, false);
-        lowered?;
-        self.flags_before_counts().await
+        let (first, clusters) =
+            (self.geo.host_cluster(gone.l1).0, self.geo.clusters_for(l1.len() as u64 * 8));
+        self.meta.borrow_mut().remove(first, Meta::InactiveL1);
+        self.free_clusters(first, clusters, false);
+        match lowered {
+            Err(e) if self.corrupt.get() => Err(e),
+            _ => {
+                let _due = self.flags_before_counts().await;
+                Ok(())
+            }
+        }
     }
 
     /// Lowered counts go to the file behind the flags that follow from them: a flag whose count is still too high is a leak, a
     /// count of one without its flag would be taken for damage.
     async fn flags_before_counts(self: &Rc<Self>) -> Result<()> {
-        let active = self.l1.borrow().entries.clone();
-        self.set_flags(active).await?;
+        self.set_flags().await?;
         self.commit().await
     }
 
@@ -407,19 +408,19 @@ impl Core {
         }
     }
 
-    /// Counts and tables are durable; then the flags of the active tables are (`l1` says which, if they change); then the header
-    /// names the table of `count` snapshots at `at`. What it named before is given back.
-    async fn name_table(self: &Rc<Self>, count: usize, at: HostOffset, l1: Option<&[u64]>) -> Result<()> {
+    /// Counts and tables are durable; then the flags of the active tables are, if they change; then the header names the table at
+    /// `at`, which holds `list`. What it named before is given back.
+    async fn name_table(self: &Rc<Self>, list: Vec<Snapshot>, at: HostOffset, flags: bool) -> Result<()> {
         self.order.data_before_mapping();
         self.commit().await?;
         self.barriers().await?;
-        if let Some(l1) = l1 {
-            self.set_flags(l1.to_vec()).await?;
+        if flags {
+            self.set_flags().await?;
         }
         let (old_count, old_at, before, after) = {
             let mut h = self.header.borrow_mut();
             let (count_now, at_now, before) = (h.snapshot_count, h.snapshots_offset, h.patch_snapshots());
-            h.snapshot_count = count as u32;
+            h.snapshot_count = list.len() as u32;
             h.snapshots_offset = at;
             (count_now, at_now, before, h.patch_snapshots())
         };
@@ -429,8 +430,12 @@ impl Core {
             h.snapshots_offset = old_at;
             return Err(e);
         }
-        let old = self.geo.clusters_for(self.snapshots.borrow().len);
-        self.free_clusters(self.geo.host_cluster(old_at).0, old, false);
+        let len = encode(&list).len() as u64;
+        let old = self.snapshots.replace(Snapshots { list, len, damage: None });
+        let first = self.geo.host_cluster(old_at).0;
+        self.meta.borrow_mut().remove(first, Meta::SnapshotTable);
+        self.free_clusters(first, self.geo.clusters_for(old.len), false);
+        self.note_meta(at, len, Meta::SnapshotTable);
         Ok(())
     }
 
@@ -500,6 +505,7 @@ impl Core {
                 }
             }
         }
+        self.flags_due.set(true);
         counting.left -= 1;
         counting.done += 1;
         Ok(())
@@ -544,10 +550,19 @@ impl Core {
         Ok(data.map_err(named)?.to_vec())
     }
 
+    /// Brings the flags in line that an earlier change of snapshots could not. No request is running, no change is only cached.
+    pub(crate) async fn set_due_flags(self: &Rc<Self>) -> Result<()> {
+        if self.flags_due.get() { self.set_flags().await } else { Ok(()) }
+    }
+
     /// Brings the COPIED flags of the active tables in line with the counts, in the file, durably.
-    async fn set_flags(self: &Rc<Self>, mut l1: Vec<u64>) -> Result<()> {
+    async fn set_flags(self: &Rc<Self>) -> Result<()> {
         let size = self.geo.l2_entry_size() as usize;
-        let mut changed = false;
+        // a write of the L1 table that failed may have changed it in part
+        let mut changed = self.flags_due.replace(true);
+        // what is cached of the tables has the old flags; nothing there is dirty
+        self.l2.borrow_mut().clear();
+        let mut l1 = self.l1.borrow().entries.clone();
         for (index, slot) in l1.iter_mut().enumerate() {
             let Some(table) = self.decode_l1(index, *slot)? else { continue };
             let mut bytes = self.read_table(table).await?;
@@ -573,8 +588,11 @@ impl Core {
             let bytes: Vec<u8> = l1.iter().flat_map(|e| e.to_be_bytes()).collect();
             let at = self.l1.borrow().at;
             self.file.write(at.0, bytes.into()).await?;
+            self.l1.borrow_mut().entries = l1;
         }
-        self.file.barrier().await
+        self.file.barrier().await?;
+        self.flags_due.set(false);
+        Ok(())
     }
 
     async fn is_alone(self: &Rc<Self>, at: HostOffset) -> Result<bool> {
