@@ -13,6 +13,7 @@ mod mirror;
 mod pair;
 mod replicate;
 mod status;
+mod switchover;
 mod watch;
 
 use clap::{Args, Parser, Subcommand};
@@ -38,6 +39,8 @@ enum Command {
     Replicate(replicate::ReplicateArgs),
     /// Let the secondary of a pair take over, at the last checkpoint
     Failover(failover::FailoverArgs),
+    /// Change the sides of a pair without losing anything (typed on the primary)
+    Switchover(switchover::SwitchoverArgs),
     /// Show disks, exports, pairs and jobs of a running daemon
     Status(SocketArgs),
     /// Show the progress of jobs until they end
@@ -88,6 +91,7 @@ fn run(command: Command) -> Outcome {
         Command::Mirror(args) => mirror::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Replicate(args) => replicate::run(&args),
+        Command::Switchover(args) => switchover::run(&args),
         Command::Failover(args) => failover::run(&args),
         Command::Status(args) => status::run(&mut Client::connect(&args.socket)?),
         Command::Watch(args) => watch::run(&args),

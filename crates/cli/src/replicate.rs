@@ -109,7 +109,7 @@ fn bytes(word: &str) -> Outcome<u64> {
 }
 
 /// `HOST:PORT`, or a path if there is a slash in it.
-fn address(word: &str) -> Outcome<Value> {
+pub(crate) fn address(word: &str) -> Outcome<Value> {
     if word.contains('/') {
         return Ok(json!({"type": "unix", "path": absolute(word)?}));
     }
@@ -123,7 +123,7 @@ fn address(word: &str) -> Outcome<Value> {
 }
 
 /// The daemon may have another working directory.
-fn absolute(path: &str) -> Outcome<String> {
+pub(crate) fn absolute(path: &str) -> Outcome<String> {
     let path = std::path::absolute(path).map_err(|e| format!("{path}: {e}"))?;
     path.to_str().map(str::to_owned).ok_or_else(|| format!("{}: not UTF-8", path.display()))
 }
@@ -233,7 +233,6 @@ fn state(client: &mut Client, group: &str) -> Outcome<Value> {
 }
 
 fn primary(args: &ReplicateArgs, client: &mut Client, peer: &str, at: &Value) -> Outcome {
-    let group = json!({"group": args.group});
     let now = state(client, &args.group)?;
     match (now["role"].as_str(), now["stage"].as_str()) {
         (Some("primary"), _) if now["state"] == "fenced" => {
@@ -243,7 +242,7 @@ fn primary(args: &ReplicateArgs, client: &mut Client, peer: &str, at: &Value) ->
                 args.disk
             ));
         }
-        (Some("secondary"), Some("done")) => drop(client.execute("replication-stop", &group)?),
+        (Some("secondary"), Some("done")) => {}
         (Some("secondary"), _) => {
             return Err(format!("this side is a secondary\n  To take over: liveblk failover {}", args.group));
         }

@@ -162,6 +162,48 @@ fn the_primary_is_killed_under_load_and_the_ledger_is_whole_at_the_checkpoint() 
     assert_eq!(dir.whole("a"), kept);
 }
 
+/// X9: the sides change while an application writes. Everything acknowledged is on the other side; the former primary follows from
+/// where it was, without a copy of the disk; and the same way back.
+#[test]
+fn sides_are_changed_under_load_without_loss_and_without_a_copy() {
+    let dir = a_pair("switchover");
+    let mut last = 0;
+    for (from, to) in [("a", "b"), ("b", "a"), ("a", "b")] {
+        let (mut writer, mut said) = dir.ledger(from);
+        let before = dir.checkpoint(to);
+        until(|| dir.checkpoint(to) > before + 1);
+        let told = dir.ok(&format!("switchover --socket {from}.qmp --listen ./{from}.repl"));
+        assert!(told.contains("nothing was lost"), "{told}");
+        // the application is told: its write was not taken
+        writer.wait().unwrap();
+        let mut line = String::new();
+        said.read_line(&mut line).unwrap();
+        let acknowledged = number_after(&line, "; ");
+        assert!(line.contains("failed") && acknowledged > last, "{line}");
+        assert_eq!(dir.whole(to), acknowledged, "from {from} to {to}");
+        last = acknowledged;
+        until(|| dir.ok(&format!("status --socket {to}.qmp")).contains("primary, in sync"));
+        // what was sent to the former primary is a small part of the 64 MiB
+        let (mut writer, _said) = dir.ledger(to);
+        let before = dir.checkpoint(from);
+        until(|| dir.checkpoint(from) > before + 1);
+        writer.kill().unwrap();
+        writer.wait().unwrap();
+        let mut c = qmpclient::Client::connect(&dir.0.join(format!("{to}.qmp"))).unwrap();
+        let facts = c.execute("query-replication", &serde_json::json!({})).unwrap();
+        let copied = facts[0]["peers"][0]["resync-bytes"].as_u64().unwrap();
+        drop(c);
+        assert!(copied <= 4 << 20, "{copied} bytes were copied");
+        last = last.max(dir.whole(to));
+    }
+    // neither the new primary's daemon nor the former one's says anything else
+    assert!(dir.refused("switchover --socket a.qmp --listen ./x.repl").contains("type this on the primary"));
+    let why = dir.refused("switchover --socket b.qmp --listen ./x.repl --to ./nowhere");
+    assert!(why.contains("has no peer"), "{why}");
+    // refused before anything was given up: still the primary
+    assert!(dir.ok("status --socket b.qmp").contains("primary, in sync"));
+}
+
 /// A running daemon whose disk is written to all the time: the pair is set up beneath the client.
 #[test]
 fn a_served_disk_becomes_a_primary_under_load() {

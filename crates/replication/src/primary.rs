@@ -38,6 +38,11 @@ pub enum LinkPolicy {
     IoError,
 }
 
+impl LinkPolicy {
+    /// All, in the order of their numbers on the wire.
+    pub const ALL: [LinkPolicy; 3] = [LinkPolicy::Degrade, LinkPolicy::Suspend, LinkPolicy::IoError];
+}
+
 /// What is set for a group; may change at any time.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Config {
@@ -81,6 +86,8 @@ pub enum PeerState {
     Running,
     /// Refused; only a human can go on.
     Refused,
+    /// Not a peer any more.
+    Removed,
 }
 
 impl PeerState {
@@ -89,9 +96,15 @@ impl PeerState {
         matches!(self, PeerState::Syncing | PeerState::Synced | PeerState::Running)
     }
 
+    /// Whether nobody tries to connect any more.
+    pub const fn is_final(self) -> bool {
+        matches!(self, PeerState::Refused | PeerState::Removed)
+    }
+
     /// As in QMP.
     pub const fn name(self) -> &'static str {
         match self {
+            PeerState::Removed => "removed",
             PeerState::Down => "disconnected",
             PeerState::Connecting => "connecting",
             PeerState::Syncing => "syncing",
@@ -142,6 +155,8 @@ pub enum Input<'a> {
     Decide(Epoch, bool),
     /// Other settings.
     Configure(Config),
+    /// A peer is none any more.
+    Remove(usize),
 }
 
 /// What is to be done, in this order.
@@ -439,7 +454,7 @@ impl Primary {
         if self.fenced.is_some() {
             return Standing::Fail;
         }
-        if matches!(level, AckLevel::Local | AckLevel::Checkpoint) || self.peers.is_empty() {
+        if matches!(level, AckLevel::Local | AckLevel::Checkpoint) || self.no_peers() {
             return Standing::Done;
         }
         let at = |p: usize| self.peers.get(p).filter(|p| p.counts()).map(|p| p.progress.at(level));
@@ -460,6 +475,9 @@ impl Primary {
     /// A volume that is too long for a bitmap.
     pub fn step(&mut self, input: Input<'_>, out: &mut Vec<Output>) -> Result<()> {
         match input {
+            Input::Connected(peer) if self.peers.get(peer).is_none_or(|p| p.state.is_final()) => {
+                out.push(Output::Close(peer));
+            }
             Input::Connected(peer) => {
                 let hello =
                     Hello { group: self.group, history: self.history.clone(), volumes: self.volumes.clone() };
@@ -476,6 +494,12 @@ impl Primary {
             }
             Input::Mark => self.mark(out),
             Input::Decide(epoch, commit) => self.decide_by_hand(epoch, commit, out),
+            Input::Remove(peer) => {
+                self.down(peer, "removed", out);
+                self.set_state(peer, PeerState::Removed, "removed", out);
+                self.clean(out);
+                out.push(Output::Progress);
+            }
             Input::Configure(config) => {
                 self.config = config;
                 self.judge(out);
@@ -499,7 +523,7 @@ impl Primary {
     fn judge(&mut self, out: &mut Vec<Output>) {
         let peers = &self.peers;
         let possible = self.config.quorum.possible(|p| peers.get(p).is_some_and(Peer::counts), peers.len());
-        if possible == self.degraded && !peers.is_empty() {
+        if possible == self.degraded && !self.no_peers() {
             self.degraded = !possible;
             out.push(Output::Event(if possible {
                 Event::Restored { since: self.last.next() }
@@ -515,7 +539,7 @@ impl Primary {
         p.progress = Progress::default();
         p.open = Digest::default();
         p.limit = 0;
-        let new = if p.state == PeerState::Refused { PeerState::Refused } else { PeerState::Down };
+        let new = if p.state.is_final() { p.state } else { PeerState::Down };
         self.set_state(peer, new, why, out);
         self.leaves_marks(peer, why, out);
     }
@@ -548,7 +572,7 @@ impl Primary {
     }
 
     fn peer_says(&mut self, peer: usize, frame: &Frame, out: &mut Vec<Output>) -> Result<()> {
-        if self.peers.get(peer).is_none_or(|p| p.state == PeerState::Down) {
+        if self.peers.get(peer).is_none_or(|p| matches!(p.state, PeerState::Down | PeerState::Removed)) {
             return Ok(());
         }
         match &frame.body {
@@ -764,7 +788,14 @@ impl Primary {
         for m in self.marks.iter_mut().filter(|m| m.epoch <= epoch) {
             m.committed.push(peer);
         }
-        if let Some(all) = self.peers.iter().map(|p| p.committed).min().flatten()
+        self.clean(out);
+        self.finish_marks(out);
+    }
+
+    /// Forgets what every peer has.
+    fn clean(&mut self, out: &mut Vec<Output>) {
+        let present = self.peers.iter().filter(|p| p.state != PeerState::Removed);
+        if let Some(all) = present.map(|p| p.committed).min().flatten()
             && all > self.dirty.floor()
         {
             if !planted(Bug::DirtyClearedOnSend) {
@@ -772,7 +803,11 @@ impl Primary {
             }
             out.push(Output::Clean(all));
         }
-        self.finish_marks(out);
+    }
+
+    /// Whether there is nobody to replicate to.
+    fn no_peers(&self) -> bool {
+        self.peers.iter().all(|p| p.state == PeerState::Removed)
     }
 
     fn finish_marks(&mut self, out: &mut Vec<Output>) {

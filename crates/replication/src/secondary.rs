@@ -12,7 +12,7 @@ use crate::bugs::{Bug, planted};
 use crate::digest::Digest;
 use crate::history::{History, Relation};
 use crate::types::{Epoch, Generation, GroupId, Seq};
-use crate::wire::{Ack, Body, Frame, Hello, Reject, VolumeInfo, Welcome};
+use crate::wire::{Ack, Body, Frame, HandOver, Hello, Reject, VolumeInfo, Welcome};
 use std::collections::VecDeque;
 
 /// Epochs that may be marked and undecided at once. Two keep the primary going while one is decided.
@@ -97,6 +97,8 @@ pub enum Output {
     Vetoed(Epoch, String),
     /// Both sides were promoted.
     SplitBrain(History),
+    /// The primary hands the group over at the checkpoint this side is at: promote, and say [`Input::Promoted`].
+    TakeOver(Box<HandOver>),
 }
 
 struct Sealed {
@@ -286,6 +288,16 @@ impl Secondary {
             Body::Abort => {
                 s.sealed.retain(|x| x.epoch != frame.epoch);
                 out.push(Output::Abort(frame.epoch));
+            }
+            Body::HandOver(hand) => {
+                // Nothing may be lost: this must be the last checkpoint, with nothing behind it.
+                let last = s.sealed.is_empty() && s.open.count == 0 && s.poisoned.is_none();
+                if last && frame.epoch == self.history.epoch() {
+                    return out.push(Output::TakeOver(hand.clone()));
+                }
+                let text =
+                    format!("this side is at checkpoint {}, with more behind it", self.history.epoch());
+                out.push(self.send(id, frame.epoch, Body::Veto { text }));
             }
             _ => self.protocol_error(id, "a frame that only a secondary sends", out),
         }

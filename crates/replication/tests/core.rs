@@ -255,6 +255,7 @@ impl World {
                 }
                 secondary::Output::Fenced(_)
                 | secondary::Output::Vetoed(..)
+                | secondary::Output::TakeOver(_)
                 | secondary::Output::SplitBrain(_) => {}
             }
             let rest = out.split_off(i);
@@ -480,4 +481,45 @@ fn every_removed_rule_is_found() {
         let (seed, e) = found.unwrap_or_else(|| panic!("{bug:?} was not found"));
         println!("{bug:?}: seed {seed}: {e}");
     }
+}
+
+/// X9: a secondary takes a group over only if it holds exactly the checkpoint that it is given it at.
+#[test]
+fn a_group_is_taken_over_only_at_the_checkpoint_it_is_handed_over_at() {
+    use replication::secondary::{Input, Output, Secondary};
+    use replication::wire::{Body, Frame, HandOver, Hello};
+    let group = GroupId::of_name("model");
+    let mut history = History::begin(Generation(1));
+    history.advance(Epoch(4));
+    let hand = HandOver {
+        name: "a".into(),
+        address: "a:1".into(),
+        write_level: AckLevel::Local,
+        flush_level: AckLevel::RemoteDurable,
+        min_acks: 1,
+        policy: primary::LinkPolicy::Degrade,
+        interval_ms: 0,
+        timeout_ms: 1000,
+    };
+    let ask = |epoch: u64, change: bool, session: u64| {
+        let mut s = Secondary::new(group, volumes(), Generation(1), history.clone(), false);
+        let mut out = Vec::new();
+        let frame =
+            |seq, epoch, body| Frame { generation: Generation(1), seq: Seq(seq), epoch: Epoch(epoch), body };
+        let hello = Hello { group, history: history.clone(), volumes: volumes() };
+        s.step(Input::Frame(1, &frame(0, 5, Body::Hello(Box::new(hello)))), &mut out);
+        s.step(Input::Begun { session: 1, limit: u64::MAX }, &mut out);
+        s.step(Input::Frame(1, &frame(7, 5, Body::Flush)), &mut out);
+        if change {
+            let body = Body::Zero { volume: 0, at: block(1), unmap: true, catch_up: false };
+            s.step(Input::Frame(1, &frame(8, 5, body)), &mut out);
+        }
+        let asked = frame(7 + u64::from(change), epoch, Body::HandOver(Box::new(hand.clone())));
+        s.step(Input::Frame(session, &asked), &mut out);
+        out.iter().any(|o| matches!(o, Output::TakeOver(h) if **h == hand))
+    };
+    assert!(ask(4, false, 1));
+    assert!(!ask(3, false, 1) && !ask(5, false, 1), "another checkpoint");
+    assert!(!ask(4, true, 1), "there is more");
+    assert!(!ask(4, false, 2), "not the primary");
 }

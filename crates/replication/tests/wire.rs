@@ -4,10 +4,12 @@
 
 use block::{Data, Span};
 use bytes::Bytes;
+use replication::ack::AckLevel;
 use replication::digest::Digest;
 use replication::history::History;
+use replication::primary::LinkPolicy;
 use replication::wire::{
-    Ack, Body, Decoder, Frame, HEADER, Hello, MAX_PAYLOAD, Reject, VolumeInfo, Welcome, crc_of,
+    Ack, Body, Decoder, Frame, HEADER, HandOver, Hello, MAX_PAYLOAD, Reject, VolumeInfo, Welcome, crc_of,
 };
 use replication::{Epoch, Generation, GroupId, Seq};
 use sim::Rng;
@@ -31,7 +33,7 @@ fn history(rng: &mut Rng) -> History {
 fn body(rng: &mut Rng) -> Body {
     let text = |rng: &mut Rng| "é".repeat(rng.index(80));
     let digest = |rng: &mut Rng| Digest { count: rng.draw(), bytes: rng.draw(), sum: rng.draw() };
-    match rng.below(18) {
+    match rng.below(19) {
         0 => Body::Hello(Box::new(Hello {
             group: GroupId::of_name(&format!("g{}", rng.below(100))),
             history: history(rng),
@@ -86,6 +88,16 @@ fn body(rng: &mut Rng) -> Body {
         13 => Body::Committed { epoch_digest: digest(rng) },
         14 => Body::Ping { sent: rng.draw() },
         15 => Body::Pong { sent: rng.draw() },
+        17 => Body::HandOver(Box::new(HandOver {
+            name: text(rng),
+            address: text(rng),
+            write_level: *rng.choose(&AckLevel::ALL),
+            flush_level: *rng.choose(&AckLevel::ALL),
+            min_acks: rng.draw() as u16,
+            policy: *rng.choose(&LinkPolicy::ALL),
+            interval_ms: rng.draw(),
+            timeout_ms: rng.draw(),
+        })),
         16 => Body::Fenced { by: Generation(rng.draw()) },
         _ => Body::Bye { text: text(rng) },
     }

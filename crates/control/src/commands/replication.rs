@@ -18,9 +18,12 @@ pub(super) const COMMANDS: &[Entry] = &[
     entry::<GroupAdd>(),
     entry::<GroupRemove>(),
     entry::<PeerAdd>(),
+    entry::<PeerRemove>(),
+    entry::<Set>(),
     entry::<Start>(),
     entry::<Checkpoint>(),
     entry::<Failover>(),
+    entry::<Switchover>(),
     entry::<Stop>(),
     entry::<Query>(),
 ];
@@ -126,6 +129,88 @@ impl Command for PeerAdd {
     }
 }
 
+/// Removes a secondary from those to forward to.
+#[derive(Deserialize)]
+struct PeerRemove {
+    group: String,
+    peer: String,
+}
+
+impl Command for PeerRemove {
+    const NAME: &'static str = "replication-peer-remove";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        group(&daemon, &self.group)?.remove_peer(&self.peer)?;
+        Ok(json!({}))
+    }
+}
+
+/// Changes settings of a primary while it runs; what is not named stays.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Set {
+    group: String,
+    write_level: Option<String>,
+    flush_level: Option<String>,
+    min_acks: Option<u64>,
+    on_link_loss: Option<String>,
+    timeout_ms: Option<u64>,
+    checkpoint_interval_ms: Option<u64>,
+}
+
+impl Command for Set {
+    const NAME: &'static str = "replication-set";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let Acting::Primary(primary) = group(&daemon, &self.group)?.acting() else {
+            return Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group)));
+        };
+        let timeout = timeout(self.timeout_ms)?;
+        let every = interval(self.checkpoint_interval_ms)?;
+        let now = primary.look(|c| c.config().clone());
+        let config = Config {
+            write_level: level(self.write_level.as_deref(), now.write_level)?,
+            flush_level: level(self.flush_level.as_deref(), now.flush_level)?,
+            quorum: self.min_acks.map_or(now.quorum, min_acks),
+            policy: policy(self.on_link_loss.as_deref(), now.policy),
+            ..now
+        };
+        if self.timeout_ms.is_some() {
+            primary.set_timeout(timeout);
+        }
+        if self.checkpoint_interval_ms.is_some() {
+            primary.set_interval(every);
+        }
+        let seq = primary.configure(config);
+        Ok(json!({"seq": seq.0}))
+    }
+}
+
+fn level(name: Option<&str>, otherwise: AckLevel) -> Result<AckLevel, QmpError> {
+    let Some(name) = name else { return Ok(otherwise) };
+    AckLevel::from_name(name)
+        .ok_or_else(|| QmpError::generic(format!("'{name}' is no level of acknowledgement")))
+}
+
+fn min_acks(n: u64) -> Quorum {
+    Quorum::Any(usize::try_from(n).unwrap_or(usize::MAX))
+}
+
+fn policy(name: Option<&str>, otherwise: LinkPolicy) -> LinkPolicy {
+    match name {
+        Some("suspend") => LinkPolicy::Suspend,
+        Some("io-error") => LinkPolicy::IoError,
+        Some(_) => LinkPolicy::Degrade,
+        None => otherwise,
+    }
+}
+
+fn timeout(ms: Option<u64>) -> Result<Duration, QmpError> {
+    let timeout = ms.map_or(DEFAULT_TIMEOUT, Duration::from_millis);
+    if timeout < Duration::from_millis(10) {
+        return Err(QmpError::generic("Parameter 'timeout-ms' expects at least 10"));
+    }
+    Ok(timeout)
+}
+
 /// Gives a group its role.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -144,21 +229,12 @@ struct Start {
 
 impl Start {
     fn config(&self) -> Result<Config, QmpError> {
-        let level = |name: &Option<String>, default| match name {
-            None => Ok(default),
-            Some(n) => AckLevel::from_name(n)
-                .ok_or_else(|| QmpError::generic(format!("'{n}' is no level of acknowledgement"))),
-        };
         let defaults = Config::default();
         Ok(Config {
-            write_level: level(&self.write_level, defaults.write_level)?,
-            flush_level: level(&self.flush_level, defaults.flush_level)?,
-            quorum: Quorum::Any(usize::try_from(self.min_acks.unwrap_or(1)).unwrap_or(usize::MAX)),
-            policy: match self.on_link_loss.as_deref() {
-                Some("suspend") => LinkPolicy::Suspend,
-                Some("io-error") => LinkPolicy::IoError,
-                _ => LinkPolicy::Degrade,
-            },
+            write_level: level(self.write_level.as_deref(), defaults.write_level)?,
+            flush_level: level(self.flush_level.as_deref(), defaults.flush_level)?,
+            quorum: min_acks(self.min_acks.unwrap_or(1)),
+            policy: policy(self.on_link_loss.as_deref(), defaults.policy),
             external_decision: false,
         })
     }
@@ -180,10 +256,7 @@ impl Command for Start {
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let group = group(&daemon, &self.group)?;
         if self.role == "primary" {
-            let timeout = self.timeout_ms.map_or(DEFAULT_TIMEOUT, Duration::from_millis);
-            if timeout < Duration::from_millis(10) {
-                return Err(QmpError::generic("Parameter 'timeout-ms' expects at least 10"));
-            }
+            let timeout = timeout(self.timeout_ms)?;
             let (config, every) = (self.config()?, interval(self.checkpoint_interval_ms)?);
             group.start_primary(config, timeout).await?;
             if let Acting::Primary(primary) = group.acting() {
@@ -258,6 +331,32 @@ impl Command for Failover {
             record["age-ms"] = json!(millis(age));
         }
         Ok(record)
+    }
+}
+
+/// Changes sides without loss.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Switchover {
+    group: String,
+    to: String,
+    listen: SocketAddress,
+    advertise: Option<String>,
+    timeout_ms: Option<u64>,
+}
+
+impl Command for Switchover {
+    const NAME: &'static str = "replication-switchover";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let group = group(&daemon, &self.group)?;
+        let limit = Duration::from_millis(self.timeout_ms.unwrap_or(CHECKPOINT_MS));
+        let done = group.switch_over(&self.to, &self.listen.read()?, self.advertise, limit).await?;
+        Ok(json!({
+            "epoch": done.epoch.0,
+            "generation": done.generation.0,
+            "duration-us": micros(done.duration),
+            "address": done.address.to_string(),
+        }))
     }
 }
 
@@ -349,6 +448,7 @@ fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
                 one["name"] = json!(f.name);
                 one["addr"] = json!(f.address);
                 one["rpo-ms"] = json!(millis(f.behind));
+                one["resync-bytes"] = json!(f.caught_up);
                 one["in-flight-bytes"] = json!(f.queued);
                 if let Some(rtt) = f.rtt {
                     one["last-rtt-us"] = json!(micros(rtt));
@@ -356,7 +456,8 @@ fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
             }
             one
         };
-        c.peers().iter().enumerate().map(one).collect()
+        let present = |p: &(usize, _)| facts.get(p.0).is_none_or(|f| !f.removed);
+        c.peers().iter().enumerate().filter(present).map(one).collect()
     });
     put("peers", Value::Array(peers));
     if let Some(e) = p.last_error() {

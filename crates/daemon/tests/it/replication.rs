@@ -303,6 +303,99 @@ fn with_two_secondaries_any_one_may_go_and_not_both() {
     assert!(p.io(0, "write -P 3 0 64k").is_err(), "the policy is io-error");
 }
 
+/// What is written to a promoted disk before it is a primary is not forgotten: a second secondary that was at the same checkpoint
+/// gets it. (Its history alone says that it is "behind, by nothing".)
+#[test]
+fn what_was_written_between_a_failover_and_the_next_primary_reaches_the_other_secondary() {
+    for restart in [false, true] {
+        let (mut p, mut a, mut b) = (Host::new("redo", 1), Host::new("redo", 1), Host::new("redo", 1));
+        a.secondary();
+        b.secondary();
+        p.primary(&[&a, &b], &json!({}));
+        p.until_running(2);
+        p.io(0, "write -P 1 0 64k").unwrap();
+        p.checkpoint();
+        a.io(0, "write -P 2 1M 64k").unwrap();
+        p.daemon.signal("KILL");
+        p.daemon.wait();
+        a.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        a.io(0, "write -P 3 2M 64k").unwrap();
+        a.until_merged();
+        a.io(0, "write -P 4 9M 64k").unwrap();
+        if restart {
+            a = a.restart("redo", 1);
+        }
+        a.primary(&[&b], &json!({}));
+        a.until_running(1);
+        for (pattern, at) in [(1, "0"), (2, "1M"), (3, "2M"), (4, "9M")] {
+            b.io(0, &format!("read -P {pattern} {at} 64k")).unwrap();
+        }
+        // and not by copying everything
+        let copied = a.info()["peers"][0]["resync-bytes"].as_u64().unwrap();
+        assert!(copied <= 12 << 20, "restart {restart}: {copied} of 16 MiB were copied");
+    }
+}
+
+/// A disk that is given up for a secondary's has an old store beside it: nothing of that comes back after a crash.
+#[test]
+fn a_store_made_over_an_old_one_has_nothing_of_it() {
+    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
+    s.secondary();
+    p.primary(&[&s], &json!({}));
+    p.until_running(1);
+    for n in 1..9 {
+        p.io(0, &format!("write -P {n} 0 1M")).unwrap();
+        p.checkpoint();
+    }
+    s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+    s.until_merged();
+    s.c.command("replication-stop", json!({"group": "g"})).unwrap();
+    let listen = unix(&s.dir.path("repl.sock"));
+    let start = json!({"group": "g", "role": "secondary", "listen": listen, "demote": true});
+    s.c.command("replication-start", start).unwrap();
+    // killed before anything is in the new store
+    let mut s = s.restart("redo", 1);
+    s.secondary();
+    let info = s.info();
+    assert_eq!((&info["committed-epoch"], &info["open-bytes"]), (&json!(0), &json!(0)), "{info}");
+    assert_eq!(info["buffer"]["used"], 0, "{info}");
+    assert!(s.io(0, "read 0 4k").is_err(), "nothing has ever been synchronized");
+}
+
+/// Settings change while it runs; a secondary that was removed is waited for by nobody.
+#[test]
+fn settings_change_and_secondaries_go_while_it_runs() {
+    let (mut p, mut a, b) = (Host::new("redo", 1), Host::new("redo", 1), Host::new("redo", 1));
+    a.secondary();
+    p.primary(&[&a, &b], &json!({"on-link-loss": "io-error", "min-acks": 2}));
+    p.until_running(1);
+    assert!(p.io(0, "write -P 1 0 64k").is_err(), "two are asked for, one is there");
+    let done =
+        p.c.command("replication-set", json!({"group": "g", "min-acks": 1, "checkpoint-interval-ms": 20}));
+    assert!(done.unwrap()["seq"].as_u64().unwrap() > 0);
+    p.io(0, "write -P 2 0 64k").unwrap();
+    // by the clock
+    p.c.events.clear();
+    p.c.event("REPLICATION_CHECKPOINT");
+    a.io(0, "read -P 2 0 64k").unwrap();
+    let e = p.c.command("replication-set", json!({"group": "g", "checkpoint-interval-ms": 5})).unwrap_err();
+    assert!(e.contains("expects 0, or 10"), "{e}");
+    // what the absent one lacks is remembered for it, until it is removed
+    p.c.command("replication-peer-remove", json!({"group": "g", "peer": "p1"})).unwrap();
+    let e = p.c.command("replication-peer-remove", json!({"group": "g", "peer": "p1"})).unwrap_err();
+    assert!(e.contains("no peer 'p1'"), "{e}");
+    let peers = p.info()["peers"].as_array().unwrap().clone();
+    assert!(peers.len() == 1 && peers[0]["name"] == "p0", "{peers:?}");
+    p.c.command("replication-peer-remove", json!({"group": "g", "peer": "p0"})).unwrap();
+    p.io(0, "write -P 3 0 64k").unwrap();
+    assert_eq!(p.info()["peers"], json!([]));
+    // and comes back under the same name
+    let addr = unix(&a.dir.path("repl.sock"));
+    p.c.command("replication-peer-add", json!({"group": "g", "peer": "p0", "addr": addr})).unwrap();
+    p.until_running(1);
+    a.io(0, "read -P 3 0 64k").unwrap();
+}
+
 /// What makes no sense is refused with a sentence.
 #[test]
 fn commands_out_of_place_are_refused() {

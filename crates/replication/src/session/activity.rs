@@ -92,7 +92,7 @@ fn empty(lens: &[u64]) -> Result<Vec<Bitmap>> {
 }
 
 impl Activity {
-    /// A new record: nothing was written since `history`.
+    /// A new record: of what was written since `history`, only `marks` is known; without marks, nothing is.
     ///
     /// # Errors
     /// Of the file; volumes that are too long.
@@ -101,11 +101,23 @@ impl Activity {
         group: GroupId,
         lens: &[u64],
         history: History,
+        marks: Option<&[(u16, Span)]>,
     ) -> Result<Rc<Activity>> {
+        let mut marked = empty(lens)?;
+        match marks {
+            None => marked.iter_mut().for_each(Bitmap::set_all),
+            Some(marks) => {
+                for (v, span) in marks {
+                    if let Some(b) = marked.get_mut(usize::from(*v)) {
+                        b.set(*span);
+                    }
+                }
+            }
+        }
         let a = Activity {
             file,
             group,
-            marked: RefCell::new(empty(lens)?),
+            marked: RefCell::new(marked),
             durable: RefCell::new(empty(lens)?),
             floor: Cell::new(history.epoch()),
             used: Cell::new(history.epoch()),

@@ -14,7 +14,7 @@ mod secondary;
 
 pub use activity::Activity;
 pub use front::{Front, Mode};
-pub use group::{Acting, Group, NewGroup};
+pub use group::{Acting, Group, NewGroup, SwitchedOver};
 pub use primary::{CheckpointDone, PeerFacts, PrimaryGroup};
 pub use secondary::{Failover, SecondaryGroup};
 

@@ -23,6 +23,8 @@ pub(crate) const RING_START: u64 = 2 * SLOT;
 const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore1");
 /// Bytes read at once when the log is read through.
 const READ_AHEAD: u64 = 4 << 20;
+/// How far behind the end of the log a record is looked for that proves damage: more than is ever written between two barriers.
+const DAMAGE_SCAN: u64 = 256 << 20;
 
 /// What a slot says: the state at the tail.
 #[derive(Clone, Debug, PartialEq)]
@@ -93,6 +95,8 @@ pub(crate) struct Log {
     file: Rc<dyn env::File>,
     anchor: RefCell<Anchor>,
     head: Cell<u64>,
+    /// Everything before is on stable storage.
+    durable: Cell<u64>,
     /// Readers, by the tail there was when they began.
     pins: RefCell<BTreeMap<u64, usize>>,
     /// One append at a time.
@@ -107,11 +111,16 @@ pub(crate) struct Log {
 }
 
 impl Log {
-    /// Makes a new log of `anchor.ring` bytes in `file`.
+    /// Makes a new log of `anchor.ring` bytes in `file`. If one was there, its records count as leftovers.
     pub(crate) async fn create(file: &Rc<dyn env::File>, anchor: &Anchor) -> Result<()> {
+        let before = match file.len_hint() >= RING_START {
+            true => newest_anchor(file).await?.map_or(0, |a| a.incarnation),
+            false => 0,
+        };
         file.set_len(RING_START + anchor.ring).await?;
         for slot in 0..2 {
-            let a = Anchor { sequence: slot, ..anchor.clone() };
+            let (incarnation, floor) = (before, if before == 0 { 0 } else { before + 1 });
+            let a = Anchor { sequence: slot, incarnation, floor, ..anchor.clone() };
             file.write(slot * SLOT, a.encode()).await?;
         }
         file.barrier().await
@@ -123,16 +132,8 @@ impl Log {
         mut each: impl FnMut(&Header, u64, u64, &Data),
         skip: bool,
     ) -> Result<Log> {
-        let mut best: Option<Anchor> = None;
-        for slot in 0..2 {
-            let bytes = file.read(Span::new(slot * SLOT, SLOT)).await?.contiguous();
-            if let Some(a) = Anchor::parse(&bytes)
-                && best.as_ref().is_none_or(|b| b.sequence < a.sequence)
-            {
-                best = Some(a);
-            }
-        }
-        let mut anchor = best
+        let mut anchor = newest_anchor(&file)
+            .await?
             .ok_or_else(|| BlockError::corrupt("this file is not a replication store (no whole header)"))?;
         if anchor.ring < HEADER
             || anchor.ring % record::ALIGN != 0
@@ -158,12 +159,14 @@ impl Log {
                 each(&header, end, RING_START + end % anchor.ring + HEADER, &payload);
                 end += size;
             }
+            reader.check_damage(end, &anchor, incarnation).await?;
         }
         anchor.incarnation += 1;
         let log = Log {
             file,
             anchor: RefCell::new(anchor),
             head: Cell::new(end),
+            durable: Cell::new(0),
             pins: RefCell::default(),
             turn: Semaphore::new(1),
             slot: Semaphore::new(1),
@@ -187,7 +190,7 @@ impl Log {
         next.sequence += 1;
         let at = next.sequence % 2 * SLOT;
         self.or_break(self.file.write(at, next.encode()).await)?;
-        self.or_break(self.file.barrier().await)?;
+        self.settle().await?;
         *self.anchor.borrow_mut() = next;
         self.freed.notify_all();
         Ok(())
@@ -251,6 +254,7 @@ impl Log {
     ) -> Result<Vec<u64>> {
         self.check()?;
         let (ring, incarnation) = (self.ring(), self.anchor.borrow().incarnation);
+        let durable = self.durable.get();
         let mut lsn = self.head.get();
         let mut places = Vec::with_capacity(records.len());
         let mut writes: Vec<(u64, Data)> = vec![(lsn % ring, Data::empty())];
@@ -258,14 +262,14 @@ impl Log {
             let left = ring - lsn % ring;
             if r.size() > left {
                 if let Some((_, data)) = writes.last_mut() {
-                    Record::control(Kind::Pad, 0, Vec::new()).encode(lsn, incarnation, data);
+                    Record::control(Kind::Pad, 0, Vec::new()).encode(lsn, incarnation, durable, data);
                 }
                 lsn += left;
                 writes.push((0, Data::empty()));
             }
             places.push(RING_START + lsn % ring + HEADER);
             if let Some((_, data)) = writes.last_mut() {
-                r.encode(lsn, incarnation, data);
+                r.encode(lsn, incarnation, durable, data);
             }
             lsn += r.size();
         }
@@ -292,13 +296,34 @@ impl Log {
     /// Everything appended before is durable.
     pub(crate) async fn barrier(&self) -> Result<()> {
         self.check()?;
-        self.or_break(self.file.barrier().await)
+        self.settle().await
+    }
+
+    async fn settle(&self) -> Result<()> {
+        let head = self.head.get();
+        self.or_break(self.file.barrier().await)?;
+        self.durable.set(self.durable.get().max(head));
+        Ok(())
     }
 
     /// Bytes of a payload.
     pub(crate) async fn read(&self, at: Span) -> Result<Data> {
         self.file.read(at).await
     }
+}
+
+/// What the newer of the whole slots says.
+async fn newest_anchor(file: &Rc<dyn env::File>) -> Result<Option<Anchor>> {
+    let mut best: Option<Anchor> = None;
+    for slot in 0..2 {
+        let bytes = file.read(Span::new(slot * SLOT, SLOT)).await?.contiguous();
+        if let Some(a) = Anchor::parse(&bytes)
+            && best.as_ref().is_none_or(|b| b.sequence < a.sequence)
+        {
+            best = Some(a);
+        }
+    }
+    Ok(best)
 }
 
 /// See [`Log::pin`].
@@ -334,6 +359,33 @@ impl Reader<'_> {
         }
         let from = usize::try_from(at.start - self.window.0).unwrap_or(usize::MAX);
         Ok(self.window.1.slice(from, usize::try_from(at.len).unwrap_or(usize::MAX)))
+    }
+
+    /// The log ends at `end`, where no whole record is. If a later record says that this place was durable when it was written, what is
+    /// there is no torn tail, but damage.
+    async fn check_damage(&mut self, end: u64, anchor: &Anchor, incarnation: u64) -> Result<()> {
+        let limit = (anchor.tail + anchor.ring).min(end.saturating_add(DAMAGE_SCAN));
+        let mut at = end + record::ALIGN;
+        while at < limit {
+            let place = RING_START + at % anchor.ring;
+            let len = (anchor.ring - at % anchor.ring).min(limit - at).min(READ_AHEAD);
+            let bytes = self.bytes(Span::new(place, len)).await?.contiguous();
+            for h in bytes.as_chunks::<{ HEADER as usize }>().0 {
+                if let Some(h) = record::parse(h, at)
+                    && (incarnation..=anchor.incarnation).contains(&h.incarnation)
+                    && h.durable > end
+                {
+                    let place = RING_START + end % anchor.ring;
+                    return Err(BlockError::corrupt(format!(
+                        "the replication store is damaged at offset {place}: a record there was durable before the one at offset {} \
+                         was written, and is not whole; what was committed after it is lost",
+                        RING_START + at % anchor.ring
+                    )));
+                }
+                at += record::ALIGN;
+            }
+        }
+        Ok(())
     }
 
     /// The record at `lsn`, if a whole one is there.

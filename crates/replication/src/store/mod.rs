@@ -353,6 +353,17 @@ impl Store {
         Ok(())
     }
 
+    /// What this side's owner has written since the checkpoint and the disk does not hold yet: (volume, range).
+    pub fn own_ranges(&self) -> Vec<(u16, Span)> {
+        let s = self.state.borrow();
+        let layers = [Some(&s.own), s.merging.as_ref()].into_iter().flatten();
+        let of = |(v, map): (usize, &RangeMap)| {
+            let v = u16::try_from(v).unwrap_or(u16::MAX);
+            map.iter().map(|(span, _)| (v, span)).collect::<Vec<_>>()
+        };
+        layers.flat_map(|l| l.maps.iter().enumerate().flat_map(of)).collect()
+    }
+
     /// Everything kept so far survives a crash.
     ///
     /// # Errors

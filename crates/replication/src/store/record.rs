@@ -8,6 +8,7 @@
 //! | 8 | 4 | CRC32C of the header with this field zero |
 //! | 12 | 4 | payload length |
 //! | 16 | 4 | CRC32C of the payload |
+//! | 20 | 4 | how far before this record the log was not yet durable when it was written, in units of 64 bytes |
 //! | 24 | 8 | place in the log (grows for ever; its remainder by the ring's size is the place in the file) |
 //! | 32 | 8 | incarnation: how often the log has been opened |
 //! | 40 | 8 | offset in the volume |
@@ -80,7 +81,8 @@ impl Record {
         size_of(self.payload.len() as u64)
     }
 
-    pub(crate) fn encode(&self, lsn: u64, incarnation: u64, out: &mut Data) {
+    /// `durable`: everything before that place of the log was on stable storage before this record was written.
+    pub(crate) fn encode(&self, lsn: u64, incarnation: u64, durable: u64, out: &mut Data) {
         let mut h = [0u8; HEADER as usize];
         h[0..4].copy_from_slice(&MAGIC.to_le_bytes());
         h[4] = self.kind as u8;
@@ -88,6 +90,8 @@ impl Record {
         let len = u32::try_from(self.payload.len()).unwrap_or(u32::MAX);
         h[12..16].copy_from_slice(&len.to_le_bytes());
         h[16..20].copy_from_slice(&crate::wire::crc_of(&self.payload).to_le_bytes());
+        let open = u32::try_from(lsn.saturating_sub(durable).div_ceil(ALIGN)).unwrap_or(u32::MAX);
+        h[20..24].copy_from_slice(&open.to_le_bytes());
         h[24..32].copy_from_slice(&lsn.to_le_bytes());
         h[32..40].copy_from_slice(&incarnation.to_le_bytes());
         h[40..48].copy_from_slice(&self.at.start.to_le_bytes());
@@ -116,6 +120,8 @@ pub(crate) struct Header {
     pub(crate) incarnation: u64,
     pub(crate) at: Span,
     pub(crate) number: u64,
+    /// Everything before this place was durable before the record was written.
+    pub(crate) durable: u64,
 }
 
 /// The header at place `lsn`, if there is one.
@@ -136,6 +142,7 @@ pub(crate) fn parse(bytes: &[u8], lsn: u64) -> Option<Header> {
         incarnation: n64(32)?,
         at: Span::checked(n64(40)?, n64(48)?)?,
         number: n64(56)?,
+        durable: lsn.saturating_sub(u64::from(n32(20)?) * ALIGN),
     })
 }
 

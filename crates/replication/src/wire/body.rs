@@ -1,9 +1,11 @@
 //! The payload of each type of frame.
 
 use super::frame::{CATCH_UP, FUA, Fields, Kind, UNMAP, crc_of};
-use super::message::{Ack, Body, Hello, MAX_TEXT, MAX_VOLUMES, Reject, VolumeInfo, Welcome};
+use super::message::{Ack, Body, HandOver, Hello, MAX_TEXT, MAX_VOLUMES, Reject, VolumeInfo, Welcome};
+use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::history::{History, MAX_HISTORY};
+use crate::primary::LinkPolicy;
 use crate::types::{Epoch, Generation, GroupId, Seq};
 use block::{BlockError, Data, Result, Span};
 
@@ -196,6 +198,13 @@ pub(super) fn fields(body: &Body) -> Fields {
         Body::Pong { sent } => plain(Kind::Pong, Writer::new().n64(*sent)),
         Body::Fenced { by } => plain(Kind::Fenced, Writer::new().n64(by.0)),
         Body::Bye { text } => plain(Kind::Bye, Writer::new().text(text)),
+        Body::HandOver(h) => {
+            let number = |l: AckLevel| AckLevel::ALL.iter().position(|x| *x == l).unwrap_or_default() as u8;
+            let policy = LinkPolicy::ALL.iter().position(|x| *x == h.policy).unwrap_or_default() as u8;
+            let w = Writer::new().bytes(&[number(h.write_level), number(h.flush_level), policy]);
+            let w = w.n16(usize::from(h.min_acks)).n64(h.interval_ms).n64(h.timeout_ms);
+            plain(Kind::HandOver, w.text(&h.name).text(&h.address))
+        }
     }
 }
 
@@ -278,6 +287,28 @@ pub(super) fn parse(f: &Fields) -> Result<Body> {
         Kind::Pong => Body::Pong { sent: r.n64()? },
         Kind::Fenced => Body::Fenced { by: Generation(r.n64()?) },
         Kind::Bye => Body::Bye { text: r.text()? },
+        Kind::HandOver => {
+            let level = |n: u8| AckLevel::ALL.get(usize::from(n)).copied();
+            let (write, flush, policy) = (level(r.n8()?), level(r.n8()?), r.n8()?);
+            let (Some(write_level), Some(flush_level), Some(policy)) =
+                (write, flush, LinkPolicy::ALL.get(usize::from(policy)).copied())
+            else {
+                return Err(r.wrong("unknown setting"));
+            };
+            let min_acks = u16::try_from(r.n16()?).unwrap_or(u16::MAX);
+            let (interval_ms, timeout_ms) = (r.n64()?, r.n64()?);
+            let (name, address) = (r.text()?, r.text()?);
+            Body::HandOver(Box::new(HandOver {
+                name,
+                address,
+                write_level,
+                flush_level,
+                min_acks,
+                policy,
+                interval_ms,
+                timeout_ms,
+            }))
+        }
     };
     r.end()?;
     Ok(body)
@@ -304,5 +335,6 @@ pub(super) const fn kind_name(kind: Kind) -> &'static str {
         Kind::Pong => "PONG",
         Kind::Fenced => "FENCED",
         Kind::Bye => "BYE",
+        Kind::HandOver => "HANDOVER",
     }
 }

@@ -71,6 +71,8 @@ kinds! {
     Fenced = 17,
     /// Both: the end, on purpose.
     Bye = 18,
+    /// Primary: take over here, at this checkpoint.
+    HandOver = 19,
 }
 
 /// A frame: the fixed fields and what it says.

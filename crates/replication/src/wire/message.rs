@@ -1,7 +1,9 @@
 //! What frames say.
 
+use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::history::History;
+use crate::primary::LinkPolicy;
 use crate::types::{Generation, GroupId, Seq};
 use block::{Data, Span};
 
@@ -35,6 +37,27 @@ pub struct Welcome {
     pub history: History,
     /// Bytes of frames with changes that it takes in this session so far (see [`Ack::limit`]).
     pub limit: u64,
+}
+
+/// What a primary gives to the secondary that takes its place.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HandOver {
+    /// What the former primary is called from now on: a peer.
+    pub name: String,
+    /// Where it listens: a path with a slash in front, or `host:port`.
+    pub address: String,
+    /// When a write is done.
+    pub write_level: AckLevel,
+    /// When a flush is done.
+    pub flush_level: AckLevel,
+    /// How many secondaries' word is needed.
+    pub min_acks: u16,
+    /// What writes do when too few are there.
+    pub policy: LinkPolicy,
+    /// Time between checkpoints in milliseconds; 0: on command.
+    pub interval_ms: u64,
+    /// After so many milliseconds without a word a peer is taken for dead.
+    pub timeout_ms: u64,
 }
 
 /// Why a primary is not accepted.
@@ -128,6 +151,7 @@ pub enum Body {
     Bye {
         text: String,
     },
+    HandOver(Box<HandOver>),
 }
 
 impl Body {

@@ -52,6 +52,9 @@ impl PrimaryGroup {
                     return;
                 }
                 let body = change(volume, at, data, crc, true);
+                if let Some(p) = self.peers.borrow().get(number) {
+                    p.caught_up.set(p.caught_up.get() + at.len);
+                }
                 session.push(&self.look(|c| c.frame(c.last(), c.open_epoch(), body)));
                 drop(ticket);
                 // A disk in the host's cache answers at once: others have their turn nevertheless.

@@ -6,7 +6,7 @@
 use super::super::RECV;
 use super::super::link::Outgoing;
 use super::{Peer, PrimaryGroup};
-use crate::primary::{Input, PeerState};
+use crate::primary::Input;
 use crate::wire::{Body, Decoder};
 use block::{BlockError, Result};
 use env::Stream;
@@ -21,8 +21,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from
 impl PrimaryGroup {
     pub(super) async fn keep_connected(self: &Rc<Self>, number: usize, peer: &Rc<Peer>) {
         let mut pause = BACKOFF.0;
-        while !self.stopped.get()
-            && self.look(|c| c.peers().get(number).is_some_and(|p| p.state != PeerState::Refused))
+        while !self.stopped.get() && self.look(|c| c.peers().get(number).is_some_and(|p| !p.state.is_final()))
         {
             let why = match self.env.timeout(self.timeout.get(), self.env.connect(&peer.address)).await {
                 Some(Ok(stream)) => {

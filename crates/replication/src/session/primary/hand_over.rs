@@ -28,7 +28,12 @@ impl PrimaryGroup {
     ///
     /// # Errors
     /// The peer is no copy, or refuses; of a disk; a checkpoint fails. This side is the primary still.
-    pub async fn hand_over(self: &Rc<Self>, peer: usize, hand: HandOver, limit: Duration) -> Result<Generation> {
+    pub async fn hand_over(
+        self: &Rc<Self>,
+        peer: usize,
+        hand: HandOver,
+        limit: Duration,
+    ) -> Result<Generation> {
         self.unfenced()?;
         for disk in &self.disks {
             disk.flush().await?;
@@ -37,20 +42,21 @@ impl PrimaryGroup {
         if !self.look(is_copy) {
             return Err(busy("that secondary is not in sync"));
         }
-        // One may be under way; what it leaves is in the next.
+        // A checkpoint may be under way; what came after its mark is in the next.
         let begun = self.env.now();
-        while self.look(|c| c.lacks(peer) || c.open_epoch() != c.history().epoch().next()) {
-            let waited = self.env.now().saturating_sub(begun);
-            if waited >= limit || !self.look(is_copy) {
+        let behind = |c: &Primary| {
+            c.lacks(peer) || c.peers().get(peer).and_then(|p| p.committed) != Some(c.history().epoch())
+        };
+        while self.look(behind) {
+            let left = limit.saturating_sub(self.env.now().saturating_sub(begun));
+            if left.is_zero() || !self.look(is_copy) {
                 return Err(busy("the last checkpoint was not committed"));
             }
             let progress = self.progress.wait();
             if self.look(Primary::wants_checkpoint) {
-                self.checkpoint(limit.saturating_sub(waited)).await?;
-            } else if self.look(|c| c.lacks(peer)) {
-                self.env.timeout(limit.saturating_sub(waited), progress).await;
+                self.checkpoint(left).await?;
             } else {
-                break;
+                self.env.timeout(left, progress).await;
             }
         }
         let Some(session) = self.session(peer).filter(|_| self.look(is_copy)) else {

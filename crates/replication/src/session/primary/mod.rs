@@ -7,6 +7,7 @@
 mod catch_up;
 mod checkpoints;
 mod connection;
+mod hand_over;
 
 use super::Tell;
 use super::activity::Activity;
@@ -56,6 +57,10 @@ pub struct PeerFacts {
     pub behind: Duration,
     /// Bytes that wait to be sent.
     pub queued: u64,
+    /// Bytes sent in the present session because the peer had missed them.
+    pub caught_up: u64,
+    /// It is no peer any more.
+    pub removed: bool,
 }
 
 struct Peer {
@@ -65,6 +70,10 @@ struct Peer {
     stream: RefCell<Option<Rc<dyn Stream>>>,
     /// Of the last ping that was answered.
     rtt: Cell<Option<Duration>>,
+    /// Not a peer any more; its number stays.
+    removed: Cell<bool>,
+    /// Bytes of what was sent in the present session because it had been missed.
+    caught_up: Cell<u64>,
 }
 
 /// See above.
@@ -152,6 +161,8 @@ impl PrimaryGroup {
             address: p.address.to_string(),
             rtt: p.rtt.get(),
             behind: self.behind(i),
+            caught_up: p.caught_up.get(),
+            removed: p.removed.get(),
             queued: p.session.borrow().as_ref().map_or(0, |s| s.queued()),
         };
         self.peers.borrow().iter().enumerate().map(facts).collect()
@@ -160,6 +171,11 @@ impl PrimaryGroup {
     /// The last thing that went wrong.
     pub fn last_error(&self) -> Option<String> {
         self.last_error.borrow().clone()
+    }
+
+    /// How long a silent peer is believed alive.
+    pub fn timeout(&self) -> Duration {
+        self.timeout.get()
     }
 
     /// Adds a secondary and keeps trying to reach it.
@@ -171,6 +187,8 @@ impl PrimaryGroup {
             session: RefCell::default(),
             stream: RefCell::default(),
             rtt: Cell::new(None),
+            removed: Cell::new(false),
+            caught_up: Cell::new(0),
         });
         self.peers.borrow_mut().push(peer.clone());
         let config = self.look(|c| c.config().clone());
@@ -179,9 +197,30 @@ impl PrimaryGroup {
         self.env.spawn("replication peer", async move { group.keep_connected(number, &peer).await });
     }
 
-    /// Other settings, from the next change on.
-    pub fn configure(self: &Rc<Self>, config: Config) {
+    /// Nothing is sent to that peer any more, nobody waits for it, and what it misses is not remembered for it. Whether there was one.
+    pub fn remove_peer(self: &Rc<Self>, name: &str) -> bool {
+        let Some(number) = self.peer_number(name) else { return false };
+        let Some(peer) = self.peers.borrow().get(number).cloned() else { return false };
+        peer.removed.set(true);
+        if let Some(session) = peer.session.borrow().as_ref() {
+            let text = "this secondary was removed from the group".to_owned();
+            session.push_urgent(&self.look(|c| c.frame(c.last(), c.open_epoch(), Body::Bye { text })));
+            session.close();
+        }
+        self.step(Input::Remove(number));
+        self.progress.notify_all();
+        true
+    }
+
+    /// Other settings, from the next change on; its number.
+    pub fn configure(self: &Rc<Self>, config: Config) -> Seq {
         self.step(Input::Configure(config));
+        self.look(|c| c.last().next())
+    }
+
+    /// A peer that says nothing for so long is taken for dead from now on.
+    pub fn set_timeout(&self, timeout: Duration) {
+        self.timeout.set(timeout);
     }
 
     /// Ends all sessions; the disks go on unprotected.
@@ -225,6 +264,9 @@ impl PrimaryGroup {
             }
             Output::Sync(peer, work) => {
                 let (group, session) = (self.clone(), self.session(peer));
+                if let Some(p) = self.peers.borrow().get(peer) {
+                    p.caught_up.set(0);
+                }
                 self.env.spawn("replication sync", async move {
                     if let Some(session) = session {
                         group.sync(peer, session, work).await;

@@ -3,18 +3,24 @@
 //! What must stay true: frames and their consequences are worked off one after the other, over all connections; a promotion stands in
 //! the same line, so nothing of an older generation is under way when it is done (I7, X3).
 
+mod promotion;
+
+pub use promotion::Failover;
+
+use super::activity::Activity;
 use super::{DEFAULT_TIMEOUT, RECV, Tell};
 use crate::history::History;
 use crate::secondary::{Input, Output, Secondary, SessionId};
 use crate::store::{Change, Engine, Role, Store, Usage};
 use crate::types::{Epoch, Generation};
-use crate::wire::{Body, Decoder, Frame, VolumeInfo};
+use crate::wire::{Body, Decoder, Frame, HandOver, VolumeInfo};
 use block::{BlockError, Data, Result, Span};
 use drivers::filters::replication::Stage;
 use env::sync::{Notify, Queue, Semaphore, race};
 use env::{Address, Env, Listener, Stream};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -31,19 +37,6 @@ struct Connection {
     stream: Rc<dyn Stream>,
     /// Bytes of changes received.
     received: Cell<u64>,
-}
-
-/// What a failover gave (X5).
-#[derive(Clone, Debug)]
-pub struct Failover {
-    /// The checkpoint that is served.
-    pub epoch: Epoch,
-    /// The new generation.
-    pub generation: Generation,
-    /// From the command until requests were served.
-    pub duration: Duration,
-    /// How long ago the checkpoint was committed here, if that was in this process.
-    pub age: Option<Duration>,
 }
 
 /// See above.
@@ -63,12 +56,19 @@ pub struct SecondaryGroup {
     /// When the last checkpoint was committed.
     committed: Cell<Option<Duration>>,
     merged: Notify,
+    /// Where a promoted side remembers what was written since.
+    record: PathBuf,
+    activity: RefCell<Option<Rc<Activity>>>,
+    /// Own writes fail with this.
+    refuses_own: RefCell<Option<String>>,
+    /// What the primary gave when it handed the group over to this side.
+    handed: RefCell<Option<HandOver>>,
     tell: Tell,
 }
 
 impl SecondaryGroup {
-    /// Over an open store. [`SecondaryGroup::serve`] lets primaries in.
-    pub fn new(env: &Env, store: Rc<Store>, tell: Tell) -> Rc<SecondaryGroup> {
+    /// Over an open store. [`SecondaryGroup::serve`] lets primaries in. After a promotion, the file `record` remembers what was written.
+    pub fn new(env: &Env, store: Rc<Store>, record: PathBuf, tell: Tell) -> Rc<SecondaryGroup> {
         let volumes = store.lens().into_iter().map(|len| VolumeInfo { len }).collect();
         let promoted = store.role() != Role::Secondary;
         let core = Secondary::new(store.group(), volumes, store.highest(), store.history(), promoted);
@@ -89,6 +89,10 @@ impl SecondaryGroup {
             failover: RefCell::default(),
             committed: Cell::new(None),
             merged: Notify::new(),
+            record,
+            activity: RefCell::default(),
+            refuses_own: RefCell::default(),
+            handed: RefCell::default(),
             tell,
             store,
         });
@@ -136,6 +140,7 @@ impl SecondaryGroup {
     pub fn stop(&self) {
         self.stopped.set(true);
         self.stop.notify_all();
+        self.merged.notify_all();
         self.store.work.notify_all();
         self.connections.borrow().values().for_each(|c| c.stream.shutdown());
     }
@@ -192,6 +197,16 @@ impl SecondaryGroup {
         self.committed.get().map(|at| self.env.now().saturating_sub(at))
     }
 
+    /// Own writes fail from now on: who still writes here has not noticed that the group was handed over.
+    pub fn refuse_own_writes(&self, why: &str) {
+        *self.refuses_own.borrow_mut() = Some(why.to_owned());
+    }
+
+    /// What a promoted side remembers of what was written since.
+    pub fn activity(&self) -> Option<Rc<Activity>> {
+        self.activity.borrow().clone()
+    }
+
     /// Reads the view.
     ///
     /// # Errors
@@ -207,6 +222,13 @@ impl SecondaryGroup {
     /// As [`SecondaryGroup::read`]; `NoSpace`.
     pub async fn write(&self, volume: u16, at: Span, data: Data, fua: bool) -> Result<()> {
         self.synchronized()?;
+        if let Some(why) = self.refuses_own.borrow().as_ref() {
+            return Err(BlockError::new(block::ErrorKind::Io, why.clone()));
+        }
+        let activity = self.activity.borrow().clone();
+        if let Some(activity) = activity {
+            activity.cover(volume, at).await?;
+        }
         self.store.own_write(volume, at, data).await?;
         if fua { self.store.own_flush().await } else { Ok(()) }
     }
@@ -228,74 +250,6 @@ impl SecondaryGroup {
             block::ErrorKind::Io,
             "this secondary has never been synchronized with a primary",
         ))
-    }
-
-    /// Takes over (X1-X3, X7): durable, served, and no older generation accepted when done; the merge follows in the background. After
-    /// a failed merge, tries that again.
-    ///
-    /// # Errors
-    /// Never synchronized; of the store.
-    pub async fn failover(self: &Rc<Self>, keep_own: bool) -> Result<Failover> {
-        let began = self.env.now();
-        let _turn = self.line.acquire(1).await;
-        if self.store.role() == Role::Secondary {
-            self.synchronized()?;
-            // Higher than all seen, and not what another secondary promoted at the same time takes: then both are told apart as a
-            // split brain when they meet, instead of being taken for one.
-            let highest = self.core.borrow().highest().0.max(self.store.highest().0);
-            let generation = Generation(((highest >> 16) + 1) << 16 | (self.env.random() & 0xffff));
-            self.store.promote(generation, keep_own).await?;
-            let epoch = self.store.history().epoch();
-            self.stage.set(Stage::Failover);
-            let duration = self.env.now().saturating_sub(began);
-            let done = Failover { epoch, generation, duration, age: self.age() };
-            *self.failover.borrow_mut() = Some(done);
-            self.step(Input::Promoted(generation, epoch)).await;
-            let micros =
-                u64::try_from((self.env.now().saturating_sub(began)).as_micros()).unwrap_or(u64::MAX);
-            self.say("serving", epoch, Some(("duration-us", micros.into())));
-        }
-        if matches!(self.stage.get(), Stage::Failover | Stage::FailoverFailed)
-            && self.store.role() == Role::Promoted
-        {
-            self.start_merge();
-        }
-        let known = self.failover.borrow().clone();
-        // promoted by an earlier process
-        let old = || Failover {
-            epoch: self.store.history().past().last().map_or(Epoch(0), |p| p.1),
-            generation: self.store.highest(),
-            duration: Duration::ZERO,
-            age: None,
-        };
-        Ok(known.unwrap_or_else(old))
-    }
-
-    /// Merges in the background what a failover, perhaps of an earlier process, left to merge.
-    pub fn start_merge(self: &Rc<Self>) {
-        let group = self.clone();
-        self.stage.set(Stage::Failover);
-        self.env.spawn("replication merge", async move {
-            let epoch = group.store.history().epoch();
-            match group.store.merge().await {
-                Ok(()) => {
-                    group.stage.set(Stage::Done);
-                    group.say("completed", epoch, None);
-                }
-                Err(e) => {
-                    group.stage.set(Stage::FailoverFailed);
-                    *group.last_error.borrow_mut() = Some(format!("merge: {e}"));
-                    group.say("failed", epoch, Some(("reason", e.to_string().into())));
-                }
-            }
-            group.merged.notify_all();
-        });
-    }
-
-    fn say(&self, phase: &str, epoch: Epoch, more: Option<(&'static str, super::Fact)>) {
-        let mut facts = vec![("phase", phase.into()), ("epoch", epoch.0.into())];
-        facts.extend(more);
-        (self.tell)("REPLICATION_FAILOVER", facts);
     }
 
     // ---- connections
@@ -519,6 +473,16 @@ impl SecondaryGroup {
                     "REPLICATION_CHECKPOINT_VETO",
                     vec![("epoch", epoch.0.into()), ("reason", reason.into())],
                 );
+            }
+            Output::TakeOver(hand) => {
+                let began = self.env.now();
+                match Box::pin(self.promote(true, began)).await {
+                    Ok(_) => {
+                        *self.handed.borrow_mut() = Some(*hand);
+                        self.start_merge();
+                    }
+                    Err(e) => *self.last_error.borrow_mut() = Some(format!("taking over: {e}")),
+                }
             }
             Output::SplitBrain(_) => (self.tell)("REPLICATION_SPLIT_BRAIN", Vec::new()),
         }

@@ -3,6 +3,10 @@
 //! What must stay true: a group is in one role at a time; a primary is begun only from an image whose history is known, or a new
 //! one; a disk's own content is given up (by becoming a secondary) only where that was asked for.
 
+mod hand_over;
+
+pub use hand_over::SwitchedOver;
+
 use super::Tell;
 use super::activity::Activity;
 use super::front::{Front, Mode};
@@ -216,6 +220,23 @@ impl Group {
         Ok(())
     }
 
+    /// That secondary is none any more.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn remove_peer(&self, name: &str) -> Result<()> {
+        let before = self.peers.borrow().len();
+        self.peers.borrow_mut().retain(|p| p.0 != name);
+        if self.peers.borrow().len() == before {
+            let why = format!("group '{}' has no peer '{name}'", self.new.id);
+            return Err(BlockError::new(ErrorKind::NotFound, why));
+        }
+        if let Acting::Primary(p) = self.acting() {
+            p.remove_peer(name);
+        }
+        Ok(())
+    }
+
     fn record_path(&self) -> PathBuf {
         let mut name = self.new.store.clone().into_os_string();
         name.push(".primary");
@@ -241,30 +262,31 @@ impl Group {
     /// Begins as primary.
     ///
     /// # Errors
-    /// The group has a role; the disks are a secondary's that has not taken over; of the files.
+    /// The group has a role (a secondary that has taken over may become one); the disks are a secondary's that has not taken
+    /// over; of the files.
     pub async fn start_primary(&self, config: Config, timeout: Duration) -> Result<()> {
-        self.idle()?;
+        let from = match self.acting() {
+            Acting::Secondary(s) if s.stage() == Stage::Done => Some(s),
+            _ => {
+                self.idle()?;
+                None
+            }
+        };
         let env = self.graph.env().clone();
         let disks: Vec<_> = self.fronts.iter().map(|(f, _)| f.disk().clone()).collect();
         let lens: Vec<u64> = disks.iter().map(|d| d.len()).collect();
+        // What is under way ends first: it would be written behind the back of a catch-up.
+        let _still = self.graph.freeze(&self.cells()).await;
         // Did these disks come from another primary?
-        let followed = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await
-        {
-            Ok(file) => {
-                let store = Store::open(&env, file, self.volumes()).await?;
-                if store.role() != Role::Done {
-                    return Err(refused(format!(
-                        "the disks of group '{}' are a secondary's: fail over first",
-                        self.new.id
-                    )));
-                }
-                Some(store.history())
-            }
-            Err(e) if e.kind() == ErrorKind::NotFound => None,
-            Err(e) => return Err(e),
+        let (followed, tracked) = match &from {
+            Some(s) => (Some(s.history()), s.activity()),
+            None => (self.taken_over().await?, None),
         };
-        let (file, _) = self.file(&self.record_path()).await?;
-        let known = Activity::open(file.clone(), self.group, &lens).await?;
+        let file = self.file(&self.record_path()).await?.0;
+        let known = match tracked {
+            Some(known) => Some(known),
+            None => Activity::open(file.clone(), self.group, &lens).await?,
+        };
         let known =
             known.filter(|a| followed.as_ref().is_none_or(|h| h.generation() <= a.history().generation()));
         let activity = match known {
@@ -272,15 +294,46 @@ impl Group {
             None => {
                 // A new line of images takes a number that no other has: two hosts that begin under one name are unrelated.
                 let fresh = || History::begin(Generation((1 << 32) | (env.random() & 0xffff_ffff)));
-                Activity::create(file, self.group, &lens, followed.unwrap_or_else(fresh)).await?
+                // Of what was written to a promoted disk since, nothing is known.
+                let marks: Option<&[_]> = if followed.is_some() { None } else { Some(&[]) };
+                Activity::create(file, self.group, &lens, followed.unwrap_or_else(fresh), marks).await?
             }
         };
         let tell = self.tell.clone();
         let primary = PrimaryGroup::new(&env, self.group, disks, activity, config, timeout, tell)?;
+        if let Some(s) = from {
+            s.stop();
+        }
         // From here on every change is remembered, whether or not anybody is there.
         self.act(Acting::Primary(primary.clone()));
         self.peers.borrow().iter().for_each(|(name, address)| primary.add_peer(name, address.clone()));
         Ok(())
+    }
+
+    fn cells(&self) -> Vec<Rc<NodeCell>> {
+        self.fronts.iter().map(|(_, cell)| cell.clone()).collect()
+    }
+
+    /// Where the disks' image comes from, if they were a secondary's and are merged.
+    async fn taken_over(&self) -> Result<Option<History>> {
+        let env = self.graph.env();
+        let file = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        let store = Store::open(env, file, self.volumes()).await.map_err(|e| self.of_store(e))?;
+        if store.role() != Role::Done {
+            return Err(refused(format!(
+                "the disks of group '{}' are a secondary's: fail over first",
+                self.new.id
+            )));
+        }
+        Ok(Some(store.history()))
+    }
+
+    fn of_store(&self, e: BlockError) -> BlockError {
+        e.context(self.new.store.display())
     }
 
     /// Begins as secondary. The disks' own content is given up with the first checkpoint; where they have been a primary's or have
@@ -288,52 +341,73 @@ impl Group {
     ///
     /// # Errors
     /// The group has a role; `demote` is missing; of the files; the address cannot be used.
-    pub async fn start_secondary(&self, listen: &Address, demote: bool) -> Result<Address> {
+    pub async fn start_secondary(self: &Rc<Self>, listen: &Address, demote: bool) -> Result<Address> {
         self.idle()?;
         let env = self.graph.env().clone();
-        let (file, new) = self.file(&self.new.store).await?;
         let lens: Vec<u64> = self.fronts.iter().map(|(f, _)| f.disk().len()).collect();
-        let settings = NewStore { group: self.group, engine: self.new.engine, size: self.new.size };
-        let (record, none) = self.file(&self.record_path()).await?;
-        let was_primary = !none && Activity::open(record, self.group, &lens).await?.is_some();
-        let mut fresh = new;
-        if new {
-            Store::create(&file, &settings, History::none()).await?;
-        }
-        let mut store = Store::open(&env, file.clone(), self.volumes()).await?;
-        if store.group() != self.group {
+        let known = match env.open(&self.record_path(), OpenMode { write: true, ..OpenMode::default() }).await
+        {
+            Ok(record) => Activity::open(record, self.group, &lens).await?,
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            Err(e) => return Err(e),
+        };
+        let there = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await {
+            Ok(file) => Some(Store::open(&env, file, self.volumes()).await.map_err(|e| self.of_store(e))?),
+            Err(e) if e.kind() == ErrorKind::NotFound => None,
+            Err(e) => return Err(e),
+        };
+        if there.as_ref().is_some_and(|s| s.group() != self.group) {
             return Err(BlockError::invalid(format!(
                 "{} is another group's store",
                 self.new.store.display()
             )));
         }
-        if was_primary || store.role() == Role::Done {
-            if !demote {
-                if new {
-                    let _ = env.remove(&self.new.store).await;
-                }
-                return Err(refused(format!(
-                    "the disks of group '{}' were a primary's; what they hold will be overwritten: give 'demote': true",
-                    self.new.id
-                )));
-            }
-            fresh = true;
+        let owner = match &there {
+            Some(store) => store.role() == Role::Done,
+            None => known.is_some(),
+        };
+        if owner && !demote {
+            return Err(refused(format!(
+                "the disks of group '{}' were a primary's; what they hold will be overwritten: give 'demote': true",
+                self.new.id
+            )));
         }
-        if fresh {
-            Store::create(&file, &settings, History::none()).await?;
-            store = Store::open(&env, file, self.volumes()).await?;
-            let _ = env.remove(&self.record_path()).await;
-        } else if none {
+        let store = match there.filter(|_| !owner) {
+            Some(store) => store,
+            None => self.new_store(History::none()).await?,
+        };
+        // Of a promotion that never came about, or of the time before this one.
+        let promoted = store.role() == Role::Promoted;
+        if !promoted && known.is_some() {
             let _ = env.remove(&self.record_path()).await;
         }
-        let secondary = SecondaryGroup::new(&env, store.clone(), self.tell.clone());
+        let secondary = SecondaryGroup::new(&env, store, self.record_path(), self.tell.clone());
         let address = secondary.listen(listen).await.inspect_err(|_| secondary.stop())?;
-        if store.role() == Role::Promoted {
-            secondary.start_merge();
+        if promoted {
+            secondary.resume_promoted(known).await.inspect_err(|_| secondary.stop())?;
         }
-        self.act(Acting::Secondary(secondary));
-        *self.listening.borrow_mut() = Some(address.clone());
+        self.follow(&secondary, address.clone()).await;
         Ok(address)
+    }
+
+    /// A new store, over whatever is there.
+    async fn new_store(&self, history: History) -> Result<Rc<Store>> {
+        let file = self.file(&self.new.store).await?.0;
+        let settings = NewStore { group: self.group, engine: self.new.engine, size: self.new.size };
+        Store::create(&file, &settings, history).await.map_err(|e| self.of_store(e))?;
+        Store::open(self.graph.env(), file, self.volumes()).await.map_err(|e| self.of_store(e))
+    }
+
+    /// The group is `secondary` from now on, and a primary when it is handed over.
+    async fn follow(self: &Rc<Self>, secondary: &Rc<SecondaryGroup>, address: Address) {
+        self.act(Acting::Secondary(secondary.clone()));
+        *self.listening.borrow_mut() = Some(address);
+        let (group, secondary) = (self.clone(), secondary.clone());
+        self.graph.env().spawn("replication hand-over", async move {
+            if let Some(hand) = secondary.handed_over().await {
+                group.take_place(hand).await;
+            }
+        });
     }
 
     /// Gives the role up. A primary's disks go on unprotected, and what is written then is not remembered. A secondary that has not taken
@@ -360,6 +434,8 @@ impl Group {
                     )));
                 }
                 s.stop();
+                // what is written from now on is not remembered
+                let _ = self.graph.env().remove(&self.record_path()).await;
                 self.act(Acting::Unprotected);
                 Ok(())
             }

@@ -1,0 +1,170 @@
+//! A secondary takes over: by command, or because its primary hands the group over.
+//!
+//! What can happen: a crash between any two steps, a merge that fails, own writes while all of this goes on. What must stay true: once
+//! this side is promoted, every range that is written is durably in the record of activity first, so that a secondary that
+//! was at the same checkpoint can be brought up to date later, and is never taken for being so.
+
+use super::SecondaryGroup;
+use crate::secondary::Input;
+use crate::session::Fact;
+use crate::session::activity::Activity;
+use crate::store::Role;
+use crate::types::{Epoch, Generation};
+use crate::wire::HandOver;
+use block::Result;
+use drivers::filters::replication::Stage;
+use env::{Existing, OpenMode};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// What a failover gave (X5).
+#[derive(Clone, Debug)]
+pub struct Failover {
+    /// The checkpoint that is served.
+    pub epoch: Epoch,
+    /// The new generation.
+    pub generation: Generation,
+    /// From the command until requests were served.
+    pub duration: Duration,
+    /// How long ago the checkpoint was committed here, if that was in this process.
+    pub age: Option<Duration>,
+}
+
+impl SecondaryGroup {
+    /// Takes over (X1-X3, X7): durable, served, and no older generation accepted when done; the merge follows in the background. After
+    /// a failed merge, tries that again.
+    ///
+    /// # Errors
+    /// Never synchronized; of the store.
+    pub async fn failover(self: &Rc<Self>, keep_own: bool) -> Result<Failover> {
+        let began = self.env.now();
+        let _turn = self.line.acquire(1).await;
+        if self.store.role() == Role::Secondary {
+            self.promote(keep_own, began).await?;
+        }
+        if matches!(self.stage.get(), Stage::Failover | Stage::FailoverFailed)
+            && self.store.role() == Role::Promoted
+        {
+            self.start_merge();
+        }
+        let known = self.failover.borrow().clone();
+        // promoted by an earlier process
+        let old = || Failover {
+            epoch: self.store.history().past().last().map_or(Epoch(0), |p| p.1),
+            generation: self.store.highest(),
+            duration: Duration::ZERO,
+            age: None,
+        };
+        Ok(known.unwrap_or_else(old))
+    }
+
+    /// The caller has the line.
+    pub(super) async fn promote(self: &Rc<Self>, keep_own: bool, began: Duration) -> Result<Failover> {
+        self.synchronized()?;
+        // Higher than all seen, and not what another secondary promoted at the same time takes: then both are told apart as a
+        // split brain when they meet, instead of being taken for one.
+        let highest = self.core.borrow().highest().0.max(self.store.highest().0);
+        let generation = Generation(((highest >> 16) + 1) << 16 | (self.env.random() & 0xffff));
+        let mut history = self.store.history();
+        let epoch = history.epoch();
+        history.promote(generation, epoch);
+        // The record is there before the promotion is: a record without one is known by its generation, and dropped.
+        let own = if keep_own { self.store.own_ranges() } else { Vec::new() };
+        let mode = OpenMode { write: true, existing: Existing::CreateTruncate, ..OpenMode::default() };
+        let file = self.env.open(&self.record, mode).await?;
+        let activity =
+            Activity::create(file, self.store.group(), &self.store.lens(), history, Some(&own)).await?;
+        *self.activity.borrow_mut() = Some(activity);
+        if let Err(e) = self.store.promote(generation, keep_own).await {
+            self.activity.take();
+            return Err(e);
+        }
+        // own writes that came meanwhile
+        self.cover_own().await?;
+        self.stage.set(Stage::Failover);
+        let duration = self.env.now().saturating_sub(began);
+        let done = Failover { epoch, generation, duration, age: self.age() };
+        *self.failover.borrow_mut() = Some(done.clone());
+        self.step(Input::Promoted(generation, epoch)).await;
+        let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        self.say("serving", epoch, Some(("duration-us", micros.into())));
+        Ok(done)
+    }
+
+    async fn cover_own(&self) -> Result<()> {
+        let activity = self.activity();
+        if let Some(activity) = activity {
+            for (volume, span) in self.store.own_ranges() {
+                activity.cover(volume, span).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What an earlier process remembered; without it everything counts as written since the promotion.
+    ///
+    /// # Errors
+    /// Of the record's file.
+    pub async fn resume_promoted(self: &Rc<Self>, known: Option<Rc<Activity>>) -> Result<()> {
+        let history = self.store.history();
+        let known = known.filter(|a| a.history().generation() == history.generation());
+        let activity = match known {
+            Some(known) => known,
+            None => {
+                let mode =
+                    OpenMode { write: true, existing: Existing::CreateTruncate, ..OpenMode::default() };
+                let file = self.env.open(&self.record, mode).await?;
+                Activity::create(file, self.store.group(), &self.store.lens(), history, None).await?
+            }
+        };
+        *self.activity.borrow_mut() = Some(activity);
+        self.cover_own().await?;
+        if self.store.role() == Role::Promoted {
+            self.start_merge();
+        }
+        Ok(())
+    }
+
+    /// Merges in the background what a failover, perhaps of an earlier process, left to merge.
+    pub(super) fn start_merge(self: &Rc<Self>) {
+        let group = self.clone();
+        self.stage.set(Stage::Failover);
+        self.env.spawn("replication merge", async move {
+            let epoch = group.store.history().epoch();
+            match group.store.merge().await {
+                Ok(()) => {
+                    group.stage.set(Stage::Done);
+                    group.say("completed", epoch, None);
+                }
+                Err(e) => {
+                    group.stage.set(Stage::FailoverFailed);
+                    *group.last_error.borrow_mut() = Some(format!("merge: {e}"));
+                    group.say("failed", epoch, Some(("reason", e.to_string().into())));
+                }
+            }
+            group.merged.notify_all();
+        });
+    }
+
+    fn say(&self, phase: &str, epoch: Epoch, more: Option<(&'static str, Fact)>) {
+        let mut facts = vec![("phase", phase.into()), ("epoch", epoch.0.into())];
+        facts.extend(more);
+        (self.tell)("REPLICATION_FAILOVER", facts);
+    }
+
+    /// Waits until the primary has handed the group over and everything is merged; `None` when the group is stopped before.
+    pub async fn handed_over(&self) -> Option<HandOver> {
+        loop {
+            let merged = self.merged.wait();
+            if self.stopped.get() {
+                return None;
+            }
+            if self.stage.get() == Stage::Done
+                && let Some(hand) = self.handed.take()
+            {
+                return Some(hand);
+            }
+            merged.await;
+        }
+    }
+}
