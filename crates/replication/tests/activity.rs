@@ -27,7 +27,9 @@ fn a_torn_slot_leaves_the_one_before_it_however_often_it_is_tried_again() {
             let file = env.open(Path::new("/record"), mode).await.unwrap();
             let group = GroupId::of_name("g");
             let record =
-                Activity::create(file.clone(), group, &[LEN], History::begin(Generation(1))).await.unwrap();
+                Activity::create(file.clone(), group, &[LEN], History::begin(Generation(1)), Some(&[]))
+                    .await
+                    .unwrap();
             for n in 0..MARKED {
                 record.cover(0, place(n)).await.unwrap();
             }
