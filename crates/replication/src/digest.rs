@@ -13,6 +13,16 @@ pub(crate) const fn mix(x: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// Hash of a range's content, to compare two copies of it. Against defects, as above.
+pub fn content_hash(data: &block::Data) -> u64 {
+    let bytes = data.contiguous();
+    let (words, rest) = bytes.as_chunks::<8>();
+    let mut last = [0; 8];
+    last[..rest.len()].copy_from_slice(rest);
+    let all = words.iter().copied().chain([last]);
+    all.fold(bytes.len() as u64, |h, w| mix(h ^ u64::from_le_bytes(w)))
+}
+
 /// Count, bytes and sum of hashes of the changes of an epoch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Digest {

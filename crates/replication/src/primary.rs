@@ -157,6 +157,8 @@ pub enum Input<'a> {
     Configure(Config),
     /// A peer is none any more.
     Remove(usize),
+    /// A peer that refused may be tried again.
+    Retry(usize),
 }
 
 /// What is to be done, in this order.
@@ -494,6 +496,11 @@ impl Primary {
             }
             Input::Mark => self.mark(out),
             Input::Decide(epoch, commit) => self.decide_by_hand(epoch, commit, out),
+            Input::Retry(peer) => {
+                if self.peers.get(peer).is_some_and(|p| p.state == PeerState::Refused) {
+                    self.set_state(peer, PeerState::Down, "to be tried again", out);
+                }
+            }
             Input::Remove(peer) => {
                 self.down(peer, "removed", out);
                 self.set_state(peer, PeerState::Removed, "removed", out);
@@ -616,7 +623,7 @@ impl Primary {
             Body::Ping { sent } => {
                 out.push(Output::Send(peer, self.frame(self.last, self.open, Body::Pong { sent: *sent })));
             }
-            Body::Pong { .. } => {}
+            Body::Pong { .. } | Body::Hash { .. } => {}
             Body::Bye { text } => {
                 self.down(peer, text, out);
                 out.push(Output::Close(peer));

@@ -13,6 +13,7 @@ use crate::digest::Digest;
 use crate::history::{History, Relation};
 use crate::types::{Epoch, Generation, GroupId, Seq};
 use crate::wire::{Ack, Body, Frame, HandOver, Hello, Reject, VolumeInfo, Welcome};
+use block::Span;
 use std::collections::VecDeque;
 
 /// Epochs that may be marked and undecided at once. Two keep the primary going while one is decided.
@@ -97,6 +98,15 @@ pub enum Output {
     Vetoed(Epoch, String),
     /// Both sides were promoted.
     SplitBrain(History),
+    /// Answer with [`Body::Hash`]: what the range holds, with every change that was kept so far.
+    Hash {
+        /// In this session.
+        session: SessionId,
+        /// Of which volume.
+        volume: u16,
+        /// Where.
+        at: Span,
+    },
     /// The primary hands the group over at the checkpoint this side is at: promote, and say [`Input::Promoted`].
     TakeOver(Box<HandOver>),
 }
@@ -289,6 +299,13 @@ impl Secondary {
                 s.sealed.retain(|x| x.epoch != frame.epoch);
                 out.push(Output::Abort(frame.epoch));
             }
+            Body::HashReq { volume, at } => {
+                let inside = self.volumes.get(usize::from(*volume)).is_some_and(|v| at.end() <= v.len);
+                if !inside {
+                    return self.protocol_error(id, "a hash of something outside the volumes", out);
+                }
+                out.push(Output::Hash { session: id, volume: *volume, at: *at });
+            }
             Body::HandOver(hand) => {
                 // Nothing may be lost: this must be the last checkpoint, with nothing behind it.
                 let last = s.sealed.is_empty() && s.open.count == 0 && s.poisoned.is_none();
@@ -312,6 +329,12 @@ impl Secondary {
     fn hello(&mut self, id: SessionId, generation: Generation, hello: &Hello, out: &mut Vec<Output>) {
         let refuse = if hello.group != self.group {
             Some((Reject::WrongGroup, format!("this is group {}", self.group)))
+        } else if self.promoted
+            && let Relation::SplitBrain(e) = hello.history.compare(&self.history)
+        {
+            // Both were promoted: which generation is higher says nothing about whose writes are wanted (L9).
+            out.push(Output::SplitBrain(hello.history.clone()));
+            Some((Reject::SplitBrain, format!("both sides were promoted after checkpoint {e}")))
         } else if generation < self.highest || generation < hello.history.generation() || self.promoted {
             out.push(Output::Fenced(generation));
             Some((Reject::Fenced(self.highest), format!("generation {} exists", self.highest)))

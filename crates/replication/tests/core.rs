@@ -256,6 +256,7 @@ impl World {
                 secondary::Output::Fenced(_)
                 | secondary::Output::Vetoed(..)
                 | secondary::Output::TakeOver(_)
+                | secondary::Output::Hash { .. }
                 | secondary::Output::SplitBrain(_) => {}
             }
             let rest = out.split_off(i);

@@ -33,7 +33,7 @@ fn history(rng: &mut Rng) -> History {
 fn body(rng: &mut Rng) -> Body {
     let text = |rng: &mut Rng| "é".repeat(rng.index(80));
     let digest = |rng: &mut Rng| Digest { count: rng.draw(), bytes: rng.draw(), sum: rng.draw() };
-    match rng.below(19) {
+    match rng.below(21) {
         0 => Body::Hello(Box::new(Hello {
             group: GroupId::of_name(&format!("g{}", rng.below(100))),
             history: history(rng),
@@ -88,6 +88,10 @@ fn body(rng: &mut Rng) -> Body {
         13 => Body::Committed { epoch_digest: digest(rng) },
         14 => Body::Ping { sent: rng.draw() },
         15 => Body::Pong { sent: rng.draw() },
+        18 => Body::HashReq { volume: 3, at: Span::new(rng.draw() >> 1, 1 + rng.below(1 << 20)) },
+        19 => {
+            Body::Hash { volume: 3, at: Span::new(rng.draw() >> 1, 1 + rng.below(1 << 20)), hash: rng.draw() }
+        }
         17 => Body::HandOver(Box::new(HandOver {
             name: text(rng),
             address: text(rng),

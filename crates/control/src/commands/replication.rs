@@ -24,6 +24,8 @@ pub(super) const COMMANDS: &[Entry] = &[
     entry::<Checkpoint>(),
     entry::<Failover>(),
     entry::<Switchover>(),
+    entry::<Verify>(),
+    entry::<Resolve>(),
     entry::<Stop>(),
     entry::<Query>(),
 ];
@@ -53,6 +55,13 @@ struct GroupAdd {
     volumes: Vec<VolumeArg>,
     store: StoreArg,
     engine: Option<String>,
+    fencing: Option<FencingArg>,
+}
+
+#[derive(Deserialize)]
+struct FencingArg {
+    #[serde(rename = "type")]
+    kind: String,
 }
 
 impl Command for GroupAdd {
@@ -70,6 +79,7 @@ impl Command for GroupAdd {
             volumes: self.volumes.into_iter().map(front).collect(),
             store: self.store.path.into(),
             size: self.store.size.unwrap_or(DEFAULT_SIZE),
+            manual_fencing: self.fencing.is_some_and(|f| f.kind == "manual"),
             engine: if self.engine.as_deref() == Some("undo") { Engine::Undo } else { Engine::Redo },
         };
         let names: Vec<String> = new.volumes.iter().map(|v| v.1.clone()).collect();
@@ -312,14 +322,23 @@ fn micros(d: Duration) -> u64 {
 struct Failover {
     group: String,
     own_writes: Option<String>,
+    fenced: Option<bool>,
 }
 
 impl Command for Failover {
     const NAME: &'static str = "replication-failover";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        let Acting::Secondary(secondary) = group(&daemon, &self.group)?.acting() else {
+        let group = group(&daemon, &self.group)?;
+        let Acting::Secondary(secondary) = group.acting() else {
             return Err(QmpError::generic(format!("Replication group '{}' is not a secondary", self.group)));
         };
+        let first = secondary.stage() == Stage::Running;
+        if group.settings().manual_fencing && first && self.fenced != Some(true) {
+            return Err(QmpError::generic(format!(
+                "Replication group '{}' is fenced by hand: see to it that its primary cannot write any more, and give 'fenced': true",
+                self.group
+            )));
+        }
         let done = secondary.failover(self.own_writes.as_deref() != Some("discard")).await?;
         let mut record = json!({
             "epoch": done.epoch.0,
@@ -357,6 +376,52 @@ impl Command for Switchover {
             "duration-us": micros(done.duration),
             "address": done.address.to_string(),
         }))
+    }
+}
+
+/// Compares a secondary with this side, while both go on.
+#[derive(Deserialize)]
+struct Verify {
+    group: String,
+    peer: String,
+    repair: Option<String>,
+}
+
+impl Command for Verify {
+    const NAME: &'static str = "replication-verify";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let Acting::Primary(primary) = group(&daemon, &self.group)?.acting() else {
+            return Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group)));
+        };
+        primary.verify(&self.peer, self.repair.as_deref() == Some("resync"))?;
+        Ok(json!({}))
+    }
+}
+
+/// After a split brain: whose writes are given up.
+#[derive(Deserialize)]
+struct Resolve {
+    group: String,
+    victim: String,
+    listen: Option<SocketAddress>,
+}
+
+impl Command for Resolve {
+    const NAME: &'static str = "replication-resolve";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let group = group(&daemon, &self.group)?;
+        if self.victim == "local" {
+            let Some(listen) = self.listen else {
+                return Err(QmpError::generic("Parameter 'listen' is missing"));
+            };
+            let address = group.give_up(&listen.read()?).await?;
+            return Ok(json!({"address": address.to_string()}));
+        }
+        match group.acting() {
+            Acting::Primary(p) if p.retry_peer(&self.victim) => Ok(json!({})),
+            Acting::Primary(_) => Err(QmpError::generic(format!("No peer '{}' has refused", self.victim))),
+            _ => Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group))),
+        }
     }
 }
 
@@ -460,6 +525,19 @@ fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
         c.peers().iter().enumerate().filter(present).map(one).collect()
     });
     put("peers", Value::Array(peers));
+    if let Some(v) = p.verified() {
+        let mut verify = json!({
+            "peer": v.peer, "verdict": v.verdict.name(), "done": v.done, "total": v.total, "mismatched": v.mismatched,
+        });
+        if let Some((volume, offset)) = v.first {
+            verify["volume"] = json!(volume);
+            verify["offset"] = json!(offset);
+        }
+        if let Some(e) = v.error {
+            verify["error"] = json!(e);
+        }
+        put("last-verify", verify);
+    }
     if let Some(e) = p.last_error() {
         put("last-error", json!(e));
     }

@@ -398,6 +398,125 @@ fn settings_change_and_secondaries_go_while_it_runs() {
     a.io(0, "read -P 3 0 64k").unwrap();
 }
 
+/// The secondary's disk rots. A verification finds it while guests write, says where, and repairs it; it never takes a write under way
+/// for a difference.
+#[test]
+fn a_verification_finds_what_differs_and_nothing_else() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::new(engine, 2), Host::new(engine, 2));
+        p.io(1, "write -P 7 0 3M").unwrap();
+        s.secondary();
+        p.primary(&[&s], &json!({"checkpoint-interval-ms": 20}));
+        p.until_running(1);
+        for (repair, rot, verdict, mismatched) in [
+            ("none", false, "identical", 0),
+            ("none", true, "different", 262_144),
+            ("resync", false, "repaired", 262_144),
+            ("none", false, "identical", 0),
+        ] {
+            if rot {
+                // nothing of the disk is in the log any more
+                p.checkpoint();
+                let c = std::cell::RefCell::new(&mut s.c);
+                until(|| {
+                    let info = c.borrow_mut().command("query-replication", json!({})).unwrap();
+                    info[0]["buffer"]["pending"] == 0
+                });
+                use std::os::unix::fs::FileExt;
+                let file = std::fs::OpenOptions::new().write(true).open(s.dir.path("disk1.raw")).unwrap();
+                file.write_all_at(b"rot", 1_000_000).unwrap();
+            }
+            p.c.events.clear();
+            let url = format!("nbd+unix:///disk0?socket={}", p.dir.path("nbd.sock"));
+            let writes: Vec<String> = (0..200u32)
+                .flat_map(|i| {
+                    ["-c".to_owned(), format!("write -q -P {} {}k 64k", i % 250 + 1, i * 77 % 8000)]
+                })
+                .collect();
+            let mut guest =
+                Command::new("qemu-io").args(["-f", "raw"]).args(writes).arg(url).spawn().unwrap();
+            p.c.command("replication-verify", json!({"group": "g", "peer": "p0", "repair": repair})).unwrap();
+            let told = p.c.event("REPLICATION_VERIFY");
+            guest.wait().unwrap();
+            assert_eq!(
+                (&told["verdict"], &told["mismatched"]),
+                (&json!(verdict), &json!(mismatched)),
+                "{engine}: {told}"
+            );
+            let last = p.info()["last-verify"].clone();
+            assert_eq!(last["done"], 32 << 20, "{last}");
+            if mismatched > 0 {
+                assert_eq!(
+                    (&last["volume"], &last["offset"]),
+                    (&json!(1), &json!(1_000_000 / 262_144 * 262_144))
+                );
+            }
+        }
+        p.checkpoint();
+        s.io(1, "read -P 7 0 3M").unwrap();
+    }
+}
+
+/// L9: two secondaries are promoted. Neither takes the other for its own, neither is stopped by the other; a command says whose writes go.
+#[test]
+fn a_split_brain_is_refused_and_resolved_by_command() {
+    let (mut p, mut a, mut b) = (Host::new("redo", 1), Host::new("redo", 1), Host::new("redo", 1));
+    a.secondary();
+    b.secondary();
+    p.primary(&[&a, &b], &json!({}));
+    p.until_running(2);
+    p.io(0, "write -P 1 0 1M").unwrap();
+    p.checkpoint();
+    p.daemon.signal("KILL");
+    p.daemon.wait();
+    for (host, pattern) in [(&mut a, 2), (&mut b, 3)] {
+        host.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        host.until_merged();
+        host.io(0, &format!("write -P {pattern} 64k 64k")).unwrap();
+    }
+    a.primary(&[&b], &json!({}));
+    a.c.event("REPLICATION_SPLIT_BRAIN");
+    // both go on, and neither has anything of the other
+    for (host, pattern) in [(&a, 2), (&b, 3)] {
+        host.io(0, &format!("read -P {pattern} 64k 64k")).unwrap();
+        host.io(0, &format!("write -P {pattern} 128k 64k")).unwrap();
+    }
+    assert_eq!(a.info()["peers"][0]["state"], "refused");
+    let listen = unix(&b.dir.path("repl2.sock"));
+    let e = b.c.command("replication-resolve", json!({"group": "g", "victim": "local"})).unwrap_err();
+    assert!(e.contains("'listen' is missing"), "{e}");
+    b.c.command("replication-resolve", json!({"group": "g", "victim": "local", "listen": listen})).unwrap();
+    a.c.command("replication-peer-remove", json!({"group": "g", "peer": "p0"})).unwrap();
+    a.c.command("replication-peer-add", json!({"group": "g", "peer": "p0", "addr": listen})).unwrap();
+    a.until_running(1);
+    b.io(0, "read -P 2 64k 128k").unwrap();
+    let e = a.c.command("replication-resolve", json!({"group": "g", "victim": "p0"})).unwrap_err();
+    assert!(e.contains("has refused"), "{e}");
+}
+
+/// Fencing by hand: a promotion wants somebody's word.
+#[test]
+fn a_group_fenced_by_hand_is_promoted_only_on_somebodys_word() {
+    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
+    s.c.command("block-export-del", json!({"id": "e0"})).unwrap();
+    s.c.event("BLOCK_EXPORT_DELETED");
+    s.c.command("replication-group-remove", json!({"id": "g"})).unwrap();
+    let group = json!({"id": "g", "volumes": [{"node-name": "d0", "front": "f0"}], "store": {"path": s.dir.path("store")},
+        "fencing": {"type": "manual"}});
+    s.c.command("replication-group-add", group).unwrap();
+    s.secondary();
+    p.primary(&[&s], &json!({}));
+    p.until_running(1);
+    p.checkpoint();
+    let e = s.c.command("replication-failover", json!({"group": "g"})).unwrap_err();
+    assert!(e.contains("fenced by hand"), "{e}");
+    assert_eq!(s.info()["role"], "secondary");
+    s.c.command("replication-failover", json!({"group": "g", "fenced": true})).unwrap();
+    s.until_merged();
+    // it may be repeated without
+    s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+}
+
 /// What makes no sense is refused with a sentence.
 #[test]
 fn commands_out_of_place_are_refused() {

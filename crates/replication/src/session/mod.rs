@@ -15,7 +15,7 @@ mod secondary;
 pub use activity::Activity;
 pub use front::{Front, Mode};
 pub use group::{Acting, Group, NewGroup, SwitchedOver};
-pub use primary::{CheckpointDone, PeerFacts, PrimaryGroup};
+pub use primary::{CheckpointDone, PeerFacts, PrimaryGroup, Verdict, Verify};
 pub use secondary::{Failover, SecondaryGroup};
 
 use std::time::Duration;

@@ -147,6 +147,15 @@ struct State {
     garbage: Vec<RangeMap>,
 }
 
+/// Whose content is read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum View {
+    /// The checkpoint with this side's own writes over it.
+    Owner,
+    /// The primary's, as far as it has come.
+    Kept,
+}
+
 /// See above.
 pub struct Store {
     env: Env,
@@ -431,10 +440,22 @@ impl Store {
     /// # Errors
     /// Of the log or a disk.
     pub async fn read(&self, volume: u16, at: Span) -> Result<Data> {
+        self.read_as(volume, at, View::Owner).await
+    }
+
+    /// What the primary's image is with every change that was kept so far, decided or not.
+    ///
+    /// # Errors
+    /// Of the log or a disk.
+    pub async fn read_kept(&self, volume: u16, at: Span) -> Result<Data> {
+        self.read_as(volume, at, View::Kept).await
+    }
+
+    async fn read_as(&self, volume: u16, at: Span, view: View) -> Result<Data> {
         let v = self.volume(volume)?;
         loop {
             let _pin = self.log.pin();
-            let (pieces, switches) = self.look(volume, at);
+            let (pieces, switches) = self.look(volume, at, view);
             let mut data = Data::empty();
             for (span, place) in &pieces {
                 data.append(match place {
@@ -448,7 +469,8 @@ impl Store {
                 return Ok(data);
             }
             // The disk may have changed under the read; then the index did, first.
-            let same = on_disk.all(|(span, _)| self.look(volume, *span).0.iter().all(|p| p.1 == Place::Disk));
+            let same =
+                on_disk.all(|(span, _)| self.look(volume, *span, view).0.iter().all(|p| p.1 == Place::Disk));
             if same && self.state.borrow().switches == switches {
                 return Ok(data);
             }
@@ -461,8 +483,15 @@ impl Store {
     }
 
     /// Where the bytes of `at` are now.
-    fn look(&self, volume: u16, at: Span) -> (Vec<(Span, Place)>, u64) {
+    fn look(&self, volume: u16, at: Span, view: View) -> (Vec<(Span, Place)>, u64) {
         let (s, i) = (self.state.borrow(), usize::from(volume));
+        if view == View::Kept {
+            let layers: &[&Layer] = &match self.engine {
+                Engine::Redo => s.layers.iter().rev().collect::<Vec<_>>(),
+                Engine::Undo => Vec::new(),
+            };
+            return (resolve(layers.iter().filter_map(|l| l.maps.get(i)), at), s.switches);
+        }
         let own = [Some(&s.own), s.merging.as_ref()].into_iter().flatten().filter_map(|l| l.maps.get(i));
         let pieces = match self.engine {
             Engine::Redo => {

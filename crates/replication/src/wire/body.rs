@@ -198,6 +198,15 @@ pub(super) fn fields(body: &Body) -> Fields {
         Body::Pong { sent } => plain(Kind::Pong, Writer::new().n64(*sent)),
         Body::Fenced { by } => plain(Kind::Fenced, Writer::new().n64(by.0)),
         Body::Bye { text } => plain(Kind::Bye, Writer::new().text(text)),
+        Body::HashReq { volume, at } => {
+            let len = u32::try_from(at.len).unwrap_or(u32::MAX);
+            Fields { volume: *volume, offset: at.start, len, ..none(Kind::HashReq) }
+        }
+        Body::Hash { volume, at, hash } => {
+            let len = u32::try_from(at.len).unwrap_or(u32::MAX);
+            let f = plain(Kind::Hash, Writer::new().n64(*hash));
+            Fields { volume: *volume, offset: at.start, len, ..f }
+        }
         Body::HandOver(h) => {
             let number = |l: AckLevel| AckLevel::ALL.iter().position(|x| *x == l).unwrap_or_default() as u8;
             let policy = LinkPolicy::ALL.iter().position(|x| *x == h.policy).unwrap_or_default() as u8;
@@ -287,6 +296,16 @@ pub(super) fn parse(f: &Fields) -> Result<Body> {
         Kind::Pong => Body::Pong { sent: r.n64()? },
         Kind::Fenced => Body::Fenced { by: Generation(r.n64()?) },
         Kind::Bye => Body::Bye { text: r.text()? },
+        Kind::HashReq | Kind::Hash => {
+            let at = Span::checked(f.offset, u64::from(f.len));
+            // what is asked for is read at once
+            let at = at.filter(|at| !at.is_empty() && at.len <= super::MAX_PAYLOAD as u64);
+            let at = at.ok_or_else(|| r.wrong("bad range"))?;
+            match f.kind {
+                Kind::HashReq => Body::HashReq { volume: f.volume, at },
+                _ => Body::Hash { volume: f.volume, at, hash: r.n64()? },
+            }
+        }
         Kind::HandOver => {
             let level = |n: u8| AckLevel::ALL.get(usize::from(n)).copied();
             let (write, flush, policy) = (level(r.n8()?), level(r.n8()?), r.n8()?);
@@ -336,5 +355,7 @@ pub(super) const fn kind_name(kind: Kind) -> &'static str {
         Kind::Fenced => "FENCED",
         Kind::Bye => "BYE",
         Kind::HandOver => "HANDOVER",
+        Kind::HashReq => "HASHREQ",
+        Kind::Hash => "HASH",
     }
 }

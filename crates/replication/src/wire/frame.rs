@@ -73,6 +73,10 @@ kinds! {
     Bye = 18,
     /// Primary: take over here, at this checkpoint.
     HandOver = 19,
+    /// Primary: what does this range hold, with every change up to here?
+    HashReq = 20,
+    /// Secondary: its hash.
+    Hash = 21,
 }
 
 /// A frame: the fixed fields and what it says.

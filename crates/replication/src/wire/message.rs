@@ -152,6 +152,15 @@ pub enum Body {
         text: String,
     },
     HandOver(Box<HandOver>),
+    HashReq {
+        volume: u16,
+        at: Span,
+    },
+    Hash {
+        volume: u16,
+        at: Span,
+        hash: u64,
+    },
 }
 
 impl Body {

@@ -38,6 +38,8 @@ pub struct NewGroup {
     pub size: u64,
     /// A secondary's engine.
     pub engine: Engine,
+    /// Whether a promotion needs somebody's word that the old primary cannot write any more.
+    pub manual_fencing: bool,
 }
 
 /// What a group does.
@@ -440,6 +442,22 @@ impl Group {
                 Ok(())
             }
         }
+    }
+
+    /// After a split brain: this side gives up what it holds and follows the other, which finds it at `listen` (L9).
+    ///
+    /// # Errors
+    /// It is a secondary already; as [`Group::start_secondary`].
+    pub async fn give_up(self: &Rc<Self>, listen: &Address) -> Result<Address> {
+        match self.acting() {
+            Acting::Primary(p) => p.stop(),
+            Acting::Secondary(s) if s.stage() == Stage::Done => s.stop(),
+            Acting::Secondary(_) => return self.idle().map(|()| listen.clone()),
+            Acting::Unprotected => {}
+        }
+        self.act(Acting::Unprotected);
+        self.peers.borrow_mut().clear();
+        self.start_secondary(listen, true).await
     }
 
     /// Removes the nodes of a group without a role. Their users go on with the disks themselves.

@@ -68,7 +68,7 @@ impl PrimaryGroup {
 }
 
 /// What is at `at` now; nothing if it reads as zeroes. What the disk knows to be zero is not read.
-async fn current(disk: &Edge, at: Span) -> Result<Option<Data>> {
+pub(super) async fn current(disk: &Edge, at: Span) -> Result<Option<Data>> {
     let known = disk.extents(at).await?;
     if !known.is_empty() && known.iter().all(|e| e.kind == Kind::Zero) {
         return Ok(None);

@@ -106,6 +106,9 @@ impl PrimaryGroup {
                     let sent = Duration::from_micros(*sent);
                     peer.rtt.set(Some(self.env.now().saturating_sub(sent)));
                 }
+                if let Body::Hash { volume, at, hash } = &frame.body {
+                    peer.hashes.push((*volume, *at, *hash));
+                }
                 self.step(Input::Frame(number, &frame));
             }
             // an acknowledgement may have given credit

@@ -8,6 +8,9 @@ mod catch_up;
 mod checkpoints;
 mod connection;
 mod hand_over;
+mod verify;
+
+pub use verify::{Verdict, Verify};
 
 use super::Tell;
 use super::activity::Activity;
@@ -20,7 +23,7 @@ use crate::types::{Epoch, GroupId, Seq};
 use crate::wire::{Body, MAX_PAYLOAD, VolumeInfo, crc_of};
 use block::{BlockError, Data, ErrorKind, ReqFlags, Result, Span};
 use copy::{Owner, RangeLocks};
-use env::sync::{Notify, race};
+use env::sync::{Notify, Queue, race};
 use env::{Address, Env, Stream};
 use graph::Edge;
 use std::cell::{Cell, RefCell};
@@ -74,6 +77,8 @@ struct Peer {
     removed: Cell<bool>,
     /// Bytes of what was sent in the present session because it had been missed.
     caught_up: Cell<u64>,
+    /// Answers to questions about its content.
+    hashes: Queue<(u16, Span, u64)>,
 }
 
 /// See above.
@@ -92,6 +97,7 @@ pub struct PrimaryGroup {
     /// Between checkpoints by the clock, if they are wanted.
     interval: Cell<Option<Duration>>,
     retimed: Notify,
+    verified: RefCell<Option<Verify>>,
     last_error: RefCell<Option<String>>,
     timeout: Cell<Duration>,
     stopped: Cell<bool>,
@@ -138,6 +144,7 @@ impl PrimaryGroup {
             began: env.now(),
             interval: Cell::new(None),
             retimed: Notify::new(),
+            verified: RefCell::default(),
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
             stopped: Cell::new(false),
@@ -189,12 +196,32 @@ impl PrimaryGroup {
             rtt: Cell::new(None),
             removed: Cell::new(false),
             caught_up: Cell::new(0),
+            hashes: Queue::new(),
         });
         self.peers.borrow_mut().push(peer.clone());
         let config = self.look(|c| c.config().clone());
         self.configure(config);
+        self.connect(number, peer);
+    }
+
+    fn connect(self: &Rc<Self>, number: usize, peer: Rc<Peer>) {
         let group = self.clone();
         self.env.spawn("replication peer", async move { group.keep_connected(number, &peer).await });
+    }
+
+    /// Tries a peer again that refused. Whether there is one.
+    pub fn retry_peer(self: &Rc<Self>, name: &str) -> bool {
+        let Some(number) = self.peer_number(name) else { return false };
+        let refused = |c: &Primary| c.peers().get(number).is_some_and(|p| p.state == PeerState::Refused);
+        let peer = self.peers.borrow().get(number).cloned();
+        match peer {
+            Some(peer) if self.look(refused) => {
+                self.step(Input::Retry(number));
+                self.connect(number, peer);
+                true
+            }
+            _ => false,
+        }
     }
 
     /// Nothing is sent to that peer any more, nobody waits for it, and what it misses is not remembered for it. Whether there was one.

@@ -474,6 +474,20 @@ impl SecondaryGroup {
                     vec![("epoch", epoch.0.into()), ("reason", reason.into())],
                 );
             }
+            Output::Hash { session, volume, at } => match self.store.read_kept(volume, at).await {
+                Ok(data) => {
+                    let hash = crate::digest::content_hash(&data);
+                    let body = Body::Hash { volume, at, hash };
+                    let seq = self.core.borrow().received().0;
+                    let frame = Frame { generation: self.generation(), seq, epoch: Epoch(0), body };
+                    Box::pin(self.carry_out(Output::Send(session, frame))).await;
+                }
+                Err(e) => {
+                    let text = format!("reading to verify: {e}");
+                    let refused = Input::Refused { volume, offset: at.start, errno: e.errno(), text };
+                    Box::pin(self.step(refused)).await;
+                }
+            },
             Output::TakeOver(hand) => {
                 let began = self.env.now();
                 match Box::pin(self.promote(true, began)).await {
