@@ -246,7 +246,9 @@ fn round(seed: u64, kinds: &[&'static str], pristine: &Dir) {
     }
     (0..4).for_each(|n| drop(tool(&dir, &format!("qemu-img|check|-q|{n}.qcow2"))));
     if play.arguments.get("target").is_some() {
-        tool(&dir, "qemu-img|check|-q|t.qcow2");
+        // a fault that nobody has met is met when the target is closed: then space may be lost, but no more than that
+        let most = if play.faults { 3 } else { 0 };
+        tool(&dir, &format!("sh|-c|qemu-img check -q t.qcow2; c=$?; test $c = 0 -o $c = {most}"));
     }
 }
 
