@@ -76,6 +76,8 @@ pub struct Daemon {
     session_left: Notify,
     /// What could not be written back at the end.
     trouble: RefCell<Option<QmpError>>,
+    /// Told of what went wrong after a command had done what it was asked.
+    on_trouble: RefCell<Option<Rc<dyn Fn(&str)>>>,
     open: Cell<bool>,
     opened: Notify,
     phase: Cell<Phase>,
@@ -146,6 +148,7 @@ impl Daemon {
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
             trouble: RefCell::new(None),
+            on_trouble: RefCell::new(None),
             open: Cell::new(false),
             opened: Notify::new(),
             phase: Cell::new(Phase::Running),
@@ -312,6 +315,19 @@ impl Daemon {
         }
         while self.phase.get() != Phase::Ended {
             self.phase_changed.wait().await;
+        }
+    }
+
+    /// Has `tell` called with a sentence for people when something went wrong that no command's answer can say, since the
+    /// command did what it was asked.
+    pub fn on_trouble(&self, tell: impl Fn(&str) + 'static) {
+        *self.on_trouble.borrow_mut() = Some(Rc::new(tell));
+    }
+
+    pub(crate) fn tell_trouble(&self, what: &str) {
+        let tell = self.on_trouble.borrow().clone();
+        if let Some(tell) = tell {
+            tell(what);
         }
     }
 

@@ -57,6 +57,7 @@ fn start(arguments: &[String]) -> Result<(), String> {
     let signals = os::signals(&env, &[os::SIGTERM, os::SIGINT, os::SIGHUP]).map_err(|e| e.to_string())?;
     executor.run(async move {
         let daemon = Daemon::new(&env, concat!("liveblk ", env!("CARGO_PKG_VERSION")));
+        daemon.on_trouble(|what| eprintln!("liveblkd: {what}"));
         let ending = daemon.clone();
         env.spawn("signals", async move {
             // a second signal finds the end under way

@@ -237,17 +237,23 @@ impl Graph {
     }
 
     /// Closes and removes a node that nobody uses, and the nodes that only it used.
+    ///
+    /// # Errors
+    /// It is in use, or gone already: nothing changed. Or what closing it met: then it is removed all the same.
     pub async fn remove(&self, cell: &Rc<NodeCell>) -> Result<()> {
-        self.remove_if(cell, |_| Ok(())).await
+        self.remove_if::<BlockError>(cell, |_| Ok(())).await?
     }
 
     /// [`Graph::remove`] if `check` agrees, which is asked when no other change can come between; whoever owned the node
-    /// gives it up only then. An error of `check`, or that the node is in use, changes nothing.
+    /// gives it up only then. The inner result is what closing met; the node is removed whatever that is.
+    ///
+    /// # Errors
+    /// The outer result: an error of `check`, or that the node is in use. Nothing changed.
     pub async fn remove_if<E: From<BlockError>>(
         &self,
         cell: &Rc<NodeCell>,
         check: impl FnOnce(&Rc<NodeCell>) -> std::result::Result<(), E>,
-    ) -> std::result::Result<(), E> {
+    ) -> std::result::Result<Result<()>, E> {
         let _turn = self.changing.acquire(1).await;
         self.check_present(cell)?;
         check(cell)?;
@@ -258,7 +264,7 @@ impl Graph {
         cell.set_monitor_owned(false);
         let closed = self.close(cell).await;
         self.reap().await;
-        Ok(closed?)
+        Ok(closed)
     }
 
     /// Changes the length of a node if `check` agrees and its parents share that. No request runs meanwhile, and whoever

@@ -90,7 +90,7 @@ impl Booted {
     }
 
     /// Ends the daemon in order, as on SIGTERM. Everything it held must be given back.
-    pub async fn quit(self, world: &World, watch: &Env) {
+    pub async fn quit(&self, world: &World, watch: &Env) {
         let ending = async {
             self.daemon.shut_down().await;
             self.daemon.ended().await

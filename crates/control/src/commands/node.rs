@@ -45,7 +45,13 @@ impl Command for BlockdevDel {
         let Some(cell) = daemon.graph().find(name) else {
             return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
         };
-        daemon.graph().remove_if(&cell, check_removable).await?;
+        // An error is answered only if the node stays: a command that says no has changed nothing. What was flushed before
+        // is safe; what closing could not write back nobody was promised, but somebody should know.
+        if let Err(e) = daemon.graph().remove_if(&cell, check_removable).await? {
+            daemon.tell_trouble(&format!(
+                "node '{name}' is deleted, but something failed while closing it: {e}"
+            ));
+        }
         Ok(json!({}))
     }
 }

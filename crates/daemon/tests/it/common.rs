@@ -48,12 +48,18 @@ pub(crate) struct Daemon {
 
 impl Daemon {
     pub(crate) fn start(dir: &Dir, extra: &[&str]) -> Daemon {
+        Daemon::start_saying(dir, extra, Stdio::inherit())
+    }
+
+    /// What it says to people goes to `stderr`.
+    pub(crate) fn start_saying(dir: &Dir, extra: &[&str], stderr: Stdio) -> Daemon {
         let socket = dir.0.join("qmp.sock");
         let chardev = format!("socket,id=c0,path={},server=on,wait=off", socket.display());
         let child = program()
             .args(["--chardev", &chardev, "--monitor", "c0"])
             .args(extra)
             .current_dir(&dir.0)
+            .stderr(stderr)
             .spawn()
             .unwrap();
         Daemon { child, socket }

@@ -131,3 +131,34 @@ fn created_here_read_there() {
     assert_eq!((&info["virtual-size"], &info["cluster-size"]), (&json!(1 << 30), &json!(1 << 17)));
     assert_eq!((&data["extended-l2"], &data["compression-type"]), (&json!(true), &json!("zstd")));
 }
+
+/// What closing cannot write back does not keep a node: the command says that it is gone, as QSD does, and stderr the rest.
+#[test]
+fn a_node_goes_although_closing_it_fails() {
+    let dir = Dir::new();
+    tool(&dir, "qemu-img|create|-q|-f|qcow2|n.qcow2|1M");
+    let said = dir.path("said");
+    let mut daemon = Daemon::start_saying(&dir, &[], std::fs::File::create(&said).unwrap().into());
+    let mut c = daemon.client();
+    let broken = json!({
+        "driver": "blkdebug", "image": {"driver": "file", "filename": "n.qcow2"},
+        "inject-error": [{"event": "none", "iotype": "write", "errno": 5, "once": false}],
+    });
+    c.command("blockdev-add", json!({"driver": "qcow2", "node-name": "n", "file": broken})).unwrap();
+    // is written when the node closes
+    c.command("block-dirty-bitmap-add", json!({"node": "n", "name": "b", "persistent": true})).unwrap();
+    c.command("blockdev-del", json!({"node-name": "n"})).unwrap();
+    let again = c.command("blockdev-del", json!({"node-name": "n"}));
+    assert_eq!(again, Err("Failed to find node with node-name='n'".to_owned()));
+    let said = std::fs::read_to_string(said).unwrap();
+    assert!(
+        said.starts_with("liveblkd: node 'n' is deleted, but something failed while closing it: "),
+        "{said}"
+    );
+    assert!(said.trim_end().ends_with("Input/output error"), "{said}");
+    // another may have the image now
+    tool(&dir, "qemu-img|check|-q|n.qcow2");
+    tool(&dir, "qemu-io|-f|qcow2|-c|write 0 64k|n.qcow2");
+    c.command("quit", json!({})).unwrap();
+    assert!(daemon.wait().success());
+}

@@ -64,8 +64,8 @@ struct Run {
     /// Where guests and manager live: a process that is never killed.
     outside: Env,
     _outside: Process,
-    /// The daemon that has an NBD target.
-    far: RefCell<Option<Booted>>,
+    /// The daemon that has an NBD target; also while it is still being told to export it.
+    far: RefCell<Option<Rc<Booted>>>,
     guests: RefCell<Vec<Guest>>,
     /// Actively synced was seen, and nothing since may have ended that.
     synced: Cell<bool>,
@@ -147,6 +147,9 @@ impl Run {
     /// Starts the daemon that exports the target. Whether it runs.
     async fn start_far(&self) -> bool {
         let Some(far) = Booted::start_far(&self.world).await else { return false };
+        let far = Rc::new(far);
+        // At once: the run may end before it is ready, and whoever ends it must know of this daemon (seeds 364, 2309).
+        *self.far.borrow_mut() = Some(far.clone());
         let ready = async {
             let m = far.manage(&self.world, &self.outside, &self.history).await?;
             let node =
@@ -158,7 +161,6 @@ impl Run {
             m.must("block-export-add", export).await.map(drop)
         };
         let ready = self.world.within(&self.outside, PATIENCE, "starting the other daemon", ready).await;
-        *self.far.borrow_mut() = Some(far);
         matches!(ready, Some(Ok(())))
     }
 
@@ -601,7 +603,7 @@ impl Run {
             End::PowerLoss => {
                 self.world.count("power losses", 1);
                 let far = self.far.take();
-                let all: Vec<&Process> = far.iter().chain([&daemon]).map(|b| &b.process).collect();
+                let all: Vec<&Process> = far.iter().map(|f| &f.process).chain([&daemon.process]).collect();
                 host.power_loss(&all);
                 Crash::PowerLoss
             }
