@@ -18,9 +18,14 @@ use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Commands that run at the same time, of all clients together: never met, since a client's own run one after another.
 const TURNS: usize = 1 << 20;
+
+/// How long the end waits for commands under way. They take milliseconds, but one that opens a node of a server that does
+/// not answer may wait for ever, and must not keep the daemon.
+const LAST_COMMANDS: Duration = Duration::from_secs(2);
 
 /// How many turns a command takes: a transaction (or what is one) runs alone, so that nobody attaches to the nodes it holds
 /// still; what cannot attach anybody runs at any time.
@@ -241,14 +246,21 @@ impl Daemon {
             let desc = format!("The command {command} has not been found");
             return Err(QmpError::of(Class::CommandNotFound, desc));
         };
-        if self.phase.get() != Phase::Running && command != "quit" {
-            return Err(QmpError::generic("The daemon is ending"));
-        }
+        self.check_running(command)?;
         let _turn = match turns(command) {
             0 => None,
             n => Some(self.turns.acquire(n).await),
         };
+        // the end may have come while it waited
+        self.check_running(command)?;
         (entry.run)(self.clone(), checked).await
+    }
+
+    fn check_running(&self, command: &str) -> Result<(), QmpError> {
+        if self.phase.get() != Phase::Running && command != "quit" {
+            return Err(QmpError::generic("The daemon is ending"));
+        }
+        Ok(())
     }
 
     /// Makes a character device.
@@ -298,11 +310,13 @@ impl Daemon {
         Seat { daemon: self.clone(), session: session.clone() }
     }
 
-    /// Closes exports, cancels jobs and closes nodes, in that order; what happens is told by events. Done once: a second
-    /// caller waits for the first.
+    /// Lets commands under way end, closes exports, cancels jobs and closes nodes, in that order; what happens is told by
+    /// events. Done once: a second caller waits for the first.
     pub async fn shut_down(&self) {
         if self.phase.get() == Phase::Running {
             self.phase.set(Phase::Ending);
+            // One that opens a node, or starts a job, would leave it behind our back (simulation seed serve 2180).
+            let _no_more = self.env.timeout(LAST_COMMANDS, self.turns.acquire(TURNS)).await;
             self.exports.shut_down().await;
             self.jobs.cancel_all().await;
             self.replication.borrow().values().for_each(|g| g.shut_down());

@@ -46,3 +46,10 @@ fn ended_while_adding(hangs: Duration) -> (Option<Result<(), String>>, Option<St
 fn a_node_that_is_being_opened_when_the_daemon_ends_is_closed_again() {
     assert_eq!(ended_while_adding(Duration::from_millis(100)), (Some(Ok(())), None));
 }
+
+#[test]
+fn a_file_that_never_answers_does_not_keep_the_daemon() {
+    // nobody waits for that long: the limit of `quit` is shorter
+    let (_, wrong) = ended_while_adding(Duration::from_secs(600));
+    assert_eq!(wrong.as_deref(), None);
+}
