@@ -41,6 +41,9 @@ fn turns(command: &str) -> usize {
     }
 }
 
+/// Takes a sentence for people.
+type Tell = Rc<dyn Fn(&str)>;
+
 /// How far the end has come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
@@ -82,7 +85,7 @@ pub struct Daemon {
     /// What could not be written back at the end.
     trouble: RefCell<Option<QmpError>>,
     /// Told of what went wrong after a command had done what it was asked.
-    on_trouble: RefCell<Option<Rc<dyn Fn(&str)>>>,
+    on_trouble: RefCell<Option<Tell>>,
     open: Cell<bool>,
     opened: Notify,
     phase: Cell<Phase>,
