@@ -40,7 +40,6 @@ UNREACHED = [
     ("blockdev-mirror Sync mode 'incremental' not supported", "mirrors do that"),
     ("query-named-block-nodes Block device a is ejected", "one corrupt image does not make the query fail"),
     ("change-backing-file Could not change backing file", "crashers.py does it"),
-    ("blockdev-set-active", "nodes are always active (docs/compat.md)"),
 ]
 
 

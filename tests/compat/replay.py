@@ -121,9 +121,7 @@ KNOWN = [
 
 # What is not there yet (docs/compat.md says when it comes). Commands that need it are left out of the replay, and so is all
 # that is about a job they would have started.
-MISSING_COMMANDS = {
-    "blockdev-set-active",
-}  # fmt: skip
+MISSING_COMMANDS = set()
 MISSING_KINDS = set()
 
 

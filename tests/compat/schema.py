@@ -15,7 +15,6 @@ from catalogue import Talk  # noqa: E402
 
 # What QSD has and we have not: "command NAME", "event NAME", or "PATH: VALUE" of a value in an enumeration under a path.
 MISSING = {
-    "command blockdev-set-active": "nodes are always active",
     "event BLOCK_IO_ERROR": "QSD never emits it: there are no guest devices",
     "event VSERPORT_CHANGE": "the same",
 }

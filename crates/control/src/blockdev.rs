@@ -85,11 +85,6 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
 }
 
 fn common(f: &Fields<'_>) -> Result<Common, QmpError> {
-    if f.flag("active") == Some(false) {
-        return Err(QmpError::generic(
-            "Parameter 'active' is not supported by liveblkd: nodes are always active",
-        ));
-    }
     let cache = f.object("cache");
     let cached = |key: &str| cache.as_ref().and_then(|c| c.flag(key));
     Ok(Common {
@@ -97,6 +92,7 @@ fn common(f: &Fields<'_>) -> Result<Common, QmpError> {
         read_only: f.flag("read-only"),
         auto_read_only: f.flag("auto-read-only"),
         force_share: f.flag("force-share").unwrap_or(false),
+        active: f.flag("active"),
         detect_zeroes: match f.text("detect-zeroes") {
             Some("on") => DetectZeroes::On,
             Some("unmap") => DetectZeroes::Unmap,

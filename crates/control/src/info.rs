@@ -26,7 +26,7 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
         DetectZeroes::Unmap => "unmap",
     };
     out.insert("detect_zeroes".into(), json!(detect_zeroes));
-    out.insert("active".into(), json!(true));
+    out.insert("active".into(), json!(cell.is_active()));
     let depth = if flat { 0 } else { backing_depth(cell) };
     let names = names::exact_chain(cell).await?;
     out.insert("image".into(), image(cell, &details, &names, if flat { 0 } else { MAX_LAYERS }).await?);

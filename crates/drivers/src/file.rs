@@ -198,7 +198,11 @@ impl FileNode {
         }
         let old = self.file.replace(file);
         self.mode.set(mode);
-        old.settle().await
+        old.settle().await?;
+        match &self.locks {
+            Some(locks) => locks.leave(&*old).await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -307,6 +311,17 @@ impl Node for FileNode {
     }
     fn set_writable(&self, writable: bool) -> Io<'_> {
         Box::pin(self.reopen(writable))
+    }
+    fn set_active(&self, on: bool) -> Io<'_> {
+        let file = self.file();
+        Box::pin(async move {
+            if !on {
+                return file.settle().await;
+            }
+            // somebody else may have changed it
+            self.len.set(file.info().await?.len);
+            Ok(())
+        })
     }
     fn close(&self) -> Io<'_> {
         let file = self.file();

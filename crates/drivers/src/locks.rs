@@ -91,6 +91,12 @@ impl ImageLocks {
         }
         Ok(())
     }
+
+    /// Unlocks everything on an open file whose locks another one has now ([`ImageLocks::copy_to`]). Closing alone does not: a
+    /// request on its way in the kernel, or a process that was just forked, keeps the file open for a while.
+    pub(crate) async fn leave(&self, file: &dyn File) -> Result<()> {
+        unlock(file, self.used.get(), self.not_shared.get()).await
+    }
 }
 
 async fn free(file: &dyn File, byte: u64) -> Result<bool> {

@@ -15,7 +15,14 @@ pub struct RawNode {
 impl RawNode {
     /// A window of `size` bytes (default: to the end) at `offset` of the child behind `file`.
     pub fn open(file: Rc<Edge>, offset: u64, size: Option<u64>) -> block::Result<Rc<RawNode>> {
-        let len = file.len();
+        let node = RawNode { file, offset, size };
+        node.check_window()?;
+        Ok(Rc::new(node))
+    }
+
+    /// That the file is long enough.
+    fn check_window(&self) -> block::Result<()> {
+        let (len, offset, size) = (self.file.len(), self.offset, self.size);
         if offset > len {
             return Err(BlockError::invalid(format!(
                 "Offset ({offset}) cannot be greater than size of the containing file ({len})"
@@ -28,7 +35,7 @@ impl RawNode {
                 size.unwrap_or_default()
             )));
         }
-        Ok(Rc::new(RawNode { file, offset, size }))
+        Ok(())
     }
 
     fn window(&self) -> bool {
@@ -101,6 +108,9 @@ impl Node for RawNode {
                 .ok_or_else(|| BlockError::invalid("Disk size too large for the chosen offset"))?;
             self.file.resize(whole, prealloc).await
         })
+    }
+    fn set_active(&self, _: bool) -> Io<'_> {
+        Box::pin(async { self.check_window() })
     }
     fn set_writable(&self, _: bool) -> Io<'_> {
         Box::pin(async { Ok(()) })

@@ -91,7 +91,7 @@ pub fn check_consistent(bitmap: &DirtyBitmap) -> Result<()> {
     Ok(())
 }
 
-fn check_not_busy(bitmap: &DirtyBitmap) -> Result<()> {
+pub(crate) fn check_not_busy(bitmap: &DirtyBitmap) -> Result<()> {
     if bitmap.busy() {
         let name = bitmap.name().unwrap_or_default();
         let why = format!("Bitmap '{name}' is currently in use by another operation and cannot be used");

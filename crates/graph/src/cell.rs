@@ -52,6 +52,8 @@ pub struct NodeOptions {
     pub cache_direct: bool,
     /// `cache.no-flush`: flushes end here.
     pub cache_no_flush: bool,
+    /// Opened inactive (`active=off`).
+    pub inactive: bool,
 }
 
 /// Counters of one node, since it was opened.
@@ -78,6 +80,7 @@ pub struct NodeCell {
     writable: Cell<bool>,
     /// Turned by itself; see [`NodeOptions::may_turn`].
     turned: Cell<bool>,
+    active: Cell<bool>,
     monitor_owned: Cell<bool>,
     pub(crate) parents: RefCell<Vec<Weak<Edge>>>,
     bitmaps: BitmapList,
@@ -140,6 +143,7 @@ impl NodeCell {
             node,
             writable: Cell::new(!options.read_only),
             turned: Cell::new(false),
+            active: Cell::new(!options.inactive),
             monitor_owned: Cell::new(options.monitor_owned),
             options: RefCell::new(options),
             parents: RefCell::default(),
@@ -185,6 +189,25 @@ impl NodeCell {
     pub(crate) fn set_writable(&self, on: bool) {
         self.writable.set(on);
         self.options.borrow_mut().read_only = !on;
+    }
+
+    /// Whether the node is active. While it is not, somebody else may be using its image: nothing writes to it, and what was
+    /// read from it is not kept.
+    pub fn is_active(&self) -> bool {
+        self.active.get()
+    }
+
+    /// Gives the image up, or takes it back as it is now. Called with the gates above closed.
+    pub(crate) async fn set_active(&self, on: bool) -> Result<()> {
+        let len = self.node.len();
+        self.node.set_active(on).await?;
+        self.active.set(on);
+        if self.node.len() != len {
+            for bitmap in self.bitmaps() {
+                bitmap.resize(self.node.len())?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether the node turned read-write by itself, for those who write to it now.

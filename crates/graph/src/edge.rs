@@ -54,6 +54,8 @@ pub struct Edge {
     id: u64,
     child: RefCell<Rc<NodeCell>>,
     demand: Cell<Demand>,
+    /// What it asks for while the child is active, if it allows that the child is not.
+    awake: Cell<Option<Demand>>,
     gate: Gate,
 }
 
@@ -91,6 +93,7 @@ impl Edge {
             id,
             child: RefCell::new(child),
             demand: Cell::new(demand),
+            awake: Cell::new(None),
             gate: Gate::new(),
         })
     }
@@ -140,6 +143,15 @@ impl Edge {
 
     pub(crate) fn set_demand(&self, demand: Demand) {
         self.demand.set(demand);
+    }
+
+    /// What it asks for while the child is active; nothing if it does not allow that the child is not.
+    pub(crate) fn awake(&self) -> Option<Demand> {
+        self.awake.get()
+    }
+
+    pub(crate) fn set_awake(&self, demand: Demand) {
+        self.awake.set(Some(demand));
     }
 
     /// Requests inside.
@@ -287,6 +299,16 @@ impl Edge {
         let errno = if what.starts_with("write") { BlockError::ENOSPC } else { BlockError::EINVAL };
         let message = format!("{what} at {at} is outside node '{}' of {len} bytes", child.name());
         Err(BlockError::new(ErrorKind::OutOfRange, message).with_errno(errno))
+    }
+
+    /// Fails while the child is inactive: somebody else may be changing its image.
+    pub fn check_active(&self) -> Result<()> {
+        let child = self.child.borrow();
+        if child.is_active() {
+            return Ok(());
+        }
+        let message = format!("node '{}' is inactive", child.name());
+        Err(BlockError::new(ErrorKind::Permission, message).with_errno(BlockError::EPERM))
     }
 
     fn check_write(&self, child: &NodeCell, flags: ReqFlags) -> Result<()> {

@@ -12,6 +12,7 @@
 //! * All of this is one thread's: no locks, no atomics, and no order that depends on hashing or addresses.
 #![forbid(unsafe_code)]
 
+mod active;
 pub mod bitmaps;
 mod cell;
 mod debug_event;

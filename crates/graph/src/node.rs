@@ -145,6 +145,12 @@ pub trait Node: 'static {
     }
     /// Turns the node read-write or read-only (image header marks, host file mode). Called while no write is running.
     fn set_writable(&self, writable: bool) -> Io<'_>;
+    /// Gives the image up to somebody else (`on` is false: everything is written back, nothing that was read is kept), or takes
+    /// it back as it is now. Called with the gates above closed. On an error it is as it was.
+    fn set_active(&self, on: bool) -> Io<'_> {
+        let _ = on;
+        Box::pin(async { Ok(()) })
+    }
     /// Writes back what is cached and marks the image clean; the last call before the node is dropped. Called with
     /// the gates above closed.
     fn close(&self) -> Io<'_>;

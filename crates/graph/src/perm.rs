@@ -82,6 +82,12 @@ impl Demand {
     /// Needs nothing and lets others do anything.
     pub const NOTHING: Demand = Demand { needs: Perms::NONE, shares: Perms::ALL };
 
+    /// What is left of it while the parent is inactive: it may read, and lets others do anything.
+    #[must_use]
+    pub const fn inactive(self) -> Demand {
+        Demand { needs: self.needs.common(Perms::CONSISTENT_READ), shares: Perms::ALL }
+    }
+
     /// Two demands on one node, taken together: needs add up, shares shrink.
     #[must_use]
     pub const fn and(self, other: Demand) -> Demand {

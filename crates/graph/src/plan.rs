@@ -46,6 +46,13 @@ pub enum Step {
         /// Whether writes are possible afterwards.
         on: bool,
     },
+    /// Gives a node's image up to somebody else, or takes it back ([`crate::Node::set_active`]).
+    Active {
+        /// The node.
+        node: Rc<NodeCell>,
+        /// Whether it is active afterwards.
+        on: bool,
+    },
     /// Gives a node other options of those that every node has. Its name, its owner, and whether it is writable now stay.
     Options {
         /// The node.
@@ -111,6 +118,7 @@ impl std::fmt::Debug for Step {
                 write!(f, "children of {} become {names:?}", node.name())
             }
             Step::Writable { node, on } => write!(f, "{} writable: {on}", node.name()),
+            Step::Active { node, on } => write!(f, "{} active: {on}", node.name()),
             Step::Options { node, options } => write!(f, "{} gets {options:?}", node.name()),
             Step::Ask { edge, demand } => write!(f, "{}#{} asks {demand:?}", edge.name(), edge.id()),
             Step::Cover { node, filter } => {

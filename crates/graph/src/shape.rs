@@ -2,7 +2,8 @@
 //!
 //! What must stay true: for each node, what one parent needs every other parent shares; a node that somebody writes to is
 //! writable; there is no cycle. Demands run from the top down: what a node asks of its children depends on what all of
-//! its own parents together ask of it.
+//! its own parents together ask of it. An inactive node (somebody else may be using its image) asks for nothing but reading,
+//! nobody may change it, and active nodes are never above it.
 
 use crate::perm::{Demand, Perms};
 use block::{BlockError, ErrorKind, Result};
@@ -21,6 +22,10 @@ pub struct ShapeNode {
     pub was_writable: bool,
     /// Whether it turns writable by itself when somebody wants to write (`auto-read-only`).
     pub may_turn: bool,
+    /// Whether it is active (after the change).
+    pub active: bool,
+    /// It tolerates other users of its children, whatever those above it say.
+    pub force_share: bool,
 }
 
 /// An edge onto a node.
@@ -32,6 +37,10 @@ pub struct ShapeEdge {
     pub parent: Option<usize>,
     /// The parent in messages: `node 'a'`, `an unnamed block device`.
     pub label: String,
+    /// The name of the parent if that is a node, in the graph or being opened.
+    pub above: Option<String>,
+    /// Its demand does not count while the child is inactive.
+    pub sleeps: bool,
     /// Index of the child.
     pub child: usize,
     /// What it asks for. For edges of nodes this is computed.
@@ -68,15 +77,21 @@ impl Shape {
         let mut above = vec![Demand::NOTHING; self.nodes.len()];
         let mut turning = Vec::new();
         for &n in &order {
+            self.put_to_sleep(n, &incoming[n]);
             above[n] = incoming[n].iter().fold(Demand::NOTHING, |all, &e| all.and(self.edges[e].demand));
+            self.check_active(n, &incoming[n])?;
             self.check_shared(n, &incoming[n])?;
+            let forced = self.nodes[n].force_share;
             if !self.nodes[n].writable && !above[n].needs.common(WRITING).is_empty() {
                 self.check_may_turn(n)?;
                 self.nodes[n].writable = true;
                 turning.push(n);
             }
             for &e in &outgoing[n] {
-                self.edges[e].demand = wants(e, above[n], self.nodes[n].writable);
+                let wanted = wants(e, above[n], self.nodes[n].writable);
+                let wanted = if self.nodes[n].active { wanted } else { wanted.inactive() };
+                let shares = if forced { Perms::ALL } else { wanted.shares };
+                self.edges[e].demand = Demand { shares, ..wanted };
             }
         }
         Ok(Resolved { above, order, turning })
@@ -118,6 +133,41 @@ impl Shape {
         }
         let looped = waiting.iter().position(|w| *w > 0).map_or("", |n| self.nodes[n].name.as_str());
         Err(BlockError::invalid(format!("node '{looped}' would become part of a cycle")))
+    }
+
+    /// Those that allow it ask for nothing of an inactive node.
+    fn put_to_sleep(&mut self, node: usize, incoming: &[usize]) {
+        if !self.nodes[node].active {
+            for &e in incoming {
+                let edge = &mut self.edges[e];
+                edge.demand = if edge.sleeps { Demand::NOTHING } else { edge.demand };
+            }
+        }
+    }
+
+    /// That nobody active is above an inactive node, and nobody changes it.
+    fn check_active(&self, node: usize, incoming: &[usize]) -> Result<()> {
+        if self.nodes[node].active {
+            return Ok(());
+        }
+        for edge in incoming.iter().rev().map(|&e| &self.edges[e]) {
+            let refused = edge.demand.needs.common(WRITING.with(Perms::RESIZE));
+            let by = match (edge.parent, &edge.above) {
+                (Some(p), _) if self.nodes[p].active => Some(&self.nodes[p].name),
+                (None, Some(opening)) if !refused.is_empty() => Some(opening),
+                _ => None,
+            };
+            let message = match by {
+                Some(above) => return Err(inactive_child(&self.nodes[node].name, &edge.name, above)),
+                None if refused.is_empty() => continue,
+                None => {
+                    let names: Vec<&str> = refused.names().collect();
+                    format!("Permission '{}' unavailable on inactive node", names.join(", "))
+                }
+            };
+            return Err(BlockError::new(ErrorKind::Permission, message).with_errno(BlockError::EPERM));
+        }
+        Ok(())
     }
 
     fn check_shared(&self, node: usize, incoming: &[usize]) -> Result<()> {
@@ -162,6 +212,12 @@ impl Shape {
     }
 }
 
+/// That an inactive node cannot be below an active one.
+pub(crate) fn inactive_child(name: &str, edge: &str, above: &str) -> BlockError {
+    let message = format!("Inactive '{name}' can't be a {edge} child of active '{above}'");
+    BlockError::new(ErrorKind::Permission, message).with_errno(BlockError::EPERM)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,11 +226,26 @@ mod tests {
     const W: Perms = Perms::WRITE;
 
     fn node(name: &str, writable: bool) -> ShapeNode {
-        ShapeNode { name: name.to_owned(), writable, was_writable: writable, may_turn: false }
+        ShapeNode {
+            name: name.to_owned(),
+            writable,
+            was_writable: writable,
+            may_turn: false,
+            active: true,
+            force_share: false,
+        }
     }
     fn edge(parent: Option<usize>, child: usize, needs: Perms, shares: Perms) -> ShapeEdge {
         let label = parent.map_or("an unnamed block device".to_owned(), |p| format!("node 'n{p}'"));
-        ShapeEdge { name: "root".to_owned(), parent, label, child, demand: Demand { needs, shares } }
+        ShapeEdge {
+            name: "root".to_owned(),
+            parent,
+            label,
+            above: parent.map(|p| format!("n{p}")),
+            sleeps: false,
+            child,
+            demand: Demand { needs, shares },
+        }
     }
 
     #[test]
@@ -232,6 +303,52 @@ mod tests {
         let refused = |was| shape(false, was).resolve(wants).expect_err("it may not").message().to_owned();
         assert_eq!(refused(false), "Block node is read-only");
         assert_eq!(refused(true), "Read-only block node 'fmt' cannot support read-write users");
+    }
+
+    #[test]
+    fn a_node_that_is_to_share_does_whatever_those_above_say() {
+        let mut s = Shape {
+            nodes: vec![ShapeNode { force_share: true, ..node("fmt", false) }, node("file", false)],
+            edges: vec![edge(None, 0, CR, CR), edge(Some(0), 1, CR, CR)],
+        };
+        let found = s.resolve(|_, above, _| Demand { needs: CR, shares: above.shares.without(W) });
+        assert_eq!(found.expect("readers").above[1].shares, Perms::ALL);
+    }
+
+    #[test]
+    fn nobody_changes_an_inactive_node_and_nobody_active_is_above_it() {
+        // 0 over 1; a user on 0
+        let shape = |active: [bool; 2], needs: Perms, sleeps: bool| Shape {
+            nodes: active
+                .into_iter()
+                .zip(["fmt", "file"])
+                .map(|(a, n)| ShapeNode { active: a, ..node(n, true) })
+                .collect(),
+            edges: vec![ShapeEdge { sleeps, ..edge(None, 0, needs, CR) }, edge(Some(0), 1, CR, CR)],
+        };
+        let wants = |_: usize, _: Demand, _: bool| Demand { needs: CR.with(W), shares: CR };
+        let refused = |s: Shape| {
+            let mut s = s;
+            s.resolve(wants).expect_err("refused").message().to_owned()
+        };
+        assert_eq!(
+            refused(shape([true, false], CR, false)),
+            "Inactive 'file' can't be a root child of active 'fmt'"
+        );
+        assert_eq!(
+            refused(shape([false, false], CR.with(W), false)),
+            "Permission 'write' unavailable on inactive node"
+        );
+        for file in [true, false] {
+            let mut quiet = shape([false, file], CR.with(W), true);
+            let found = quiet.resolve(wants).expect("it sleeps");
+            assert_eq!(found.above[0], Demand::NOTHING);
+            assert_eq!(found.above[1], Demand { needs: CR, shares: Perms::ALL });
+        }
+        assert_eq!(
+            shape([true, true], CR.with(W), true).resolve(wants).expect("awake").above[0].needs,
+            CR.with(W)
+        );
     }
 
     #[test]

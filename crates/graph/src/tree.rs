@@ -61,6 +61,7 @@ struct Changes {
     child: BTreeMap<u64, (Rc<Edge>, Rc<NodeCell>)>,
     demand: BTreeMap<u64, (Rc<Edge>, Demand)>,
     writable: BTreeMap<u64, (Rc<NodeCell>, bool)>,
+    active: BTreeMap<u64, (Rc<NodeCell>, bool)>,
     backing: BTreeMap<u64, (Rc<NodeCell>, Option<Rc<Edge>>)>,
     children: BTreeMap<u64, (Rc<NodeCell>, Vec<Rc<Edge>>)>,
     options: BTreeMap<u64, (Rc<NodeCell>, NodeOptions)>,
@@ -69,6 +70,10 @@ struct Changes {
 }
 
 impl Changes {
+    fn is_active(&self, cell: &NodeCell) -> bool {
+        self.active.get(&cell.id()).map_or(cell.is_active(), |(_, on)| *on)
+    }
+
     fn child_of(&self, edge: &Rc<Edge>) -> Rc<NodeCell> {
         self.child.get(&edge.id()).map_or_else(|| edge.child(), |(_, c)| c.clone())
     }
@@ -194,11 +199,22 @@ impl Graph {
     ) -> Result<Rc<Edge>> {
         // Looked up in turn: a plan that is under way may be about to cover the node.
         let _turn = self.changing.acquire(1).await;
-        let mut child = child.clone();
-        while let Some(filter) = child.cover() {
-            child = filter;
-        }
-        self.attach_now(&child, name, role, parent, demand).await
+        self.attach_now(&outermost(child), name, role, parent, demand).await
+    }
+
+    /// As [`Graph::attach`] for a user of its own that allows that the node is inactive: what it asks for counts while the node is
+    /// active.
+    pub async fn attach_sleeping(
+        &self,
+        child: &Rc<NodeCell>,
+        parent: Parent,
+        demand: Demand,
+    ) -> Result<Rc<Edge>> {
+        let _turn = self.changing.acquire(1).await;
+        let edge = self.new_edge(&outermost(child), "root", Role::Root, parent, Demand::NOTHING)?;
+        edge.set_awake(demand);
+        self.settle_demands(&Changes::default()).await?;
+        Ok(edge)
     }
 
     /// Makes `parent` a user of exactly `child`. Dropping the edge ends that.
@@ -222,12 +238,24 @@ impl Graph {
         parent: Parent,
         demand: Demand,
     ) -> Result<Rc<Edge>> {
+        let edge = self.new_edge(child, name, role, parent, demand)?;
+        self.settle_demands(&Changes::default()).await?;
+        Ok(edge)
+    }
+
+    fn new_edge(
+        &self,
+        child: &Rc<NodeCell>,
+        name: &str,
+        role: Role,
+        parent: Parent,
+        demand: Demand,
+    ) -> Result<Rc<Edge>> {
         self.check_present(child)?;
         let id = self.next_edge.get();
         self.next_edge.set(id + 1);
         let edge = Edge::new(id, child.clone(), name, role, parent, demand);
         child.parents.borrow_mut().push(Rc::downgrade(&edge));
-        self.settle_demands(&Changes::default()).await?;
         Ok(edge)
     }
 
@@ -367,7 +395,11 @@ impl Graph {
         self.acquire(&snapshot, &resolved).await?;
         let (turned, before) = self.turn_up(&changes, &snapshot, &resolved).await?;
         let gates = self.close_gates(&changes, &places).await;
-        if let Err(e) = self.turn_writable(&changes, false).await {
+        let done = match turn_active(&changes, &snapshot, &resolved).await {
+            Ok(()) => self.turn_writable(&changes, false).await.map(|_| ()),
+            Err(e) => Err(e),
+        };
+        if let Err(e) = done {
             drop(gates);
             let e = self.undo(&snapshot, &turned, before, e).await;
             self.turn_back(&snapshot.cells).await;
@@ -468,6 +500,9 @@ impl Graph {
                 Step::Writable { node, on } => {
                     c.writable.insert(node.id(), (node, on));
                 }
+                Step::Active { node, on } => {
+                    c.active.insert(node.id(), (node, on));
+                }
                 Step::Options { node, options } => {
                     c.options.insert(node.id(), (node, options));
                 }
@@ -529,6 +564,11 @@ impl Graph {
                 writable: changes.writable.get(&c.id()).map_or(c.is_writable(), |(_, on)| *on),
                 was_writable: c.is_writable(),
                 may_turn: changes.options.get(&c.id()).map_or(c.may_turn(), |(_, o)| o.may_turn),
+                active: changes.is_active(c),
+                force_share: changes
+                    .options
+                    .get(&c.id())
+                    .map_or(c.options().force_share, |(_, o)| o.force_share),
             })
             .collect();
         let mut shape = Shape { nodes, edges: Vec::with_capacity(edges.len()) };
@@ -540,11 +580,14 @@ impl Graph {
                     child.name()
                 )));
             };
-            let demand = changes.demand.get(&edge.id()).map_or_else(|| edge.demand(), |(_, d)| *d);
+            let now = || edge.awake().unwrap_or_else(|| edge.demand());
+            let demand = changes.demand.get(&edge.id()).map_or_else(now, |(_, d)| *d);
             shape.edges.push(ShapeEdge {
                 name: edge.name().to_owned(),
                 parent: holder.get(&edge.id()).copied(),
                 label: label(edge),
+                above: edge.parent_node(),
+                sleeps: edge.awake().is_some(),
                 child: at,
                 demand,
             });
@@ -636,14 +679,17 @@ impl Graph {
         let quiet = changes.backing.values().map(|(c, _)| c);
         let quiet = quiet.chain(changes.children.values().map(|(c, _)| c));
         let read_only = changes.writable.values().filter(|(_, on)| !on).map(|(c, _)| c);
-        for cell in quiet.chain(read_only) {
+        let active = changes.active.values().map(|(c, _)| c);
+        for cell in quiet.chain(read_only).chain(active) {
             touched.extend(cell.parents().into_iter().map(|e| (e.id(), e)));
         }
-        // A format that turns read-only writes back to its file then, which may turn in the same plan. Nobody is inside the
+        // A format that turns read-only or inactive writes back to its file then, which may turn in the same plan; one that turns
+        // active reads it anew. Nobody is inside the
         // format by that time, so nobody else uses that way.
         let writes_back = |e: &Rc<Edge>| {
             e.parent_node().and_then(|n| self.find(&n)).is_some_and(|parent| {
                 changes.writable.get(&parent.id()).is_some_and(|(c, on)| !on && c.is_writable())
+                    || changes.active.contains_key(&parent.id())
             })
         };
         touched.retain(|id, e| changes.child.contains_key(id) || !writes_back(e));
@@ -686,6 +732,7 @@ impl Graph {
         for (cell, filter) in &changes.cover {
             cell.set_cover(filter.as_ref());
         }
+        changes.demand.values().filter(|(e, _)| e.awake().is_some()).for_each(|(e, d)| e.set_awake(*d));
         changes.at.iter().for_each(|what| what());
     }
 
@@ -740,6 +787,15 @@ impl Quiesced {
     }
 }
 
+/// What stands in front of a node for whoever attaches to it now.
+fn outermost(cell: &Rc<NodeCell>) -> Rc<NodeCell> {
+    let mut cell = cell.clone();
+    while let Some(filter) = cell.cover() {
+        cell = filter;
+    }
+    cell
+}
+
 fn resolve(mut snapshot: Snapshot) -> Result<(Snapshot, Resolved)> {
     let edges = snapshot.edges.clone();
     let cells = snapshot.cells.clone();
@@ -755,13 +811,35 @@ fn commit(snapshot: &Snapshot) {
     snapshot.edges.iter().zip(&snapshot.shape.edges).for_each(|(e, s)| e.set_demand(s.demand));
 }
 
-/// Gives the edges of nodes that are about to turn read-write what these will ask for, beside what they ask for now (which is
+/// Lets nodes give their images up (parents first, so that what they write back goes through) and take them back (children first).
+/// On an error those are back where they were, as far as they can.
+async fn turn_active(changes: &Changes, snapshot: &Snapshot, resolved: &Resolved) -> Result<()> {
+    let turns = |n: &usize| snapshot.cells[*n].is_active() != changes.is_active(&snapshot.cells[*n]);
+    let (up, down): (Vec<usize>, Vec<usize>) =
+        resolved.order.iter().copied().filter(turns).partition(|n| changes.is_active(&snapshot.cells[*n]));
+    let mut done: Vec<&Rc<NodeCell>> = Vec::new();
+    for cell in down.iter().chain(up.iter().rev()).map(|n| &snapshot.cells[*n]) {
+        let on = !cell.is_active();
+        if let Err(e) = cell.set_active(on).await {
+            for cell in done.into_iter().rev() {
+                // The first error is the one that matters.
+                let _ = cell.set_active(!cell.is_active()).await;
+            }
+            return Err(e);
+        }
+        done.push(cell);
+    }
+    Ok(())
+}
+
+/// Gives the edges of nodes that are about to turn read-write or active what these will ask for, beside what they ask for now (which is
 /// returned).
 fn widen(changes: &Changes, snapshot: &Snapshot, resolved: &Resolved) -> Vec<(Rc<Edge>, Demand)> {
     let turns = |n: usize| {
         let cell = &snapshot.cells[n];
         let planned = changes.writable.get(&cell.id()).is_some_and(|(_, on)| *on);
-        !cell.is_writable() && (planned || resolved.turning.contains(&n))
+        let wakes = !cell.is_active() && changes.is_active(cell);
+        wakes || !cell.is_writable() && (planned || resolved.turning.contains(&n))
     };
     let edges = snapshot.edges.iter().zip(&snapshot.shape.edges);
     let wider = edges.filter(|(_, s)| s.parent.is_some_and(turns));

@@ -172,6 +172,10 @@ impl BackupArgs {
         if let Some(name) = &self.filter_node_name {
             graph.check_name(name).map_err(|e| e.context("Could not create node"))?;
         }
+        for (cell, edge) in [(&source, "file"), (&target, "target")] {
+            let active = graph.check_active(cell, edge, self.filter_node_name.as_deref());
+            active.map_err(|e| e.context("Could not create node"))?;
+        }
         let buffer = self.check_buffer(graph, &source, &target)?;
         let mut cluster = cluster_size(&target, self.min_cluster_size)
             .await

@@ -137,6 +137,7 @@ impl CommitArgs {
         } else {
             between
         };
+        graph.check_active(&device, "backing", self.filter_node_name.as_deref())?;
         Ok(Checked { device, top, base, between, active: is_active })
     }
 

@@ -29,7 +29,8 @@ fn find(graph: &Graph, device: &str) -> Result<Rc<NodeCell>, JobError> {
 }
 
 fn image<'a>(cell: &'a Rc<NodeCell>, device: &str) -> Result<&'a Qcow2, JobError> {
-    cell.node().as_any().downcast_ref::<Qcow2>().ok_or_else(|| {
+    let found = cell.node().as_any().downcast_ref::<Qcow2>().filter(|_| cell.is_active());
+    found.ok_or_else(|| {
         let driver = cell.node().driver();
         JobError::refused(format!(
             "Block format '{driver}' used by device '{device}' does not support internal snapshots"

@@ -178,6 +178,7 @@ impl MirrorArgs {
         }
         source.check_not_blocked()?;
         target.check_not_blocked()?;
+        graph.check_active(&source, "backing", self.filter_node_name.as_deref())?;
         if walk::contains(&walk::skip_filters(&source), &target) && source_filters(&source, &target) {
             return Err(BlockError::invalid("Can't mirror node into itself"));
         }

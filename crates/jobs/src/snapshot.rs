@@ -84,6 +84,10 @@ impl Snapshot {
     async fn take(&self) -> std::result::Result<Done, JobError> {
         let node = self.find()?;
         check_free(&node)?;
+        if let Overlay::Image(image) = &self.overlay {
+            // before there is a file that nobody wants
+            self.graph().check_active(&node, "backing", image.node_name.as_deref())?;
+        }
         flush(self.graph(), &node).await?;
         let (overlay, ours) = match &self.overlay {
             Overlay::Node(name) => (chain::find_device(self.graph(), name)?, false),

@@ -141,6 +141,8 @@ impl StreamArgs {
         if let Some(name) = &self.filter_node_name {
             graph.check_name(name).map_err(|e| e.context("Could not create node"))?;
         }
+        let named = self.filter_node_name.as_deref();
+        graph.check_active(&device, "file", named).map_err(|e| e.context("Could not create node"))?;
         let image = walk::skip_filters(&device);
         let from = taken.iter().position(|n| n.id() == image.id()).map_or(0, |i| i + 1);
         let between = taken.get(from..).unwrap_or_default().to_vec();

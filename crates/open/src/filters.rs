@@ -128,7 +128,7 @@ impl Opener {
             }
             FilterSpec::Replication { file, options } => {
                 options.check()?;
-                let child = self.child(file, now, trail).await?;
+                let child = self.child(file, now.to_file(), trail).await?;
                 let file = self.hold(&child, "file", Role::Primary, name, Demand::NOTHING).await?;
                 let told = self.on_replication.borrow().clone();
                 let hook = told.unwrap_or_else(|| Rc::new(|_: &str, _: ReplicationEvent| ()));
@@ -192,6 +192,7 @@ impl Opener {
         name: &str,
         trail: &Trail,
     ) -> Result<Rc<Edge>> {
+        let parent = if edge == "file" { parent.to_file() } else { parent };
         let child = self.child(child, parent, trail).await?;
         self.hold(&child, edge, Role::Filtered, name, Demand::NOTHING).await
     }

@@ -2,7 +2,7 @@
 
 use crate::spec::CopyBeforeWriteSpec;
 use crate::{Inherited, Opener, Trail};
-use block::{BlockError, Result};
+use block::{BlockError, ErrorKind, Result};
 use copy::{PointInTime, Work, cluster_size};
 use drivers::filters::copy_before_write::CopyBeforeWrite;
 use graph::bitmaps::{check_usable, find_bitmap};
@@ -18,6 +18,13 @@ impl Opener {
         name: &str,
         trail: &Trail,
     ) -> Result<Rc<CopyBeforeWrite>> {
+        if now.inactive {
+            // what it is there for is writing to its target
+            return Err(BlockError::new(
+                ErrorKind::Permission,
+                "Permission 'write' unavailable on inactive node",
+            ));
+        }
         let file = self.child(&spec.file, now, trail).await?;
         let file = self.hold(&file, "file", Role::Filtered, name, Demand::NOTHING).await?;
         let target = self.child(&spec.target, now, trail).await?;

@@ -62,6 +62,9 @@ struct Inherited {
     discard: bool,
     force_share: bool,
     monitor_owned: bool,
+    inactive: bool,
+    /// What its `file` takes over of that: as in QSD, only what the node itself has from its parent.
+    file_inactive: bool,
 }
 
 impl Inherited {
@@ -75,7 +78,14 @@ impl Inherited {
             discard: c.discard.unwrap_or(self.discard),
             force_share: c.force_share || self.force_share,
             monitor_owned: self.monitor_owned,
+            inactive: c.active.map_or(self.inactive, |active| !active),
+            file_inactive: self.inactive && c.active != Some(true),
         }
+    }
+
+    /// What its `file` takes over.
+    fn to_file(self) -> Inherited {
+        Inherited { inactive: self.file_inactive, ..self }
     }
 }
 
@@ -148,6 +158,8 @@ impl Opener {
             discard: false,
             force_share: false,
             monitor_owned: true,
+            inactive: false,
+            file_inactive: false,
         };
         let opened = self.node(spec, top, &Trail::default()).await;
         if opened.is_err() {
@@ -181,6 +193,7 @@ impl Opener {
                 force_share: now.force_share,
                 cache_direct: now.direct,
                 cache_no_flush: now.no_flush,
+                inactive: now.inactive,
             };
             match self.graph.add(options, node.clone()).await {
                 Ok(cell) => {
@@ -209,14 +222,14 @@ impl Opener {
             DriverSpec::HostDevice(f) => Ok(self.file(f, true, now).await?),
             DriverSpec::NullCo(options) => Ok(NullNode::open(env, options.clone())),
             DriverSpec::Raw { file, offset, size } => {
-                let child = self.child(file, *now, trail).await?;
+                let child = self.child(file, now.to_file(), trail).await?;
                 let edge = self.hold(&child, "file", Role::Primary, name, Demand::NOTHING).await?;
                 Ok(RawNode::open(edge, *offset, *size)?)
             }
             DriverSpec::Filter(spec) => self.filter(spec, *now, name, trail).await,
             DriverSpec::CopyBeforeWrite(spec) => Ok(self.copy_before_write(spec, *now, name, trail).await?),
             DriverSpec::SnapshotAccess { file } => {
-                let child = self.child(file, *now, trail).await?;
+                let child = self.child(file, now.to_file(), trail).await?;
                 Ok(SnapshotAccess::new(self.hold(&child, "file", Role::Other, name, Demand::NOTHING).await?))
             }
             DriverSpec::Qcow2(spec) => Ok(self.qcow2(spec, now, name, trail).await?),
@@ -307,7 +320,7 @@ impl Opener {
         name: &str,
         trail: &Trail,
     ) -> Result<Rc<Qcow2>> {
-        let child = self.child(&spec.file, *now, trail).await?;
+        let child = self.child(&spec.file, now.to_file(), trail).await?;
         let trail = self.pass(trail, &child).await?;
         let file = self.hold(&child, "file", Role::Primary, name, storing(now)).await?;
         // What the header names is relative to the file, whatever stands in front of it.
@@ -322,8 +335,12 @@ impl Opener {
         } else {
             None
         };
-        let options =
-            qcow2::Options { writable: !now.read_only, node_name: name.to_owned(), ..spec.options.clone() };
+        let options = qcow2::Options {
+            writable: !now.read_only,
+            inactive: now.inactive,
+            node_name: name.to_owned(),
+            ..spec.options.clone()
+        };
         let node = Qcow2::open(self.graph.env().clone(), file, data_file, options).await?;
         if let Some(hook) = self.on_corruption.borrow().clone() {
             let name = name.to_owned();
@@ -474,6 +491,9 @@ impl Opener {
 
 /// What a format asks of its file.
 fn storing(now: &Inherited) -> Demand {
+    if now.inactive {
+        return reading();
+    }
     let write = Perms::WRITE.with(Perms::RESIZE);
     let needs = if now.read_only { Perms::CONSISTENT_READ } else { Perms::CONSISTENT_READ.with(write) };
     let shares =

@@ -84,6 +84,9 @@ impl Opener {
                 return Err(BlockError::invalid(format!("backing is missing for '{}'", cell.name())));
             }
             fixed(&old, spec)?;
+            if !cell.is_active() || now.inactive {
+                return Err(BlockError::invalid("Option 'active' cannot be reset to its default value"));
+            }
             let was = old.from.with(&old.spec.common);
             same("cache.direct", was.direct, now.direct)?;
             same("force-share", was.force_share, now.force_share)?;
@@ -274,6 +277,7 @@ fn set(cell: &Rc<NodeCell>, spec: &NodeSpec, now: Inherited, plan: &mut Plan) {
         force_share: now.force_share,
         cache_direct: now.direct,
         cache_no_flush: now.no_flush,
+        inactive: false,
     };
     plan.steps.push(Step::Options { node: cell.clone(), options });
 }

@@ -14,6 +14,8 @@ pub struct Common {
     pub auto_read_only: Option<bool>,
     /// `force-share`.
     pub force_share: bool,
+    /// `active`.
+    pub active: Option<bool>,
     /// `detect-zeroes`.
     pub detect_zeroes: DetectZeroes,
     /// `discard`: `Some(true)` is `unmap`.

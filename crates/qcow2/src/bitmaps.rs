@@ -90,6 +90,13 @@ impl Bitmaps {
         list.iter().filter(|b| b.persistent() && b.name().is_some()).cloned().collect()
     }
 
+    /// Forgets those that the image keeps; they are in the file. The directory is known still.
+    pub(crate) fn unload(&self) {
+        let list = self.list.borrow();
+        list.borrow_mut().retain(|b| !b.persistent());
+        self.loaded.set(false);
+    }
+
     /// Whether those that are stored can be changed.
     pub(crate) fn set_readonly(&self, on: bool) {
         self.persistent().iter().for_each(|b| b.set_readonly(on));
@@ -210,11 +217,17 @@ impl Core {
         if self.bitmaps.loaded.replace(true) || self.opts.snapshot.is_some() {
             return Ok(());
         }
-        let Some(place) = self.header.borrow().bitmaps()? else { return Ok(()) };
-        let entries = self.read_directory(place).await?;
+        self.load_directory().await?;
+        let entries = self.bitmaps.directory.borrow().clone();
         // Each cluster of the file can serve once.
         let mut budget = self.geo.clusters_for(self.file.len());
         for e in &entries {
+            if self.bitmaps.list.borrow().borrow().iter().any(|b| b.name() == Some(&e.name)) {
+                // made here while somebody else used the image
+                let (image, name) = (self.name(), &e.name);
+                let why = format!("image '{image}': it has a bitmap '{name}', and so has the node");
+                return Err(BlockError::invalid(why));
+            }
             let read = self.load_bitmap(e, &mut budget).await;
             let bits =
                 read.map_err(|e2| e2.context(format_args!("image '{}': bitmap '{}'", self.name(), e.name)))?;
@@ -228,6 +241,16 @@ impl Core {
             }
             self.bitmaps.list.borrow().borrow_mut().push(Rc::new(bitmap));
         }
+        Ok(())
+    }
+
+    /// Reads which bitmaps the image has.
+    pub(crate) async fn load_directory(self: &Rc<Self>) -> Result<()> {
+        let place = self.header.borrow().bitmaps()?;
+        let entries = match place {
+            Some(place) => self.read_directory(place).await?,
+            None => Vec::new(),
+        };
         *self.bitmaps.directory.borrow_mut() = entries;
         Ok(())
     }
@@ -330,6 +353,9 @@ impl Core {
     pub(crate) fn check_bitmap(&self, name: &str, granularity: u64) -> Result<()> {
         if self.geo.version() < 3 {
             return Err(BlockError::invalid("Cannot store dirty bitmaps in qcow2 v2 files"));
+        }
+        if !self.active.get() {
+            return Err(BlockError::invalid("Image is inactive"));
         }
         if !self.writable.get() {
             return Err(BlockError::invalid("Image is read-only"));

@@ -43,6 +43,10 @@ pub(crate) struct Core {
     pub(crate) opts: Options,
     pub(crate) sizes: CacheSizes,
     pub(crate) writable: Cell<bool>,
+    /// The image is ours. While it is not, nothing is written.
+    pub(crate) active: Cell<bool>,
+    /// To be writable when it is active.
+    pub(crate) wants_writable: Cell<bool>,
     pub(crate) l1: RefCell<L1>,
     pub(crate) l2: RefCell<SliceCache>,
     pub(crate) l2_loading: Loading,

@@ -8,7 +8,7 @@ use crate::overlap::Corruption;
 use crate::payload::Payload;
 use crate::snapshot::Snapshot;
 use bitmap::BitmapList;
-use block::{Data, Extent, Io, Limits, ReqFlags, Result, Span};
+use block::{BlockError, Data, ErrorKind, Extent, Io, Limits, ReqFlags, Result, Span};
 use env::Env;
 use graph::node::Fact;
 use graph::{Demand, Edge, HostBytes, Node, NodeCell, NodeDetails, Perms, Role};
@@ -183,13 +183,31 @@ impl Node for Qcow2 {
         Box::pin(self.core.resize(len, prealloc))
     }
 
+    fn set_active(&self, on: bool) -> Io<'_> {
+        Box::pin(async move {
+            match (self.core.active.get(), on) {
+                (false, true) => self.core.activate().await,
+                (true, false) => self.core.inactivate().await,
+                _ => Ok(()),
+            }
+        })
+    }
+
     fn set_writable(&self, writable: bool) -> Io<'_> {
         Box::pin(async move {
-            match (self.core.writable.get(), writable) {
+            if !self.core.active.get() {
+                self.core.wants_writable.set(writable);
+                return Ok(());
+            }
+            let done = match (self.core.writable.get(), writable) {
                 (false, true) => self.core.make_writable().await,
                 (true, false) => self.core.make_read_only().await,
                 _ => Ok(()),
+            };
+            if done.is_ok() {
+                self.core.wants_writable.set(writable);
             }
+            done
         })
     }
 
@@ -267,6 +285,10 @@ impl Node for Qcow2 {
         let (name, format) = (name.map(str::to_owned), format.map(str::to_owned));
         let core = self.core.clone();
         Box::pin(async move {
+            if !core.active.get() {
+                let message = format!("image '{}' is inactive", core.name());
+                return Err(BlockError::new(ErrorKind::Permission, message).with_errno(BlockError::EPERM));
+            }
             let rewriting = core.clone();
             let change = move |h: &mut Header| h.set_backing(name.as_deref(), format.as_deref());
             core.detached("qcow2-header", async move { rewriting.rewrite_header(change).await }).await

@@ -43,7 +43,7 @@ pub(crate) async fn open(
     // A disk is whole sectors; a stored length that is not is cut, as the reference does.
     let size = header.size & !511;
     let sizes = opts.caches(&geo, size)?;
-    let writable = opts.writable;
+    let (writable, active) = (opts.writable, !opts.inactive);
     let background = Rc::new(Background::default());
     let child = Child::new(env.clone(), file, background.clone());
     let file_clusters = geo.clusters_for(child.len());
@@ -58,6 +58,8 @@ pub(crate) async fn open(
         opts,
         sizes,
         writable: Cell::new(false),
+        active: Cell::new(active),
+        wants_writable: Cell::new(writable),
         l1: RefCell::new(L1 { at: HostOffset(0), entries: Vec::new(), dirty: BTreeSet::new() }),
         l2: RefCell::new(SliceCache::new(sizes.l2_slices)),
         l2_loading: Default::default(),
@@ -80,9 +82,13 @@ pub(crate) async fn open(
         heading: Loading::default(),
     });
     core.load_tables().await?;
-    core.load_bitmaps().await?;
-    if writable {
-        core.make_writable().await?;
+    if active {
+        core.load_bitmaps().await?;
+        if writable {
+            core.make_writable().await?;
+        }
+    } else {
+        core.load_directory().await?;
     }
     Ok(core)
 }
@@ -136,6 +142,52 @@ impl Core {
         *self.l1.borrow_mut() = L1 { at: h.l1_offset, entries: l1, dirty: BTreeSet::new() };
         *self.rt.borrow_mut() = RefTable { at: h.refcount_table_offset, entries: rt, dirty: BTreeSet::new() };
         Ok(())
+    }
+
+    /// Takes the image back: what somebody else made of it is read anew. On an error it stays inactive.
+    pub(crate) async fn activate(self: &Rc<Self>) -> Result<()> {
+        let done = self.read_anew().await;
+        if done.is_err() {
+            self.active.set(false);
+            self.forget_cached();
+        }
+        done.map_err(|e| e.context("Could not reopen qcow2 layer"))
+    }
+
+    async fn read_anew(self: &Rc<Self>) -> Result<()> {
+        self.forget_cached();
+        let header = read_header(self.file.edge()).await?;
+        check_usable(&header, self.data_file.is_some())?;
+        if header.geometry != self.geo {
+            let why =
+                "it is another image: its version, cluster size, or width of refcounts is not what it was";
+            return Err(BlockError::invalid(why));
+        }
+        self.size.set(header.size & !511);
+        *self.header.borrow_mut() = header;
+        self.load_tables().await?;
+        self.load_bitmaps().await?;
+        self.active.set(true);
+        if self.wants_writable.get() { self.make_writable().await } else { Ok(()) }
+    }
+
+    /// Gives the image up: everything is in the file, and nothing that was read is kept. No request is running.
+    pub(crate) async fn inactivate(self: &Rc<Self>) -> Result<()> {
+        self.background.idle().await;
+        if self.writable.get() {
+            self.make_read_only().await?;
+        }
+        self.active.set(false);
+        self.forget_cached();
+        Ok(())
+    }
+
+    /// Tables that are cached can be read again, and so can the bitmaps that the image keeps.
+    fn forget_cached(&self) {
+        self.l2.borrow_mut().clear();
+        self.rb.borrow_mut().clear();
+        self.unpacked.take();
+        self.bitmaps.unload();
     }
 
     /// Makes the image ready to be changed.

@@ -59,6 +59,8 @@ impl OverlapCheck {
 pub struct Options {
     /// Open for writing.
     pub writable: bool,
+    /// Somebody else may be using the image: nothing is written, and nothing kept, until it is activated.
+    pub inactive: bool,
     /// Bytes of both caches together (`cache-size`).
     pub cache_size: Option<u64>,
     /// Bytes of the L2 cache (`l2-cache-size`).
@@ -89,6 +91,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             writable: true,
+            inactive: false,
             cache_size: None,
             l2_cache_size: None,
             l2_cache_entry_size: None,

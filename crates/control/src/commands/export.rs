@@ -92,6 +92,8 @@ struct BlockExportAdd {
     writable: bool,
     #[serde(default)]
     writethrough: bool,
+    #[serde(default)]
+    allow_inactive: bool,
     iothread: Option<String>,
     name: Option<String>,
     description: Option<String>,
@@ -113,6 +115,9 @@ impl Command for BlockExportAdd {
             return Err(QmpError::generic(format!("iothread \"{id}\" not found")));
         }
         if let ExportType::VhostUserBlk = self.kind {
+            if self.allow_inactive {
+                return Err(QmpError::generic("Export type does not support inactive exports"));
+            }
             let options = VhostUserBlkOptions {
                 id: self.id,
                 address: export_address(self.addr)?,
@@ -135,7 +140,7 @@ impl Command for BlockExportAdd {
             writethrough: self.writethrough,
             allocation_depth: self.allocation_depth,
         };
-        export(&daemon, &cell, options, &self.bitmaps).await
+        export(&daemon, &cell, options, &self.bitmaps, self.allow_inactive).await
     }
 }
 
@@ -191,6 +196,7 @@ fn export_address(addr: Option<SocketAddress>) -> Result<Address, QmpError> {
 async fn export_vhost_user_blk(daemon: &Daemon, cell: &Rc<NodeCell>, options: VhostUserBlkOptions) -> Reply {
     let writable = cell.is_writable() || cell.options().auto_read_only;
     daemon.exports().check_vhost_user_blk(&options, writable)?;
+    daemon.graph().activate(cell).await?;
     let demand = VhostUserBlkOptions::demand(options.writable);
     let parent = Parent::Backend(options.id.clone());
     let edge = daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?;
@@ -203,12 +209,20 @@ async fn export(
     cell: &Rc<NodeCell>,
     options: NbdOptions,
     bitmaps: &[BitmapOfNode],
+    allow_inactive: bool,
 ) -> Reply {
     let writable = cell.is_writable() || cell.options().auto_read_only;
     daemon.exports().check_nbd(&options, writable)?;
+    if !allow_inactive {
+        // before bitmaps are looked for: those of the image come with it
+        daemon.graph().activate(cell).await?;
+    }
     let bitmaps = hold_bitmaps(daemon, cell, bitmaps, options.writable)?;
     let (demand, parent) = (Export::demand(options.writable), Parent::Backend(options.id.clone()));
-    let edge = daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?;
+    let edge = match allow_inactive {
+        true => daemon.graph().attach_sleeping(cell, parent, demand).await?,
+        false => daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?,
+    };
     // while it waited, another monitor may have taken the id, or the server may have gone: checked once more
     daemon.exports().add_nbd_with(options, bitmaps, edge, writable)?;
     Ok(json!({}))
@@ -241,7 +255,7 @@ impl Command for NbdServerAdd {
         };
         daemon.exports().check_id(&options.id)?;
         let bitmaps: Vec<_> = self.bitmap.into_iter().map(BitmapOfNode::Here).collect();
-        export(&daemon, &cell, options, &bitmaps).await
+        export(&daemon, &cell, options, &bitmaps, false).await
     }
 }
 

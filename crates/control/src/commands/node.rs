@@ -1,4 +1,4 @@
-//! Nodes: add, remove, resize.
+//! Nodes: add, remove, resize, give up and take back.
 
 use super::{Command, Entry, entry};
 use crate::Daemon;
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use std::rc::Rc;
 
 pub(super) const COMMANDS: &[Entry] =
-    &[entry::<BlockdevAdd>(), entry::<BlockdevDel>(), entry::<BlockResize>()];
+    &[entry::<BlockdevAdd>(), entry::<BlockdevDel>(), entry::<BlockdevSetActive>(), entry::<BlockResize>()];
 
 /// Opens a node, with all the nodes that are described inside its description.
 #[derive(Deserialize)]
@@ -51,6 +51,36 @@ impl Command for BlockdevDel {
             daemon.tell_trouble(&format!(
                 "node '{name}' is deleted, but something failed while closing it: {e}"
             ));
+        }
+        Ok(json!({}))
+    }
+}
+
+/// Gives images up to somebody else, or takes them back.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct BlockdevSetActive {
+    node_name: Option<String>,
+    active: bool,
+}
+
+impl Command for BlockdevSetActive {
+    const NAME: &'static str = "blockdev-set-active";
+    async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        let graph = daemon.graph();
+        let Some(name) = &self.node_name else {
+            match self.active {
+                true => graph.activate_all().await?,
+                false => graph.inactivate_all().await?,
+            }
+            return Ok(json!({}));
+        };
+        let Some(cell) = graph.find(name) else {
+            return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
+        };
+        match self.active {
+            true => graph.activate(&cell).await?,
+            false => graph.inactivate(&cell).await?,
         }
         Ok(json!({}))
     }

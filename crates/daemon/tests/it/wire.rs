@@ -67,6 +67,19 @@ fn bitmaps_and_exports_as_the_reference() {
     compare("twins.py", &["bitmaps", "exports"].map(|s| format!("../twins/{s}.txt")));
 }
 
+/// Inactive nodes: what they are, who may use them, what another process does to their images in between.
+#[test]
+fn inactive_nodes_as_the_reference() {
+    compare("twins.py", &["../twins/active.txt".to_owned()]);
+}
+
+/// Two processes and one image: every pair of ways to use it, each held by QSD or by us and opened by either: the same answers and
+/// the same locks on the host (tests/compat/locks.py).
+#[test]
+fn images_are_locked_as_the_reference_locks_them() {
+    compare("locks.py", &[]);
+}
+
 /// Every verb in every state of every kind of job; every member of a transaction beside one that fails; groups of jobs.
 #[test]
 fn jobs_and_transactions_as_the_reference() {

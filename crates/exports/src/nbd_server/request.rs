@@ -120,6 +120,9 @@ async fn execute(s: &Session, c: Checked) -> Result<Outcome> {
     let edge = s.export().edge();
     let fua = c.flags & cmd_flag::FUA != 0;
     let write_flags = ReqFlags { fua: fua || s.export().writethrough(), ..ReqFlags::NONE };
+    if c.cmd != Cmd::Read {
+        edge.check_active()?;
+    }
     let changes = matches!(c.cmd, Cmd::Write | Cmd::WriteZeroes | Cmd::Trim) && !c.span.is_empty();
     let changes = changes && !planted("nbd: overlapping writes side by side");
     let _turn = if changes { Some(s.export().changing.lock(c.span, true).await) } else { None };
