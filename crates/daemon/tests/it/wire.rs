@@ -73,6 +73,12 @@ fn inactive_nodes_as_the_reference() {
     compare("twins.py", &["../twins/active.txt".to_owned()]);
 }
 
+/// Every option of `blockdev-create`, right and wrong: what the job says, and what the image is.
+#[test]
+fn images_are_created_as_the_reference_creates_them() {
+    compare("twins.py", &["../twins/create.txt".to_owned()]);
+}
+
 /// Two processes and one image: every pair of ways to use it, each held by QSD or by us and opened by either: the same answers and
 /// the same locks on the host (tests/compat/locks.py).
 #[test]
