@@ -374,7 +374,7 @@ fn a_refused_plan_changes_nothing() {
 fn whoever_waits_to_attach_while_a_filter_comes_gets_the_filter() {
     run(|env| async move {
         let graph = Graph::new(&env);
-        let slow = NullOptions { latency: Duration::from_millis(20), ..NullOptions::default() };
+        let slow = NullOptions { latency: Duration::from_millis(400), ..NullOptions::default() };
         let source = add(&graph, "src", NullNode::open(&env, slow)).await;
         let early = root(&graph, &source, RW).await.expect("nobody else");
         let parent = Parent::Node(RefCell::new(Some("top".into())));
@@ -438,7 +438,7 @@ fn a_refused_removal_leaves_the_node_to_its_owner() {
 fn whoever_attaches_during_a_resize_waits_for_its_end() {
     run(|env| async move {
         let graph = Graph::new(&env);
-        let slow = NullOptions { latency: Duration::from_millis(20), ..NullOptions::default() };
+        let slow = NullOptions { latency: Duration::from_millis(400), ..NullOptions::default() };
         let cell = add(&graph, "n", NullNode::open(&env, slow)).await;
         let client = root(&graph, &cell, RW).await.expect("nobody else");
         let write = env.spawn("client", async move {
