@@ -12,7 +12,16 @@
 //!   external manager says so.
 //! * The peers' dead and slow ones never stop the others; no wait here has no end but the policy `suspend`.
 
-use crate::ack::{AckLevel, Progress, Quorum};
+mod event;
+mod marks;
+mod peer;
+mod settings;
+
+pub use event::{Event, Input, Output, Standing};
+pub use peer::{Peer, PeerState};
+pub use settings::{Config, LinkPolicy};
+
+use crate::ack::{AckLevel, Progress};
 use crate::bugs::{Bug, planted};
 use crate::digest::Digest;
 use crate::dirty::Dirty;
@@ -21,227 +30,11 @@ use crate::types::{Epoch, Generation, GroupId, Seq};
 use crate::wire::{Body, Frame, Hello, Reject, VolumeInfo};
 use bitmap::Bitmap;
 use block::{Result, Span};
+use marks::Pending;
 use std::collections::VecDeque;
 
 /// Marks sent and not decided at once (pipelining): as many as a secondary takes.
 pub const MAX_MARKS: usize = crate::secondary::MAX_SEALED;
-
-/// What happens to the guest when too few peers are in service.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum LinkPolicy {
-    /// Go on alone, say so first, remember what is dirty.
-    #[default]
-    Degrade,
-    /// Changes wait; reads are served.
-    Suspend,
-    /// Changes fail.
-    IoError,
-}
-
-impl LinkPolicy {
-    /// All, in the order of their numbers on the wire.
-    pub const ALL: [LinkPolicy; 3] = [LinkPolicy::Degrade, LinkPolicy::Suspend, LinkPolicy::IoError];
-}
-
-/// What is set for a group; may change at any time.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Config {
-    /// When a write is done.
-    pub write_level: AckLevel,
-    /// When a flush (and a write with FUA) is done.
-    pub flush_level: AckLevel,
-    /// Whose word is needed.
-    pub quorum: Quorum,
-    /// When too few are there.
-    pub policy: LinkPolicy,
-    /// The decision about a prepared epoch is an external manager's.
-    pub external_decision: bool,
-}
-
-impl Default for Config {
-    /// Rule A1: a write has left this machine, a flush is durable on both.
-    fn default() -> Config {
-        Config {
-            write_level: AckLevel::RemoteReceived,
-            flush_level: AckLevel::RemoteDurable,
-            quorum: Quorum::Any(1),
-            policy: LinkPolicy::Degrade,
-            external_decision: false,
-        }
-    }
-}
-
-/// State of a peer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum PeerState {
-    /// No connection.
-    Down,
-    /// HELLO is sent.
-    Connecting,
-    /// Gets what it missed, inside one open epoch.
-    Syncing,
-    /// Has everything of the open epoch; becomes a copy when that is committed.
-    Synced,
-    /// A copy.
-    Running,
-    /// Refused; only a human can go on.
-    Refused,
-    /// Not a peer any more.
-    Removed,
-}
-
-impl PeerState {
-    /// Whether changes are forwarded to it.
-    pub const fn gets_changes(self) -> bool {
-        matches!(self, PeerState::Syncing | PeerState::Synced | PeerState::Running)
-    }
-
-    /// Whether nobody tries to connect any more.
-    pub const fn is_final(self) -> bool {
-        matches!(self, PeerState::Refused | PeerState::Removed)
-    }
-
-    /// As in QMP.
-    pub const fn name(self) -> &'static str {
-        match self {
-            PeerState::Removed => "removed",
-            PeerState::Down => "disconnected",
-            PeerState::Connecting => "connecting",
-            PeerState::Syncing => "syncing",
-            PeerState::Synced => "synced",
-            PeerState::Running => "running",
-            PeerState::Refused => "refused",
-        }
-    }
-}
-
-/// A secondary, as the primary sees it.
-pub struct Peer {
-    /// State.
-    pub state: PeerState,
-    /// How far it has come.
-    pub progress: Progress,
-    /// Bytes of changes that it takes in this session, from its start.
-    pub limit: u64,
-    /// How full its buffer is, in percent.
-    pub fill: u8,
-    /// Newest checkpoint that it committed, if it ever said so.
-    pub committed: Option<Epoch>,
-    /// What was sent of the open epoch.
-    open: Digest,
-}
-
-impl Peer {
-    fn counts(&self) -> bool {
-        self.state == PeerState::Running
-            || (planted(Bug::SyncingCounts) && matches!(self.state, PeerState::Syncing | PeerState::Synced))
-    }
-}
-
-/// What happens.
-#[derive(Debug)]
-pub enum Input<'a> {
-    /// There is a connection to a peer.
-    Connected(usize),
-    /// The connection is gone.
-    Disconnected(usize, String),
-    /// A peer sent this.
-    Frame(usize, &'a Frame),
-    /// Everything that a syncing peer missed has been sent.
-    SyncDone(usize),
-    /// A checkpoint is wanted.
-    Mark,
-    /// An external manager decides about a prepared epoch.
-    Decide(Epoch, bool),
-    /// Other settings.
-    Configure(Config),
-    /// A peer is none any more.
-    Remove(usize),
-    /// A peer that refused may be tried again.
-    Retry(usize),
-}
-
-/// What is to be done, in this order.
-#[derive(Debug)]
-pub enum Output {
-    /// Send it, after what was given before.
-    Send(usize, Frame),
-    /// End the connection. Whoever reconnects does so later.
-    Close(usize),
-    /// Send the peer these granules of each volume as catch-up, then say [`Input::SyncDone`].
-    Sync(usize, Vec<Bitmap>),
-    /// Acknowledgements have come: look again at what waits.
-    Progress,
-    /// A checkpoint would be useful now.
-    WantCheckpoint,
-    /// Every peer has committed: what was written up to here need not be remembered.
-    Clean(Epoch),
-    /// Tell the manager.
-    Event(Event),
-}
-
-/// What a manager wants to know.
-#[derive(Clone, PartialEq, Debug)]
-#[allow(missing_docs)] // the fields say it
-pub enum Event {
-    PeerState {
-        peer: usize,
-        old: PeerState,
-        new: PeerState,
-        reason: String,
-    },
-    /// Fewer copies than asked for, from this change on.
-    Degraded {
-        since: Seq,
-        dirty_bytes: u64,
-    },
-    Restored {
-        since: Seq,
-    },
-    Prepared {
-        epoch: Epoch,
-    },
-    Checkpoint {
-        epoch: Epoch,
-        digest: Digest,
-    },
-    Veto {
-        epoch: Option<Epoch>,
-        peer: usize,
-        reason: String,
-    },
-    Fenced {
-        by: Generation,
-    },
-    SplitBrain {
-        peer: usize,
-    },
-    BufferThreshold {
-        peer: usize,
-        fill: u8,
-    },
-}
-
-/// Whether a change is done.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Standing {
-    /// Yes.
-    Done,
-    /// Not yet.
-    Wait,
-    /// Never: the policy is `io-error`, or this side is fenced.
-    Fail,
-}
-
-struct Pending {
-    epoch: Epoch,
-    digest: Digest,
-    /// Peers that got the mark and are still there, and whether each is prepared.
-    parties: Vec<(usize, bool)>,
-    decided: bool,
-    announced: bool,
-    committed: Vec<usize>,
-}
 
 const NOT_RESERVED: &str = "no epoch is reserved";
 
@@ -551,33 +344,6 @@ impl Primary {
         self.leaves_marks(peer, why, out);
     }
 
-    /// A peer takes no further part in the marks under way.
-    fn leaves_marks(&mut self, peer: usize, why: &str, out: &mut Vec<Output>) {
-        for m in &mut self.marks {
-            m.parties.retain(|p| p.0 != peer);
-        }
-        // Nobody is left, or too few: the epoch goes on in the next.
-        let needed = self.config.quorum.needed().max(1);
-        let mut aborted = Vec::new();
-        self.marks.retain(|m| {
-            let enough = if m.decided { !m.parties.is_empty() } else { m.parties.len() >= needed };
-            if !enough && !m.decided {
-                aborted.push((m.epoch, m.parties.iter().map(|p| p.0).collect::<Vec<_>>()));
-            }
-            enough
-        });
-        for (epoch, parties) in aborted {
-            out.push(Output::Event(Event::Veto { epoch: Some(epoch), peer, reason: why.to_owned() }));
-            for p in parties {
-                out.push(Output::Send(p, self.frame(self.last, epoch, Body::Abort)));
-            }
-            if self.peers.iter().any(|p| p.state == PeerState::Synced) {
-                out.push(Output::WantCheckpoint);
-            }
-        }
-        self.advance_marks(out);
-    }
-
     fn peer_says(&mut self, peer: usize, frame: &Frame, out: &mut Vec<Output>) -> Result<()> {
         if self.peers.get(peer).is_none_or(|p| matches!(p.state, PeerState::Down | PeerState::Removed)) {
             return Ok(());
@@ -704,85 +470,6 @@ impl Primary {
         Ok(())
     }
 
-    fn mark(&mut self, out: &mut Vec<Output>) {
-        if self.cannot_mark().is_some() {
-            return;
-        }
-        let takes_part = |p: &Peer| matches!(p.state, PeerState::Running | PeerState::Synced);
-        let epoch = self.open;
-        self.last = self.last.next();
-        self.open = epoch.next();
-        let mut parties = Vec::new();
-        for i in 0..self.peers.len() {
-            let (last, generation) = (self.last, self.history.generation());
-            let Some(p) = self.peers.get_mut(i) else { continue };
-            if takes_part(p) {
-                let digest = std::mem::take(&mut p.open);
-                parties.push((i, false));
-                p.progress.queued = last;
-                out.push(Output::Send(
-                    i,
-                    Frame { generation, seq: last, epoch, body: Body::Mark { digest } },
-                ));
-            }
-        }
-        if planted(Bug::DirtyClearedOnSend) {
-            self.dirty.drop_through(epoch);
-        }
-        let digest = std::mem::take(&mut self.open_digest);
-        self.marks.push_back(Pending {
-            epoch,
-            digest,
-            parties,
-            decided: false,
-            announced: false,
-            committed: Vec::new(),
-        });
-    }
-
-    fn advance_marks(&mut self, out: &mut Vec<Output>) {
-        let (last, external) = (self.last, self.config.external_decision);
-        let mut decide = Vec::new();
-        for m in self.marks.iter_mut().filter(|m| !m.decided) {
-            if !m.parties.iter().all(|p| p.1) {
-                break; // in order: deciding an epoch decides those before it
-            }
-            if external {
-                if !std::mem::replace(&mut m.announced, true) {
-                    out.push(Output::Event(Event::Prepared { epoch: m.epoch }));
-                }
-                break;
-            }
-            m.decided = true;
-            decide.push((m.epoch, m.parties.clone()));
-        }
-        for (epoch, parties) in decide {
-            self.send_commit(epoch, &parties, last, out);
-        }
-        self.finish_marks(out);
-    }
-
-    fn send_commit(&mut self, epoch: Epoch, parties: &[(usize, bool)], last: Seq, out: &mut Vec<Output>) {
-        self.history.advance(epoch);
-        for (p, _) in parties {
-            out.push(Output::Send(*p, self.frame(last, epoch, Body::Commit)));
-        }
-    }
-
-    fn decide_by_hand(&mut self, epoch: Epoch, commit: bool, out: &mut Vec<Output>) {
-        let last = self.last;
-        let Some(i) = self.marks.iter().position(|m| m.epoch == epoch && !m.decided) else { return };
-        if commit && self.marks[i].parties.iter().all(|p| p.1) {
-            self.marks[i].decided = true;
-            let parties = self.marks[i].parties.clone();
-            self.send_commit(epoch, &parties, last, out);
-        } else if !commit && let Some(m) = self.marks.remove(i) {
-            for (p, _) in m.parties {
-                out.push(Output::Send(p, self.frame(last, epoch, Body::Abort)));
-            }
-        }
-    }
-
     fn committed(&mut self, peer: usize, epoch: Epoch, out: &mut Vec<Output>) {
         let Some(p) = self.peers.get_mut(peer) else { return };
         if epoch >= self.open {
@@ -815,18 +502,5 @@ impl Primary {
     /// Whether there is nobody to replicate to.
     fn no_peers(&self) -> bool {
         self.peers.iter().all(|p| p.state == PeerState::Removed)
-    }
-
-    fn finish_marks(&mut self, out: &mut Vec<Output>) {
-        while let Some(m) = self.marks.front() {
-            let all = m.decided && m.parties.iter().all(|p| m.committed.contains(&p.0));
-            if !all {
-                return;
-            }
-            let Some(m) = self.marks.pop_front() else { return };
-            self.last_checkpoint = Some((m.epoch, m.digest));
-            out.push(Output::Event(Event::Checkpoint { epoch: m.epoch, digest: m.digest }));
-            out.push(Output::Progress);
-        }
     }
 }

@@ -1,0 +1,48 @@
+//! What is set for a group; may change at any time.
+
+use crate::ack::{AckLevel, Quorum};
+
+/// What happens to the guest when too few peers are in service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum LinkPolicy {
+    /// Go on alone, say so first, remember what is dirty.
+    #[default]
+    Degrade,
+    /// Changes wait; reads are served.
+    Suspend,
+    /// Changes fail.
+    IoError,
+}
+
+impl LinkPolicy {
+    /// All, in the order of their numbers on the wire.
+    pub const ALL: [LinkPolicy; 3] = [LinkPolicy::Degrade, LinkPolicy::Suspend, LinkPolicy::IoError];
+}
+
+/// What is set for a group; may change at any time.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Config {
+    /// When a write is done.
+    pub write_level: AckLevel,
+    /// When a flush (and a write with FUA) is done.
+    pub flush_level: AckLevel,
+    /// Whose word is needed.
+    pub quorum: Quorum,
+    /// When too few are there.
+    pub policy: LinkPolicy,
+    /// The decision about a prepared epoch is an external manager's.
+    pub external_decision: bool,
+}
+
+impl Default for Config {
+    /// Rule A1: a write has left this machine, a flush is durable on both.
+    fn default() -> Config {
+        Config {
+            write_level: AckLevel::RemoteReceived,
+            flush_level: AckLevel::RemoteDurable,
+            quorum: Quorum::Any(1),
+            policy: LinkPolicy::Degrade,
+            external_decision: false,
+        }
+    }
+}
