@@ -2,50 +2,19 @@
 
 #![allow(clippy::unwrap_used)] // a test helper that fails fails the test
 
+mod disk;
+mod peer;
+
 use block::{Data, ErrorKind, ReqFlags, Span};
-use env::Env;
+use disk::{open, run};
 use graph::{Fact, Node, Role};
-use qcow2::testing::file::{FileNode, LateNode, edge_onto};
+use peer::TempDir;
+use qcow2::testing::file::{LateNode, edge_onto};
 use qcow2::testing::history::command;
 use qcow2::{Options, Qcow2};
 use std::cell::RefCell;
-use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
-
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Dir {
-        let d = Path::new("/dev/shm").join(format!("liveblk-qcow2-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&d).unwrap();
-        Dir(d)
-    }
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-    fn create(&self, name: &str, options: &str, size: &str) -> String {
-        let path = self.file(name);
-        command("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, &path, size]).unwrap();
-        path
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _left = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn run<T: 'static, F: Future<Output = T> + 'static>(work: impl FnOnce(Env) -> F) -> T {
-    let executor = env::os::start(env::os::OsConfig::default());
-    executor.run(work(executor.env()))
-}
-
-async fn open(env: &Env, path: &str, options: Options) -> block::Result<Rc<Qcow2>> {
-    let file = FileNode::edge(env, Path::new(path), options.writable, Role::Primary).await?;
-    Qcow2::open(env.clone(), file, None, options).await
-}
 
 fn read_only() -> Options {
     Options { writable: false, ..Options::default() }
@@ -61,7 +30,7 @@ fn check(path: &str) {
 
 #[test]
 fn a_flush_costs_two_barriers_for_new_clusters_one_for_old_none_for_nothing() {
-    let dir = Dir::new("barriers");
+    let dir = TempDir::new("barriers");
     let path = dir.create("a", "cluster_size=64k", "64M");
     let p = path.clone();
     run(|env| async move {
@@ -94,7 +63,7 @@ fn a_flush_costs_two_barriers_for_new_clusters_one_for_old_none_for_nothing() {
 
 #[test]
 fn what_qemu_io_writes_is_read() {
-    let dir = Dir::new("qemu-io");
+    let dir = TempDir::new("qemu-io");
     let options = [
         "compat=0.10",
         "cluster_size=512",
@@ -146,7 +115,7 @@ fn corrupted(
     bytes: &[u8],
     write_at: u64,
 ) -> (Vec<qcow2::Corruption>, block::BlockError, bool) {
-    let dir = Dir::new(name);
+    let dir = TempDir::new(name);
     let path = dir.create("a", "cluster_size=64k", "8M");
     command("qemu-io", &["-f", "qcow2", "-c", "write 0 64k", &path]).unwrap();
     let mut image = std::fs::read(&path).unwrap();
@@ -202,7 +171,7 @@ fn entries_that_break_the_format_are_corruption() {
 
 #[test]
 fn a_marked_image_is_not_written_but_read() {
-    let dir = Dir::new("marked");
+    let dir = TempDir::new("marked");
     let path = dir.create("a", "compat=1.1", "1M");
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[79] |= 2;
@@ -217,7 +186,7 @@ fn a_marked_image_is_not_written_but_read() {
 
 #[test]
 fn encryption_is_refused_by_name() {
-    let dir = Dir::new("luks");
+    let dir = TempDir::new("luks");
     let path = dir.file("a");
     let secret = ["--object", "secret,id=s,data=abc"];
     let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
@@ -232,7 +201,7 @@ fn encryption_is_refused_by_name() {
 
 #[test]
 fn bitmaps_are_marked_while_the_image_may_be_written() {
-    let dir = Dir::new("bitmaps");
+    let dir = TempDir::new("bitmaps");
     let path = dir.create("a", "compat=1.1", "1M");
     command("qemu-img", &["bitmap", "--add", "-f", "qcow2", &path, "b"]).unwrap();
     let marked = |path: &str| {
@@ -260,7 +229,7 @@ fn bitmaps_are_marked_while_the_image_may_be_written() {
 
 #[test]
 fn hostile_bitmap_directories_are_refused_by_name() {
-    let dir = Dir::new("hostile-bitmaps");
+    let dir = TempDir::new("hostile-bitmaps");
     let path = dir.create("a", "compat=1.1", "1M");
     command("qemu-img", &["bitmap", "--add", "-f", "qcow2", "-g", "512", &path, "b"]).unwrap();
     let good = std::fs::read(&path).unwrap();
@@ -295,7 +264,7 @@ fn hostile_bitmap_directories_are_refused_by_name() {
 
 #[test]
 fn lazy_refcounts_mark_the_image_and_a_dirty_image_is_repaired() {
-    let dir = Dir::new("lazy");
+    let dir = TempDir::new("lazy");
     let path = dir.create("a", "compat=1.1,lazy_refcounts=on", "8M");
     let dirty = |path: &str| std::fs::read(path).unwrap()[79] & 1 != 0;
     let p = path.clone();
@@ -323,7 +292,7 @@ fn lazy_refcounts_mark_the_image_and_a_dirty_image_is_repaired() {
 
 #[test]
 fn backing_names_and_facts() {
-    let dir = Dir::new("facts");
+    let dir = TempDir::new("facts");
     let path = dir.create("a", "compat=1.1,cluster_size=4k", "1M");
     let p = path.clone();
     run(|env| async move {
@@ -354,7 +323,7 @@ fn backing_names_and_facts() {
 
 #[test]
 fn emptied_images_hold_nothing_and_space_comes_back() {
-    let dir = Dir::new("empty");
+    let dir = TempDir::new("empty");
     let path = dir.create("a", "cluster_size=64k", "8M");
     let p = path.clone();
     run(|env| async move {
@@ -375,7 +344,7 @@ fn emptied_images_hold_nothing_and_space_comes_back() {
 
 #[test]
 fn a_cluster_under_a_slow_read_is_not_reused() {
-    let dir = Dir::new("epoch");
+    let dir = TempDir::new("epoch");
     let path = dir.create("a", "cluster_size=64k", "8M");
     run(|env| async move {
         let mode = env::OpenMode { write: true, ..Default::default() };
@@ -415,7 +384,7 @@ fn a_cluster_under_a_slow_read_is_not_reused() {
 
 #[test]
 fn closing_waits_for_what_dropped_writes_began() {
-    let dir = Dir::new("closing");
+    let dir = TempDir::new("closing");
     for seed in 1..30 {
         // small clusters: each write needs an L2 table of its own, and the file grows
         let path = dir.create("a", "cluster_size=512", "8M");
@@ -451,7 +420,7 @@ fn closing_waits_for_what_dropped_writes_began() {
 
 #[test]
 fn independent_allocating_writes_run_side_by_side() {
-    let dir = Dir::new("parallel");
+    let dir = TempDir::new("parallel");
     let path = dir.create("a", "cluster_size=64k", "64M");
     let p = path.clone();
     run(|env| async move {
@@ -485,7 +454,7 @@ fn bench_allocating_writes() {
         (f[11].parse::<f64>().unwrap(), f[12].parse::<f64>().unwrap())
     };
     for depth in [1u64, 16] {
-        let dir = Dir::new("bench");
+        let dir = TempDir::new("bench");
         let path = dir.create("a", "cluster_size=64k", "64G");
         run(move |env| async move {
             let image = open(&env, &path, Options::default()).await.unwrap();

@@ -3,51 +3,17 @@
 
 #![allow(clippy::unwrap_used)] // a test helper that fails fails the test
 
+mod disk;
+mod peer;
+
 use block::{ReqFlags, Span};
+use disk::{open, run};
 use env::Env;
-use graph::{Node, Role};
-use qcow2::testing::file::FileNode;
+use graph::Node;
+use peer::TempDir;
 use qcow2::testing::history::{Rng, command};
 use qcow2::{Options, Qcow2};
 use std::collections::BTreeMap;
-use std::future::Future;
-use std::path::{Path, PathBuf};
-use std::rc::Rc;
-
-struct Dir(PathBuf);
-
-impl Dir {
-    fn new(name: &str) -> Dir {
-        let d = Path::new("/dev/shm").join(format!("liveblk-snap-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(&d).unwrap();
-        Dir(d)
-    }
-    fn file(&self, name: &str) -> String {
-        self.0.join(name).to_str().unwrap().to_owned()
-    }
-    fn create(&self, options: &str, size: u64) -> String {
-        let path = self.file("i.qcow2");
-        command("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, &path, &size.to_string()])
-            .unwrap();
-        path
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _left = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-fn run<T: 'static, F: Future<Output = T> + 'static>(work: impl FnOnce(Env) -> F) -> T {
-    let executor = env::os::start(env::os::OsConfig::default());
-    executor.run(work(executor.env()))
-}
-
-async fn open(env: &Env, path: &str, options: Options) -> block::Result<Rc<Qcow2>> {
-    let file = FileNode::edge(env, Path::new(path), options.writable, Role::Primary).await?;
-    Qcow2::open(env.clone(), file, None, options).await
-}
 
 async fn contents(image: &Qcow2) -> Vec<u8> {
     image.read(Span::new(0, image.len())).await.unwrap().to_vec()
@@ -60,7 +26,7 @@ struct Model {
 }
 
 /// Both sides show what the model says, and the image is sound.
-async fn compare(env: &Env, dir: &Dir, path: &str, model: &Model, what: &str) {
+async fn compare(env: &Env, dir: &TempDir, path: &str, model: &Model, what: &str) {
     command("qemu-img", &["check", "-q", "-f", "qcow2", path]).unwrap_or_else(|e| panic!("{what}: {e}"));
     let out = dir.file("out.raw");
     for (name, want) in &model.snapshots {
@@ -115,8 +81,8 @@ async fn change(image: &Qcow2, rng: &mut Rng, model: &mut Model) {
 
 /// A random history in which both sides write, take and delete.
 async fn history(env: Env, options: &'static str, size: u64, seed: u64) {
-    let dir = Dir::new(&format!("{seed}-{}", options.replace([',', '='], "-")));
-    let path = dir.create(options, size);
+    let dir = TempDir::new(&format!("{seed}-{}", options.replace([',', '='], "-")));
+    let path = dir.create("i.qcow2", options, &size.to_string());
     let mut rng = Rng(seed);
     let mut model = Model { disk: vec![0; size as usize], snapshots: BTreeMap::new() };
     let mut number = 0;
@@ -181,8 +147,8 @@ fn both_sides_agree_through_random_histories() {
 #[test]
 fn what_cannot_be_counted_is_refused_and_undone() {
     run(|env| async move {
-        let dir = Dir::new("count");
-        let path = dir.create("compat=1.1,cluster_size=4k,refcount_bits=2", 1 << 20);
+        let dir = TempDir::new("count");
+        let path = dir.create("i.qcow2", "compat=1.1,cluster_size=4k,refcount_bits=2", "1M");
         let image = open(&env, &path, Options::default()).await.unwrap();
         let mut model = Model { disk: vec![0; 1 << 20], snapshots: BTreeMap::new() };
         let mut rng = Rng(7);
@@ -218,8 +184,8 @@ fn damaged_tables_are_left_alone() {
             (12, &[0xff; 4], "past the end"),
         ];
         for (at, bytes, want) in hostile {
-            let dir = Dir::new(&format!("damaged-{at}"));
-            let path = dir.create("compat=1.1", 1 << 20);
+            let dir = TempDir::new(&format!("damaged-{at}"));
+            let path = dir.create("i.qcow2", "compat=1.1", "1M");
             command("qemu-img", &["snapshot", "-c", "one", &path]).unwrap();
             let mut file = std::fs::read(&path).unwrap();
             let table = u64::from_be_bytes(file[64..72].try_into().unwrap());
