@@ -197,7 +197,14 @@ fn a_stale_socket_is_replaced_a_live_one_is_not() {
         let first = env.listen(&at).await.unwrap();
         let e = env.listen(&at).await.err().unwrap();
         assert_eq!(e.errno(), BlockError::EADDRINUSE);
-        drop(first);
+        // who has just been killed may still be going
+        let leaving = env.clone();
+        let task = env.spawn("leaves", async move {
+            leaving.sleep(Duration::from_millis(60)).await;
+            drop(first);
+        });
+        drop(env.listen(&at).await.unwrap());
+        task.join().await;
         assert!(dir.path("s").exists());
         assert_eq!(env.connect(&at).await.err().unwrap().errno(), BlockError::ECONNREFUSED);
         drop(env.listen(&at).await.unwrap());

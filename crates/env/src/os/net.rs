@@ -19,6 +19,9 @@ use std::time::Duration;
 
 /// Connections that may wait to be accepted; the kernel cuts it at net.core.somaxconn.
 const BACKLOG: i32 = 1024;
+/// How long an address may still be in use by who has gone, and how often that is looked at.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_STEP: Duration = Duration::from_millis(20);
 /// Pause when there are no descriptors or memory for a connection: it waits in the backlog meanwhile.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 /// Bytes that may wait in a unix socket for the peer: a piece of a copy, so that it is handed over in one call rather than by turns
@@ -94,7 +97,31 @@ pub(super) async fn listen(core: &Rc<Core>, at: &Address) -> Result<Rc<dyn Liste
 }
 
 /// The same, for who wants descriptors rather than streams.
+///
+/// The sockets of a process that was killed go only when the kernel has ended what was under way in its ring, which can be
+/// after its successor has started. So an address in use is tried again for a while.
 pub(super) async fn listen_here(core: &Rc<Core>, at: &Address) -> Result<Listening> {
+    let end = core.timers.now() + LINGER;
+    loop {
+        match listen_once(core, at).await {
+            Err(e) if e.errno() == libc::EADDRINUSE && may_go(at) && core.timers.now() < end => {
+                core.timers.sleep_until(core.timers.now() + LINGER_STEP).await;
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Whether what uses the address may be a socket: anything else of that name stays.
+fn may_go(at: &Address) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    match at {
+        Address::Unix(path) => std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()),
+        _ => true,
+    }
+}
+
+async fn listen_once(core: &Rc<Core>, at: &Address) -> Result<Listening> {
     let (fd, address, tcp) = match at {
         Address::Unix(path) => (listen_unix(core, path).await?, at.clone(), false),
         Address::Tcp { host, port } => {
