@@ -9,6 +9,12 @@ use std::time::{Duration, Instant};
 
 const LEDGER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/replication/ledger.py");
 
+/// `kill -9`, by the shell's own command: the program of that name is not on every machine. Whether there was such a process.
+fn kill_now(pid: &str) -> bool {
+    let shell = Command::new("sh").args(["-c", "kill -9 $0", pid]).stderr(Stdio::null()).status();
+    shell.unwrap().success()
+}
+
 /// A directory, and the daemons that were started in it: they end with it.
 struct Dir(PathBuf);
 
@@ -45,7 +51,7 @@ impl Dir {
 
     fn kill(&self, side: &str) {
         let pid = std::fs::read_to_string(self.0.join(format!("{side}.qmp.pid"))).unwrap();
-        assert!(Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+        assert!(kill_now(pid.trim()));
         // gone when its sockets refuse
         until(|| std::os::unix::net::UnixStream::connect(self.0.join(format!("{side}.qmp"))).is_err());
     }
@@ -89,7 +95,7 @@ impl Drop for Dir {
         for entry in std::fs::read_dir(&self.0).into_iter().flatten().flatten() {
             if entry.path().extension().is_some_and(|e| e == "pid") {
                 let pid = std::fs::read_to_string(entry.path()).unwrap_or_default();
-                let _ = Command::new("kill").args(["-9", pid.trim()]).stderr(Stdio::null()).status();
+                kill_now(pid.trim());
             }
         }
         let _ = std::fs::remove_dir_all(&self.0);

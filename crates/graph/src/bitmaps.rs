@@ -223,10 +223,8 @@ pub fn merge(cell: &Rc<NodeCell>, target: &str, sources: &[Source]) -> Result<Bi
         check_usable(source)?;
         let (theirs, ours) = (source.bits().len(), target.bits().len());
         if theirs != ours {
-            let (source, target) = (source.name().unwrap_or_default(), target.name().unwrap_or_default());
             let why = format!(
-                "Bitmaps are of different sizes (destination size is {ours} and source size is {theirs}): '{source}' \
-                 cannot be merged into '{target}'"
+                "Bitmaps are of different sizes (destination size is {ours}, source size is {theirs}) and can't be merged"
             );
             return Err(BlockError::invalid(why));
         }
