@@ -6,7 +6,7 @@
 
 use super::Core;
 use super::event::core_of;
-use super::net::{self, Listening};
+use super::net::{self, Listening, from_rustix};
 use super::op::Handle;
 use crate::{Address, Env};
 use block::{BlockError, Result};
@@ -29,10 +29,6 @@ pub struct MessageSocket {
     core: Rc<Core>,
     handle: Rc<Handle>,
     closed: Cell<bool>,
-}
-
-fn from_rustix(e: Errno) -> BlockError {
-    BlockError::from_errno(e.raw_os_error())
 }
 
 impl MessageSocket {

@@ -30,7 +30,7 @@ const SEND_BUFFER: usize = 1 << 20;
 /// Pause before trying again to connect to a unix listener whose backlog is full.
 const FULL_PAUSE: Duration = Duration::from_millis(5);
 
-fn from_rustix(e: rustix::io::Errno) -> BlockError {
+pub(super) fn from_rustix(e: rustix::io::Errno) -> BlockError {
     BlockError::from_errno(e.raw_os_error())
 }
 

@@ -6,6 +6,7 @@
 //! the other, so that neighbouring requests share memory; a chunk is used again when nobody holds a part of it.
 
 use super::file::OsFile;
+use super::net::from_rustix;
 use super::op::{Handle, Memory, OnDrop, Op, Request};
 use super::sys::{again, check};
 use super::{Ask, Core, Driver};
@@ -13,12 +14,14 @@ use crate::sync::{Notify, race};
 use crate::{Credentials, File, Stream};
 use block::{BlockError, Data, Io, Result, Span};
 use bytes::{BufMut, Bytes, BytesMut};
+use rustix::net::sockopt::{self, Timeout};
 use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::Poll;
+use std::time::Duration;
 
 /// Memory that receives share: dozens of small requests, and a little more than the default buffer of a unix socket.
 const CHUNK: usize = 256 * 1024;
@@ -38,10 +41,8 @@ struct Incoming {
 
 /// Most bytes of a file that a helper thread sends in one go.
 const FILE_STEP: u64 = 1 << 20;
-/// How long a helper thread waits for room in a socket, in microseconds; then the ring waits, and the thread is free.
-const SEND_WAIT: i64 = 20_000;
-/// Zeroes for what could not be read.
-static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+/// How long a helper thread waits for room in a socket; then the ring waits, and the thread is free.
+const SEND_WAIT: Duration = Duration::from_millis(20);
 
 /// A connected socket.
 pub(super) struct Socket {
@@ -198,19 +199,7 @@ impl Socket {
         if self.patience_set.replace(true) {
             return Ok(());
         }
-        let wait = libc::timeval { tv_sec: 0, tv_usec: SEND_WAIT };
-        // SAFETY: the pointer is valid for the call, with the given size.
-        check(i64::from(unsafe {
-            libc::setsockopt(
-                self.handle.fd(),
-                libc::SOL_SOCKET,
-                libc::SO_SNDTIMEO,
-                (&raw const wait).cast(),
-                size_of::<libc::timeval>() as libc::socklen_t,
-            )
-        }))
-        .map(drop)
-        .map_err(BlockError::from_errno)
+        sockopt::set_socket_timeout(self.handle.as_fd(), Timeout::Send, Some(SEND_WAIT)).map_err(from_rustix)
     }
 
     async fn send_from(&self, file: &OsFile, at: Span) -> Result<Result<()>> {
@@ -240,7 +229,7 @@ impl Socket {
             match result {
                 n if n > 0 => left = left.split_at(n as u64).1,
                 // the file has ended: what is past its end reads as zero
-                0 => return self.send_zeroes(left.len).await.map(Ok),
+                0 => return self.send_all(Data::zeroes(left.len as usize)).await.map(Ok),
                 e => match -e {
                     libc::EAGAIN => {
                         self.core.ready(&self.handle, libc::POLLOUT).await.map_err(BlockError::from_errno)?;
@@ -249,7 +238,7 @@ impl Socket {
                         return Err(BlockError::from_errno(e));
                     }
                     e => {
-                        self.send_zeroes(left.len).await?;
+                        self.send_all(Data::zeroes(left.len as usize)).await?;
                         // these say that the file is none that can be sent from
                         let unable =
                             matches!(e, libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::ESPIPE);
@@ -259,15 +248,6 @@ impl Socket {
             }
         }
         Ok(Ok(()))
-    }
-
-    async fn send_zeroes(&self, mut len: u64) -> Result<()> {
-        while len > 0 {
-            let part = len.min(ZEROES.len() as u64);
-            self.send_all(Data::from(Bytes::from_static(&ZEROES[..part as usize]))).await?;
-            len -= part;
-        }
-        Ok(())
     }
 
     fn send_now(&self, data: &Data, done: usize) -> Result<usize, i32> {
