@@ -50,11 +50,10 @@ pub(crate) fn run(args: &FailoverArgs) -> Outcome {
     let age = done.get("age-ms").and_then(Value::as_u64);
     let age = age.map(|ms| format!(", {} old", pair::time(ms))).unwrap_or_default();
     println!(
-        "{} serves checkpoint {}{age} here, for reading and writing, {}.{} ms after the command",
+        "{} serves checkpoint {}{age} here, for reading and writing, {} after the command",
         args.group,
         done["epoch"],
-        number(&done["duration-us"]) / 1000,
-        number(&done["duration-us"]) % 1000 / 100
+        pair::tenths_of_ms(number(&done["duration-us"]))
     );
     merged(&mut client, &args.group)
 }

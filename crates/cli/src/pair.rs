@@ -44,6 +44,11 @@ pub(crate) fn time(ms: u64) -> String {
     }
 }
 
+/// Microseconds, as milliseconds and tenths.
+pub(crate) fn tenths_of_ms(us: u64) -> String {
+    format!("{}.{} ms", us / 1000, us % 1000 / 100)
+}
+
 /// One line about the group, and one for each secondary.
 pub(crate) fn lines(group: &Value) -> Vec<String> {
     let mut out = vec![format!("{:<16} {}", text(&group["id"]), summary(group))];
@@ -112,7 +117,7 @@ fn peer(p: &Value) -> String {
         (bytes, ms) => parts.push(format!("a failover now would lose {} of {}", HumanBytes(bytes), time(ms))),
     }
     if let Some(us) = p.get("last-rtt-us").and_then(Value::as_u64) {
-        parts.push(format!("{}.{} ms away", us / 1000, us % 1000 / 100));
+        parts.push(format!("{} away", tenths_of_ms(us)));
     }
     parts.push(format!("its buffer {} % full", number(&p["buffer-fill"])));
     parts.join(", ")

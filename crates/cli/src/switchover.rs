@@ -50,11 +50,10 @@ pub(crate) fn run(args: &SwitchoverArgs) -> Outcome {
     }
     let done = client.execute("replication-switchover", &command)?;
     println!(
-        "{} is served at {to} since checkpoint {}; requests waited {}.{} ms; nothing was lost",
+        "{} is served at {to} since checkpoint {}; requests waited {}; nothing was lost",
         args.group,
         done["epoch"],
-        number(&done["duration-us"]) / 1000,
-        number(&done["duration-us"]) % 1000 / 100
+        pair::tenths_of_ms(number(&done["duration-us"]))
     );
     println!("this side follows it, at {}; writes here fail", text(&done["address"]));
     Ok(())

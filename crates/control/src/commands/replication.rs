@@ -108,6 +108,16 @@ fn group(daemon: &Daemon, id: &str) -> Result<Rc<Group>, QmpError> {
     found.ok_or_else(|| QmpError::generic(format!("Replication group '{id}' not found")))
 }
 
+/// The group of that name as what it is now: a primary, or the error.
+fn acting_primary(daemon: &Daemon, id: &str) -> Result<Rc<PrimaryGroup>, QmpError> {
+    match group(daemon, id)?.acting() {
+        Acting::Primary(primary) => Ok(primary),
+        Acting::Unprotected | Acting::Secondary(_) => {
+            Err(QmpError::generic(format!("Replication group '{id}' is not a primary")))
+        }
+    }
+}
+
 /// Removes a group that has no role.
 #[derive(Deserialize)]
 struct GroupRemove {
@@ -170,9 +180,7 @@ struct Set {
 impl Command for Set {
     const NAME: &'static str = "replication-set";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        let Acting::Primary(primary) = group(&daemon, &self.group)?.acting() else {
-            return Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group)));
-        };
+        let primary = acting_primary(&daemon, &self.group)?;
         let timeout = timeout(self.timeout_ms)?;
         let every = interval(self.checkpoint_interval_ms)?;
         let now = primary.look(|c| c.config().clone());
@@ -294,9 +302,7 @@ struct Checkpoint {
 impl Command for Checkpoint {
     const NAME: &'static str = "replication-checkpoint";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        let Acting::Primary(primary) = group(&daemon, &self.group)?.acting() else {
-            return Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group)));
-        };
+        let primary = acting_primary(&daemon, &self.group)?;
         let timeout = Duration::from_millis(self.timeout_ms.unwrap_or(CHECKPOINT_MS));
         let done = primary.checkpoint(timeout).await?;
         Ok(json!({
@@ -390,9 +396,7 @@ struct Verify {
 impl Command for Verify {
     const NAME: &'static str = "replication-verify";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        let Acting::Primary(primary) = group(&daemon, &self.group)?.acting() else {
-            return Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group)));
-        };
+        let primary = acting_primary(&daemon, &self.group)?;
         primary.verify(&self.peer, self.repair.as_deref() == Some("resync"))?;
         Ok(json!({}))
     }
@@ -417,10 +421,9 @@ impl Command for Resolve {
             let address = group.give_up(&listen.read()?).await?;
             return Ok(json!({"address": address.to_string()}));
         }
-        match group.acting() {
-            Acting::Primary(p) if p.retry_peer(&self.victim) => Ok(json!({})),
-            Acting::Primary(_) => Err(QmpError::generic(format!("No peer '{}' has refused", self.victim))),
-            _ => Err(QmpError::generic(format!("Replication group '{}' is not a primary", self.group))),
+        match acting_primary(&daemon, &self.group)?.retry_peer(&self.victim) {
+            true => Ok(json!({})),
+            false => Err(QmpError::generic(format!("No peer '{}' has refused", self.victim))),
         }
     }
 }
