@@ -11,9 +11,10 @@ use drivers::file::Locking;
 use drivers::nbd_client::NbdOptions;
 use drivers::null::NullOptions;
 use graph::DetectZeroes;
-use open::{Backing, Child, Common, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec};
+use open::{AsGiven, Backing, Child, Common, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec};
 use qapi::{Map, Value};
 use qcow2::OverlapCheck;
+use std::rc::Rc;
 use std::time::Duration;
 
 /// Nodes in one `blockdev-add`: what bounds the recursion. Deeper chains are opened one by one.
@@ -101,6 +102,7 @@ fn common(f: &Fields<'_>) -> Result<Common, QmpError> {
         discard: f.text("discard").map(|d| d == "unmap"),
         direct: cached("direct"),
         no_flush: cached("no-flush"),
+        given: AsGiven(Some(Rc::new(f.0.clone()))),
     })
 }
 

@@ -7,6 +7,7 @@ use crate::events::Events;
 use crate::jobinfo::JobEvents;
 use crate::object::Objects;
 use crate::session::Session;
+use crate::state::{Recorder, only_asks};
 use block::BlockError;
 use env::sync::{Notify, Semaphore};
 use env::{Env, Stream};
@@ -92,6 +93,8 @@ pub struct Daemon {
     phase_changed: Notify,
     /// Which side of a replication it was that ended last.
     last_side: Cell<&'static str>,
+    /// Writes down what this daemon is, if a later life is to know.
+    recorder: RefCell<Option<Rc<Recorder>>>,
 }
 
 /// A session's place in the list; leaves it when dropped.
@@ -162,6 +165,7 @@ impl Daemon {
             phase: Cell::new(Phase::Running),
             phase_changed: Notify::new(),
             last_side: Cell::new("none"),
+            recorder: RefCell::default(),
         })
     }
 
@@ -215,6 +219,13 @@ impl Daemon {
         })
     }
 
+    pub(crate) fn recorder(&self) -> Option<Rc<Recorder>> {
+        self.recorder.borrow().clone()
+    }
+    pub(crate) fn set_recorder(&self, recorder: Rc<Recorder>) {
+        *self.recorder.borrow_mut() = Some(recorder);
+    }
+
     pub(crate) fn exports(&self) -> &ExportRegistry {
         &self.exports
     }
@@ -256,7 +267,26 @@ impl Daemon {
         };
         // the end may have come while it waited
         self.check_running(command)?;
-        (entry.run)(self.clone(), checked).await
+        let recorder = self.recorder().filter(|_| !only_asks(command));
+        let Some(recorder) = recorder else { return (entry.run)(self.clone(), checked).await };
+        if recorder.forget(command, &checked) {
+            recorder.record().await?;
+            return Ok(json!({}));
+        }
+        let reply = (entry.run)(self.clone(), checked.clone()).await?;
+        self.record_command(&recorder, command, &checked).await?;
+        Ok(reply)
+    }
+
+    /// Runs a command with arguments that have passed the schema, as part of what the daemon is made again from.
+    pub(crate) async fn unrecorded(self: &Rc<Self>, command: &str, checked: Map<String, Value>) -> Reply {
+        match self.commands.get(command) {
+            Some(entry) => (entry.run)(self.clone(), checked).await,
+            None => {
+                let desc = format!("The command {command} has not been found");
+                Err(QmpError::of(Class::CommandNotFound, desc))
+            }
+        }
     }
 
     fn check_running(&self, command: &str) -> Result<(), QmpError> {
@@ -320,12 +350,17 @@ impl Daemon {
             self.phase.set(Phase::Ending);
             // One that opens a node, or starts a job, would leave it behind our back (simulation seed serve 2180).
             let _no_more = self.env.timeout(LAST_COMMANDS, self.turns.acquire(TURNS)).await;
+            let recorder = self.recorder();
+            recorder.iter().for_each(|r| r.rest());
             self.exports.shut_down().await;
             self.jobs.cancel_all().await;
             self.replication.borrow().values().for_each(|g| g.shut_down());
             self.colo.shut_down().await;
             if let Err(e) = self.graph.close_all().await {
                 *self.trouble.borrow_mut() = Some(e.into());
+            }
+            if let Some(recorder) = recorder {
+                recorder.store().close().await;
             }
             self.phase.set(Phase::Ended);
             self.phase_changed.notify_all();

@@ -20,8 +20,10 @@ mod jobinfo;
 mod object;
 mod outbox;
 mod session;
+mod state;
 
 pub use chardev::ChardevSpec;
 pub use daemon::Daemon;
 pub use error::{Class, QmpError, Reply};
 pub use object::object_types;
+pub use state::StartOption;

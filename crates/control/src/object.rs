@@ -16,7 +16,7 @@ use env::Env;
 use exports::{Authorize, ServerTls};
 use qapi::{Map, Value, json};
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use tls::{Credentials, Endpoint, X509Options};
 use types::Type;
@@ -42,7 +42,20 @@ struct Object {
     kind: &'static Type,
     /// As the user gave them.
     properties: Map<String, Value>,
+    /// The same, with file names that do not depend on the working directory.
+    lasting: Map<String, Value>,
     content: Content,
+}
+
+/// `properties` with file names that do not depend on the working directory.
+fn lasting(env: &Env, properties: &Map<String, Value>) -> Map<String, Value> {
+    let mut out = properties.clone();
+    for key in ["dir", "file"] {
+        if let Some(Value::String(path)) = out.get_mut(key).filter(|v| v.as_str() != Some("")) {
+            *path = env.absolute(Path::new(path.as_str())).to_string_lossy().into_owned();
+        }
+    }
+    out
 }
 
 /// All objects, oldest first.
@@ -77,7 +90,8 @@ impl Objects {
         let content = self.make(env, kind, &properties).await?;
         // Somebody may have been quicker while files were read.
         self.check_room(kind, id)?;
-        self.0.borrow_mut().push(Object { id: id.to_owned(), kind, properties, content });
+        let lasting = lasting(env, &properties);
+        self.0.borrow_mut().push(Object { id: id.to_owned(), kind, properties, lasting, content });
         Ok(())
     }
 
@@ -151,6 +165,22 @@ impl Objects {
         }
         self.0.borrow_mut().remove(at);
         Ok(())
+    }
+
+    /// All objects, oldest first, as they can be made again: id, type and properties.
+    pub(crate) fn described(&self) -> Vec<(String, &'static str, Map<String, Value>)> {
+        let all = self.0.borrow();
+        let one = |o: &Object| {
+            let properties = match &o.content {
+                Content::Throttle(group) => {
+                    let limits = throttle::show(&group.config(), "limits");
+                    [("limits".to_owned(), limits)].into_iter().collect()
+                }
+                _ => o.lasting.clone(),
+            };
+            (o.id.clone(), o.kind.name, properties)
+        };
+        all.iter().map(one).collect()
     }
 
     /// The kind of the object `id`.
@@ -258,7 +288,8 @@ impl Objects {
         }
         properties.insert(property.to_owned(), value);
         let content = self.make(env, kind, &properties).await?;
-        self.at(path, |o| (o.properties, o.content) = (properties, content))?;
+        let lasting = lasting(env, &properties);
+        self.at(path, |o| (o.properties, o.lasting, o.content) = (properties, lasting, content))?;
         Ok(json!({}))
     }
 }

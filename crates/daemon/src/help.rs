@@ -44,6 +44,9 @@ Serves disk images, and works on them while they are in use. Options take effect
   --object help          list the types of objects
                          create an object
 
+  --state-dir <path>     keep nodes, exports, servers, objects and jobs in this directory, and come back with them after
+                         any end of the process; options that took effect in an earlier life are not applied again
+
   --daemonize            go into the background once all options have taken effect
   --pidfile <path>       write the process number to a file once all options have taken effect
 ";

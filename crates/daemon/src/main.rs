@@ -101,7 +101,10 @@ fn say(end: Result<(), QmpError>) {
 
 /// Applies the options. The outer `None`: an option asked for a text, and the process is done.
 async fn set_up(daemon: &Rc<Daemon>, given: &[Given]) -> Result<Option<Option<PidFile>>, String> {
-    for g in given {
+    let state = given.iter().rev().find(|g| g.name == Name::StateDir);
+    let done = startup::restore(daemon, given).await;
+    let done = done.map_err(|e| format!("{}: {e}", state.map_or("--state-dir", |g| g.shown.as_str())))?;
+    for (g, _) in given.iter().zip(done).filter(|(_, done)| !done) {
         match startup::apply(daemon, g).await {
             Ok(Done::Applied) => {}
             Ok(Done::Text(text)) => {

@@ -15,12 +15,13 @@ pub(crate) enum Name {
     NbdServer,
     Object,
     Pidfile,
+    StateDir,
     Trace,
     Version,
 }
 
 /// Name, long form, short form, whether it takes a value.
-const ALL: [(Name, &str, Option<char>, bool); 11] = [
+const ALL: [(Name, &str, Option<char>, bool); 12] = [
     (Name::Blockdev, "blockdev", None, true),
     (Name::Chardev, "chardev", None, true),
     (Name::Daemonize, "daemonize", None, false),
@@ -30,6 +31,7 @@ const ALL: [(Name, &str, Option<char>, bool); 11] = [
     (Name::NbdServer, "nbd-server", None, true),
     (Name::Object, "object", None, true),
     (Name::Pidfile, "pidfile", None, true),
+    (Name::StateDir, "state-dir", None, true),
     (Name::Trace, "trace", Some('T'), true),
     (Name::Version, "version", Some('V'), false),
 ];

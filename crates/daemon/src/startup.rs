@@ -2,9 +2,12 @@
 
 use crate::help;
 use crate::options::{Given, Name};
-use control::{ChardevSpec, Daemon, QmpError};
+use control::{ChardevSpec, Daemon, QmpError, StartOption};
+use env::os::process;
 use qapi::{Map, Value, json, keyval};
+use state::Store;
 use std::borrow::Cow;
+use std::path::Path;
 use std::rc::Rc;
 
 /// How an option ended.
@@ -15,21 +18,32 @@ pub(crate) enum Done {
     Text(Cow<'static, str>),
 }
 
-/// Makes one option take effect.
-pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given) -> Result<Done, QmpError> {
+/// What an option asks for.
+pub(crate) enum Asked {
+    /// What a command does.
+    Command(StartOption),
+    /// Something of the command line's own, done by [`apply`].
+    Own,
+    /// This text.
+    Text(Cow<'static, str>),
+}
+
+/// Reads one option; nothing is done.
+pub(crate) fn read(daemon: &Daemon, given: &Given) -> Result<Asked, QmpError> {
     let value = given.value.as_str();
+    let command = |command: &'static str, arguments| Ok(Asked::Command(StartOption { command, arguments }));
     match given.name {
-        Name::Blockdev => run(daemon, "--blockdev", Some("driver"), "blockdev-add", value).await?,
-        Name::Export => run(daemon, "--export", Some("type"), "block-export-add", value).await?,
+        Name::Blockdev => command("blockdev-add", check(daemon, "--blockdev", Some("driver"), value)?),
+        Name::Export => command("block-export-add", check(daemon, "--export", Some("type"), value)?),
         Name::Object => match value {
-            "help" | "?" => return Ok(Done::Text(help::objects().into())),
+            "help" | "?" => Ok(Asked::Text(help::objects().into())),
             value
                 if let Some(text) =
                     value.strip_suffix(",help").or(value.strip_suffix(",?")).and_then(help::object) =>
             {
-                return Ok(Done::Text(text.into()));
+                Ok(Asked::Text(text.into()))
             }
-            value => run(daemon, "--object", Some("qom-type"), "object-add", value).await?,
+            value => command("object-add", check(daemon, "--object", Some("qom-type"), value)?),
         },
         Name::NbdServer => {
             let mut arguments = check(daemon, "--nbd-server", None, value)?;
@@ -38,15 +52,32 @@ pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given) -> Result<Done, Qm
                 let kind = addr.shift_remove("type");
                 arguments.insert("addr".into(), json!({"type": kind, "data": addr}));
             }
-            daemon.run("nbd-server-start", arguments).await?;
+            command("nbd-server-start", arguments)
         }
-        Name::Chardev if value == "help" || value == "?" => return Ok(Done::Text(help::CHARDEVS.into())),
+        Name::Chardev if value == "help" || value == "?" => Ok(Asked::Text(help::CHARDEVS.into())),
+        _ => Ok(Asked::Own),
+    }
+}
+
+/// Makes one option take effect.
+pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given) -> Result<Done, QmpError> {
+    match read(daemon, given)? {
+        Asked::Command(option) => daemon.run_option(&option).await.map(|_| Done::Applied),
+        Asked::Text(text) => Ok(Done::Text(text)),
+        Asked::Own => own(daemon, given).await.map(|()| Done::Applied),
+    }
+}
+
+/// What the command line alone can ask for.
+async fn own(daemon: &Rc<Daemon>, given: &Given) -> Result<(), QmpError> {
+    let value = given.value.as_str();
+    match given.name {
         Name::Chardev => {
             let spec = ChardevSpec::parse(value)?;
             if let Some(at) = spec.waits_at() {
                 eprintln!("liveblkd: {}: info: waiting for connection on: {at}", given.shown);
             }
-            daemon.add_chardev(spec).await?;
+            daemon.add_chardev(spec).await
         }
         Name::Monitor => {
             let arguments = check(daemon, "--monitor", Some("chardev"), value)?;
@@ -56,22 +87,33 @@ pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given) -> Result<Done, Qm
                 return Err(QmpError::generic("Only QMP is supported"));
             }
             let pretty = arguments.get("pretty").and_then(Value::as_bool).unwrap_or(false);
-            daemon.add_monitor(chardev, pretty)?;
+            daemon.add_monitor(chardev, pretty)
         }
-        Name::Trace | Name::Daemonize | Name::Pidfile | Name::Help | Name::Version => {}
+        _ => Ok(()),
     }
-    Ok(Done::Applied)
 }
 
-async fn run(
-    daemon: &Rc<Daemon>,
-    option: &str,
-    implied: Option<&str>,
-    command: &str,
-    value: &str,
-) -> Result<(), QmpError> {
-    let arguments = check(daemon, option, implied, value)?;
-    daemon.run(command, arguments).await.map(|_| ())
+/// The daemon of an earlier life, from the directory that `--state-dir` names, if it is given. Which of the options have
+/// taken effect in an earlier life.
+pub(crate) async fn restore(daemon: &Rc<Daemon>, given: &[Given]) -> Result<Vec<bool>, QmpError> {
+    let mut skip = vec![false; given.len()];
+    let Some(dir) = given.iter().rev().find(|g| g.name == Name::StateDir) else { return Ok(skip) };
+    let dir = daemon.env().absolute(Path::new(&dir.value));
+    process::private_directory(&dir)?;
+    let store = Store::open(daemon.env(), &dir).await?;
+    process::sync_directory(&dir)?;
+    let mut places = Vec::new();
+    let mut options = Vec::new();
+    for (i, g) in given.iter().enumerate() {
+        // what is wrong with it is told when its turn comes
+        if let Ok(Asked::Command(option)) = read(daemon, g) {
+            places.push(i);
+            options.push(option);
+        }
+    }
+    let done = daemon.use_state(store, &options).await?;
+    places.into_iter().zip(done).for_each(|(i, done)| skip[i] = done);
+    Ok(skip)
 }
 
 /// The option's value as checked arguments: a JSON object, or `key=value` pairs.

@@ -2,7 +2,7 @@
 
 use crate::{Address, File, Io, Listener, OpenMode, Stream};
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
@@ -48,6 +48,10 @@ pub trait Backend: 'static {
     /// The backend itself, for functions that exist in one kind of world only (signals).
     fn as_any(&self) -> Option<&dyn std::any::Any> {
         None
+    }
+    /// See [`Env::absolute`](crate::Env::absolute).
+    fn absolute(&self, path: &Path) -> PathBuf {
+        path.to_owned()
     }
     /// See [`Env::is_simulated`](crate::Env::is_simulated).
     fn is_simulated(&self) -> bool {

@@ -27,7 +27,7 @@ pub use net::{Address, Credentials, Listener, Stream};
 pub use block::Io;
 use block::Result;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -101,6 +101,11 @@ impl Env {
     /// Removes a name. Fails with `NotFound` if there is none.
     pub fn remove<'a>(&'a self, path: &'a Path) -> Io<'a> {
         self.backend.remove(path)
+    }
+
+    /// A name for the same file that does not depend on the working directory as it is now.
+    pub fn absolute(&self, path: &Path) -> PathBuf {
+        self.backend.absolute(path)
     }
 
     /// Starts listening. A stale unix socket file in the way is replaced. Port 0 picks one; see [`Listener::address`].

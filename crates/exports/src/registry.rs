@@ -8,6 +8,7 @@ use crate::export::{Export, ExportInfo, ExportedBitmap, NbdOptions};
 use crate::nbd_server::{NbdServer, ServerOptions};
 use crate::vhost_user_blk::{self, VhostUserBlk, VhostUserBlkOptions};
 use block::{BlockError, ErrorKind, Result};
+use env::sync::Notify;
 use env::{Address, Env};
 use graph::Edge;
 use nbd::proto::MAX_STRING;
@@ -73,6 +74,9 @@ pub(crate) struct Exports {
     /// Oldest first.
     all: RefCell<Vec<AnyExport>>,
     multi_conn: Cell<bool>,
+    /// Clients that come wait: exports that they may want are about to be made.
+    holding: Cell<bool>,
+    let_in: Notify,
 }
 
 impl Exports {
@@ -87,6 +91,12 @@ impl Exports {
     pub(crate) fn each(&self, mut f: impl FnMut(&Export)) {
         let all = self.all.borrow();
         all.iter().filter_map(AnyExport::nbd).filter(|e| !e.is_shutting_down()).for_each(|e| f(e));
+    }
+    /// Ends when clients may be served.
+    pub(crate) async fn open(&self) {
+        while self.holding.get() {
+            self.let_in.wait().await;
+        }
     }
     pub(crate) fn multi_conn(&self) -> bool {
         self.multi_conn.get()
@@ -112,7 +122,12 @@ impl ExportRegistry {
     pub fn new(env: &Env, deleted: impl Fn(&str) + 'static) -> Rc<ExportRegistry> {
         Rc::new(ExportRegistry {
             env: env.clone(),
-            exports: Rc::new(Exports { all: RefCell::new(Vec::new()), multi_conn: Cell::new(true) }),
+            exports: Rc::new(Exports {
+                all: RefCell::new(Vec::new()),
+                multi_conn: Cell::new(true),
+                holding: Cell::new(false),
+                let_in: Notify::new(),
+            }),
             server: RefCell::new(None),
             busy: Cell::new(false),
             deleted: Rc::new(deleted),
@@ -130,6 +145,15 @@ impl ExportRegistry {
         self.exports.multi_conn.set(server.multi_conn());
         *self.server.borrow_mut() = Some(server);
         Ok(())
+    }
+
+    /// Lets NBD clients that connect wait, until they are let in: those that come back after a restart find the exports that
+    /// they had, or learn that they are gone, but not that they are not there yet.
+    pub fn hold_clients(&self, hold: bool) {
+        self.exports.holding.set(hold);
+        if !hold {
+            self.exports.let_in.notify_all();
+        }
     }
 
     /// Where the server listens, with the port that was picked.

@@ -80,6 +80,8 @@ pub struct NodeCell {
     writable: Cell<bool>,
     /// Turned by itself; see [`NodeOptions::may_turn`].
     turned: Cell<bool>,
+    /// See [`NodeCell::lend`].
+    lent: Cell<bool>,
     active: Cell<bool>,
     monitor_owned: Cell<bool>,
     pub(crate) parents: RefCell<Vec<Weak<Edge>>>,
@@ -143,6 +145,7 @@ impl NodeCell {
             node,
             writable: Cell::new(!options.read_only),
             turned: Cell::new(false),
+            lent: Cell::new(false),
             active: Cell::new(!options.inactive),
             monitor_owned: Cell::new(options.monitor_owned),
             options: RefCell::new(options),
@@ -211,8 +214,18 @@ impl NodeCell {
     }
 
     /// Whether the node turned read-write by itself, for those who write to it now.
-    pub(crate) fn has_turned(&self) -> bool {
+    pub fn has_turned(&self) -> bool {
         self.turned.get()
+    }
+
+    /// The node is writable for a job that will turn it back: it is not so by itself.
+    pub fn lend(&self, lent: bool) {
+        self.lent.set(lent);
+    }
+
+    /// See [`NodeCell::lend`].
+    pub fn is_lent(&self) -> bool {
+        self.lent.get()
     }
 
     pub(crate) fn may_turn(&self) -> bool {

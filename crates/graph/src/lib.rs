@@ -34,4 +34,4 @@ pub use edge::{Edge, Parent, Role};
 pub use node::{CopyRecord, Fact, HostBytes, Node, NodeDetails, SnapshotDetails};
 pub use perm::{Demand, Perms};
 pub use plan::{Plan, Step};
-pub use tree::{Graph, MAX_NODE_NAME, Quiesced, WeakGraph};
+pub use tree::{Graph, Keeper, MAX_NODE_NAME, Quiesced, WeakGraph};

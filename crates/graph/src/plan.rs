@@ -78,6 +78,8 @@ pub enum Step {
     At {
         /// What is to happen at that instant.
         what: Rc<dyn Fn()>,
+        /// What takes it back; without it the plan cannot be taken back any more.
+        undo: Option<Rc<dyn Fn()>>,
     },
 }
 

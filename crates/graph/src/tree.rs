@@ -45,6 +45,18 @@ pub struct Graph {
     next_auto: Cell<u64>,
     changing: Semaphore,
     reaper: Rc<Reaper>,
+    keeper: RefCell<Option<Rc<dyn Keeper>>>,
+}
+
+/// Writes down what the graph is, for a later life of the process.
+pub trait Keeper {
+    /// Makes durable what the graph is now. Called after a plan has changed it and before any request finds it changed:
+    /// no request goes to a place of which a later life would not know.
+    ///
+    /// # Errors
+    /// It cannot be written down. The plan is taken back if it can be; else it stands, and the keeper has to see to it that
+    /// somebody hears of it.
+    fn keep(&self, can_go_back: bool) -> block::Io<'_>;
 }
 
 /// A graph as data, with the way back to its nodes and edges.
@@ -66,10 +78,41 @@ struct Changes {
     children: BTreeMap<u64, (Rc<NodeCell>, Vec<Rc<Edge>>)>,
     options: BTreeMap<u64, (Rc<NodeCell>, NodeOptions)>,
     cover: Vec<(Rc<NodeCell>, Option<Rc<NodeCell>>)>,
-    at: Vec<Rc<dyn Fn()>>,
+    at: Vec<(Rc<dyn Fn()>, Option<Rc<dyn Fn()>>)>,
 }
 
 impl Changes {
+    /// Whether all of it can be taken back after the swap.
+    fn can_go_back(&self) -> bool {
+        self.active.is_empty()
+            && self.writable.values().all(|(_, on)| *on)
+            && self.at.iter().all(|(_, u)| u.is_some())
+    }
+
+    /// The changes that lead back from these, as long as these have not been made.
+    fn back(&self) -> Changes {
+        let held =
+            |role: Role, cell: &Rc<NodeCell>| cell.node().edges().into_iter().find(|e| e.role() == role);
+        Changes {
+            child: self.child.iter().map(|(id, (e, _))| (*id, (e.clone(), e.child()))).collect(),
+            backing: self
+                .backing
+                .iter()
+                .map(|(id, (c, _))| (*id, (c.clone(), held(Role::Backing, c))))
+                .collect(),
+            children: self.children.iter().map(|(id, (c, _))| (*id, (c.clone(), c.node().edges()))).collect(),
+            options: self.options.iter().map(|(id, (c, _))| (*id, (c.clone(), c.options()))).collect(),
+            cover: self.cover.iter().map(|(c, _)| (c.clone(), c.cover())).collect(),
+            demand: self
+                .demand
+                .iter()
+                .filter_map(|(id, (e, _))| Some((*id, (e.clone(), e.awake()?))))
+                .collect(),
+            at: self.at.iter().filter_map(|(_, undo)| Some((undo.clone()?, None))).collect(),
+            ..Changes::default()
+        }
+    }
+
     fn is_active(&self, cell: &NodeCell) -> bool {
         self.active.get(&cell.id()).map_or(cell.is_active(), |(_, on)| *on)
     }
@@ -102,6 +145,7 @@ impl Graph {
             next_auto: Cell::new(1),
             changing: Semaphore::new(1),
             reaper: Rc::new(Reaper { look: RefCell::default(), called: Notify::new() }),
+            keeper: RefCell::default(),
         });
         let (weak, reaper) = (Rc::downgrade(&graph), graph.reaper.clone());
         env.spawn("reaper", async move {
@@ -121,6 +165,11 @@ impl Graph {
     /// The door to the outside.
     pub fn env(&self) -> &Env {
         &self.env
+    }
+
+    /// From now on `keeper` writes down what plans make of the graph.
+    pub fn set_keeper(&self, keeper: Rc<dyn Keeper>) {
+        *self.keeper.borrow_mut() = Some(keeper);
     }
 
     /// The node of this name.
@@ -147,6 +196,22 @@ impl Graph {
             let message = format!("Duplicate nodes with node-name='{name}'");
             return Err(BlockError::new(ErrorKind::Busy, message));
         }
+        Ok(())
+    }
+
+    /// Whether a node of an earlier life may have its name again; names that are invented from now on are others.
+    ///
+    /// # Errors
+    /// As [`Graph::check_name`], which invented names do not pass.
+    pub fn check_old_name(&self, name: &str) -> Result<()> {
+        let Some(n) = name.strip_prefix("#block").and_then(|n| n.parse::<u64>().ok()) else {
+            return self.check_name(name);
+        };
+        if self.find(name).is_some() {
+            let message = format!("Duplicate nodes with node-name='{name}'");
+            return Err(BlockError::new(ErrorKind::Busy, message));
+        }
+        self.next_auto.set(self.next_auto.get().max(n.saturating_add(1)));
         Ok(())
     }
 
@@ -405,7 +470,13 @@ impl Graph {
             self.turn_back(&snapshot.cells).await;
             return Err(e);
         }
-        self.swap(&changes);
+        if let Err(e) = self.swap_and_keep(&changes).await {
+            drop(gates);
+            let e = self.undo(&snapshot, &turned, before, e).await;
+            self.turn_back(&snapshot.cells).await;
+            self.reap().await;
+            return Err(e);
+        }
         commit(&snapshot);
         drop(gates);
         self.turn_back(&snapshot.cells).await;
@@ -510,7 +581,7 @@ impl Graph {
                     c.demand.insert(edge.id(), (edge, demand));
                 }
                 Step::Cover { node, filter } => c.cover.push((node, filter)),
-                Step::At { what } => c.at.push(what),
+                Step::At { what, undo } => c.at.push((what, undo)),
             }
         }
         c
@@ -703,6 +774,24 @@ impl Graph {
         closed
     }
 
+    /// Swaps, and has it written down before anybody finds out. On an error nothing is swapped.
+    async fn swap_and_keep(&self, changes: &Changes) -> Result<()> {
+        let keeper = self.keeper.borrow().clone();
+        let Some(keeper) = keeper else {
+            self.swap(changes);
+            return Ok(());
+        };
+        let back = changes.can_go_back().then(|| changes.back());
+        self.swap(changes);
+        match (keeper.keep(back.is_some()).await, back) {
+            (Err(e), Some(back)) => {
+                self.swap(&back);
+                Err(e)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Nothing here can fail or wait.
     fn swap(&self, changes: &Changes) {
         for (edge, to) in changes.child.values() {
@@ -733,7 +822,7 @@ impl Graph {
             cell.set_cover(filter.as_ref());
         }
         changes.demand.values().filter(|(e, _)| e.awake().is_some()).for_each(|(e, d)| e.set_awake(*d));
-        changes.at.iter().for_each(|what| what());
+        changes.at.iter().for_each(|(what, _)| what());
     }
 
     /// Keeps the requests of everybody above `cells` out, through whatever layers they come, and waits until those under way

@@ -168,7 +168,7 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
         let mut plan = Plan::new()
             .then(Step::MoveParents { from: below.clone(), to: filter.clone(), except: stay })
             .then(Step::Cover { node: below.clone(), filter: Some(filter.clone()) })
-            .then(Step::At { what: instant });
+            .then(Step::At { what: instant, undo: None });
         if buffer.is_some() {
             plan = plan.then(Step::Ask { edge: from.clone(), demand: DRAINING });
         }
@@ -344,6 +344,11 @@ impl Backup {
 
     fn is_buffered(&self) -> bool {
         self.args.buffer.is_some()
+    }
+
+    /// Name of the node that it copies to.
+    pub fn target(&self) -> &str {
+        &self.args.target
     }
 
     /// Bytes in the buffer of a buffered backup that have not drained yet.

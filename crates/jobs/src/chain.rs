@@ -107,13 +107,39 @@ pub(crate) fn turning(mut plan: Plan, nodes: &[Rc<NodeCell>], on: bool) -> Plan 
     plan
 }
 
+/// Whether a job's change of the graph has been made: set at the very instant of it, as a step of its plan.
+#[derive(Clone, Default)]
+pub(crate) struct Made(Rc<Cell<bool>>);
+
+impl Made {
+    /// The step to put into the plan.
+    pub(crate) fn step(&self) -> Step {
+        let (set, back) = (self.0.clone(), self.0.clone());
+        Step::At { what: Rc::new(move || set.set(true)), undo: Some(Rc::new(move || back.set(false))) }
+    }
+
+    pub(crate) fn is_so(&self) -> bool {
+        self.0.get()
+    }
+}
+
 /// Nodes that were turned read-write for a job.
 #[derive(Default)]
 pub(crate) struct Turned(RefCell<Vec<Rc<NodeCell>>>);
 
 impl Turned {
     pub(crate) fn note(&self, nodes: Vec<Rc<NodeCell>>) {
+        nodes.iter().for_each(|n| n.lend(true));
         self.0.borrow_mut().extend(nodes);
+    }
+
+    /// The step from which on they stay as they are.
+    pub(crate) fn staying(&self) -> Step {
+        let (nodes, back) = (self.0.borrow().clone(), self.0.borrow().clone());
+        Step::At {
+            what: Rc::new(move || nodes.iter().for_each(|n| n.lend(false))),
+            undo: Some(Rc::new(move || back.iter().for_each(|n| n.lend(true)))),
+        }
     }
 
     /// Back to read-only. Where that fails (the last changes cannot be written back, say) the node stays open for writing; there
@@ -121,6 +147,7 @@ impl Turned {
     pub(crate) async fn back(&self, graph: &Graph) {
         // One after the other: an image writes to its file when it turns, so the file cannot be closed to it meanwhile.
         for node in self.0.take().into_iter().rev() {
+            node.lend(false);
             let _ = graph.apply(turning(Plan::new(), std::slice::from_ref(&node), false)).await;
         }
     }

@@ -12,7 +12,7 @@
 //! * The base is read-only again in the end, whatever happened, if it was before.
 
 use crate::JobError;
-use crate::chain::{self, BackingName, ChainPolicy, Headers, Turned};
+use crate::chain::{self, BackingName, ChainPolicy, Headers, Made, Turned};
 use crate::commit_args::{Checked, CommitArgs};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
@@ -51,6 +51,7 @@ pub struct Commit {
     hold: RefCell<Option<Hold>>,
     /// Whose files are to go when they have left.
     leavers: RefCell<Option<Leavers>>,
+    made: Made,
 }
 
 /// The job's own users of top and base: for as long as it copies.
@@ -149,6 +150,7 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
     let leavers = args.delete_images.then(|| Leavers::note(of, &between));
     Ok(Rc::new(Commit {
         leavers: RefCell::new(leavers),
+        made: Made::default(),
         graph: graph.clone(),
         policy: ChainPolicy::new(Some(base.clone()), false),
         args,
@@ -211,7 +213,7 @@ impl Commit {
             to: self.base.clone(),
             except: Vec::new(),
         });
-        let moved = self.graph.apply(plan).await;
+        let moved = self.graph.apply(plan.then(self.made.step())).await;
         if moved.is_err() {
             headers.put_back().await;
         }
@@ -249,6 +251,10 @@ impl Body for Commit {
                 leavers.delete(&self.graph).await;
             }
         })
+    }
+
+    fn has_changed(&self) -> bool {
+        self.made.is_so()
     }
 
     fn keep(&self) -> Option<Box<dyn Any>> {

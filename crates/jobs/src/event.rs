@@ -34,6 +34,12 @@ impl Kind {
         }
     }
 
+    /// The kind of this name.
+    pub fn of_name(name: &str) -> Option<Kind> {
+        let all = [Kind::Mirror, Kind::Commit, Kind::Stream, Kind::Backup, Kind::Create, Kind::Amend];
+        all.into_iter().find(|k| k.name() == name)
+    }
+
     /// Whether the `block-job-*` commands and `BLOCK_JOB_*` events know this kind.
     pub const fn is_block_job(self) -> bool {
         !matches!(self, Kind::Create | Kind::Amend)

@@ -38,6 +38,10 @@ pub trait Body {
     fn prepare(&self) -> Io<'_> {
         Box::pin(async { Ok(()) })
     }
+    /// Whether the change of the graph for success has been made: whatever happens now, the job has done its work.
+    fn has_changed(&self) -> bool {
+        false
+    }
     /// The last call: everything is given back. `success` says whether [`Body::prepare`] took effect.
     fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
         let _ = success;
@@ -49,6 +53,10 @@ pub trait Body {
     }
     /// How far the work is.
     fn progress(&self) -> Progress;
+    /// Whether it was told to complete, and will as soon as it can.
+    fn is_completing(&self) -> bool {
+        false
+    }
     /// Verb `complete`.
     fn complete(&self, job: &Job) -> Result<()> {
         Err(BlockError::invalid(format!("The active block job '{}' cannot be completed", job.id())))
@@ -103,6 +111,8 @@ pub struct Job {
     parked: Cell<bool>,
     pub(crate) cancelled: Cell<bool>,
     ending: Cell<bool>,
+    /// See [`Job::is_over`].
+    over: Cell<bool>,
     speed: Cell<u64>,
     io_status: Cell<IoStatus>,
     error: RefCell<Option<BlockError>>,
@@ -133,6 +143,7 @@ impl Job {
             parked: Cell::new(false),
             cancelled: Cell::new(false),
             ending: Cell::new(false),
+            over: Cell::new(false),
             speed: Cell::new(options.speed),
             io_status: Cell::new(IoStatus::Ok),
             error: RefCell::new(None),
@@ -182,6 +193,13 @@ impl Job {
     pub fn progress(&self) -> Progress {
         let body = self.body.borrow().clone();
         body.map_or(self.last_progress.get(), |b| b.progress())
+    }
+    /// Whether a later life of the process has nothing left to do for it: it has done its work, or has failed.
+    pub fn is_over(&self) -> bool {
+        self.over.get() || self.body().is_some_and(|b| b.has_changed())
+    }
+    pub(crate) fn set_over(&self) {
+        self.over.set(true);
     }
     /// What this kind of job does; gone once it is over.
     pub fn body(&self) -> Option<Rc<dyn Body>> {
@@ -250,6 +268,15 @@ impl Job {
         if self.options.auto_dismiss {
             self.shared.forget(self);
         }
+    }
+
+    /// The job was concluded in an earlier life of the process.
+    pub(crate) fn was_concluded(&self, progress: Progress, error: Option<BlockError>) {
+        self.last_progress.set(progress);
+        *self.error.borrow_mut() = error;
+        self.ending.set(true);
+        self.over.set(true);
+        self.state.set(State::Concluded);
     }
 
     pub(crate) fn pause(&self) -> Result<(), JobError> {

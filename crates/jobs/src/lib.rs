@@ -37,6 +37,6 @@ pub use error::JobError;
 pub use event::{Event, Kind, NoSink, Progress, Sink};
 pub use job::{Body, IoStatus, Job, Options};
 pub use mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
-pub use registry::{Group, MAX_JOBS, Registry};
+pub use registry::{Group, JobKeeper, MAX_JOBS, Registry};
 pub use state::{State, Verb};
 pub use stream_args::StreamArgs;

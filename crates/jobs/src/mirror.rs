@@ -16,7 +16,7 @@
 //!   the target as long as the target takes. That is what it promises.)
 
 use crate::JobError;
-use crate::chain::{self, Turned};
+use crate::chain::{self, Made, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::leavers::Leavers;
@@ -61,6 +61,8 @@ pub struct Mirror {
     below: Option<Turned>,
     /// Whose files are to go when the target has taken their place.
     leavers: RefCell<Option<Leavers>>,
+    /// The client is on the target, or was left on the source for good.
+    made: Made,
 }
 
 /// What the job has of the graph.
@@ -177,7 +179,8 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         .then(Step::Cover { node: source.clone(), filter: Some(filter.clone()) });
     let bitmap = bitmap.map(|(bitmap, mode)| MirrorBitmap::new(&source, bitmap, mode));
     let begun = bitmap.clone();
-    let plan = plan.then(Step::At { what: Rc::new(move || begun.iter().for_each(|b| b.begin())) });
+    let plan =
+        plan.then(Step::At { what: Rc::new(move || begun.iter().for_each(|b| b.begin())), undo: None });
     if let Err(e) = graph.apply(plan).await {
         bitmap.iter().for_each(|b| b.give_back());
         return Err(e);
@@ -206,6 +209,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         bitmap,
         below,
         leavers: RefCell::new(None),
+        made: Made::default(),
     }))
 }
 
@@ -432,13 +436,14 @@ impl Body for Mirror {
     fn prepare(&self) -> Io<'_> {
         Box::pin(async move {
             if self.policy.wish() == Wish::Stop && !planted(Bug::CancelCompletes) {
-                return self.graph.apply(self.plan_back()).await;
+                return self.graph.apply(self.plan_back().then(self.made.step())).await;
             }
             if !self.work.in_sync() && !planted(Bug::NoDrain) {
                 // somebody attached while the client was held, wrote, and the target failed
                 return Err(BlockError::new(ErrorKind::Io, "the target failed while the job was pending"));
             }
-            let mut plan = self.plan_pivot();
+            let mut plan = self.plan_pivot().then(self.made.step());
+            plan.steps.extend(self.below.as_ref().map(Turned::staying));
             if self.args.source_below {
                 let parent = Parent::Node(RefCell::new(Some(self.target.name().to_owned())));
                 let (source, below) = (&self.source, Role::Backing);
@@ -473,6 +478,14 @@ impl Body for Mirror {
                 leavers.delete(&self.graph).await;
             }
         })
+    }
+
+    fn is_completing(&self) -> bool {
+        self.policy.wish() == Wish::Pivot
+    }
+
+    fn has_changed(&self) -> bool {
+        self.made.is_so()
     }
 
     fn progress(&self) -> Progress {

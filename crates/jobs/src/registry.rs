@@ -4,26 +4,44 @@
 //! finalized together, and if one fails or is cancelled the others are cancelled; each job is ended by one caller.
 
 use crate::error::JobError;
-use crate::event::{Event, Kind, Sink};
+use crate::event::{Event, Kind, Progress, Sink};
 use crate::job::{Body, Job, Options};
 use crate::state::{State, Verb};
 use block::{BlockError, Result};
 use env::Env;
 use env::sync::race;
 use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
 use std::rc::Rc;
 
 /// Most jobs at once, concluded ones included: far beyond what managers start, and a bound for their memory.
 pub const MAX_JOBS: usize = 4096;
 
+/// Writes down that jobs are over, before anybody is told.
+pub trait JobKeeper {
+    /// The state of a job has changed in a way that a later life of the process has to know.
+    fn keep(&self) -> Pin<Box<dyn Future<Output = ()> + '_>>;
+}
+
 pub(crate) struct Shared {
     sink: Rc<dyn Sink>,
     jobs: RefCell<Vec<Rc<Job>>>,
+    keeper: RefCell<Option<Rc<dyn JobKeeper>>>,
 }
 
 impl Shared {
     pub(crate) fn tell(&self, event: Event) {
         self.sink.event(event);
+    }
+
+    /// The job is over; that is written down before it is told.
+    pub(crate) async fn keep_end(&self, job: &Job) {
+        job.set_over();
+        let keeper = self.keeper.borrow().clone();
+        if let Some(keeper) = keeper {
+            keeper.keep().await;
+        }
     }
 
     /// The job vanishes.
@@ -89,6 +107,7 @@ impl Group {
                 if let Some(body) = m.body() {
                     body.finish(true).await;
                 }
+                m.shared.keep_end(m).await;
                 m.conclude();
             }
         }
@@ -128,6 +147,7 @@ async fn end_badly(job: &Rc<Job>) {
     if let Some(body) = job.body() {
         body.finish(false).await;
     }
+    job.shared.keep_end(job).await;
     job.conclude();
 }
 
@@ -140,8 +160,13 @@ pub struct Registry {
 impl Registry {
     /// No jobs. Events go to `sink`.
     pub fn new(env: &Env, sink: Rc<dyn Sink>) -> Rc<Registry> {
-        let shared = Rc::new(Shared { sink, jobs: RefCell::default() });
+        let shared = Rc::new(Shared { sink, jobs: RefCell::default(), keeper: RefCell::default() });
         Rc::new(Registry { env: env.clone(), shared })
+    }
+
+    /// From now on `keeper` is told of jobs that are over before anybody else is.
+    pub fn set_keeper(&self, keeper: Rc<dyn JobKeeper>) {
+        *self.shared.keeper.borrow_mut() = Some(keeper);
     }
 
     /// All jobs, newest first.
@@ -184,6 +209,27 @@ impl Registry {
         self.shared.jobs.borrow_mut().push(job.clone());
         job.set_state(State::Created);
         Ok(job)
+    }
+
+    /// A job that was concluded in an earlier life of the process, until it is dismissed.
+    ///
+    /// # Errors
+    /// Its id is taken.
+    pub fn remember(
+        &self,
+        id: &str,
+        kind: Kind,
+        options: Options,
+        progress: Progress,
+        error: Option<BlockError>,
+    ) -> Result<(), JobError> {
+        if self.find(id).is_ok() {
+            return Err(JobError::refused(format!("Job ID '{id}' already in use")));
+        }
+        let job = Job::new(id.to_owned(), kind, options, Rc::default(), self.shared.clone());
+        job.was_concluded(progress, error);
+        self.shared.jobs.borrow_mut().push(job);
+        Ok(())
     }
 
     /// The start of a created job failed: it was never there.

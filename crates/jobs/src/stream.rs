@@ -12,7 +12,7 @@
 //! * Graph and header agree, see [`crate::commit`].
 
 use crate::JobError;
-use crate::chain::{self, BackingName, ChainPolicy, Headers, Turned};
+use crate::chain::{self, BackingName, ChainPolicy, Headers, Made, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::leavers::Leavers;
@@ -55,6 +55,7 @@ pub struct Stream {
     hold: RefCell<Option<Hold>>,
     /// Whose files are to go when they have left.
     leavers: RefCell<Option<Leavers>>,
+    made: Made,
 }
 
 /// What the job has of the graph, until it is dismissed.
@@ -146,6 +147,7 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
     let leavers = args.delete_images.then(|| Leavers::note(job, &between));
     Ok(Rc::new(Stream {
         leavers: RefCell::new(leavers),
+        made: Made::default(),
         graph: graph.clone(),
         args,
         device,
@@ -210,7 +212,9 @@ impl Stream {
     }
 
     async fn leave_chain(&self) -> Result<()> {
-        let Some(bottom) = &self.bottom else { return self.graph.apply(self.plan_back()).await };
+        let Some(bottom) = &self.bottom else {
+            return self.graph.apply(self.plan_back().then(self.made.step())).await;
+        };
         // whatever is there by now
         let base = bottom.below();
         let name = match &base {
@@ -233,7 +237,7 @@ impl Stream {
         let mut headers = Headers::new(&self.graph);
         headers.write(&self.image, &name).await?;
         let plan = self.plan_back().then(Step::SetBacking { node: self.image.clone(), edge });
-        let moved = self.graph.apply(plan).await;
+        let moved = self.graph.apply(plan.then(self.made.step())).await;
         if moved.is_err() {
             headers.put_back().await;
         }
@@ -271,6 +275,10 @@ impl Body for Stream {
                 leavers.delete(&self.graph).await;
             }
         })
+    }
+
+    fn has_changed(&self) -> bool {
+        self.made.is_so()
     }
 
     fn keep(&self) -> Option<Box<dyn Any>> {

@@ -5,6 +5,7 @@
 //! soon as one is met for the second time; what an image names goes through a gate that can refuse.
 #![forbid(unsafe_code)]
 
+mod again;
 mod children;
 pub mod create;
 mod filters;
@@ -13,10 +14,11 @@ mod keep;
 mod reopen;
 mod spec;
 
+pub use again::{Description, Inherits};
 pub use filters::{FilterSpec, ThrottleHook};
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
 pub use spec::{
-    Backing, Child, Common, CopyBeforeWriteSpec, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec,
+    AsGiven, Backing, Child, Common, CopyBeforeWriteSpec, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec,
 };
 
 use block::{BlockError, ErrorKind, Result, Span};
@@ -62,6 +64,8 @@ struct Inherited {
     discard: bool,
     force_share: bool,
     monitor_owned: bool,
+    /// It was there in an earlier life of the daemon.
+    again: bool,
     inactive: bool,
     /// What its `file` takes over of that: as in QSD, only what the node itself has from its parent.
     file_inactive: bool,
@@ -78,6 +82,7 @@ impl Inherited {
             discard: c.discard.unwrap_or(self.discard),
             force_share: c.force_share || self.force_share,
             monitor_owned: self.monitor_owned,
+            again: self.again,
             inactive: c.active.map_or(self.inactive, |active| !active),
             file_inactive: self.inactive && c.active != Some(true),
         }
@@ -158,6 +163,7 @@ impl Opener {
             discard: false,
             force_share: false,
             monitor_owned: true,
+            again: false,
             inactive: false,
             file_inactive: false,
         };
@@ -171,8 +177,10 @@ impl Opener {
     fn node<'a>(&'a self, spec: &'a NodeSpec, from: Inherited, trail: &'a Trail) -> Opening<'a> {
         Box::pin(async move {
             let c = &spec.common;
-            if let Some(name) = &c.node_name {
-                self.graph.check_name(name)?;
+            match &c.node_name {
+                Some(name) if from.again => self.graph.check_old_name(name)?,
+                Some(name) => self.graph.check_name(name)?,
+                None => {}
             }
             let mut now = from.with(c);
             let may_turn = now.auto_read_only && !now.read_only;

@@ -10,13 +10,16 @@ use drivers::filters::throttle::Throttle;
 use graph::{Demand, Edge, NodeCell, NodeOptions, Parent, Plan, Role, Step};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::rc::Rc;
 
 /// How a node was described when it was opened, or last changed.
 #[derive(Clone)]
 pub(crate) struct Given {
     pub(crate) spec: NodeSpec,
-    from: Inherited,
+    pub(crate) from: Inherited,
+    /// Where it is on the host, whatever the working directory; none for nodes that are not.
+    pub(crate) place: Option<String>,
 }
 
 /// What is to become of all nodes of a list.
@@ -34,7 +37,8 @@ impl Opener {
             let here: Vec<u64> = self.graph.nodes().iter().map(|c| c.id()).collect();
             all.retain(|id, _| here.contains(id));
         }
-        all.insert(cell.id(), Given { spec: spec.clone(), from });
+        let place = self.place(spec);
+        all.insert(cell.id(), Given { spec: spec.clone(), from, place });
     }
 
     /// Gives nodes, found by their names, what `specs` say, together or not at all.
@@ -58,6 +62,18 @@ impl Opener {
         self.graph.apply(change.plan).await?;
         self.given.borrow_mut().extend(change.given);
         Ok(())
+    }
+
+    fn place(&self, spec: &NodeSpec) -> Option<String> {
+        let path = match &spec.driver {
+            DriverSpec::File(f) | DriverSpec::HostDevice(f) => Path::new(&f.filename),
+            DriverSpec::Nbd(nbd) => match &nbd.options.server {
+                env::Address::Unix(path) => path.as_path(),
+                _ => return None,
+            },
+            _ => return None,
+        };
+        Some(self.graph.env().absolute(path).to_string_lossy().into_owned())
     }
 
     fn given(&self, cell: &NodeCell) -> Result<Given> {
@@ -92,7 +108,7 @@ impl Opener {
             same("force-share", was.force_share, now.force_share)?;
             self.children(cell, spec, now, change).await?;
             set(cell, spec, now, &mut change.plan);
-            change.given.push((cell.id(), Given { spec: spec.clone(), from }));
+            change.given.push((cell.id(), Given { spec: spec.clone(), from, place: self.place(spec) }));
             Ok(())
         })
     }
@@ -131,7 +147,7 @@ impl Opener {
                 throttle.join(&name, group.clone());
             }
         };
-        plan.steps.push(Step::At { what: Rc::new(join) });
+        plan.steps.push(Step::At { what: Rc::new(join), undo: None });
         Ok(())
     }
 

@@ -2,6 +2,20 @@
 
 use crate::filters::FilterSpec;
 use graph::DetectZeroes;
+use qapi::{Map, Value};
+use std::rc::Rc;
+
+/// A node's options as the user wrote them, with those of nodes inside; nothing for nodes that nobody described. What they
+/// say is in the other members; this is for whoever has to write it down.
+#[derive(Clone, Default)]
+pub struct AsGiven(pub Option<Rc<Map<String, Value>>>);
+
+impl std::fmt::Debug for AsGiven {
+    /// Nothing: two ways to write the same are the same.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("_")
+    }
+}
 
 /// Options that every driver takes. `None`: as the parent has it, or the driver's default.
 #[derive(Clone, Debug, Default)]
@@ -24,6 +38,8 @@ pub struct Common {
     pub direct: Option<bool>,
     /// `cache.no-flush`.
     pub no_flush: Option<bool>,
+    /// As it was written.
+    pub given: AsGiven,
 }
 
 /// A child: a node that is there, or one to be opened for this parent.

@@ -16,6 +16,7 @@ const LAYERS: &[(&str, u32)] = &[
     ("nbd", 1),
     ("qapi", 1),
     ("tls", 2),
+    ("state", 2),
     ("graph", 2),
     ("qcow2", 3),
     ("drivers", 3),

@@ -5,6 +5,7 @@ use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::Reply;
 use crate::jobinfo;
+use jobs::Job;
 use qapi::{Value, json};
 use serde::Deserialize;
 use std::rc::Rc;
@@ -229,6 +230,14 @@ impl Command for BlockJobSetSpeed {
     }
 }
 
+/// With how it was started again in this life of the daemon, if it was.
+fn resumed(daemon: &Daemon, job: &Job, mut shown: Value) -> Value {
+    if let Some(how) = daemon.recorder().and_then(|r| r.resumed(job.id())) {
+        shown["resumed"] = json!(how);
+    }
+    shown
+}
+
 /// All jobs, newest first.
 #[derive(Deserialize)]
 struct QueryJobs {}
@@ -236,7 +245,7 @@ struct QueryJobs {}
 impl Command for QueryJobs {
     const NAME: &'static str = "query-jobs";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        Ok(daemon.jobs().list().iter().map(jobinfo::job).collect::<Value>())
+        Ok(daemon.jobs().list().iter().map(|j| resumed(&daemon, j, jobinfo::job(j))).collect::<Value>())
     }
 }
 
@@ -248,6 +257,7 @@ impl Command for QueryBlockJobs {
     const NAME: &'static str = "query-block-jobs";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let all = daemon.jobs().list();
-        Ok(all.iter().filter(|j| j.kind().is_block_job()).map(jobinfo::block_job).collect::<Value>())
+        let all = all.iter().filter(|j| j.kind().is_block_job());
+        Ok(all.map(|j| resumed(&daemon, j, jobinfo::block_job(j))).collect::<Value>())
     }
 }

@@ -20,6 +20,7 @@ mod query;
 mod reopen;
 mod replication;
 mod snapshot;
+mod state;
 mod transaction;
 
 use crate::Daemon;
@@ -80,6 +81,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     replication::COMMANDS,
     colo::COMMANDS,
     snapshot::COMMANDS,
+    state::COMMANDS,
     transaction::COMMANDS,
 ];
 

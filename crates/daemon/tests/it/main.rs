@@ -13,6 +13,7 @@ mod migration;
 mod mirrors;
 mod replication;
 mod snapshots;
+mod state;
 mod tls;
 mod vast;
 mod vhost;

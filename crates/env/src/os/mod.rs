@@ -371,6 +371,10 @@ impl Backend for Os {
         Arc::new(move || bell.ring())
     }
 
+    fn absolute(&self, path: &Path) -> std::path::PathBuf {
+        std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+    }
+
     fn as_any(&self) -> Option<&dyn std::any::Any> {
         Some(self)
     }

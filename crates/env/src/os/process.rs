@@ -7,7 +7,7 @@ use block::{BlockError, ErrorKind, Result};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// A file-size limit (RLIMIT_FSIZE) shall be an error of the write, not the end of the process.
@@ -53,6 +53,43 @@ pub fn read_file(path: &Path, limit: usize) -> Result<Vec<u8>> {
 /// Removes a file.
 pub fn remove_file(path: &Path) -> Result<()> {
     Ok(std::fs::remove_file(path)?)
+}
+
+/// Makes the directory `path`, if it is not there, and lets nobody but us look into it.
+///
+/// # Errors
+/// The host's, with the path.
+pub fn private_directory(path: &Path) -> Result<()> {
+    let made = || -> std::io::Result<()> {
+        match std::fs::DirBuilder::new().mode(0o700).create(path) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
+            Ok(()) => {
+                if let Some(above) = std::path::absolute(path)?.parent() {
+                    File::open(above)?.sync_all()?;
+                }
+            }
+        }
+        let directory = File::open(path)?;
+        let facts = directory.metadata()?;
+        if !facts.is_dir() {
+            return Err(std::io::Error::from_raw_os_error(libc::ENOTDIR));
+        }
+        if facts.mode() & 0o777 != 0o700 {
+            directory.set_permissions(std::fs::Permissions::from_mode(0o700))?;
+        }
+        Ok(())
+    };
+    made().map_err(|e| BlockError::from(e).context(format!("directory '{}'", path.display())))
+}
+
+/// Makes durable which names the directory `path` has.
+///
+/// # Errors
+/// The host's, with the path.
+pub fn sync_directory(path: &Path) -> Result<()> {
+    let synced = File::open(path).and_then(|d| d.sync_all());
+    synced.map_err(|e| BlockError::from(e).context(format!("directory '{}'", path.display())))
 }
 
 /// The child's end of [`daemonize`]: the parent waits until it hears from here.

@@ -217,6 +217,7 @@ async fn accept(
 }
 
 async fn client(env: &Env, stream: Rc<dyn Stream>, exports: &Rc<Exports>, terms: &Terms) {
+    exports.open().await;
     let mut inbox = Inbox::new();
     let (limit, tls) = (terms.limit, terms.tls.as_ref());
     let shaking = Box::pin(handshake(stream, tls, &mut inbox, exports));

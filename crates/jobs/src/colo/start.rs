@@ -156,7 +156,7 @@ impl Colo {
             let plan = Plan::new()
                 .then(Step::MoveParents { from: secondary.clone(), to: filter.clone(), except: stay })
                 .then(Step::Cover { node: secondary.clone(), filter: Some(filter.clone()) })
-                .then(Step::At { what: at });
+                .then(Step::At { what: at, undo: None });
             graph.apply(plan).await?;
             Ok((main, point))
         }
