@@ -66,6 +66,9 @@ struct Snapshot {
     edges: Vec<Rc<Edge>>,
 }
 
+/// What a step calls at the instant of the swap.
+type Call = Rc<dyn Fn()>;
+
 /// What a plan changes, step by step.
 #[derive(Default)]
 struct Changes {
@@ -78,7 +81,7 @@ struct Changes {
     children: BTreeMap<u64, (Rc<NodeCell>, Vec<Rc<Edge>>)>,
     options: BTreeMap<u64, (Rc<NodeCell>, NodeOptions)>,
     cover: Vec<(Rc<NodeCell>, Option<Rc<NodeCell>>)>,
-    at: Vec<(Rc<dyn Fn()>, Option<Rc<dyn Fn()>>)>,
+    at: Vec<(Call, Option<Call>)>,
 }
 
 impl Changes {

@@ -70,7 +70,7 @@ fn draw_batch(world: &World, rng: &RefCell<sim::Rng>) -> Batch {
     let mut rng = rng.borrow_mut();
     let mut batch = Batch::new();
     if rng.chance(0.03) {
-        batch.clear(rng.choose(&TABLES));
+        batch.clear(TABLES[rng.index(3)]);
     }
     for _ in 0..=rng.below(4) {
         let (table, key) = (*rng.choose(&TABLES), format!("key{}", rng.below(8)));
@@ -83,6 +83,19 @@ fn draw_batch(world: &World, rng: &RefCell<sim::Rng>) -> Batch {
     }
     world.count("batches", 1);
     batch
+}
+
+fn answered(world: &World, m: &mut Model, batches: &[Batch], outcomes: &[block::Result<()>]) {
+    m.open.clear();
+    for (batch, outcome) in batches.iter().zip(outcomes) {
+        match outcome {
+            Ok(()) => m.acknowledge(batch),
+            Err(_) => {
+                world.count("refused", 1);
+                m.refuse(batch);
+            }
+        }
+    }
 }
 
 /// One writer: a commit, or several at once.
@@ -100,18 +113,7 @@ async fn write(
         // asked for in order: each task's first step comes before the next task is started
         let asked: Vec<_> = batches.iter().map(|b| Box::pin(store.commit(b.clone()))).collect();
         let outcomes = futures_util::future::join_all(asked).await;
-        let mut m = model.borrow_mut();
-        m.open.clear();
-        for (batch, outcome) in batches.iter().zip(outcomes) {
-            match outcome {
-                Ok(()) => m.acknowledge(batch),
-                Err(_) => {
-                    world.count("refused", 1);
-                    m.refuse(batch);
-                }
-            }
-        }
-        drop(m);
+        answered(&world, &mut model.borrow_mut(), &batches, &outcomes);
         let pause = rng.borrow_mut().duration(Duration::ZERO, Duration::from_millis(3));
         env.sleep(pause).await;
     }
