@@ -9,8 +9,11 @@ use std::time::{Duration, Instant};
 
 pub(super) struct Daemon {
     child: Child,
-    qmp: PathBuf,
+    ready: PathBuf,
 }
+
+/// How often a reference that does not answer its first command is started anew.
+const TRIES: u32 = 3;
 
 impl Daemon {
     /// Starts with `arguments`, and a monitor on `DIR/qmp-SIDE.sock`.
@@ -44,13 +47,28 @@ impl Daemon {
             .stdin(Stdio::null())
             .spawn()
             .map_err(|e| format!("cannot start {}: {e}", side.program().display()))?;
-        let mut daemon = Daemon { child, qmp: ready };
-        qmpclient::until_listening(&mut daemon.child, &daemon.qmp).map_err(|e| format!("{side:?}: {e}"))?;
+        let mut daemon = Daemon { child, ready };
+        qmpclient::until_listening(&mut daemon.child, &daemon.ready).map_err(|e| format!("{side:?}: {e}"))?;
         Ok(daemon)
     }
 
-    pub(super) fn client(&self) -> Outcome<Client> {
-        Client::connect(&self.qmp)
+    /// As [`Daemon::start`], with a client of its monitor. About one of 1,500 starts of qemu-storage-daemon 10.0.2 greets and then
+    /// answers nothing for ever (all its threads sleep): it gets another chance. liveblkd gets none.
+    pub(super) fn with_client(
+        side: Side,
+        dir: &std::path::Path,
+        arguments: &[String],
+    ) -> Outcome<(Daemon, Client)> {
+        let mut tries = TRIES;
+        loop {
+            let daemon = Daemon::start(side, dir, arguments)?;
+            tries -= 1;
+            match Client::connect(&daemon.ready) {
+                Ok(client) => return Ok((daemon, client)),
+                Err(_) if side == Side::Qsd && tries > 0 => {}
+                Err(e) => return Err(format!("{side:?}: {e}")),
+            }
+        }
     }
 
     /// Seconds of processor time used so far (all threads, user and system). In nanoseconds for the threads that live, where the

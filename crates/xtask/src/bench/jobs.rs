@@ -180,8 +180,7 @@ impl Scene {
     fn set(options: &Options, side: Side, case: &Case) -> Outcome<Scene> {
         let disk = case.layout.make(options, side)?;
         let expected = disk.flat(options)?;
-        let daemon = Daemon::start(side, &options.dir, &disk.serving(options, side))?;
-        let mut client = daemon.client()?;
+        let (daemon, mut client) = Daemon::with_client(side, &options.dir, &disk.serving(options, side))?;
         if case.incremental {
             let bitmap = json!({"node": "d", "name": "b0", "granularity": 65536});
             client.execute("block-dirty-bitmap-add", &bitmap)?;

@@ -132,8 +132,8 @@ fn throughput(options: &Options, name: &str, from: &str, to: &str) -> Outcome {
     for round in 0..options.rounds {
         for side in order(round) {
             let (format, file) = source(options, side, from)?;
-            let daemon = Daemon::start(side, &options.dir, &serving(options, side, &format, &file))?;
-            let mut client = daemon.client()?;
+            let (daemon, mut client) =
+                Daemon::with_client(side, &options.dir, &serving(options, side, &format, &file))?;
             let peer = target(options, side, to, &mut client)?;
             limit::warm(options.image_mib);
             let before = daemon.cpu();
@@ -175,8 +175,8 @@ fn sparse(options: &Options, name: &str, format: &str) -> Outcome {
                 write.args(["-c", &format!("write -q -P 0x5a {at}G {len}M")]);
             }
             shell::output(write.arg(&file))?;
-            let daemon = Daemon::start(side, &options.dir, &serving(options, side, format, &file))?;
-            let mut client = daemon.client()?;
+            let (daemon, mut client) =
+                Daemon::with_client(side, &options.dir, &serving(options, side, format, &file))?;
             let below = json!({"driver": "file", "filename": copy, "discard": "unmap"});
             client.execute(
                 "blockdev-add",
@@ -210,8 +210,8 @@ fn latency(options: &Options, name: &str, op: &'static str, mode: &str) -> Outco
     for round in 0..options.rounds {
         for side in order(round).into_iter().filter(|s| both || *s == Side::Liveblk) {
             let (format, file) = source(options, side, "qcow2")?;
-            let daemon = Daemon::start(side, &options.dir, &serving(options, side, &format, &file))?;
-            let mut client = daemon.client()?;
+            let (_daemon, mut client) =
+                Daemon::with_client(side, &options.dir, &serving(options, side, &format, &file))?;
             target(options, side, "qcow2", &mut client)?;
             let load = Load { op, block: 4096, depth: 16, connections: 1, seconds: 3.0 };
             let running = load.start(&socket(options, side))?;
