@@ -333,6 +333,18 @@ impl Header {
         Ok(out)
     }
 
+    /// Fails if a bitmap directory could not be named beside everything else: found out before there is something to store.
+    pub(crate) fn check_room_for_bitmaps(&self) -> Result<()> {
+        let mut with = self.clone();
+        with.set_bitmaps(Some(BitmapDirectory { count: 1, len: 8, at: HostOffset(self.geometry.cluster_size()) }));
+        if with.encode().is_ok() {
+            return Ok(());
+        }
+        // the names of features are left out where there is no room for them
+        with.extensions.retain(|e| !matches!(e, Extension::FeatureNames(_)));
+        with.encode().map(|_| ())
+    }
+
     /// The error for a header of `len` bytes.
     pub(crate) fn too_long(&self, len: usize) -> BlockError {
         let text = format!("the header needs {len} bytes, a cluster has {}", self.geometry.cluster_size());

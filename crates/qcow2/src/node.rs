@@ -291,6 +291,12 @@ impl Node for Qcow2 {
             }
             let rewriting = core.clone();
             let change = move |h: &mut Header| h.set_backing(name.as_deref(), format.as_deref());
+            if !core.bitmaps.persistent().is_empty() {
+                // those that are stored when the image is closed need their place beside the new name
+                let mut after = core.header.borrow().clone();
+                change(&mut after);
+                after.check_room_for_bitmaps()?;
+            }
             core.detached("qcow2-header", async move { rewriting.rewrite_header(change).await }).await
         })
     }

@@ -227,6 +227,38 @@ fn bitmaps_are_marked_while_the_image_may_be_written() {
     command("qemu-img", &["check", "-q", &path]).unwrap();
 }
 
+/// A bitmap is stored when the image is closed: that its directory has no place in the header must be known when it is added.
+#[test]
+fn a_bitmap_has_its_place_in_the_header_beforehand() {
+    let dir = TempDir::new("bitmap-room");
+    let path = dir.create("a", "compat=1.1,cluster_size=512", "1M");
+    // 512 bytes are 112 of header, 16 of the format's name, 32 of the directory's place, 8 of the end, and the name
+    let (fits, long) = ("x".repeat(344), "x".repeat(345));
+    let p = path.clone();
+    run(|env| async move {
+        let image = open(&env, &p, Options::default()).await.unwrap();
+        image.write_backing_name(Some(&long), Some("qcow2")).await.unwrap();
+        let e = image.check_bitmap("b", 65536).unwrap_err();
+        assert!(e.message().contains("header"), "{e}");
+        image.write_backing_name(Some(&fits), Some("qcow2")).await.unwrap();
+        image.check_bitmap("b", 65536).unwrap();
+        image.close().await.unwrap();
+    });
+    command("qemu-img", &["rebase", "-u", "-f", "qcow2", "-b", "", &path]).unwrap();
+    command("qemu-img", &["bitmap", "--add", "-f", "qcow2", &path, "b"]).unwrap();
+    run(|env| async move {
+        let image = open(&env, &path, Options::default()).await.unwrap();
+        let e = image.write_backing_name(Some(&"x".repeat(345)), Some("qcow2")).await.unwrap_err();
+        assert!(e.message().contains("header"), "{e}");
+        image.write_backing_name(Some(&"x".repeat(344)), Some("qcow2")).await.unwrap();
+        image.close().await.unwrap();
+        let image = open(&env, &path, Options::default()).await.unwrap();
+        assert_eq!(image.backing_name().0.map(|n| n.len()), Some(344));
+        image.close().await.unwrap();
+        assert!(command("qemu-img", &["info", &path]).unwrap().contains("name: b"));
+    });
+}
+
 #[test]
 fn hostile_bitmap_directories_are_refused_by_name() {
     let dir = TempDir::new("hostile-bitmaps");
