@@ -224,7 +224,9 @@ impl Store {
         let held = self.database.borrow();
         let Some(database) = &*held else { return Err(BlockError::from_errno(BlockError::EIO)) };
         self.caught(|| {
-            let writing = database.begin_write().map_err(redb::Error::from)?;
+            let mut writing = database.begin_write().map_err(redb::Error::from)?;
+            // With one barrier only, a commit that rotted looks like one that a crash tore, and would be dropped silently.
+            writing.set_two_phase_commit(true);
             for batch in group.iter().map(|a| &a.batch) {
                 for name in batch.cleared() {
                     writing.delete_table(table(name))?;

@@ -1,5 +1,7 @@
 //! `--state-dir`: the daemon comes back after it was killed, between any two commands, as it was.
 
+mod kills;
+
 use crate::common::{Client, Daemon, Dir, run, until};
 use serde_json::{Map, Value, json};
 use std::process::{Command, Stdio};
