@@ -88,12 +88,22 @@ pub enum Step {
 pub struct Plan {
     /// In order; later ones see the effect of earlier ones.
     pub steps: Vec<Step>,
+    /// See [`Plan::kept_later`].
+    pub(crate) kept_later: bool,
 }
 
 impl Plan {
     /// Nothing to do.
     pub fn new() -> Plan {
         Plan::default()
+    }
+
+    /// The plan as a part of something larger, whose author keeps all users still until [`crate::Graph::keep`] has made the whole
+    /// durable: the part alone is not written down.
+    #[must_use]
+    pub fn kept_later(mut self) -> Plan {
+        self.kept_later = true;
+        self
     }
 
     /// The plan with one more step.

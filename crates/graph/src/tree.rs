@@ -175,6 +175,18 @@ impl Graph {
         *self.keeper.borrow_mut() = Some(keeper);
     }
 
+    /// Has what the graph is now written down, after plans that were [`Plan::kept_later`].
+    ///
+    /// # Errors
+    /// It cannot be written down: the caller takes the plans back.
+    pub async fn keep(&self) -> Result<()> {
+        let keeper = self.keeper.borrow().clone();
+        match keeper {
+            Some(keeper) => keeper.keep(true).await,
+            None => Ok(()),
+        }
+    }
+
     /// The node of this name.
     pub fn find(&self, name: &str) -> Option<Rc<NodeCell>> {
         self.nodes.borrow().values().find(|c| c.name() == name).cloned()
@@ -455,6 +467,7 @@ impl Graph {
     /// Carries out a plan, or leaves everything as it was.
     pub async fn apply(&self, plan: Plan) -> Result<()> {
         let _turn = self.changing.acquire(1).await;
+        let kept_later = plan.kept_later;
         let changes = self.expand(plan);
         // Whoever is inside goes down the edges as they are now; after the change a filter that leaves may lie anywhere.
         let places = self.places()?;
@@ -473,7 +486,7 @@ impl Graph {
             self.turn_back(&snapshot.cells).await;
             return Err(e);
         }
-        if let Err(e) = self.swap_and_keep(&changes).await {
+        if let Err(e) = self.swap_and_keep(&changes, kept_later).await {
             drop(gates);
             let e = self.undo(&snapshot, &turned, before, e).await;
             self.turn_back(&snapshot.cells).await;
@@ -778,8 +791,8 @@ impl Graph {
     }
 
     /// Swaps, and has it written down before anybody finds out. On an error nothing is swapped.
-    async fn swap_and_keep(&self, changes: &Changes) -> Result<()> {
-        let keeper = self.keeper.borrow().clone();
+    async fn swap_and_keep(&self, changes: &Changes, kept_later: bool) -> Result<()> {
+        let keeper = self.keeper.borrow().clone().filter(|_| !kept_later);
         let Some(keeper) = keeper else {
             self.swap(changes);
             return Ok(());

@@ -159,7 +159,16 @@ impl Snapshot {
         let mut plan = Plan::new().then(Step::SetBacking { node: overlay.clone(), edge: Some(edge) });
         let point = |e: &Rc<Edge>| Step::Point { edge: e.clone(), to: overlay.clone() };
         plan.steps.extend(moved.iter().map(point));
-        self.graph().apply(plan).await?;
+        if let Overlay::Image(_) = &self.overlay {
+            // it belongs to its users from then on; without any it goes
+            let (users, back) = (overlay.clone(), overlay.clone());
+            plan = plan.then(Step::At {
+                what: Rc::new(move || users.set_monitor_owned(false)),
+                undo: Some(Rc::new(move || back.set_monitor_owned(true))),
+            });
+        }
+        // with the rest of the transaction
+        self.graph().apply(plan.kept_later()).await?;
         Ok(moved)
     }
 
@@ -186,8 +195,6 @@ impl Snapshot {
         }
         drop(moved);
         if ours {
-            // it belongs to its users from now on; without any it goes
-            overlay.set_monitor_owned(false);
             if overlay.parents().is_empty() {
                 let _ = self.graph().remove(&overlay).await;
             }

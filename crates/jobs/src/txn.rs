@@ -66,6 +66,10 @@ pub async fn run(graph: &Rc<Graph>, actions: &[Rc<dyn Action>]) -> Result<(), Jo
         }
         prepared.push(action);
     }
+    if outcome.is_ok() {
+        // all of it, before anybody who stood still goes on
+        outcome = graph.keep().await.map_err(JobError::from);
+    }
     // Newest first either way: jobs start in that order, too.
     for action in prepared.into_iter().rev() {
         match outcome {

@@ -18,10 +18,13 @@ struct Brave {
 }
 
 impl Brave {
-    fn new(dir: &Dir) -> Brave {
+    fn new(dir: &Dir, daemon: &mut Daemon) -> Option<Brave> {
         let begin = Instant::now();
         loop {
             assert!(begin.elapsed() < Duration::from_secs(20), "the daemon does not come back");
+            if daemon.child.try_wait().unwrap().is_some() {
+                return None;
+            }
             let Ok(stream) = UnixStream::connect(dir.path("qmp.sock")) else {
                 pause(5);
                 continue;
@@ -30,7 +33,7 @@ impl Brave {
             let input = BufReader::new(stream.try_clone().unwrap());
             let mut brave = Brave { stream, input };
             if brave.message().is_some() && brave.command("qmp_capabilities", &json!({})).is_some() {
-                return brave;
+                return Some(brave);
             }
         }
     }
@@ -169,9 +172,11 @@ fn a_client_goes_on_through_kills_in_the_middle_of_jobs() {
         let after = Duration::from_millis(draw(300));
         println!("{work:?}, killed after {after:?}");
         let killer = kill_later(&daemon, after);
-        let mut c = Brave::new(&lab.dir);
-        // ends when the daemon is gone, at the latest
-        if lab.begin(&mut c, work).is_some() && Lab::end(&mut c).is_some() {
+        // a kill may come before it has come up; anything ends when the daemon is gone, at the latest
+        if let Some(mut c) = Brave::new(&lab.dir, &mut daemon)
+            && lab.begin(&mut c, work).is_some()
+            && Lab::end(&mut c).is_some()
+        {
             while c.command("query-version", &json!({})).is_some() {
                 pause(1);
             }
@@ -179,13 +184,13 @@ fn a_client_goes_on_through_kills_in_the_middle_of_jobs() {
         killer.join().unwrap();
         daemon.wait();
         daemon = start(&lab.dir, &options);
-        let mut c = Brave::new(&lab.dir);
+        let mut c = Brave::new(&lab.dir, &mut daemon).expect("nobody kills it now");
         let state = c.command("query-state", &json!({})).unwrap().unwrap();
         assert_eq!(state["broken"], json!([]), "after {work:?}");
         Lab::end(&mut c).expect("nobody kills it now");
     }
     writer.stop();
-    let mut c = Brave::new(&lab.dir);
+    let mut c = Brave::new(&lab.dir, &mut daemon).unwrap();
     let name = Lab::exported(&mut c).unwrap();
     c.command("quit", &json!({}));
     assert!(daemon.wait().success());
