@@ -194,10 +194,8 @@ impl Snapshot {
             let _ = self.graph().apply(chain::turning(Plan::new(), std::slice::from_ref(&node), false)).await;
         }
         drop(moved);
-        if ours {
-            if overlay.parents().is_empty() {
-                let _ = self.graph().remove(&overlay).await;
-            }
+        if ours && overlay.parents().is_empty() {
+            let _ = self.graph().remove(&overlay).await;
         }
     }
 }
