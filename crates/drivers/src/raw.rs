@@ -78,6 +78,9 @@ impl Node for RawNode {
     fn discard(&self, at: Span) -> Io<'_> {
         Box::pin(self.file.discard(at.shifted(self.offset)))
     }
+    fn leaf_hashes(&self, at: Span) -> Io<'_, Option<Vec<[u8; 32]>>> {
+        Box::pin(async move { if self.offset == 0 { self.file.leaf_hashes(at).await } else { Ok(None) } })
+    }
     fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
         Box::pin(async move {
             let inside = at.shifted(self.offset);

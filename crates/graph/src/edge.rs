@@ -243,6 +243,14 @@ impl Edge {
         crate::walk::status(&child, at, base).await
     }
 
+    /// The hashes of the leaves of `at`, as [`crate::Node::leaf_hashes`] says.
+    pub async fn leaf_hashes(&self, at: Span) -> Result<Option<Vec<[u8; 32]>>> {
+        let _pass = self.gate.enter().await;
+        let child = self.child();
+        self.check(&child, at, "read")?;
+        child.node().leaf_hashes(at).await
+    }
+
     /// Everything completed before is on stable storage after.
     pub async fn flush(&self) -> Result<()> {
         let _pass = self.gate.enter().await;

@@ -214,6 +214,12 @@ pub trait Node: 'static {
             Err(block::BlockError::unsupported(format!("driver '{driver}' cannot be emptied")))
         })
     }
+    /// The BLAKE3 hashes of the leaves (64 KiB each; the last of the disk may be shorter) that `at` consists of, where whoever holds
+    /// the bytes tells them without giving the bytes; nothing elsewhere.
+    fn leaf_hashes(&self, at: Span) -> Io<'_, Option<Vec<[u8; 32]>>> {
+        let _ = at;
+        Box::pin(async { Ok(None) })
+    }
     /// Brings `at` to `to` without the bytes passing through here: finds the file they lie in and hands that to
     /// [`NodeCell::write_from`]. Gives the bytes copied from the start of `at`, perhaps fewer than asked; 0 where they lie
     /// in no file (zeroes, compressed data) or in too many places. `Unsupported` where that is so of the whole node.

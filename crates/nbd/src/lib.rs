@@ -18,6 +18,7 @@ mod assembly;
 mod client;
 mod errno;
 mod inbox;
+pub mod leaf;
 mod options;
 mod outbox;
 pub mod proto;

@@ -14,9 +14,9 @@ mod pool;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, ReqFlags, Result, Span};
 use env::{Address, Env};
 use graph::{Demand, Edge, HostBytes, Node, NodeDetails};
-use link::{Outcome, Payload};
+use link::{Failure, Outcome, Payload};
 use nbd::proto::{MAX_PAYLOAD, MAX_STRING, cmd_flag, flag, state};
-use nbd::{Cmd, Mode, StatusExtent};
+use nbd::{Cmd, Mode, StatusExtent, leaf};
 use pool::Pool;
 use std::fmt;
 use std::rc::Rc;
@@ -225,6 +225,30 @@ impl NbdClient {
         Ok(self.translate(at, &list))
     }
 
+    /// Nothing where the server tells none, or the link is lost: then the bytes are read, which waits for it as told.
+    async fn do_leaf_hashes(&self, at: Span) -> Result<Option<Vec<[u8; 32]>>> {
+        if !leaf::is_whole(at, self.pool.negotiated().size) {
+            return Ok(None);
+        }
+        let (mut hashes, mut left) = (Vec::new(), at);
+        while !left.is_empty() {
+            let Some(link) = self.pool.hash_link().await else { return Ok(None) };
+            let answer = match link.call(Cmd::BlockStatus, 0, left, Payload::none()).await {
+                Ok(Outcome::Status(list)) => leaf::decode(link.negotiated().mode, left, &list),
+                Ok(Outcome::Done | Outcome::Data(_)) => None,
+                Err(Failure::Refused(e)) => return Err(e),
+                Err(Failure::Lost(_)) => return Ok(None),
+            };
+            let Some(some) = answer else {
+                self.pool.no_hashes();
+                return Ok(None);
+            };
+            left = left.split_at(some.len() as u64 * leaf::LEN).1;
+            hashes.extend(some);
+        }
+        Ok(Some(hashes))
+    }
+
     fn translate(&self, at: Span, list: &[StatusExtent]) -> Vec<Extent> {
         let hole = if self.pool.options().x_dirty_bitmap.is_some() { Kind::Unallocated } else { Kind::Data };
         let (mut out, mut left) = (Vec::with_capacity(list.len()), at);
@@ -329,6 +353,9 @@ impl Node for NbdClient {
     }
     fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
         Box::pin(self.do_extents(at))
+    }
+    fn leaf_hashes(&self, at: Span) -> Io<'_, Option<Vec<[u8; 32]>>> {
+        Box::pin(self.do_leaf_hashes(at))
     }
     fn flush(&self) -> Io<'_> {
         Box::pin(self.do_flush())

@@ -9,10 +9,10 @@
 use super::link::{Failure, Link, Outcome, Payload};
 use super::{FILL, NbdOptions};
 use block::{BlockError, ErrorKind, Result, Span};
-use env::sync::{Notify, race};
+use env::sync::{Notify, Semaphore, race};
 use env::{Env, File};
 use nbd::proto::flag;
-use nbd::{ClientWants, Cmd, Mode, Negotiated};
+use nbd::{ClientWants, Cmd, Mode, Negotiated, leaf};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
@@ -37,6 +37,21 @@ pub(super) struct Pool {
     changed: Notify,
     closing: Notify,
     closed: Cell<bool>,
+    /// A link of its own for hashes, once it is wanted.
+    hashes: RefCell<HashLink>,
+    /// One at a time makes it.
+    making: Semaphore,
+}
+
+/// Where hashes are asked for.
+#[derive(Clone, Default)]
+enum HashLink {
+    /// Nobody has wanted any.
+    #[default]
+    Untried,
+    /// The server tells none.
+    Never,
+    There(Rc<Link>),
 }
 
 fn wants(o: &NbdOptions) -> ClientWants {
@@ -79,6 +94,8 @@ impl Pool {
             changed: Notify::new(),
             closing: Notify::new(),
             closed: Cell::new(false),
+            hashes: RefCell::default(),
+            making: Semaphore::new(1),
         });
         for place in 0..count as usize {
             let (keeper, first) = (pool.clone(), if place == 0 { Some(first.clone()) } else { None });
@@ -232,11 +249,50 @@ impl Pool {
         }
     }
 
+    /// The link on which the server tells hashes; nothing if it tells none. A link of its own, so that other block status
+    /// requests do not ask for hashes, too.
+    pub(super) async fn hash_link(&self) -> Option<Rc<Link>> {
+        let _turn = self.making.acquire(1).await;
+        let known = self.hashes.borrow().clone();
+        match known {
+            HashLink::There(link) if link.is_up() => return Some(link),
+            HashLink::Never => return None,
+            HashLink::There(_) | HashLink::Untried => {}
+        }
+        if self.closed.get() {
+            return None;
+        }
+        let o = &self.options;
+        let wants = ClientWants { contexts: vec![leaf::CONTEXT.to_owned()], ..wants(o) };
+        let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants));
+        let link = self.unless_closed(connecting).await?.ok();
+        let good =
+            |l: &Rc<Link>| l.negotiated().size == self.negotiated.size && !l.negotiated().contexts.is_empty();
+        if let Some(other) = link.as_ref().filter(|l| !good(l)) {
+            other.leave().await;
+        }
+        let link = link.filter(good);
+        *self.hashes.borrow_mut() = link.clone().map_or(HashLink::Never, HashLink::There);
+        link
+    }
+
+    /// Its hashes cannot be trusted: none are asked for any more.
+    pub(super) fn no_hashes(&self) {
+        let before = self.hashes.replace(HashLink::Never);
+        if let HashLink::There(link) = before {
+            link.fail(&BlockError::corrupt("NBD server told something else than hashes"));
+        }
+    }
+
     /// Hangs up everywhere. Requests that wait fail.
     pub(super) async fn close(&self) {
         self.stop();
         let links: Vec<_> = self.links.borrow_mut().iter_mut().filter_map(Option::take).collect();
         for l in links {
+            l.leave().await;
+        }
+        let hashes = self.hashes.take();
+        if let HashLink::There(l) = hashes {
             l.leave().await;
         }
     }
@@ -247,6 +303,10 @@ impl Pool {
             return;
         }
         self.stop();
+        let hashes = self.hashes.take();
+        if let HashLink::There(l) = hashes {
+            l.fail(&BlockError::new(ErrorKind::Disconnected, "NBD client is closed"));
+        }
         for l in self.links.borrow().iter().flatten() {
             l.fail(&BlockError::new(ErrorKind::Disconnected, "NBD client is closed"));
         }
