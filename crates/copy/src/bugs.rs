@@ -28,11 +28,19 @@ pub enum Bug {
     SyncedTooEarly,
     /// A partly written granule is taken as clean.
     PartialGranuleClean,
+    /// A comparison does not wait for copies and synchronous writes of the same bytes.
+    UnlockedCheck,
+    /// A comparison does not look at clients' writes under way that take no lock.
+    LooseUnseen,
+    /// What a client wrote to both sides counts as compared.
+    ChangeNotCompared,
+    /// The client is not held until the rest has been compared.
+    UnprovenEnd,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 12] = [
+    pub const ALL: [Bug; 16] = [
         Bug::NoRangeLock,
         Bug::ClearAfterRead,
         Bug::MarkBeforeWrite,
@@ -45,6 +53,10 @@ impl Bug {
         Bug::NoDrain,
         Bug::SyncedTooEarly,
         Bug::PartialGranuleClean,
+        Bug::UnlockedCheck,
+        Bug::LooseUnseen,
+        Bug::ChangeNotCompared,
+        Bug::UnprovenEnd,
     ];
 }
 

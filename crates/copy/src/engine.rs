@@ -8,12 +8,14 @@
 //! * See [`Work`] for the order of dirty bits, locks and reads.
 
 use crate::bugs::{Bug, planted};
+use crate::check::{CheckTask, MAX_ZERO_CHECK, zeroes_ahead};
 use crate::first::ASK;
 use crate::piece::{Ended, Outcome, PieceTask, Shared, Turns};
 use crate::policy::{Action, Control, Next, Policy, Standing};
+use crate::proof::Proof;
 use crate::ranges::Owner;
 use crate::status::status;
-use crate::window::{MAX_PIECE, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window};
+use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window};
 use crate::work::Work;
 use block::{Extent, Kind, ReqFlags, Result, Span};
 use env::TaskHandle;
@@ -35,6 +37,8 @@ const RETRY_MAX: Duration = Duration::from_secs(1);
 const MAX_SKIPS: u32 = 64;
 /// Longest sleep without a look around: rates are sampled, and policies that depend on time are asked again.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
+/// Wait before a comparison is tried again of which nothing could be said, because clients were changing all of it.
+const UNCLEAR_WAIT: Duration = Duration::from_millis(1);
 /// Copies in flight while a guest waits for the target to take old bytes: its own come first.
 const COPIES_BESIDE_SAVING: u32 = 1;
 /// How much of the disk is asked about at first, to find large runs of zeroes, and at the most: each question is about four times
@@ -57,8 +61,23 @@ pub struct Engine {
     hint_span: u64,
     retry: Option<(Duration, Duration)>,
     leave_on_pause: bool,
+    checks: Checks,
     /// A node whose requests are the guest's, and how many it had when last looked at.
     watched: Option<(Rc<NodeCell>, u64)>,
+}
+
+/// Where the comparison is.
+#[derive(Default)]
+struct Checks {
+    cursor: u64,
+    /// The next piece is one to compare, if there is one: neither copying nor comparing waits for the other to end.
+    turn: bool,
+    /// Nothing is compared before that.
+    not_before: Duration,
+    /// Where both sides are zero, as far as was asked ahead; only for the choice of pieces.
+    zeroes: Vec<Span>,
+    known_to: u64,
+    asking: bool,
 }
 
 /// What a search for work found.
@@ -82,7 +101,9 @@ impl Engine {
         let transfer = [source.limits().max_transfer, target.limits().max_transfer];
         let max_transfer = transfer.into_iter().filter(|t| *t > 0).min().unwrap_or(0);
         // detecting zeroes needs the bytes to pass through here
-        let plain = !policy.unchanged() && !policy.compressed();
+        // and so does recording what was read
+        let recording = work.proof().is_some_and(|p| p.is_recording());
+        let plain = !policy.unchanged() && !policy.compressed() && !recording;
         let offload = target.child().options().detect_zeroes == DetectZeroes::Off && plain;
         let window = Window::new(buffer, work.granularity(), max_transfer);
         Engine {
@@ -91,7 +112,9 @@ impl Engine {
                 source,
                 target,
                 policy,
+                control: control.clone(),
                 offload: Cell::new(offload),
+                tells_hashes: Cell::new(true),
                 turns: Turns::new(),
                 resting: Cell::new(false),
             }),
@@ -106,6 +129,7 @@ impl Engine {
             hint_span: HINT_FIRST,
             retry: None,
             leave_on_pause: false,
+            checks: Checks::default(),
             watched: None,
         }
     }
@@ -181,7 +205,7 @@ impl Engine {
                 }
                 Err(until) => until,
             };
-            control.set_idle(shared.work.copies.get() == 0);
+            control.set_idle(shared.work.copies.get() == 0 && shared.work.checks() == 0);
             let nap = wait_until.map_or(LOOK_AROUND, |t| t.saturating_sub(now)).min(LOOK_AROUND);
             let timer = shared.work.env.sleep(nap);
             let outcomes = self.outcomes.clone();
@@ -197,11 +221,14 @@ impl Engine {
     fn standing(&self, now: Duration) -> Standing {
         let work = &self.shared.work;
         let dirty = work.dirty_bytes();
+        let proof = work.proof();
         let idle = (work.copies.get() == 0 && work.healing.get() == 0) || planted(Bug::ReadyInFlight);
         Standing {
             dirty,
             copying: work.copying.get(),
             clean: dirty == 0 && idle && self.window.not_before(now).is_none(),
+            stale: proof.as_ref().map_or(0, |p| p.stale_bytes()),
+            proven: proof.is_none_or(|p| p.is_settled()),
         }
     }
 
@@ -223,9 +250,18 @@ impl Engine {
         }
         self.look_at_guest();
         let active = work.guest_active();
-        if !self.window.has_room(work.copies.get(), work.copying.get(), active) {
+        let (checks, checking) = work.proof().map_or((0, 0), |p| (p.checks.get(), p.checking.get()));
+        if !self.window.has_room(work.copies.get() + checks, work.copying.get() + checking, active) {
             return Err(None);
         }
+        let compares = work.proof().filter(|_| self.shared.policy.compares());
+        if let Some(proof) = &compares
+            && std::mem::take(&mut self.checks.turn)
+            && self.start_check(proof, now, active).is_ok()
+        {
+            return Ok(());
+        }
+        self.checks.turn = true;
         if work.saving.get() > 0 && work.copies.get() >= COPIES_BESIDE_SAVING {
             // those who copy for a guest bring the same bytes to the same target, and wake us when they have
             return Err(None);
@@ -240,7 +276,7 @@ impl Engine {
             return Err(None);
         }
         let (at, waits) = match self.find(most) {
-            Found::Nothing => return Err(None),
+            Found::Nothing => return compares.map_or(Err(None), |p| self.start_check(&p, now, active)),
             Found::Piece(at) => (at, false),
             Found::Contended(at) => (at, true),
         };
@@ -256,6 +292,109 @@ impl Engine {
         self.cursor = at.end();
         work.frontier.set(work.frontier.get().max(at.end()));
         Ok(())
+    }
+
+    /// Starts to compare one piece; `Err` as for [`Engine::start`].
+    fn start_check(
+        &mut self,
+        proof: &Rc<Proof>,
+        now: Duration,
+        active: bool,
+    ) -> Result<(), Option<Duration>> {
+        if self.checks.not_before > now {
+            return Err(Some(self.checks.not_before));
+        }
+        let work = self.shared.work.clone();
+        let whole = work.len();
+        let next = |from: u64| proof.stale.borrow().next_dirty(from);
+        let Some(from) = next(self.checks.cursor).or_else(|| next(0)) else { return Err(None) };
+        if from < self.checks.cursor {
+            // a new pass: what was zero may not be
+            (self.checks.known_to, self.checks.cursor) = (0, 0);
+            self.checks.zeroes.clear();
+        }
+        if from >= self.checks.known_to && proof.stale_bytes() > HINT_FIRST {
+            if !self.checks.asking {
+                self.checks.asking = true;
+                let ask = Span::between(from, whole.min(from + HINT_MOST.min(MAX_ZERO_CHECK)));
+                let (shared, outcomes, unit) = (self.shared.clone(), self.outcomes.clone(), proof.unit());
+                let recording = proof.is_recording();
+                self.tasks.push(work.env.spawn("compare hint", async move {
+                    let first = if recording { &shared.target } else { &shared.source };
+                    let zeroes = zeroes_ahead(first, &shared.target, ask, unit, whole).await;
+                    outcomes.push(Ended { outcome: Outcome::Zeroes(ask, zeroes), took: Duration::ZERO });
+                }));
+            }
+            return Err(None);
+        }
+        let most = if active { MAX_PIECE_GUEST } else { MAX_PIECE }.max(proof.unit());
+        let at = match self.find_check(proof, most) {
+            Found::Nothing => return Err(None),
+            Found::Piece(at) | Found::Contended(at) => at,
+        };
+        if at.len > MAX_PIECE {
+            // if that was not true any more, what is left of it is read
+            self.checks.zeroes.retain(|z| !z.overlaps(&at));
+        }
+        self.window.pay(at.len.min(MAX_PIECE), now);
+        let lock = work.locks.request(at, Owner::Copy { bulk: false });
+        let task = CheckTask::new(self.shared.clone(), proof.clone(), at, lock, self.outcomes.clone());
+        self.tasks.retain(|t| !t.is_done());
+        self.tasks.push(work.env.spawn("compare", task.run()));
+        self.checks.cursor = at.end();
+        Ok(())
+    }
+
+    /// The next piece to compare that is clean and that nobody has locked.
+    fn find_check(&self, proof: &Proof, most: u64) -> Found {
+        let work = &self.shared.work;
+        let (stale, dirty, unit) = (proof.stale.borrow(), work.dirty.borrow(), proof.unit());
+        let len = stale.len();
+        let whole = |at: u64| at & !(unit - 1);
+        let mut contended = None;
+        let mut skips = 0;
+        for part in
+            [Span::between(self.checks.cursor.min(len), len), Span::new(0, self.checks.cursor.min(len))]
+        {
+            let mut from = part.start;
+            while let Some(start) = stale.next_dirty(from).map(whole)
+                && start < part.end()
+                && skips <= MAX_SKIPS
+            {
+                skips += 1;
+                let zero = self
+                    .checks
+                    .zeroes
+                    .iter()
+                    .find(|z| z.contains_offset(start))
+                    .map_or(0, |z| z.end() - start);
+                let most = most.max(zero.min(MAX_ZERO_CHECK));
+                let Some(mut at) = stale.next_area(Span::between(start, len), most) else { break };
+                if zero == 0
+                    && let Some(z) = self.checks.zeroes.iter().find(|z| at.contains_offset(z.start))
+                {
+                    at = Span::between(at.start, z.start);
+                }
+                if let Some(changed) = dirty.next_area(at, 0) {
+                    let before = Span::between(at.start, whole(changed.start).max(at.start));
+                    if before.is_empty() {
+                        from = changed.end().next_multiple_of(unit).max(start + unit);
+                        continue;
+                    }
+                    at = before;
+                }
+                let Some((other, owner)) = work.locks.conflict(&at) else { return Found::Piece(at) };
+                let free = Span::between(at.start, whole(other.start).max(at.start));
+                if !free.is_empty() {
+                    return Found::Piece(free);
+                }
+                if owner == Owner::Guest && contended.is_none() {
+                    contended = Some(Span::new(at.start, at.len.min(unit)));
+                }
+                from = other.end().next_multiple_of(unit).max(start + unit);
+            }
+        }
+        contended.filter(|at| !work.locks.copy_overlaps(at)).map_or(Found::Nothing, Found::Contended)
     }
 
     fn look_at_guest(&mut self) {
@@ -365,6 +504,12 @@ impl Engine {
                 self.hints.extend(found);
             }
             Outcome::GaveWay => {}
+            Outcome::Unclear => self.checks.not_before = now + UNCLEAR_WAIT,
+            Outcome::Zeroes(asked, zeroes) => {
+                self.checks.asking = false;
+                self.checks.zeroes = zeroes;
+                self.checks.known_to = asked.end();
+            }
             Outcome::Copied => {
                 self.window.took(ended.took);
                 self.retry = None;
@@ -395,7 +540,7 @@ impl Engine {
 
     /// Waits until no copy is in flight.
     async fn settle(&mut self) {
-        while self.shared.work.copies.get() > 0 {
+        while self.shared.work.copies.get() > 0 || self.shared.work.checks() > 0 {
             let Some(ended) = self.outcomes.pop().await else { return };
             self.take_in(ended, self.shared.work.env.now());
         }

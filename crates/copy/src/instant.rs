@@ -12,6 +12,7 @@
 //! * Emptying the record (a checkpoint) happens when no change and no reader is inside the gate and no range is locked.
 //! * Once the instant is lost, reading it fails, also where the read began before.
 
+use crate::check::record;
 use crate::ranges::{Owner, RangeTicket};
 use crate::status::{status, top_layer};
 use crate::work::Work;
@@ -371,6 +372,7 @@ impl PointInTime {
             return Err(BlockError::new(ErrorKind::NoSpace, "the buffer is full"));
         }
         let data = self.source.read(area).await?;
+        record(&self.work, area, &data).await?;
         let zero = data.is_zero();
         if zero && self.work.target_is_zero(area) {
             // nothing to do

@@ -6,12 +6,15 @@
 #![forbid(unsafe_code)]
 
 pub mod bugs;
+mod check;
 mod cluster;
+pub mod digest;
 mod engine;
 pub mod first;
 mod instant;
 mod piece;
 mod policy;
+mod proof;
 mod ranges;
 mod stats;
 mod status;
@@ -24,6 +27,7 @@ pub use cluster::cluster_size;
 pub use engine::Engine;
 pub use instant::{KeepRules, OnSaveError, PointInTime, Still};
 pub use policy::{Action, Control, Fate, Next, OnError, OnWrite, Policy, Side, Standing};
+pub use proof::{Coverage, LastChange, Mismatch, Proof, ProofRules, Report};
 pub use ranges::{Owner, RangeLocks, RangeTicket};
 pub use stats::{Meter, Obstacle, Outlook};
 pub use status::{status, status_all, top_layer};

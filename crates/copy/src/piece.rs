@@ -1,7 +1,8 @@
 //! One piece of the copy: take its dirty bits, look at the source, bring it to the target.
 
 use crate::bugs::{Bug, planted};
-use crate::policy::{Fate, Policy, Side};
+use crate::check::record;
+use crate::policy::{Control, Fate, Policy, Side};
 use crate::ranges::RangeTicket;
 use crate::status::status_some;
 use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, OFFLOAD_LEAST};
@@ -19,8 +20,11 @@ pub(crate) struct Shared {
     pub(crate) source: Rc<Edge>,
     pub(crate) target: Rc<Edge>,
     pub(crate) policy: Rc<dyn Policy>,
+    pub(crate) control: Rc<dyn Control>,
     /// Whether the host may be able to copy between the two by itself; false once it said that it cannot.
     pub(crate) offload: Cell<bool>,
+    /// Whether the target may tell hashes of what it holds; false once it did not.
+    pub(crate) tells_hashes: Cell<bool>,
     pub(crate) turns: Turns,
     /// Copies whose turn has not come give way: the job is to rest, or has failed.
     pub(crate) resting: Cell<bool>,
@@ -43,7 +47,7 @@ impl Turns {
     }
 
     /// Waits until a copy of `bytes` may begin.
-    async fn enter(&self, work: &Work, bytes: u64) {
+    pub(crate) async fn enter(&self, work: &Work, bytes: u64) {
         let _first = self.line.acquire(1).await;
         if self.left.get() == 0 {
             work.env.next_turn().await;
@@ -61,6 +65,10 @@ pub(crate) enum Outcome {
     Copied,
     /// Nothing was tried: the engine rests. All that was dirty is.
     GaveWay,
+    /// Nothing could be said of a piece to be compared: clients were changing it.
+    Unclear,
+    /// Where both sides are zero in the span that was asked about.
+    Zeroes(Span, Vec<Span>),
     /// A request failed; what was not copied is dirty again.
     Failed(Side, BlockError, Span),
     /// What the source holds in the span that was asked about, from its start.
@@ -270,8 +278,9 @@ impl Shared {
         if planted(Bug::ClearAfterRead) {
             self.work.dirty.borrow_mut().clear(at);
         }
+        record(&self.work, at, &data).await.map_err(|e| (Side::Source, e))?;
         if !known && data.is_zero() {
-            return self.zero(at).await;
+            return self.write_zeroes(at).await;
         }
         // one turn for guests between the two halves
         self.work.env.yield_now().await;
@@ -305,6 +314,13 @@ impl Shared {
     }
 
     async fn zero(&self, at: Span) -> Result<(), Failure> {
+        if let Some(proof) = self.work.proof().filter(|p| p.is_recording()) {
+            proof.recorded_zero(at);
+        }
+        self.write_zeroes(at).await
+    }
+
+    async fn write_zeroes(&self, at: Span) -> Result<(), Failure> {
         if planted(Bug::ClearAfterRead) {
             self.work.dirty.borrow_mut().clear(at);
         }

@@ -1,5 +1,6 @@
 //! What differs between the users of the engine, and what the engine asks of whoever runs it.
 
+use crate::proof::Mismatch;
 use block::{BlockError, Extent, Io, Kind, Span};
 use env::sync::Notify;
 use graph::Edge;
@@ -17,6 +18,8 @@ pub enum OnWrite {
     WriteBoth,
     /// It is done when the source has it, and no copy of the same bytes runs meanwhile. For a copy into the source itself.
     Exclude,
+    /// It is done when the source has it; nothing is copied, and what was compared is to be compared again.
+    Compare,
 }
 
 /// What becomes of an extent of the source.
@@ -48,6 +51,10 @@ pub struct Standing {
     pub copying: u64,
     /// Nothing dirty, nothing in flight, no debt to the rate limit.
     pub clean: bool,
+    /// Bytes that are to be compared; 0 where nothing is.
+    pub stale: u64,
+    /// All has been compared since it last changed (or nothing is to be), and nothing is being compared.
+    pub proven: bool,
 }
 
 /// What makes a job that job. The first question, what is dirty at the start, is answered by the caller with the
@@ -85,6 +92,10 @@ pub trait Policy {
     /// Whether the source is told that it need not keep what has been copied.
     fn discard_source(&self) -> bool {
         false
+    }
+    /// Whether source and target are compared now, where there is something to compare.
+    fn compares(&self) -> bool {
+        true
     }
     /// Whether to go on.
     fn pass_over(&self, standing: Standing) -> Next;
@@ -147,6 +158,10 @@ pub trait Control {
     fn speed(&self) -> u64;
     /// A request failed: announces it and says what to do. Called once per failed request.
     fn failed(&self, side: Side, error: &BlockError) -> Action;
+    /// Source and target were found to differ.
+    fn mismatch(&self, found: &Mismatch) {
+        let _ = found;
+    }
     /// Notified when any of the answers above may have changed.
     fn changed(&self) -> &Notify;
     /// Tells whether the engine is waiting with nothing in flight (so that a pause takes effect at once).

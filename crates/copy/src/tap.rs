@@ -12,6 +12,7 @@
 
 use crate::bugs::{Bug, planted};
 use crate::policy::{Action, Control, OnWrite, Policy, Side};
+use crate::proof::{LooseWrite, Proof};
 use crate::ranges::Owner;
 use crate::work::Work;
 use block::{BlockError, Data, Io, Kind, ReqFlags, Result, Span};
@@ -43,26 +44,39 @@ enum Change {
     Discard,
 }
 
-/// Marks a range dirty when dropped: after the source has the write, whether it worked, failed or was called off.
+/// Marks a range dirty (or, where nothing is copied, to be compared) when dropped: after the source has the write, whether it
+/// worked, failed or was called off.
 struct Loose<'a> {
     work: &'a Work,
     at: Span,
+    copied: bool,
+    /// Until then the range is not compared.
+    seen: Option<(Rc<Proof>, LooseWrite)>,
 }
 
 impl<'a> Loose<'a> {
-    fn new(work: &'a Work, at: Span) -> Loose<'a> {
+    fn new(work: &'a Work, at: Span, copied: bool) -> Loose<'a> {
         work.loose.set(work.loose.get() + 1);
         if planted(Bug::MarkBeforeWrite) {
             work.mark_guest(at);
         }
-        Loose { work, at }
+        let seen = work.proof().map(|p| {
+            let write = p.loose_begins(at);
+            (p, write)
+        });
+        Loose { work, at, copied, seen }
     }
 }
 
 impl Drop for Loose<'_> {
     fn drop(&mut self) {
-        if !planted(Bug::MarkBeforeWrite) {
+        if !self.copied {
+            self.work.touch_guest(self.at, false);
+        } else if !planted(Bug::MarkBeforeWrite) {
             self.work.mark_guest(self.at);
+        }
+        if let Some((proof, write)) = &self.seen {
+            proof.loose_ended(write);
         }
         self.work.loose.set(self.work.loose.get() - 1);
         if self.work.loose.get() == 0 {
@@ -130,18 +144,19 @@ impl CopyTap {
         self.throttle().await;
         match self.policy.guest_write(at) {
             OnWrite::Pass => apply(source, at, change).await,
-            OnWrite::MarkDirty => self.loose(source, at, change).await,
+            OnWrite::MarkDirty => self.loose(source, at, change, true).await,
+            OnWrite::Compare => self.loose(source, at, change, false).await,
             OnWrite::Exclude => {
                 let mut lock = self.work.locks.request(at, Owner::Guest);
                 // called off: no copy is running any more
                 let _ = self.or_let_go(lock.held()).await;
                 apply(source, at, change).await
             }
-            OnWrite::WriteBoth if self.work.let_go.get() => self.loose(source, at, change).await,
+            OnWrite::WriteBoth if self.work.let_go.get() => self.loose(source, at, change, true).await,
             OnWrite::WriteBoth => {
                 // a large copy in flight means not in sync: do not wait for it
                 if self.work.locks.bulk_copy_overlaps(&at) {
-                    self.loose(source, at, change).await
+                    self.loose(source, at, change, true).await
                 } else {
                     self.both(source, at, change).await
                 }
@@ -149,8 +164,8 @@ impl CopyTap {
         }
     }
 
-    async fn loose(&self, source: &Edge, at: Span, change: Change) -> Result<()> {
-        let _mark = Loose::new(&self.work, at);
+    async fn loose(&self, source: &Edge, at: Span, change: Change, copied: bool) -> Result<()> {
+        let _mark = Loose::new(&self.work, at, copied);
         apply(source, at, change).await
     }
 
@@ -158,9 +173,10 @@ impl CopyTap {
         let mut lock = self.work.locks.request(at, Owner::Guest);
         if self.or_let_go(lock.held()).await.is_none() {
             drop(lock);
-            return self.loose(source, at, change).await;
+            return self.loose(source, at, change, true).await;
         }
         let mut unsure = Unsure::new(&self.work, at, matches!(change, Change::Discard));
+        self.work.touch_guest(at, true);
         if let Change::Discard = change {
             source.discard(at).await?;
             unsure.settled = self.follow_discard(source, at).await;
@@ -192,6 +208,9 @@ impl CopyTap {
             Some(Ok(())) => {
                 // A failed source write leaves unknown bytes there: then nobody knows whether they are equal.
                 unsure.settled = on_source.is_ok();
+                if let Some(proof) = self.work.proof() {
+                    proof.wrote_source(at, true);
+                }
                 let bytes: u64 = parts.iter().map(|p| p.len).sum();
                 self.work.done.set(self.work.done.get() + bytes);
                 self.work.meter.copied(bytes);

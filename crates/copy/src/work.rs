@@ -12,6 +12,7 @@
 
 use crate::RangeLocks;
 use crate::bugs::{Bug, planted};
+use crate::proof::Proof;
 use crate::stats::Meter;
 use bitmap::Bitmap;
 use block::{BlockError, Result, Span};
@@ -64,6 +65,8 @@ pub struct Work {
     pub(crate) guest_limit: Cell<u64>,
     pub(crate) guest_owes_until: Cell<Duration>,
     last_guest: Cell<Duration>,
+    /// What is known of the equality of the two, where that is asked for.
+    proof: RefCell<Option<Rc<Proof>>>,
     /// Rates.
     pub(crate) meter: Meter,
 }
@@ -94,6 +97,7 @@ impl Work {
             guest_limit: Cell::new(0),
             guest_owes_until: Cell::new(Duration::ZERO),
             last_guest: Cell::new(Duration::ZERO),
+            proof: RefCell::new(None),
             meter: Meter::new(now),
         }))
     }
@@ -113,8 +117,46 @@ impl Work {
         self.dirty.borrow().granularity()
     }
 
+    /// From now on what changes is noted in `proof`, and the engine compares what is stale there. Call it before a tap or an
+    /// engine runs.
+    pub fn set_proof(&self, proof: Rc<Proof>) {
+        *self.proof.borrow_mut() = Some(proof);
+    }
+
+    /// What is known of the equality of source and target, if that is asked for.
+    pub fn proof(&self) -> Option<Rc<Proof>> {
+        self.proof.borrow().clone()
+    }
+
+    /// `at` changed or may have changed: it is to be compared (again).
+    pub(crate) fn touch(&self, at: Span) {
+        if let Some(proof) = &*self.proof.borrow() {
+            proof.touch(at);
+        }
+    }
+
+    /// A client changed `at` of the source, or of both.
+    pub(crate) fn touch_guest(&self, at: Span, both: bool) {
+        let more = self.touched(at, both);
+        if more > 0 {
+            self.owe(more);
+            self.wake.notify_all();
+        }
+    }
+
+    /// Notes that; bytes that were not stale before.
+    fn touched(&self, at: Span, both: bool) -> u64 {
+        let Some(proof) = self.proof() else { return 0 };
+        if both && planted(Bug::ChangeNotCompared) {
+            return 0;
+        }
+        proof.wrote_source(at, both);
+        proof.touch(at)
+    }
+
     /// Marks `at` as to be copied.
     pub fn mark(&self, at: Span) {
+        self.touch(at);
         let clean_before = {
             let mut d = self.dirty.borrow_mut();
             let was = d.is_empty();
@@ -129,9 +171,15 @@ impl Work {
     /// Marks what a guest changed; counted for the dirty rate and, where guests are slowed, for what they owe.
     pub(crate) fn mark_guest(&self, at: Span) {
         let before = self.dirty.borrow().count();
+        let stale = self.touched(at, false);
         self.mark(at);
         let more = self.dirty.borrow().count() - before;
         self.meter.dirtied(more);
+        self.owe(more.max(stale));
+    }
+
+    /// What a client made to be copied or compared costs it time, where clients are slowed.
+    fn owe(&self, more: u64) {
         let limit = self.guest_limit.get();
         if limit != 0 {
             let now = self.env.now();
@@ -225,6 +273,9 @@ impl Work {
 
     /// Something other than zeroes may be in `at` of the target from now on.
     pub(crate) fn target_written(&self, at: Span) {
+        if let Some(proof) = &*self.proof.borrow() {
+            proof.wrote_target(at);
+        }
         if let Some(z) = self.target_zero.borrow_mut().as_mut() {
             let whole = at.align_out(z.granularity());
             z.clear(whole);
@@ -233,6 +284,9 @@ impl Work {
 
     /// `at` of the target has been made zero.
     pub(crate) fn target_zeroed(&self, at: Span) {
+        if let Some(proof) = &*self.proof.borrow() {
+            proof.wrote_target(at);
+        }
         if let Some(z) = self.target_zero.borrow_mut().as_mut() {
             let inner = if at.end() >= z.len() {
                 Span::between(at.start.next_multiple_of(z.granularity()), z.len())
@@ -263,9 +317,14 @@ impl Work {
         self.wake.wait()
     }
 
-    /// Waits until no copy is in flight: what those that were called off did not copy is dirty again.
+    /// Pieces being compared.
+    pub(crate) fn checks(&self) -> u32 {
+        self.proof.borrow().as_ref().map_or(0, |p| p.checks.get())
+    }
+
+    /// Waits until no copy and no comparison is in flight: what those that were called off did not copy is dirty again.
     pub async fn settled(&self) {
-        while self.copies.get() > 0 {
+        while self.copies.get() > 0 || self.checks() > 0 {
             self.wake.wait().await;
         }
     }

@@ -6,7 +6,8 @@ mod clock;
 pub use clock::{Rng, simulate};
 
 use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Span};
-use copy::{Action, Control, Next, OnError, OnWrite, Policy, Side, Standing};
+use copy::digest::DiskDigest;
+use copy::{Action, Control, Mismatch, Next, OnError, OnWrite, Policy, Side, Standing};
 use env::Env;
 use env::sync::Notify;
 use graph::{Demand, Edge, Graph, Node, NodeDetails, NodeOptions, Parent, Perms, Role};
@@ -33,6 +34,7 @@ pub struct Mem {
     pub efficient_zero: bool,
     pub slow_us: Cell<u64>,
     pub written: Cell<u64>,
+    pub read_bytes: Cell<u64>,
     pub flushes: Cell<u64>,
     /// Writes (and zeroes) in flight.
     pub busy: Cell<u32>,
@@ -54,6 +56,7 @@ impl Mem {
             efficient_zero: false,
             slow_us: Cell::new(200),
             written: Cell::new(0),
+            read_bytes: Cell::new(0),
             flushes: Cell::new(0),
             busy: Cell::new(0),
         })
@@ -136,6 +139,7 @@ impl Node for Mem {
         Box::pin(async move {
             self.pass_time().await;
             self.draw(&self.fail_reads)?;
+            self.read_bytes.set(self.read_bytes.get() + at.len);
             let mut out = Vec::new();
             let half = at.len / 2;
             for part in [Span::new(at.start, half), Span::between(at.start + half, at.end())] {
@@ -224,6 +228,7 @@ pub struct Desk {
     pub changed: Notify,
     pub errors: RefCell<Vec<(Side, Action, i32)>>,
     pub idle: Cell<bool>,
+    pub mismatches: RefCell<Vec<Mismatch>>,
 }
 
 impl Desk {
@@ -237,6 +242,7 @@ impl Desk {
             changed: Notify::new(),
             errors: RefCell::default(),
             idle: Cell::new(false),
+            mismatches: RefCell::default(),
         })
     }
     pub fn pause(&self, on: bool) {
@@ -275,6 +281,9 @@ impl Control for Desk {
         }
         action
     }
+    fn mismatch(&self, found: &Mismatch) {
+        self.mismatches.borrow_mut().push(*found);
+    }
     fn changed(&self) -> &Notify {
         &self.changed
     }
@@ -295,11 +304,18 @@ pub struct Follow {
     pub mode: Cell<Mode>,
     pub until_clean: Cell<bool>,
     pub stop: Cell<bool>,
+    /// Whether source and target are compared now.
+    pub compares: Cell<bool>,
 }
 
 impl Follow {
     pub fn new(mode: Mode) -> Rc<Follow> {
-        Rc::new(Follow { mode: Cell::new(mode), until_clean: Cell::new(true), stop: Cell::new(false) })
+        Rc::new(Follow {
+            mode: Cell::new(mode),
+            until_clean: Cell::new(true),
+            stop: Cell::new(false),
+            compares: Cell::new(true),
+        })
     }
 }
 
@@ -313,7 +329,25 @@ impl Policy for Follow {
     fn copy_reads(&self) -> bool {
         self.mode.get() == Mode::ReadWriteBlocking
     }
-    fn pass_over(&self, s: Standing) -> Next {
-        if self.stop.get() || (self.until_clean.get() && s.clean) { Next::Done } else { Next::Again }
+    fn compares(&self) -> bool {
+        self.compares.get()
     }
+    fn pass_over(&self, s: Standing) -> Next {
+        let proven = s.proven || !self.compares.get();
+        if self.stop.get() || (self.until_clean.get() && s.clean && proven) {
+            Next::Done
+        } else {
+            Next::Again
+        }
+    }
+}
+
+/// The digest of a disk with these bytes, straight from the definition in docs/digest.md.
+pub fn digest_of(disk: &[u8]) -> DiskDigest {
+    let mut level: Vec<[u8; 32]> = disk.chunks(65536).map(|c| blake3::hash(c).into()).collect();
+    while level.len() > 1 {
+        level = level.chunks(16).map(|c| blake3::hash(&c.concat()).into()).collect();
+    }
+    let all = [b"liveblk disk 1\n".to_vec(), (disk.len() as u64).to_le_bytes().to_vec(), level.concat()];
+    DiskDigest(blake3::hash(&all.concat()).into())
 }
