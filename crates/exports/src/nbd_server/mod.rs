@@ -226,7 +226,7 @@ async fn client(env: &Env, stream: Rc<dyn Stream>, exports: &Rc<Exports>, terms:
     let attendance = export.attend(stream.clone());
     // The client may begin as soon as it has this, so the export knows of it before.
     if stream.send(farewell).await.is_ok() {
-        session::serve(Session::new(export, agreed), &*stream, inbox).await;
+        session::serve(Session::new(env.clone(), export, agreed), &*stream, inbox).await;
     }
     drop(attendance);
 }

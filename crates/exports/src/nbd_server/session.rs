@@ -14,8 +14,8 @@ use super::request::{self, Outcome};
 use crate::export::Export;
 use block::Io;
 use bytes::Bytes;
-use env::Stream;
 use env::bugs::planted;
+use env::{Env, Stream};
 use futures_util::stream::{FuturesUnordered, Stream as _};
 use nbd::proto::{MAX_PAYLOAD, wire_error};
 use nbd::{Agreed, Cmd, Inbox, Mode, Outbox, ParseError, ReplyWriter, Request, RequestParser};
@@ -38,14 +38,18 @@ const RECEIVES_PER_TURN: usize = 4;
 
 /// What all requests of one client share.
 pub(super) struct Session {
+    env: Env,
     export: Rc<Export>,
     mode: Mode,
     contexts: Vec<u32>,
 }
 
 impl Session {
-    pub(super) fn new(export: Rc<Export>, agreed: Agreed) -> Rc<Session> {
-        Rc::new(Session { export, mode: agreed.mode, contexts: agreed.contexts })
+    pub(super) fn new(env: Env, export: Rc<Export>, agreed: Agreed) -> Rc<Session> {
+        Rc::new(Session { env, export, mode: agreed.mode, contexts: agreed.contexts })
+    }
+    pub(super) fn env(&self) -> &Env {
+        &self.env
     }
     pub(super) fn export(&self) -> &Rc<Export> {
         &self.export

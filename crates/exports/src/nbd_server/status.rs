@@ -4,8 +4,9 @@ use super::session::Session;
 use crate::export::Export;
 use bitmap::Bitmap;
 use block::{BlockError, Limits, Result, Span};
-use nbd::StatusExtent;
+use copy::digest::leaf_hash;
 use nbd::proto::{MAX_PAYLOAD, MAX_STATUS_EXTENTS, PREFERRED_BLOCK, state};
+use nbd::{StatusExtent, leaf};
 
 /// Id of `base:allocation`: always offered.
 const ALLOCATION: u32 = 0;
@@ -17,6 +18,7 @@ pub(super) fn contexts(export: &Export) -> Vec<String> {
         v.push("qemu:allocation-depth".to_owned());
     }
     v.extend(export.bitmaps().iter().map(|b| format!("qemu:dirty-bitmap:{}", b.name())));
+    v.push(leaf::CONTEXT.to_owned());
     v
 }
 
@@ -43,12 +45,43 @@ pub(super) async fn query(
     let export = s.export();
     let of_blocks = |id: &&u32| bitmap_index(export, **id).is_none();
     let blocks: Vec<u32> = contexts.iter().filter(of_blocks).copied().collect();
-    let mut lists = allocation(export, span, &blocks, limit).await?.into_iter();
+    let mut lists =
+        if blocks.is_empty() { Vec::new() } else { allocation(export, span, &blocks, limit).await? }
+            .into_iter();
+    let is_leaf = |id: &u32| bitmap_index(export, *id) == Some(export.bitmaps().len());
+    let mut hashes = match contexts.iter().any(is_leaf) {
+        true => leaves(s, span).await?,
+        false => Vec::new(),
+    };
     let list = |id: &u32| match bitmap_index(export, *id) {
+        Some(_) if is_leaf(id) => Some((*id, std::mem::take(&mut hashes))),
         Some(i) => Some((*id, dirty(&export.bitmaps().get(i)?.bits(), span, limit))),
         None => lists.next(),
     };
     Ok(contexts.iter().filter_map(list).collect())
+}
+
+/// The hashes of the leaves that `span` consists of, from its start.
+async fn leaves(s: &Session, span: Span) -> Result<Vec<StatusExtent>> {
+    let (at, _) = span.split_at(leaf::MOST * leaf::LEN);
+    if !leaf::is_whole(at, s.export().size()) {
+        return Err(BlockError::invalid(format!(
+            "hashes are told of whole leaves of {} bytes only",
+            leaf::LEN
+        )));
+    }
+    let data = s.export().edge().read(at).await?;
+    let mode = s.mode();
+    s.env()
+        .offload(move || {
+            let mut list = Vec::new();
+            for piece in at.pieces(leaf::LEN) {
+                let from = (piece.start - at.start) as usize;
+                leaf::encode(mode, piece.len, &leaf_hash(&data.slice(from, piece.len as usize)), &mut list);
+            }
+            list
+        })
+        .await
 }
 
 /// What is dirty in `span`, covering it from its start.
