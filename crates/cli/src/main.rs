@@ -14,6 +14,7 @@ mod pair;
 mod replicate;
 mod status;
 mod switchover;
+mod verify;
 mod watch;
 
 use clap::{Args, Parser, Subcommand};
@@ -35,6 +36,8 @@ enum Command {
     Mirror(mirror::MirrorArgs),
     /// Write an image anew: in another format, compressed, with other options
     Convert(convert::ConvertArgs),
+    /// Say whether two disks are equal, and where they differ
+    Verify(verify::VerifyArgs),
     /// Keep a copy of a disk on another host, at checkpoints; typed once on each side
     Replicate(replicate::ReplicateArgs),
     /// Let the secondary of a pair take over, at the last checkpoint
@@ -90,6 +93,7 @@ fn run(command: Command) -> Outcome {
     match command {
         Command::Mirror(args) => mirror::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Replicate(args) => replicate::run(&args),
         Command::Switchover(args) => switchover::run(&args),
         Command::Failover(args) => failover::run(&args),
@@ -98,13 +102,17 @@ fn run(command: Command) -> Outcome {
         Command::Complete(args) => {
             let mut client = Client::connect(&args.socket.socket)?;
             client.execute("job-complete", &serde_json::json!({"id": args.job}))?;
-            mirror::wait_for_end(&mut client, &args.job)
+            let proof = mirror::wait_for_end(&mut client, &args.job)?;
+            if !proof.is_empty() {
+                println!("{}", proof.trim_start());
+            }
+            Ok(())
         }
         Command::Cancel(args) => {
             let mut client = Client::connect(&args.job.socket.socket)?;
             let (job, force) = (&args.job.job, args.force);
             client.execute("block-job-cancel", &serde_json::json!({"device": job, "force": force}))?;
-            mirror::wait_for_end(&mut client, job)
+            mirror::wait_for_end(&mut client, job).map(drop)
         }
     }
 }

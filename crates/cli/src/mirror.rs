@@ -43,6 +43,16 @@ pub(crate) struct MirrorArgs {
     /// What to do when the client writes faster than the target takes it
     #[arg(long, value_enum, default_value = "none")]
     convergence: Convergence,
+    /// Read source and target again and compare them before the copy counts as one: a share of them, or all
+    #[arg(long, value_enum, default_value = "full")]
+    verify: Verify,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Verify {
+    Off,
+    Sampled,
+    Full,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -96,10 +106,10 @@ fn offline(args: &MirrorArgs) -> Outcome {
     make_target(args, &mut client, SOURCE, format)?;
     start(args, &mut client, SOURCE, TARGET)?;
     follow(&mut client, &args.job)?;
-    finish(&mut client, &args.job, Then::Copy)?;
+    let proof = finish(&mut client, &args.job, Then::Copy)?;
     client.execute("blockdev-del", &json!({"node-name": TARGET}))?;
     daemon.quit(&mut client)?;
-    println!("{} is a copy of {}", args.target, args.source);
+    println!("{} is a copy of {}{proof}", args.target, args.source);
     Ok(())
 }
 
@@ -120,10 +130,10 @@ fn live(args: &MirrorArgs, client: &mut Client) -> Outcome {
     start(args, client, &args.source, &target)?;
     follow(client, &args.job)?;
     let then = args.then.unwrap_or(Then::Stay);
-    finish(client, &args.job, then)?;
+    let proof = finish(client, &args.job, then)?;
     match then {
-        Then::Pivot => println!("clients of {} are now served from {}", args.source, args.target),
-        Then::Copy => println!("{} is a copy of {} at this instant", args.target, args.source),
+        Then::Pivot => println!("clients of {} are now served from {}{proof}", args.source, args.target),
+        Then::Copy => println!("{} is a copy of {} at this instant{proof}", args.target, args.source),
         Then::Stay => println!(
             "{} is in sync and stays so; next: liveblk complete {} (pivot) or liveblk cancel {} (keep the copy)",
             args.target, args.job, args.job
@@ -243,6 +253,9 @@ fn start(args: &MirrorArgs, client: &mut Client, source: &str, target: &str) -> 
         "job-id": args.job, "device": source, "target": target, "sync": "full", "copy-mode": name(args.copy_mode),
         "speed": args.speed, "auto-dismiss": false,
     });
+    if args.verify != Verify::Off {
+        job["verify"] = json!(name(args.verify));
+    }
     if !matches!(args.convergence, Convergence::None) {
         job["convergence"] = json!(name(args.convergence));
     }
@@ -276,25 +289,32 @@ fn follow(client: &mut Client, job: &str) -> Outcome {
     }
 }
 
-/// Ends a ready job as asked and waits for its end.
-fn finish(client: &mut Client, job: &str, then: Then) -> Outcome {
+/// Ends a ready job as asked and waits for its end. What is to be said of its proof.
+fn finish(client: &mut Client, job: &str, then: Then) -> Outcome<String> {
     match then {
-        Then::Stay => return Ok(()),
+        Then::Stay => return Ok(String::new()),
         Then::Pivot => client.execute("job-complete", &json!({"id": job}))?,
         Then::Copy => client.execute("block-job-cancel", &json!({"device": job}))?,
     };
     wait_for_end(client, job)
 }
 
-/// Waits until a job has ended, and dismisses it if it is kept. A job that was called off is no failure here.
-pub(crate) fn wait_for_end(client: &mut Client, job: &str) -> Outcome {
+/// What is to be said of an ended job's proof, behind what it did.
+pub(crate) fn proof(job: &Value) -> String {
+    let digest = job["verify"]["digest"].as_str();
+    digest.map_or_else(String::new, |d| format!("\nproven equal, digest {d}"))
+}
+
+/// Waits until a job has ended, and dismisses it if it is kept. A job that was called off is no failure here. What is to be said
+/// of its proof.
+pub(crate) fn wait_for_end(client: &mut Client, job: &str) -> Outcome<String> {
     loop {
         let all = jobs(client)?;
-        let Some(mine) = all.iter().find(|j| j["id"] == job) else { return Ok(()) };
+        let Some(mine) = all.iter().find(|j| j["id"] == job) else { return Ok(String::new()) };
         if mine["status"] == "concluded" {
             let error = mine.get("error").map(text).filter(|e| e != "Operation canceled");
             client.execute("job-dismiss", &json!({"id": job}))?;
-            return error.map_or(Ok(()), |e| {
+            return error.map_or(Ok(proof(mine)), |e| {
                 Err(format!("the job failed at its end: {e}\n  The source is still served."))
             });
         }

@@ -1,7 +1,7 @@
 //! Jobs as QMP shows them: events, `JobInfo`, `BlockJobInfo`.
 
 use crate::events::Events;
-use copy::{Action, Side};
+use copy::{Action, Coverage, Report, Side};
 use jobs::backup::Backup;
 use jobs::mirror::Mirror;
 use jobs::{Event, IoStatus, Job, Kind, Progress, Sink, State};
@@ -29,12 +29,20 @@ fn as_qmp(event: Event) -> Option<(&'static str, Value)> {
         Event::Cancelled { id, kind, progress, speed } => {
             ("BLOCK_JOB_CANCELLED", about(kind, id, progress, speed))
         }
-        Event::Completed { id, kind, progress, speed, error } => {
+        Event::Completed { id, kind, progress, speed, error, verified } => {
             let mut data = about(kind, id, progress, speed);
+            if let Some(report) = verified {
+                data["verify"] = verify(&report);
+            }
             if let Some(e) = error {
                 data["error"] = json!(e);
             }
             ("BLOCK_JOB_COMPLETED", data)
+        }
+        Event::Mismatch { id, found } => {
+            let (at, last) = (found.at, found.last.name());
+            let data = json!({"device": id, "offset": at.start, "length": at.len, "changed-last": last, "repair": found.repair});
+            ("BLOCK_JOB_MISMATCH", data)
         }
         Event::Image { id, node, filename, error } => {
             let mut data =
@@ -58,6 +66,32 @@ fn as_qmp(event: Event) -> Option<(&'static str, Value)> {
         }
         _ => return None,
     })
+}
+
+/// What a comparison has come to.
+fn verify(report: &Report) -> Value {
+    let mut out = Map::new();
+    match report.rules.coverage {
+        Coverage::Full => {
+            out.insert("mode".into(), json!("full"));
+        }
+        Coverage::Sampled { one_of, seed } => {
+            out.insert("mode".into(), json!("sampled"));
+            out.insert("share".into(), json!(100 / one_of));
+            out.insert("seed".into(), json!(seed.cast_signed()));
+        }
+    }
+    out.insert("repair".into(), json!(report.rules.repair));
+    out.insert("verified-bytes".into(), json!(report.verified));
+    out.insert("remaining-bytes".into(), json!(report.remaining));
+    out.insert("mismatches".into(), json!(report.mismatches));
+    out.insert("mismatched-bytes".into(), json!(report.mismatched));
+    out.insert("repaired".into(), json!(report.repaired));
+    out.insert("target-read".into(), json!(if report.by_hash { "hashes" } else { "bytes" }));
+    if let Some(digest) = report.digest {
+        out.insert("digest".into(), json!(digest.to_string()));
+    }
+    Value::Object(out)
 }
 
 /// One element of `query-jobs`.
@@ -112,6 +146,9 @@ fn more(job: &Rc<Job>, out: &mut Map<String, Value>) {
         && let Some(e) = job.error()
     {
         out.insert("error".into(), json!(e.message()));
+    }
+    if let Some(report) = job.verified() {
+        out.insert("verify".into(), verify(&report));
     }
     let Some(body) = job.body() else { return };
     if let Some(backup) = body.as_any().downcast_ref::<Backup>()

@@ -8,6 +8,8 @@
 //! What must stay true:
 //! * The target of a successful backup is the source as of the instant (or its parts that were asked for).
 //! * However the job ends, clients are back on the source, and the bitmap is as the table in [`crate::backup_bitmap`] says.
+//! * With verification, what was read of the source is recorded by its hash when it is copied, and all of the target is read and
+//!   compared with that before the job succeeds: the source has gone on meanwhile.
 //! * Clients are never held: neither at the end nor while the job is pending.
 //! * Two backups of one disk stack: each keeps its own instant.
 
@@ -20,13 +22,14 @@ use crate::mirror_args::Sync;
 use crate::registry::{Group, Registry};
 use block::{Io, Result};
 use copy::{
-    Control, Engine, KeepRules, Next, OnSaveError, OnWrite, PointInTime, Policy, Standing, Work, first,
+    Control, Engine, KeepRules, Next, OnSaveError, OnWrite, PointInTime, Policy, Proof, Report, Standing,
+    Work, first,
 };
 use drivers::filters::copy_before_write::CopyBeforeWrite;
 use drivers::filters::snapshot_access::SnapshotAccess;
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step};
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -161,6 +164,9 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
                 (from, to, work)
             }
         };
+        if let Some(rules) = args.verify.rules(graph.env()) {
+            work.set_proof(Rc::new(Proof::recording(len, rules)?));
+        }
         let bitmap = bitmap.map(|(bitmap, mode)| BitmapUse::new(&source, bitmap, mode)).transpose()?;
         node.set_keeper(Some(point.clone()));
         let instant = instant(&point, &work, sync, bitmap.as_ref());
@@ -265,6 +271,8 @@ async fn drain(
 /// All that is dirty is copied once.
 struct BackupPolicy {
     point: Rc<PointInTime>,
+    /// All is copied, and is compared with what was recorded of it.
+    proving: Cell<bool>,
     compressed: bool,
     discard_source: bool,
 }
@@ -280,8 +288,12 @@ impl Policy for BackupPolicy {
     fn discard_source(&self) -> bool {
         self.discard_source
     }
+    fn compares(&self) -> bool {
+        self.proving.get()
+    }
     fn pass_over(&self, standing: Standing) -> Next {
-        if standing.clean || self.point.lost().is_some() { Next::Done } else { Next::Again }
+        let done = standing.clean && (standing.proven || !self.proving.get());
+        if done || self.point.lost().is_some() { Next::Done } else { Next::Again }
     }
 }
 
@@ -305,17 +317,22 @@ impl Backup {
         }
         let policy = Rc::new(BackupPolicy {
             point: self.point.clone(),
+            proving: Cell::new(false),
             compressed: self.args.compress,
             discard_source: self.args.discard_source || self.is_buffered(),
         });
         let control: Rc<Job> = job.clone();
-        let mut engine = Engine::new(self.work.clone(), from, to, policy, control, WINDOW);
+        let mut engine = Engine::new(self.work.clone(), from, to, policy.clone(), control, WINDOW);
         engine.set_most(self.workers, self.chunk);
         engine.watch(self.filter.clone());
-        let copied = self.copy(&mut engine).await;
+        let mut copied = self.copy(&mut engine).await;
+        if copied.is_ok() && self.work.proof().is_some() {
+            policy.proving.set(true);
+            copied = self.copy(&mut engine).await;
+        }
         match self.point.lost() {
             Some(why) => Err(why),
-            None => copied,
+            None => copied.and_then(|()| self.work.proof().map_or(Ok(()), |p| p.verdict())),
         }
     }
 
@@ -396,16 +413,25 @@ impl Body for Backup {
             if let Some(bitmap) = &self.bitmap {
                 bitmap.end(success, &self.work);
             }
+            if let Some(proof) = self.work.proof().filter(|_| success) {
+                // a helper thread that ends early costs the digest; that the two are equal is known without it
+                let _ = proof.seal(self.graph.env()).await;
+            }
             self.graph.settle().await;
         })
     }
 
     fn progress(&self) -> Progress {
-        let current = self.work.done();
+        let (passed, left) = self.work.proof().map_or((0, 0), |p| (p.passed(), p.fresh_bytes()));
+        let current = self.work.done() + passed;
         if self.sync == Sync::None {
             return Progress { total: self.work.len(), current };
         }
-        Progress { total: current + self.work.remaining(), current }
+        Progress { total: current + self.work.remaining() + left, current }
+    }
+
+    fn verified(&self) -> Option<Report> {
+        self.work.proof().map(|p| p.report())
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -2,6 +2,7 @@
 
 use crate::job::Options;
 use crate::mirror_args::Sync;
+use crate::verify_args::{Verify, VerifyMode};
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
 use copy::{OnError, OnSaveError, cluster_size};
@@ -82,6 +83,8 @@ pub struct BackupArgs {
     pub auto_finalize: bool,
     /// See [`Options`].
     pub auto_dismiss: bool,
+    /// How it is proven that the target holds what the source held at the instant.
+    pub verify: Verify,
     /// A node that old bytes go to first, so that a slow target does not slow the client.
     pub buffer: Option<String>,
     /// When that is full.
@@ -124,6 +127,7 @@ impl BackupArgs {
             min_cluster_size: 0,
             auto_finalize: true,
             auto_dismiss: true,
+            verify: Verify::default(),
             buffer: None,
             on_buffer_full: OnBufferFull::Wait,
             buffer_size: 0,
@@ -157,6 +161,10 @@ impl BackupArgs {
         if self.compress && !can_compress(&target) {
             // the name that QSD ends this sentence with is that of a guest device, which is never there
             return Err(BlockError::invalid("Compression is not supported for this drive "));
+        }
+        self.verify.check()?;
+        if self.sync == Sync::None && self.verify.mode != VerifyMode::Off {
+            return Err(BlockError::invalid("sync mode 'none' copies nothing that could be verified"));
         }
         source.check_not_blocked()?;
         target.check_not_blocked()?;

@@ -337,11 +337,19 @@ pub(crate) struct ChainPolicy {
     pub(crate) left_out: RefCell<Option<BlockError>>,
     /// The job is over.
     pub(crate) over: Cell<bool>,
+    /// All is copied, and is compared.
+    pub(crate) proving: Cell<bool>,
 }
 
 impl ChainPolicy {
     pub(crate) fn new(base: Option<Rc<NodeCell>>, up: bool) -> Rc<ChainPolicy> {
-        Rc::new(ChainPolicy { base, up, left_out: RefCell::new(None), over: Cell::new(false) })
+        Rc::new(ChainPolicy {
+            base,
+            up,
+            left_out: RefCell::new(None),
+            over: Cell::new(false),
+            proving: Cell::new(false),
+        })
     }
 }
 
@@ -376,7 +384,11 @@ impl Policy for ChainPolicy {
         self.up
     }
 
+    fn compares(&self) -> bool {
+        self.proving.get()
+    }
+
     fn pass_over(&self, standing: Standing) -> Next {
-        if standing.clean { Next::Done } else { Next::Again }
+        if standing.clean && (standing.proven || !self.proving.get()) { Next::Done } else { Next::Again }
     }
 }

@@ -9,6 +9,7 @@
 //! * What the overlay shows never changes: the base is written only where an image above hides it.
 //! * The header names the base only when the base durably holds everything; the graph follows the header. Where the header
 //!   cannot be written both stay as they were, and the job fails.
+//! * With verification all that the top image shows is read from the base alone and compared, before any header is touched.
 //! * The base is read-only again in the end, whatever happened, if it was before.
 
 use crate::JobError;
@@ -20,7 +21,7 @@ use crate::leavers::Leavers;
 use crate::mirror;
 use crate::registry::Registry;
 use block::{Io, Result, Span};
-use copy::{Engine, Work, first};
+use copy::{Engine, Proof, Report, Work, first};
 use drivers::filters::commit_top::CommitTop;
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step, walk};
 use std::any::Any;
@@ -134,6 +135,9 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
             except: stay,
         });
         let work = Work::new(graph.env().clone(), top.node().len(), chain::granularity(&between))?;
+        if let Some(rules) = args.verify.rules(graph.env()) {
+            work.set_proof(Rc::new(Proof::new(work.len(), rules)?));
+        }
         graph.apply(plan).await?;
         Ok((edges, Copying { source, target }, work))
     };
@@ -188,6 +192,15 @@ impl Commit {
             engine.zero_target(tail).await?;
         }
         engine.flush_target().await?;
+        if let Some(proof) = self.work.proof() {
+            // what the top image shows is what the base shows now: nobody writes either
+            self.policy.proving.set(true);
+            engine.run().await?;
+            proof.verdict()?;
+            if proof.report().repaired > 0 {
+                engine.flush_target().await?;
+            }
+        }
         Ok(())
     }
 
@@ -240,6 +253,10 @@ impl Body for Commit {
                 let _ = self.graph.apply(Plan::new().then(back)).await;
             }
             self.copying.take();
+            if let Some(proof) = self.work.proof().filter(|_| success) {
+                // a helper thread that ends early costs the digest; that the two are equal is known without it
+                let _ = proof.seal(self.graph.env()).await;
+            }
             self.turned.back(&self.graph).await;
             let leavers = self.leavers.take().filter(|_| success);
             if leavers.is_some() {
@@ -262,7 +279,12 @@ impl Body for Commit {
     }
 
     fn progress(&self) -> Progress {
-        Progress { total: self.work.len(), current: self.work.passed() }
+        let (passed, left) = self.work.proof().map_or((0, 0), |p| (p.passed(), p.fresh_bytes()));
+        Progress { total: self.work.len() + passed + left, current: self.work.passed() + passed }
+    }
+
+    fn verified(&self) -> Option<Report> {
+        self.work.proof().map(|p| p.report())
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -4,6 +4,7 @@ use crate::JobError;
 use crate::chain;
 use crate::job::Options;
 use crate::mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
+use crate::verify_args::Verify;
 use block::{BlockError, Result};
 use copy::OnError;
 use graph::{Graph, NodeCell, walk};
@@ -56,6 +57,8 @@ pub struct CommitArgs {
     pub auto_finalize: bool,
     /// See [`Options`].
     pub auto_dismiss: bool,
+    /// How it is proven that the base holds what the images above it showed.
+    pub verify: Verify,
 }
 
 impl CommitArgs {
@@ -79,6 +82,7 @@ impl CommitArgs {
             filter_node_name: None,
             auto_finalize: true,
             auto_dismiss: true,
+            verify: Verify::default(),
         }
     }
 
@@ -110,6 +114,7 @@ impl CommitArgs {
             return Err(JobError::refused("Need a root block node"));
         }
         device.check_not_blocked()?;
+        self.verify.check()?;
         let active = walk::skip_filters(&device);
         let top = match self.top.find(graph, "top", &device, true).await? {
             Some(top) if walk::contains(&device, &top) => top,
@@ -155,6 +160,7 @@ impl CommitArgs {
             auto_dismiss: self.auto_dismiss,
             convergence: self.convergence,
             converge_after: self.converge_after,
+            verify: self.verify,
             ..MirrorArgs::new(&self.job_id, &self.device, base.name())
         }
     }

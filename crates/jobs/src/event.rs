@@ -1,7 +1,7 @@
 //! What jobs tell the world. `control` makes QMP events of it.
 
 use crate::state::State;
-use copy::{Action, Side};
+use copy::{Action, Mismatch, Report, Side};
 
 /// What a job does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,6 +19,8 @@ pub enum Kind {
     Create,
     /// `x-blockdev-amend`.
     Amend,
+    /// `block-verify`.
+    Verify,
 }
 
 impl Kind {
@@ -31,6 +33,7 @@ impl Kind {
             Kind::Backup => "backup",
             Kind::Create => "create",
             Kind::Amend => "amend",
+            Kind::Verify => "verify",
         }
     }
 
@@ -96,6 +99,15 @@ pub enum Event {
         speed: u64,
         /// What failed, if it failed.
         error: Option<String>,
+        /// What the comparison of source and target came to, if one was asked for.
+        verified: Option<Report>,
+    },
+    /// BLOCK_JOB_MISMATCH: source and target were found to differ.
+    Mismatch {
+        /// Job id.
+        id: String,
+        /// Where, and what is done about it.
+        found: Mismatch,
     },
     /// BLOCK_JOB_CANCELLED.
     Cancelled {

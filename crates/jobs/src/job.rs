@@ -9,7 +9,7 @@ use crate::event::{Event, Kind, Progress};
 use crate::registry::{Group, Shared};
 use crate::state::{State, Verb};
 use block::{BlockError, Io, Result};
-use copy::{Action, Control, OnError, Side};
+use copy::{Action, Control, Mismatch, OnError, Report, Side};
 use env::sync::Notify;
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -65,6 +65,10 @@ pub trait Body {
     fn soft_cancel(&self) -> bool {
         false
     }
+    /// What the comparison of source and target has come to, if one was asked for.
+    fn verified(&self) -> Option<Report> {
+        None
+    }
     /// For queries and `change`.
     fn as_any(&self) -> &dyn Any;
 }
@@ -118,6 +122,7 @@ pub struct Job {
     error: RefCell<Option<BlockError>>,
     changed: Notify,
     last_progress: Cell<Progress>,
+    last_verified: Cell<Option<Report>>,
     /// What a concluded job still holds.
     kept: RefCell<Option<Box<dyn Any>>>,
 }
@@ -149,6 +154,7 @@ impl Job {
             error: RefCell::new(None),
             changed: Notify::new(),
             last_progress: Cell::default(),
+            last_verified: Cell::new(None),
             kept: RefCell::new(None),
         })
     }
@@ -201,6 +207,11 @@ impl Job {
     pub(crate) fn set_over(&self) {
         self.over.set(true);
     }
+    /// What the comparison of source and target has come to, if one was asked for; also once the job is over.
+    pub fn verified(&self) -> Option<Report> {
+        let body = self.body.borrow().clone();
+        body.map_or(self.last_verified.get(), |b| b.verified())
+    }
     /// What this kind of job does; gone once it is over.
     pub fn body(&self) -> Option<Rc<dyn Body>> {
         self.body.borrow().clone()
@@ -248,6 +259,8 @@ impl Job {
     pub(crate) fn conclude(self: &Rc<Job>) {
         let progress = self.progress();
         self.last_progress.set(progress);
+        let verified = self.verified();
+        self.last_verified.set(verified);
         self.io_status.set(IoStatus::Ok);
         self.user_paused.set(false);
         let body = self.body.take();
@@ -260,7 +273,7 @@ impl Job {
             self.shared.tell(if self.cancelled.get() {
                 Event::Cancelled { id, kind, progress, speed }
             } else {
-                Event::Completed { id, kind, progress, speed, error }
+                Event::Completed { id, kind, progress, speed, error, verified }
             });
         }
         drop(body);
@@ -426,6 +439,10 @@ impl Control for Job {
             self.changed.notify_all();
         }
         action
+    }
+
+    fn mismatch(&self, found: &Mismatch) {
+        self.shared.tell(Event::Mismatch { id: self.id.clone(), found: *found });
     }
 
     fn changed(&self) -> &Notify {

@@ -2,7 +2,8 @@
 //!
 //! Phases: *preparing* (the filter is in, all writes are marked dirty, what is to be copied is found out, the target is
 //! zeroed where that is cheap), *copying* (until clean once, then the target is flushed: READY), *following* (until told
-//! to complete or cancel), *finishing* (the client's requests are held, the rest is copied and flushed), and the end.
+//! to complete or cancel), *finishing* (the client's requests are held, the rest is copied, compared and flushed), and the end.
+//! With verification there is one more before READY: *proving* (all is compared once, while clients write).
 //!
 //! What must stay true:
 //! * READY is told once, when nothing was dirty or in flight and the target was flushed.
@@ -26,7 +27,7 @@ use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
 use crate::registry::Registry;
 use block::{BlockError, ErrorKind, Io, Result, Span};
 use copy::bugs::{Bug, planted};
-use copy::{Control, CopyTap, Engine, Outlook, Work, first};
+use copy::{Control, CopyTap, Engine, Outlook, Proof, Report, Work, first};
 use drivers::filters::mirror_top::{MirrorTop, Purpose};
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Quiesced, Role, Step};
 use std::any::Any;
@@ -34,12 +35,16 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// What a target below its source is asked for: it becomes its parents' disk without another change.
 const WRITING_BELOW: Demand = Demand {
     needs: Perms::WRITE,
     shares: Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED),
 };
+
+/// The longest that completion waits for what was written while it was pending to be compared.
+const PENDING_PROOF: Duration = Duration::from_secs(5);
 
 /// A running mirror.
 pub struct Mirror {
@@ -159,6 +164,9 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
     let main = graph.attach_exact(&filter, "main node", Role::Root, parent(), reading).await?;
 
     let work = Work::new(graph.env().clone(), source.node().len(), granularity)?;
+    if let Some(rules) = args.verify.rules(graph.env()) {
+        work.set_proof(Rc::new(Proof::new(work.len(), rules)?));
+    }
     let policy = Rc::new(MirrorPolicy::new(
         graph.env().clone(),
         work.clone(),
@@ -339,10 +347,12 @@ impl Mirror {
                 break;
             }
         }
+        self.prove(job, &mut engine).await?;
         job.set_ready();
         self.policy.enter(Phase::Following);
         loop {
             engine.run().await?;
+            self.verdict()?;
             if self.finish_copy(job, &mut engine).await? {
                 return Ok(());
             }
@@ -355,7 +365,47 @@ impl Mirror {
         }
     }
 
-    /// Holds the client, copies and flushes the rest. Whether source and target are equal now.
+    /// Compares all of the two once, where that is asked for, while what clients write goes on being copied.
+    async fn prove(&self, job: &Job, engine: &mut Engine) -> Result<()> {
+        if self.work.proof().is_none() {
+            return Ok(());
+        }
+        self.policy.enter(Phase::Proving);
+        loop {
+            engine.run().await?;
+            self.verdict()?;
+            engine.flush_target().await?;
+            if !job.pause_wanted() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Fails if source and target were found to differ and that was not repaired.
+    fn verdict(&self) -> Result<()> {
+        self.work.proof().map_or(Ok(()), |p| p.verdict())
+    }
+
+    /// Compares what was written by somebody who attached while the job was pending and clients were held.
+    async fn prove_rest(&self) -> Result<()> {
+        let Some(proof) = self.work.proof().filter(|p| !p.is_settled()) else { return Ok(()) };
+        let hold = self.hold.borrow().as_ref().map(|h| (h.source.clone(), h.target.clone()));
+        let (Some((source, target)), Some(job)) = (hold, self.policy.job()) else { return Ok(()) };
+        let mut engine =
+            Engine::new(self.work.clone(), source, target, self.policy.clone(), job, self.buffer);
+        engine.set_leave_on_pause(true);
+        let compared = self.graph.env().timeout(PENDING_PROOF, engine.run()).await;
+        drop(engine);
+        compared.unwrap_or(Ok(()))?;
+        self.verdict()?;
+        if !proof.is_settled() {
+            let why = "source and target were still being written when they were compared for the last time";
+            return Err(BlockError::new(ErrorKind::Io, why));
+        }
+        Ok(())
+    }
+
+    /// Holds the client, copies, compares and flushes the rest. Whether source and target are equal now.
     async fn finish_copy(&self, job: &Job, engine: &mut Engine) -> Result<bool> {
         if !planted(Bug::NoDrain) {
             let main = self.hold.borrow().as_ref().map(|h| h.main.clone());
@@ -365,7 +415,10 @@ impl Mirror {
         self.policy.enter(Phase::Finishing);
         engine.set_leave_on_pause(true);
         engine.run().await?;
-        if !self.work.in_sync() && !planted(Bug::NoDrain) {
+        self.verdict()?;
+        let proven = self.work.proof().is_none_or(|p| p.is_settled()) || planted(Bug::UnprovenEnd);
+        let equal = self.work.in_sync() && proven;
+        if !equal && !planted(Bug::NoDrain) {
             return Ok(false);
         }
         if !engine.flush_target().await? || job.pause_wanted() {
@@ -442,6 +495,7 @@ impl Body for Mirror {
                 // somebody attached while the client was held, wrote, and the target failed
                 return Err(BlockError::new(ErrorKind::Io, "the target failed while the job was pending"));
             }
+            self.prove_rest().await?;
             let mut plan = self.plan_pivot().then(self.made.step());
             plan.steps.extend(self.below.as_ref().map(Turned::staying));
             if self.args.source_below {
@@ -468,6 +522,10 @@ impl Body for Mirror {
                 self.work.settled().await;
             }
             self.bitmap.iter().for_each(|b| b.end(success, &self.work));
+            if let Some(proof) = self.work.proof().filter(|_| success) {
+                // a helper thread that ends early costs the digest; that the two are equal is known without it
+                let _ = proof.seal(self.graph.env()).await;
+            }
             self.hold.take();
             self.graph.settle().await;
             let pivoted = success && self.policy.wish() == Wish::Pivot;
@@ -489,8 +547,13 @@ impl Body for Mirror {
     }
 
     fn progress(&self) -> Progress {
-        let current = self.work.done();
-        Progress { total: current + self.work.remaining(), current }
+        let (passed, left) = self.work.proof().map_or((0, 0), |p| (p.passed(), p.fresh_bytes()));
+        let current = self.work.done() + passed;
+        Progress { total: current + self.work.remaining() + left, current }
+    }
+
+    fn verified(&self) -> Option<Report> {
+        self.work.proof().map(|p| p.report())
     }
 
     fn complete(&self, _: &Job) -> Result<()> {

@@ -3,6 +3,7 @@
 use crate::backup_args::BitmapMode;
 use crate::chain::{self, find_device};
 use crate::job::Options;
+use crate::verify_args::Verify;
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
 use copy::OnError;
@@ -111,6 +112,8 @@ pub struct MirrorArgs {
     pub bitmap: Option<String>,
     /// What becomes of it at the end.
     pub bitmap_mode: Option<BitmapMode>,
+    /// How it is proven that the target equals the source.
+    pub verify: Verify,
 }
 
 impl MirrorArgs {
@@ -137,6 +140,7 @@ impl MirrorArgs {
             converge_after: Duration::from_secs(30),
             bitmap: None,
             bitmap_mode: None,
+            verify: Verify::default(),
         }
     }
 
@@ -157,6 +161,7 @@ impl MirrorArgs {
         let source = find_device(graph, &self.device)?;
         let target = find_device(graph, &self.target)?;
         let bitmap = self.check_bitmap(&source)?;
+        self.verify.check()?;
         if self.granularity != 0 && !(512..=MAX_GRANULARITY).contains(&self.granularity) {
             return Err(BlockError::invalid("Parameter 'granularity' expects a value in range [512B, 64MB]"));
         }
@@ -244,6 +249,7 @@ impl MirrorArgs {
         if let Some(name) = &self.filter_node_name {
             graph.check_name(name)?;
         }
+        self.verify.check()?;
         let closed = chain::closed_to_writing(&target)?;
         let granularity = default_granularity(&target).await;
         let buffer = u64::try_from(self.buf_size).unwrap_or(0).max(1);

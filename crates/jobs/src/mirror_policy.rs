@@ -3,7 +3,9 @@
 use crate::chain;
 use crate::job::Job;
 use crate::mirror_args::{Convergence, CopyMode};
+use crate::proving::{PATIENCE, Rest};
 use block::{Extent, Io, Kind, Span};
+use copy::bugs::{Bug, planted};
 use copy::{Fate, Next, Obstacle, OnWrite, Policy, Standing, Work};
 use env::Env;
 use graph::{Edge, NodeCell};
@@ -14,8 +16,6 @@ use std::time::Duration;
 /// Bytes left at which the client is held for completion although some are still dirty: what a window holds, so a pause
 /// of milliseconds.
 const HOLD_AT: u64 = 1 << 20;
-/// How long completion waits for that before it holds the client anyway: `complete` is an order, and must end.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// Share of the copy rate that the throttling policy leaves to the client.
 const GUEST_SHARE: f64 = 0.5;
 
@@ -24,6 +24,7 @@ const GUEST_SHARE: f64 = 0.5;
 pub(crate) enum Phase {
     Preparing,
     Copying,
+    Proving,
     Following,
     Finishing,
     Over,
@@ -45,6 +46,8 @@ pub(crate) struct MirrorPolicy {
     mode: Cell<CopyMode>,
     wish: Cell<Wish>,
     asked_at: Cell<Duration>,
+    /// What is left to be compared by then.
+    rest: Rest,
     convergence: Convergence,
     converge_after: Duration,
     started: Duration,
@@ -64,6 +67,7 @@ impl MirrorPolicy {
         job: &Rc<Job>,
     ) -> MirrorPolicy {
         let started = env.now();
+        let rest = Rest::new(env.clone(), work.clone());
         MirrorPolicy {
             env,
             work,
@@ -71,6 +75,7 @@ impl MirrorPolicy {
             mode: Cell::new(mode),
             wish: Cell::new(Wish::Follow),
             asked_at: Cell::new(Duration::ZERO),
+            rest,
             convergence,
             converge_after,
             started,
@@ -104,7 +109,13 @@ impl MirrorPolicy {
         if self.wish.get() == Wish::Follow {
             self.wish.set(wish);
             self.asked_at.set(self.env.now());
+            self.rest.begin();
         }
+    }
+
+    /// The job whose policy this is.
+    pub(crate) fn job(&self) -> Option<Rc<Job>> {
+        self.job.upgrade()
     }
 
     /// What the user chose to have done when the copy does not get there by itself.
@@ -146,7 +157,7 @@ impl Policy for MirrorPolicy {
 
     fn copy_reads(&self) -> bool {
         self.mode.get() == CopyMode::ReadWriteBlocking
-            && matches!(self.phase.get(), Phase::Copying | Phase::Following)
+            && matches!(self.phase.get(), Phase::Copying | Phase::Proving | Phase::Following)
     }
 
     fn look<'a>(&'a self, source: &'a Edge, at: Span) -> Option<Io<'a, Vec<Extent>>> {
@@ -163,14 +174,29 @@ impl Policy for MirrorPolicy {
         }
     }
 
+    fn compares(&self) -> bool {
+        match self.phase.get() {
+            Phase::Proving | Phase::Finishing => true,
+            Phase::Following => self.wish.get() != Wish::Follow,
+            Phase::Preparing | Phase::Copying | Phase::Over => false,
+        }
+    }
+
     fn pass_over(&self, s: Standing) -> Next {
         self.converge();
+        let proof = self.work.proof();
+        let failed = proof.as_ref().is_some_and(|p| p.has_failed());
         let done = match self.phase.get() {
-            Phase::Copying | Phase::Finishing => s.clean,
+            Phase::Copying => s.clean,
+            // all differences are named before the job fails for them
+            Phase::Proving => s.clean && proof.is_none_or(|p| p.fresh_bytes() == 0 && p.checks() == 0),
+            Phase::Finishing => failed || (s.clean && (s.proven || planted(Bug::UnprovenEnd))),
+            Phase::Following if failed => true,
             Phase::Following => {
                 let asked = self.wish.get() != Wish::Follow;
                 let near = s.dirty + s.copying <= HOLD_AT;
-                asked && (near || self.env.now().saturating_sub(self.asked_at.get()) > PATIENCE)
+                let patient = self.env.now().saturating_sub(self.asked_at.get()) <= PATIENCE;
+                asked && self.rest.is_short(s.stale) && (near || !patient)
             }
             Phase::Preparing | Phase::Over => true,
         };

@@ -124,7 +124,8 @@ pub(crate) fn run(_args: &[String]) -> Outcome {
     shell::run(&mut shell::kill(stage.running[0].1.id()))?;
     stage.end_of("liveblkd")?;
 
-    say("the proof: QEMU's own tools look at both images");
+    say("the proof: both images are read again and compared, and QEMU's own tools look at them");
+    shell::run(Command::new(bin.join("liveblk")).args(["verify", &source, &target]))?;
     for image in [&source, &target] {
         shell::run(Command::new("qemu-img").args(["check", "-q", "-f", "qcow2", image]))?;
     }

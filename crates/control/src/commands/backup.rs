@@ -2,6 +2,7 @@
 
 use super::mirror::{ErrorPolicy, SyncMode};
 use super::transaction::{Act, Read, carry_out};
+use super::verify::Verify;
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::blockdev_backup::min_cluster_size;
@@ -79,6 +80,8 @@ pub(super) struct Common {
     filter_node_name: Option<String>,
     discard_source: Option<bool>,
     x_perf: Option<Perf>,
+    #[serde(flatten)]
+    verify: Verify,
 }
 
 impl Common {
@@ -106,13 +109,14 @@ impl Common {
             max_workers: perf.max_workers.unwrap_or(default.max_workers),
             max_chunk: perf.max_chunk.unwrap_or(default.max_chunk),
             min_cluster_size: min_cluster_size(perf.min_cluster_size)?,
+            verify: self.verify.into(),
             ..default
         })
     }
 }
 
-/// Copies a disk as of now to another while clients write. `on-cbw-error`, `buffer`, `on-buffer-full` and `buffer-size` are
-/// not in QSD 10.0.2.
+/// Copies a disk as of now to another while clients write. `on-cbw-error`, `buffer`, `on-buffer-full`, `buffer-size` and `verify*`
+/// are not in QSD 10.0.2.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct BlockdevBackup {

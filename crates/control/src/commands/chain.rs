@@ -2,6 +2,7 @@
 //! of the one below it.
 
 use super::mirror::{ConvergencePolicy, ErrorPolicy, Mode};
+use super::verify::Verify;
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::Reply;
@@ -16,7 +17,7 @@ pub(super) const COMMANDS: &[Entry] =
     &[entry::<BlockCommit>(), entry::<BlockStream>(), entry::<ChangeBackingFile>()];
 
 /// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error`,
-/// `buf-size`, `delete-images`, `copy-mode`, `convergence` and `converge-after` are not in QSD.
+/// `buf-size`, `delete-images`, `copy-mode`, `convergence`, `converge-after` and `verify*` are not in QSD.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockCommit {
@@ -40,6 +41,8 @@ struct BlockCommit {
     filter_node_name: Option<String>,
     auto_finalize: Option<bool>,
     auto_dismiss: Option<bool>,
+    #[serde(flatten)]
+    verify: Verify,
 }
 
 impl Command for BlockCommit {
@@ -65,6 +68,7 @@ impl Command for BlockCommit {
             filter_node_name: self.filter_node_name,
             auto_finalize: self.auto_finalize.unwrap_or(true),
             auto_dismiss: self.auto_dismiss.unwrap_or(true),
+            verify: self.verify.into(),
             ..default
         };
         commit::start(daemon.jobs(), daemon.graph(), args).await?;

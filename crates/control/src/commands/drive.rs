@@ -3,6 +3,7 @@
 use super::backup::Common;
 use super::mirror::{ErrorPolicy, Mode, SyncMode};
 use super::transaction::{Act, Read, carry_out};
+use super::verify::Verify;
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::Reply;
@@ -42,6 +43,8 @@ struct DriveMirror {
     copy_mode: Option<Mode>,
     auto_finalize: Option<bool>,
     auto_dismiss: Option<bool>,
+    #[serde(flatten)]
+    verify: Verify,
 }
 
 impl Command for DriveMirror {
@@ -59,6 +62,7 @@ impl Command for DriveMirror {
             copy_mode: self.copy_mode.map_or(default.copy_mode, Into::into),
             auto_finalize: self.auto_finalize.unwrap_or(default.auto_finalize),
             auto_dismiss: self.auto_dismiss.unwrap_or(default.auto_dismiss),
+            verify: self.verify.into(),
             ..default
         };
         let target = Target {

@@ -1,6 +1,7 @@
 //! `blockdev-mirror` and what can be changed of a running one.
 
 use super::backup::BitmapSyncMode;
+use super::verify::Verify;
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
@@ -93,7 +94,7 @@ impl From<ConvergencePolicy> for Convergence {
 }
 
 /// Copies a disk to a target while clients write to it. `bitmap`, `bitmap-mode`, `convergence`, `converge-after`,
-/// `target-is-zero` and the copy mode `read-write-blocking` are not in QSD 10.0.2.
+/// `target-is-zero`, `verify*` and the copy mode `read-write-blocking` are not in QSD 10.0.2.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockdevMirror {
@@ -116,6 +117,8 @@ struct BlockdevMirror {
     converge_after: Option<u32>,
     bitmap: Option<String>,
     bitmap_mode: Option<BitmapSyncMode>,
+    #[serde(flatten)]
+    verify: Verify,
 }
 
 impl Command for BlockdevMirror {
@@ -142,6 +145,7 @@ impl Command for BlockdevMirror {
                 .map_or(default.converge_after, |s| Duration::from_secs(u64::from(s))),
             bitmap: self.bitmap,
             bitmap_mode: self.bitmap_mode.map(BitmapMode::from),
+            verify: self.verify.into(),
             ..default
         };
         mirror::start(daemon.jobs(), daemon.graph(), args).await?;

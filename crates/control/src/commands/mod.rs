@@ -22,6 +22,7 @@ mod replication;
 mod snapshot;
 mod state;
 mod transaction;
+mod verify;
 
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
@@ -83,6 +84,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     snapshot::COMMANDS,
     state::COMMANDS,
     transaction::COMMANDS,
+    verify::COMMANDS,
 ];
 
 /// Every event that may be emitted.
@@ -93,6 +95,7 @@ pub(crate) const EVENTS: &[&str] = &[
     "BLOCK_JOB_COMPLETED",
     "BLOCK_JOB_ERROR",
     "BLOCK_JOB_IMAGE_DELETED",
+    "BLOCK_JOB_MISMATCH",
     "BLOCK_JOB_PENDING",
     "BLOCK_JOB_READY",
     "BLOCK_WRITE_THRESHOLD",
