@@ -360,7 +360,10 @@ impl Core {
         if !self.writable.get() {
             return Err(BlockError::invalid("Image is read-only"));
         }
-        self.header.borrow().check_room_for_bitmaps().map_err(|e| e.context("No room in the image's header"))?;
+        self.header
+            .borrow()
+            .check_room_for_bitmaps()
+            .map_err(|e| e.context("No room in the image's header"))?;
         if name.len() > MAX_NAME {
             return Err(BlockError::invalid(format!("Name length exceeds maximum ({MAX_NAME} characters)")));
         }

@@ -336,7 +336,11 @@ impl Header {
     /// Fails if a bitmap directory could not be named beside everything else: found out before there is something to store.
     pub(crate) fn check_room_for_bitmaps(&self) -> Result<()> {
         let mut with = self.clone();
-        with.set_bitmaps(Some(BitmapDirectory { count: 1, len: 8, at: HostOffset(self.geometry.cluster_size()) }));
+        with.set_bitmaps(Some(BitmapDirectory {
+            count: 1,
+            len: 8,
+            at: HostOffset(self.geometry.cluster_size()),
+        }));
         if with.encode().is_ok() {
             return Ok(());
         }

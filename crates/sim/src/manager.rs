@@ -46,6 +46,10 @@ pub struct JobSeen {
     pub ready: bool,
     /// BLOCK_JOB_COMPLETED was seen, with its `error` if it had one.
     pub completed: Option<Option<String>>,
+    /// The digest in it.
+    pub digest: Option<String>,
+    /// BLOCK_JOB_MISMATCH events.
+    pub mismatches: u64,
     /// BLOCK_JOB_CANCELLED was seen.
     pub cancelled: bool,
     /// BLOCK_JOB_PENDING was seen.
@@ -261,6 +265,7 @@ impl State {
             }
             "BLOCK_JOB_PENDING" => jobs.entry(id("id")).or_default().pending = true,
             "BLOCK_JOB_ERROR" => jobs.entry(id("device")).or_default().errors += 1,
+            "BLOCK_JOB_MISMATCH" => jobs.entry(id("device")).or_default().mismatches += 1,
             "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" => {
                 let id = id("device");
                 let job = jobs.entry(id.clone()).or_default();
@@ -271,6 +276,7 @@ impl State {
                     job.cancelled = true;
                 } else {
                     job.completed = Some(data["error"].as_str().map(str::to_owned));
+                    job.digest = data["verify"]["digest"].as_str().map(str::to_owned);
                 }
                 job.ended_at = self.history.tick();
             }

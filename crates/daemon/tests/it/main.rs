@@ -16,5 +16,6 @@ mod snapshots;
 mod state;
 mod tls;
 mod vast;
+mod verify;
 mod vhost;
 mod wire;

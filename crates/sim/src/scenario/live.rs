@@ -16,7 +16,8 @@ use crate::{
     Disk, Fault, Guest, Habits, JobSeen, Manager, NbdDisk, NetProfile, Op, Process, Profile, Refusal, Rng,
     Rule, Value, World, read_all, values_of,
 };
-use block::{BlockError, SECTOR, Span};
+use block::{BlockError, Data, SECTOR, Span};
+use copy::digest::{Leaves, unit_for, unit_hash};
 use env::Env;
 use nbd::Mode;
 use serde_json::json;
@@ -519,6 +520,9 @@ impl Run {
             }
             None => self.world.count("cancelled", 1),
         }
+        if seen.mismatches > 0 {
+            self.bad("source and target were said to differ, which they never did");
+        }
         if seen.cancelled && self.plan.end != End::HardCancel {
             self.bad("the job was cancelled, but nobody asked for that");
         }
@@ -634,6 +638,12 @@ impl Run {
                 if how == Crash::Kill && !store.holds_metadata() { Crash::KillWriteThrough } else { how };
             self.world.verdict().check(&format!("{name} at rest"), self.history.crash_peek(&found, how));
         }
+        if let (true, Ended::Job(seen)) = (completed, &ended) {
+            self.check_proof(
+                seen,
+                if pivoted { ("source", self.plan.source) } else { ("target", self.plan.target) },
+            );
+        }
         if completed && self.plan.end == End::SoftCancel && self.plan.sync != "none" {
             self.check_instant(&ended).await;
         }
@@ -644,6 +654,27 @@ impl Run {
                 let result = self.history.crash(&found, Crash::PowerLoss);
                 self.world.verdict().check(&format!("{name} after power loss"), result);
             }
+        }
+    }
+
+    /// A job with full verification tells the digest of the instant at which the two were equal: of what nobody wrote after it.
+    fn check_proof(&self, seen: &JobSeen, (name, store): (&str, Store)) {
+        if self.plan.verify.is_none_or(|v| v.0 != "full") {
+            return;
+        }
+        let Some(told) = &seen.digest else {
+            return self.bad("the job completed with full verification, but without a digest");
+        };
+        let image = self.world.host().image(&format!("/{name}.img")).filter(|_| !store.holds_metadata());
+        let Some(image) = image else { return };
+        self.world.count("digests checked", 1);
+        let len = self.plan.bytes();
+        let (unit, mut leaves) = (unit_for(len), Leaves::new(len));
+        for at in Span::new(0, len).pieces(unit) {
+            leaves.set(at.start, unit_hash(&Data::from(image.read(at)), unit));
+        }
+        if leaves.digest().to_string() != *told {
+            self.bad(format!("the digest told is not that of {name} at that instant"));
         }
     }
 

@@ -121,6 +121,8 @@ pub struct Plan {
     pub unmap: bool,
     /// `reconnect-delay` of the NBD client, in seconds.
     pub reconnect: u64,
+    /// `verify`, with `verify-repair`.
+    pub verify: Option<(&'static str, bool)>,
 }
 
 impl Plan {
@@ -203,10 +205,15 @@ impl Plan {
             net,
             unmap: rng.chance(0.5),
             reconnect: *rng.choose(&[0, 1, 30, 30]),
+            verify: None,
         };
         if plan.trouble == Trouble::Restart && matches!(plan.end, End::Kill | End::PowerLoss | End::Quit) {
             // one crash at a time
             plan.trouble = Trouble::Link;
+        }
+        // of what is not copied nobody says that it is equal
+        if plan.sync != "none" && rng.chance(0.5) {
+            plan.verify = Some((*rng.choose(&["full", "full", "sampled"]), rng.chance(0.3)));
         }
         plan
     }
@@ -296,6 +303,10 @@ impl Plan {
             if n > 0 {
                 v[key] = json!(n);
             }
+        }
+        if let Some((verify, repair)) = self.verify {
+            v["verify"] = json!(verify);
+            v["verify-repair"] = json!(repair);
         }
         v
     }

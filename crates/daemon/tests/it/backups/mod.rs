@@ -7,6 +7,7 @@ mod drives;
 mod ends;
 mod fleecing;
 mod instants;
+mod proofs;
 
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::{tool, until};

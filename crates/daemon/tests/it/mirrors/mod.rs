@@ -6,6 +6,7 @@
 mod ends;
 mod errors;
 mod pairs;
+pub(crate) mod proofs;
 mod rules;
 
 use crate::common::{Client, Daemon, Dir};
