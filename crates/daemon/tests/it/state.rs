@@ -1,5 +1,6 @@
 //! `--state-dir`: the daemon comes back after it was killed, between any two commands, as it was.
 
+mod jobs;
 mod kills;
 
 use crate::common::{Client, Daemon, Dir, run, until};
