@@ -15,6 +15,7 @@ use crate::plan::{Plan, Step};
 use crate::shape::{Resolved, Shape, ShapeEdge, ShapeNode, WRITING};
 use block::{BlockError, ErrorKind, Prealloc, Result};
 use env::Env;
+use env::bugs::planted;
 use env::sync::{Notify, Semaphore};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -797,6 +798,13 @@ impl Graph {
             self.swap(changes);
             return Ok(());
         };
+        if planted("graph: guests go on before it is written down") {
+            self.swap(changes);
+            self.env.spawn("late keeper", async move {
+                let _ = keeper.keep(false).await;
+            });
+            return Ok(());
+        }
         let back = changes.can_go_back().then(|| changes.back());
         self.swap(changes);
         match (keeper.keep(back.is_some()).await, back) {

@@ -6,12 +6,15 @@ use crate::history::History;
 use crate::{Manager, Process, Refusal, World};
 use control::{ChardevSpec, Daemon};
 use env::{Address, Env};
-use std::path::PathBuf;
+use state::Store;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
 const MONITOR: &str = "/monitor";
 const NBD: &str = "/nbd";
+/// Where a daemon keeps its state that does.
+const STATE: &str = "/state";
 /// The same of a second daemon.
 const FAR_MONITOR: &str = "/far-monitor";
 /// Also what a profile of the network names to cut the link between the two.
@@ -25,6 +28,8 @@ pub struct Booted {
     pub process: Process,
     daemon: Rc<Daemon>,
     monitor: &'static str,
+    /// It has the jobs of an earlier life.
+    again: bool,
 }
 
 /// Where its NBD server listens, once started.
@@ -35,18 +40,27 @@ pub(crate) fn nbd() -> Address {
 impl Booted {
     /// Starts a daemon with a monitor.
     pub async fn start(world: &World) -> Option<Booted> {
-        Booted::start_at(world, MONITOR).await
+        Booted::start_at(world, MONITOR, false).await
+    }
+
+    /// Starts a daemon that keeps its state, with what the last one that did kept.
+    pub async fn start_again(world: &World) -> Option<Booted> {
+        Booted::start_at(world, MONITOR, true).await
     }
 
     /// Starts a second daemon beside it, for what is far away.
     pub async fn start_far(world: &World) -> Option<Booted> {
-        Booted::start_at(world, FAR_MONITOR).await
+        Booted::start_at(world, FAR_MONITOR, false).await
     }
 
-    async fn start_at(world: &World, monitor: &'static str) -> Option<Booted> {
+    async fn start_at(world: &World, monitor: &'static str, state: bool) -> Option<Booted> {
         let (env, process) = world.start();
         let daemon = Daemon::new(&env, "sim");
         let ready = async {
+            if state {
+                let store = Store::open(&env, Path::new(STATE)).await.map_err(|e| e.to_string())?;
+                daemon.use_state(store, &[]).await.map_err(|e| e.to_string())?;
+            }
             let text = format!("socket,id=monitor,path={monitor},server=on,wait=off");
             let spec = ChardevSpec::parse(&text).map_err(|e| e.to_string())?;
             daemon.add_chardev(spec).await.map_err(|e| e.to_string())?;
@@ -55,7 +69,7 @@ impl Booted {
             Ok::<(), String>(())
         };
         match world.within(&env, PATIENCE, "starting the daemon", ready).await? {
-            Ok(()) => Some(Booted { process, daemon, monitor }),
+            Ok(()) => Some(Booted { process, daemon, monitor, again: state }),
             Err(e) => {
                 world.verdict().violation(format!("the daemon does not start: {e}"));
                 None
@@ -71,7 +85,7 @@ impl Booted {
         history: &Rc<History>,
     ) -> Result<Rc<Manager>, Refusal> {
         let at = Address::Unix(PathBuf::from(self.monitor));
-        Manager::connect(env, &at, world.machine(), history, world.verdict()).await
+        Manager::connect(env, &at, world.machine(), history, world.verdict(), self.again).await
     }
 
     /// The `addr` of its NBD server for `nbd-server-start`.

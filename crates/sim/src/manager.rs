@@ -58,6 +58,8 @@ pub struct JobSeen {
     pub errors: u64,
     /// When it was completed or cancelled.
     pub ended_at: Moment,
+    /// It was there before the manager.
+    found: bool,
 }
 
 /// A monitor connection, negotiated.
@@ -79,16 +81,18 @@ struct State {
     changed: Notify,
     gone: Cell<bool>,
     say: crate::Machine,
+    late: bool,
 }
 
 impl Manager {
-    /// Connects and negotiates.
+    /// Connects and negotiates. With `late` there may be jobs already, of whose states so far nothing is known.
     pub async fn connect(
         env: &Env,
         at: &Address,
         machine: &crate::Machine,
         history: &Rc<History>,
         verdict: &Verdict,
+        late: bool,
     ) -> Result<Rc<Manager>, Refusal> {
         let stream = env.connect(at).await.map_err(|_| Refusal::Gone)?;
         let state = Rc::new(State {
@@ -100,6 +104,7 @@ impl Manager {
             changed: Notify::new(),
             gone: Cell::new(false),
             say: machine.clone(),
+            late,
         });
         let (s, st) = (stream.clone(), state.clone());
         let reader = env.spawn("manager reads", async move {
@@ -244,11 +249,13 @@ impl State {
             "JOB_STATUS_CHANGE" => {
                 let (id, status) = (id("id"), id("status"));
                 let job = jobs.entry(id.clone()).or_default();
-                if !may_follow(&job.status, &status) {
+                job.found |= self.late && job.status.is_empty() && status != "created";
+                if !(may_follow(&job.status, &status) || job.found && job.status.is_empty()) {
                     bad(format!("job {id} went from '{}' to '{status}'", job.status));
                 }
                 let plain = self.plain.borrow().contains(&id);
-                if status == "concluded" && !plain && job.completed.is_none() && !job.cancelled {
+                if status == "concluded" && !plain && !job.found && job.completed.is_none() && !job.cancelled
+                {
                     bad(format!("job {id} concluded without BLOCK_JOB_COMPLETED or BLOCK_JOB_CANCELLED"));
                 }
                 if job.status == "null" {

@@ -4,6 +4,7 @@
 //! in the scenario that plays its part of the daemon, in the same seeds as any other.
 
 use crate::runner::{Scenario, run_one};
+use crate::scenario::again::again;
 use crate::scenario::chain::chain;
 use crate::scenario::live::whole_daemon;
 use copy::bugs::Bug;
@@ -26,19 +27,23 @@ pub const NAMED: &[&str] = &[
 /// Those that only jobs on a chain show.
 pub const CHAINED: &[&str] = &["stream: users write where it copies"];
 
+/// Those that only a daemon shows that comes back with its state.
+pub const RETURNING: &[&str] = &["graph: guests go on before it is written down"];
+
 /// One defect.
 #[derive(Clone, Copy, Debug)]
 enum Defect {
     Copy(Bug),
     Named(&'static str),
     Chained(&'static str),
+    Returning(&'static str),
 }
 
 impl Defect {
     fn name(self) -> String {
         match self {
             Defect::Copy(bug) => format!("copy: {bug:?}"),
-            Defect::Named(name) | Defect::Chained(name) => name.to_owned(),
+            Defect::Named(name) | Defect::Chained(name) | Defect::Returning(name) => name.to_owned(),
         }
     }
 }
@@ -57,7 +62,7 @@ pub struct Found {
 fn plant(defect: Option<Defect>) {
     let (copy, named) = match defect {
         Some(Defect::Copy(bug)) => (Some(bug), None),
-        Some(Defect::Named(name) | Defect::Chained(name)) => (None, Some(name)),
+        Some(Defect::Named(name) | Defect::Chained(name) | Defect::Returning(name)) => (None, Some(name)),
         None => (None, None),
     };
     copy::bugs::plant(copy);
@@ -67,7 +72,11 @@ fn plant(defect: Option<Defect>) {
 fn search(defect: Defect, seeds: Range<u64>) -> Found {
     let bug = defect.name();
     plant(Some(defect));
-    let scenario: Scenario = if matches!(defect, Defect::Chained(_)) { chain } else { whole_daemon };
+    let scenario: Scenario = match defect {
+        Defect::Chained(_) => chain,
+        Defect::Returning(_) => again,
+        Defect::Copy(_) | Defect::Named(_) => whole_daemon,
+    };
     let hit = seeds.into_iter().find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));
     plant(None);
     let (seed, violation) = hit.map_or((None, String::new()), |(s, v)| (Some(s), v));
@@ -79,6 +88,7 @@ pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + 
     let named = NAMED.iter().map(|n| Defect::Named(n));
     let all = named.chain(Bug::ALL.into_iter().map(Defect::Copy));
     let all = all.chain(CHAINED.iter().map(|n| Defect::Chained(n)));
+    let all = all.chain(RETURNING.iter().map(|n| Defect::Returning(n)));
     let all: Vec<Defect> = all.filter(|d| d.name().contains(only)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
 use sim::runner::{Options, Report, run, run_one};
-use sim::scenario::{chain, find, live, nth};
+use sim::scenario::{again, chain, find, live, nth};
 
 /// Seeds of each scenario in the tests; `cargo xtask sim` runs more.
 const SHARE: u64 = 150;
@@ -42,6 +42,19 @@ fn a_mirror_is_never_wrong() {
     clean(&report);
     for what in ["completed", "cancelled softly", "ready", "kills", "power losses", "synced writes checked"] {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
+fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
+    let report = run(
+        again::again,
+        start()..start() + SHARE / 3,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    for what in ["kills", "power losses", "pivots", "snapshots", "jobs resumed", "disks checked"] {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
     }
 }
 

@@ -1,5 +1,6 @@
 //! What is played in a simulated world, and watched.
 
+pub mod again;
 pub mod chain;
 pub mod live;
 pub mod nth;
@@ -10,12 +11,13 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 6] = [
+pub const SCENARIOS: [(&str, Scenario); 7] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
     ("chain", chain::chain),
     ("remote", chain::remote),
+    ("again", again::again),
     ("nth", nth::case),
 ];
 
