@@ -18,7 +18,13 @@ pub struct DirtyBitmap {
     frozen: Cell<bool>,
     persistent: Cell<bool>,
     inconsistent: Cell<bool>,
+    why: RefCell<String>,
     readonly: Cell<bool>,
+    /// Records in its place while it is frozen.
+    successor: RefCell<Option<Rc<DirtyBitmap>>>,
+    /// Changes other than by recording.
+    edits: Cell<u64>,
+    on_edit: RefCell<Option<Rc<dyn Fn()>>>,
 }
 
 impl DirtyBitmap {
@@ -32,7 +38,11 @@ impl DirtyBitmap {
             frozen: Cell::new(false),
             persistent: Cell::new(false),
             inconsistent: Cell::new(false),
+            why: RefCell::default(),
             readonly: Cell::new(false),
+            successor: RefCell::new(None),
+            edits: Cell::new(0),
+            on_edit: RefCell::new(None),
         })
     }
 
@@ -55,11 +65,13 @@ impl DirtyBitmap {
 
     /// The bits, to change, whether enabled or not. Never keep this across an await.
     pub fn bits_mut(&self) -> RefMut<'_, Bitmap> {
+        self.edited();
         self.bits.borrow_mut()
     }
 
     /// Follows the node to a new length.
     pub fn resize(&self, len: u64) -> Result<()> {
+        self.edited();
         self.bits.borrow_mut().resize(len)
     }
 
@@ -70,6 +82,7 @@ impl DirtyBitmap {
 
     /// Starts or stops recording.
     pub fn set_enabled(&self, on: bool) {
+        self.edited();
         self.enabled.set(on);
     }
 
@@ -83,9 +96,40 @@ impl DirtyBitmap {
         self.busy.set(busy);
     }
 
-    /// While frozen it keeps its bits as they are: a successor records in its place. It still counts as enabled.
-    pub fn set_frozen(&self, on: bool) {
-        self.frozen.set(on);
+    /// From now on it keeps its bits as they are: `successor` records in its place. It still counts as enabled.
+    pub fn freeze(&self, successor: Rc<DirtyBitmap>) {
+        self.edited();
+        self.frozen.set(true);
+        *self.successor.borrow_mut() = Some(successor);
+    }
+
+    /// It records by itself again.
+    pub fn thaw(&self) {
+        self.edited();
+        self.frozen.set(false);
+        *self.successor.borrow_mut() = None;
+    }
+
+    /// What records in its place while it is frozen: what changed is in its bits or in that one's.
+    pub fn successor(&self) -> Option<Rc<DirtyBitmap>> {
+        self.successor.borrow().clone()
+    }
+
+    /// How often it was changed other than by recording: bits by hand, length, whether it records.
+    pub fn edits(&self) -> u64 {
+        self.edits.get()
+    }
+
+    /// `hook` is called just before each such change; it must not look at the bits.
+    pub fn on_edit(&self, hook: Option<Rc<dyn Fn()>>) {
+        *self.on_edit.borrow_mut() = hook;
+    }
+
+    fn edited(&self) {
+        self.edits.set(self.edits.get() + 1);
+        if let Some(hook) = &*self.on_edit.borrow() {
+            hook();
+        }
     }
 
     /// Whether its bits stay as they are while a successor records.
@@ -100,6 +144,7 @@ impl DirtyBitmap {
 
     /// Sets whether it is stored.
     pub fn set_persistent(&self, on: bool) {
+        self.edited();
         self.persistent.set(on);
     }
 
@@ -108,8 +153,19 @@ impl DirtyBitmap {
         self.inconsistent.get()
     }
 
+    /// Why it may lack changes, if that is known; empty otherwise.
+    pub fn why_inconsistent(&self) -> String {
+        self.why.borrow().clone()
+    }
+
+    /// Says why it may lack changes.
+    pub fn set_reason(&self, why: &str) {
+        why.clone_into(&mut self.why.borrow_mut());
+    }
+
     /// Marks it as one that may lack changes.
     pub fn set_inconsistent(&self) {
+        self.edited();
         self.inconsistent.set(true);
         self.enabled.set(false);
     }

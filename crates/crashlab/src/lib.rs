@@ -9,8 +9,10 @@
 //! | what is done to the images | `workload.rs` |
 //! | how a run goes | `run.rs`, `proto.rs` |
 //! | hostile images | `hostile.rs` |
+//! | the log of changes, which is not qcow2's | `dirty/` |
 #![forbid(unsafe_code)]
 
+pub mod dirty;
 pub mod history;
 pub mod hostile;
 pub mod image;
@@ -210,11 +212,12 @@ pub fn once(setup: &Setup, steps: Vec<Step>, seed: u64) -> Result<Stats, Failure
 }
 
 const HELP: &str = "\
-crashlab [--states N] [--seed S] [--threads N] [--only NAME] [--qemu N] [--item N] [--hostile N]
+crashlab [--states N] [--seed S] [--threads N] [--only NAME] [--qemu N] [--item N] [--hostile N] [--dirty]
 
 Enumerates what crashes can leave of qcow2 images and checks each state: no corruption, no flushed byte lost, leaks
 repairable, and writing goes on from there. --item runs one item of a seed again; --only takes one kind of image.
---hostile tries so many images with random fields instead; --planted (as the last option, in a build with the feature
+--dirty checks what a crash leaves of the log of changes instead (bitmaps of users and jobs: never short). --hostile tries so
+many images with random fields instead; --planted (as the last option, in a build with the feature
 planted-bugs) looks for defects put into the driver on purpose.";
 
 /// The command `crashlab`: gives what it printed as its last line, or an error.
@@ -225,6 +228,7 @@ pub fn main(args: &[String]) -> Result<(), String> {
     let mut plan = Plan::default();
     let mut item = None;
     let mut hostile = None;
+    let mut dirty = false;
     let mut it = args.iter();
     while let Some(a) = it.next() {
         let mut value = || it.next().ok_or_else(|| format!("{a} wants a value\n\n{HELP}"));
@@ -235,12 +239,16 @@ pub fn main(args: &[String]) -> Result<(), String> {
             "--threads" => plan.threads = number(value()?)? as usize,
             "--only" => plan.only = value()?.clone(),
             "--qemu" => plan.qemu = number(value()?)?,
+            "--dirty" => dirty = true,
             "--hostile" => hostile = Some(number(value()?)?),
             "--item" => item = Some(number(value()?)?),
             #[cfg(feature = "planted-bugs")]
             "--planted" => {
                 for (bug, states, kind) in planted(&plan)? {
                     println!("found after {states} states ({kind}): {bug}");
+                }
+                for (bug, states, _) in dirty::planted(plan.states, plan.seed)? {
+                    println!("found after {states} states: {bug}");
                 }
                 return Ok(());
             }
@@ -258,6 +266,24 @@ pub fn main(args: &[String]) -> Result<(), String> {
             "{count} hostile images in {:.1} s: {parsed} with an acceptable header, {clean} found clean, {repaired} clean \
              after repair, {opened} opened for writing; no panic, no hang",
             start.elapsed().as_secs_f64()
+        );
+        return Ok(());
+    }
+    if dirty {
+        let s = dirty::explore(plan.states, plan.seed)?;
+        println!(
+            "{} crash states of {} runs with the log of changes ({} of them went on from a crash state, {} ended cleanly) in \
+             {:.1} s, seed {}: {} with a torn write; {} bitmaps, {} of them a job's, none short, none longer than what is \
+             in doubt",
+            s.states,
+            s.runs,
+            s.continued,
+            s.closed,
+            start.elapsed().as_secs_f64(),
+            plan.seed,
+            s.torn,
+            s.bitmaps,
+            s.sets
         );
         return Ok(());
     }

@@ -42,7 +42,7 @@ impl BitmapUse {
     /// The instant: from now on the successor records. What the bitmap holds now.
     pub(crate) fn begin(&self) -> Bitmap {
         self.begun.set(true);
-        self.bitmap.set_frozen(true);
+        self.bitmap.freeze(self.successor.clone());
         self.node.add_bitmap(self.successor.clone());
         self.bitmap.bits().clone()
     }
@@ -67,7 +67,7 @@ impl BitmapUse {
 
     /// Others may use the bitmap again.
     pub(crate) fn give_back(&self) {
-        self.bitmap.set_frozen(false);
+        self.bitmap.thaw();
         self.bitmap.set_busy(false);
     }
 }

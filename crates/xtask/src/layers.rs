@@ -17,6 +17,7 @@ const LAYERS: &[(&str, u32)] = &[
     ("qapi", 1),
     ("tls", 2),
     ("state", 2),
+    ("dirtylog", 2),
     ("graph", 2),
     ("qcow2", 3),
     ("drivers", 3),

@@ -24,7 +24,7 @@ cargo xtask COMMAND
   layers    which crate may import which (DESIGN section 2)
   tidy      house rules that no compiler knows
   sim       the whole daemon in a simulated world: --seeds N [--start S] | --seed S | --planted
-  crash     enumerated crash states of qcow2: --states N [--seed S]
+  crash     enumerated crash states of qcow2: --states N [--seed S]; of the log of changes: --dirty
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
   interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]

@@ -1,0 +1,285 @@
+//! Turns: what is written when, so that those who wait can go.
+//!
+//! A turn takes all who wait (as many as there is room for), writes one record that names their regions, and with it the
+//! marks of the hot regions if there are many, and makes both durable with one barrier. So an idle region's marks are mostly
+//! durable when its place is wanted, and a turn has one barrier. What must stay true: a record without a region is
+//! written only after all marks of that region are durable; nobody goes before the record is.
+
+use crate::DirtyLog;
+use crate::kept::Write;
+use crate::layout::{Hot, hot_slot};
+use crate::log::Ticket;
+use block::{BlockError, Data, Result, Span};
+use env::bugs::planted;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Regions that nobody wrote to for so long leave the hot set: a crash puts in doubt what was written lately.
+const IDLE: Duration = Duration::from_secs(5);
+/// Bytes of adjoining sectors that are written at once.
+const CHUNK: usize = 1 << 20;
+
+impl DirtyLog {
+    /// Works until there is nothing left that can be done now.
+    pub(crate) async fn pump(self: Rc<Self>) {
+        loop {
+            let _turn = self.turn.acquire(1).await;
+            let turn = match self.settled().await {
+                Ok(()) => self.one_turn().await,
+                Err(e) => Err(e),
+            };
+            match turn {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(e) => {
+                    self.fail(&e);
+                    break;
+                }
+            }
+        }
+        // Nothing came in between: this is one step.
+        self.pumping.set(false);
+        self.cool_later();
+    }
+
+    /// What users changed is durable, and the file has the header that we know: marks may be written in place.
+    async fn settled(&self) -> Result<()> {
+        while self.edited.get() || self.uncertain.get() {
+            self.sync_now(None).await?;
+        }
+        Ok(())
+    }
+
+    /// Those who wait get the error.
+    fn fail(&self, e: &BlockError) {
+        let all = std::mem::take(&mut *self.waiting.borrow_mut());
+        for t in all {
+            *t.answer.borrow_mut() = Some(Err(e.clone()));
+        }
+        self.answered.notify_all();
+    }
+
+    fn grant(&self, ticket: &Ticket) -> bool {
+        match self.admit(ticket.at) {
+            Some(pass) => {
+                *ticket.answer.borrow_mut() = Some(Ok(pass));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Lets those go who can, in order.
+    fn grant_first(&self) {
+        let mut any = false;
+        self.crowded.set(false);
+        loop {
+            let first = self.waiting.borrow().front().cloned();
+            let Some(first) = first else { break };
+            if !first.gone.get() && !self.grant(&first) {
+                break;
+            }
+            any = true;
+            self.waiting.borrow_mut().pop_front();
+        }
+        if any {
+            self.answered.notify_all();
+        }
+    }
+
+    /// Whether all marks in `at` are durable.
+    pub(crate) fn is_clean(&self, at: Span) -> bool {
+        planted("dirtylog: a region leaves too early") || self.kept.borrow().iter().all(|k| k.is_clean(at))
+    }
+
+    async fn one_turn(&self) -> Result<bool> {
+        self.grant_first();
+        let waiting: Vec<Rc<Ticket>> =
+            self.waiting.borrow().iter().filter(|t| !t.gone.get()).cloned().collect();
+        let Some(first) = waiting.first() else { return Ok(false) };
+        let mut wash: Vec<Span> = Vec::new();
+        if self.regions.borrow().is_wide(first.at) {
+            // Marked before it is written, whatever becomes of it; then it relies on durable marks.
+            for k in self.kept.borrow().iter() {
+                k.bitmap.record(first.at);
+                k.bitmap.successor().iter().for_each(|s| s.record(first.at));
+            }
+            wash.push(first.at);
+        }
+        let choice = {
+            let r = self.regions.borrow();
+            let narrow = waiting.iter().map(|t| t.at).take_while(|at| !r.is_wide(*at));
+            r.choose(narrow, |at| self.is_clean(at))
+        };
+        if choice.granted == 0 && wash.is_empty() && !choice.wash {
+            // a write that ends goes on from here
+            self.crowded.set(true);
+            return Ok(false);
+        }
+        {
+            let r = self.regions.borrow();
+            if choice.wash || r.count() * 2 > r.geometry().most {
+                wash.extend(r.hot().filter(|n| !choice.leave.contains(n)).map(|n| r.span(n)));
+            }
+        }
+        self.regions.borrow_mut().retire(&choice.leave);
+        if planted("dirtylog: writes go before the record") {
+            self.regions.borrow_mut().join(&choice.join);
+            self.grant_first();
+        }
+        let writes = self.sectors(&wash);
+        let written: Result<()> = async {
+            self.write_sectors(&writes).await?;
+            match choice.granted {
+                0 => self.barrier().await,
+                _ => self.write_record(choice.join.clone()).await,
+            }
+        }
+        .await;
+        self.finish(&writes, written)?;
+        self.regions.borrow_mut().join(&choice.join);
+        self.grant_first();
+        Ok(true)
+    }
+
+    /// The sectors that lack marks of `spans`, or have marks that are to go, as they are now.
+    pub(crate) fn sectors(&self, spans: &[Span]) -> Vec<Write> {
+        let regions = self.regions.borrow();
+        let mut out = Vec::new();
+        for k in self.kept.borrow_mut().iter_mut() {
+            let mut all = k.lossy.clone();
+            spans.iter().for_each(|s| k.stale_sectors(*s, &mut all));
+            out.extend(all.into_iter().filter_map(|i| k.write(i, regions.marked())));
+        }
+        out
+    }
+
+    pub(crate) async fn write_sectors(&self, writes: &[Write]) -> Result<()> {
+        let pieces = writes.iter().map(|w| (w.at, w.bytes.as_slice()));
+        self.write_pieces(pieces).await
+    }
+
+    /// Writes pieces, those that adjoin at once.
+    pub(crate) async fn write_pieces<'a>(&self, pieces: impl Iterator<Item = (u64, &'a [u8])>) -> Result<()> {
+        let mut run: Option<(u64, Vec<u8>)> = None;
+        for (at, bytes) in pieces {
+            match &mut run {
+                Some((start, all)) if *start + all.len() as u64 == at && all.len() < CHUNK => {
+                    all.extend_from_slice(bytes);
+                }
+                _ => {
+                    if let Some((at, all)) = run.replace((at, bytes.to_vec())) {
+                        self.file.write(at, Data::from(all)).await?;
+                    }
+                }
+            }
+        }
+        match run {
+            Some((at, all)) => self.file.write(at, Data::from(all)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The sectors are durable, or are to be written again.
+    pub(crate) fn finish(&self, writes: &[Write], done: Result<()>) -> Result<()> {
+        let mut kept = self.kept.borrow_mut();
+        for w in writes {
+            if let Some(k) = kept.iter_mut().find(|k| k.entry.id == w.id) {
+                match done {
+                    Ok(()) => k.written(w),
+                    Err(_) => k.failed(w),
+                }
+            }
+        }
+        done
+    }
+
+    /// Records the hot regions and `more`, durably, with all that was written before.
+    pub(crate) async fn write_record(&self, more: BTreeSet<u64>) -> Result<()> {
+        let mut regions: BTreeSet<u64> = self.regions.borrow().hot().collect();
+        regions.extend(more);
+        let hot = Hot {
+            sequence: self.hot_sequence.get(),
+            opening: self.header.borrow().opening,
+            wall: self.env.wall().as_secs(),
+            regions: regions.into_iter().collect(),
+        };
+        // Whatever becomes of it, the next one is newer; it goes to the other slot only if this one is whole.
+        self.hot_sequence.set(hot.sequence + 1);
+        let slot = self.hot_slot.get();
+        self.count(|f| f.records += 1);
+        self.turns.set(self.turns.get() + 1);
+        self.file.write(hot_slot(slot), Data::from(hot.encode())).await?;
+        self.barrier().await?;
+        self.hot_slot.set(slot + 1);
+        Ok(())
+    }
+
+    /// Makes everything durable that can be, so that as few regions as possible stay hot.
+    async fn cool(&self) -> Result<()> {
+        let _turn = self.turn.acquire(1).await;
+        if self.closed.get() {
+            return Ok(());
+        }
+        self.settled().await?;
+        let all: Vec<Span> = self.hot_regions();
+        let writes = self.sectors(&all);
+        let written: Result<()> = async {
+            self.write_sectors(&writes).await?;
+            if writes.is_empty() { Ok(()) } else { self.barrier().await }
+        }
+        .await;
+        self.finish(&writes, written)?;
+        let spare = self.regions.borrow().spare(|at| self.is_clean(at));
+        if !spare.is_empty() {
+            self.regions.borrow_mut().retire(&spare);
+            self.write_record(BTreeSet::new()).await?;
+        }
+        Ok(())
+    }
+
+    fn cool_later(&self) {
+        if self.regions.borrow().count() == 0 || self.cooling.replace(true) {
+            return;
+        }
+        let (me, env) = (self.me.clone(), self.env.clone());
+        self.env.spawn("dirtylog-idle", async move {
+            let mut turns = u64::MAX;
+            loop {
+                env.sleep(IDLE).await;
+                let Some(log) = me.upgrade() else { return };
+                if log.closed.get() || log.regions.borrow().count() == 0 {
+                    log.cooling.set(false);
+                    return;
+                }
+                if log.turns.get() == turns {
+                    // What cannot be written now is tried again after the next pause.
+                    let _later = log.cool().await;
+                }
+                turns = log.turns.get();
+            }
+        });
+    }
+}
+
+impl DirtyLog {
+    /// Makes the marks of `at` durable now; for tests and for those who are about to rely on them.
+    ///
+    /// # Errors
+    /// The file's.
+    pub async fn harden(&self, at: Span) -> Result<()> {
+        let _turn = self.turn.acquire(1).await;
+        self.settled().await?;
+        let writes = self.sectors(&[at]);
+        if writes.is_empty() {
+            return Ok(());
+        }
+        let written: Result<()> = async {
+            self.write_sectors(&writes).await?;
+            self.barrier().await
+        }
+        .await;
+        self.finish(&writes, written)
+    }
+}
