@@ -158,6 +158,13 @@ impl DirtyBitmap {
         self.why.borrow().clone()
     }
 
+    /// Somebody knows what it lacked: it can be used again. Whether it records is for the caller to say.
+    pub fn set_consistent(&self) {
+        self.edited();
+        self.inconsistent.set(false);
+        self.why.borrow_mut().clear();
+    }
+
     /// Says why it may lack changes.
     pub fn set_reason(&self, why: &str) {
         why.clone_into(&mut self.why.borrow_mut());

@@ -327,6 +327,10 @@ impl Node for FileNode {
         let file = self.file();
         Box::pin(async move { file.settle().await })
     }
+    fn host_file(&self) -> Io<'_, Option<env::FileInfo>> {
+        let file = self.file();
+        Box::pin(async move { Ok(Some(file.info().await?)) })
+    }
     fn details(&self) -> Io<'_, NodeDetails> {
         let file = self.file();
         Box::pin(async move {

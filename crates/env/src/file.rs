@@ -57,6 +57,8 @@ pub struct FileInfo {
     pub alignment: u64,
     /// Opened for writing.
     pub writable: bool,
+    /// When its content was last changed, in nanoseconds since 1970; 0 where the host does not say (devices, the simulator).
+    pub modified: u64,
 }
 
 /// What a zeroing request wants of the space.

@@ -5,6 +5,7 @@
 //! the blocks it modifies; a change is in every enabled bitmap before it is acknowledged, also if it failed or its
 //! future was dropped.
 
+use crate::ahead::{Admitted, WriteAhead};
 use crate::exclusion::Exclusion;
 use crate::ranges::RangeLocks;
 use crate::tree::Reaper;
@@ -78,6 +79,9 @@ pub struct NodeCell {
     node: Rc<dyn Node>,
     options: RefCell<NodeOptions>,
     writable: Cell<bool>,
+    /// Writable, and nothing stands before writes.
+    plain: Cell<bool>,
+    ahead: RefCell<Option<Rc<dyn WriteAhead>>>,
     /// Turned by itself; see [`NodeOptions::may_turn`].
     turned: Cell<bool>,
     /// See [`NodeCell::lend`].
@@ -117,6 +121,19 @@ impl Drop for Blocker {
     }
 }
 
+/// A write that [`WriteAhead`] let go; tells it of the end.
+struct Inside {
+    log: Rc<dyn WriteAhead>,
+    at: Span,
+    by: Admitted,
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.log.leave(self.at, self.by);
+    }
+}
+
 /// Marks a span in all bitmaps when it goes out of scope: at the end, on failure, and when a future is dropped.
 struct Change<'a> {
     cell: &'a NodeCell,
@@ -144,6 +161,8 @@ impl NodeCell {
             id,
             node,
             writable: Cell::new(!options.read_only),
+            plain: Cell::new(!options.read_only),
+            ahead: RefCell::new(None),
             turned: Cell::new(false),
             lent: Cell::new(false),
             active: Cell::new(!options.inactive),
@@ -191,6 +210,7 @@ impl NodeCell {
 
     pub(crate) fn set_writable(&self, on: bool) {
         self.writable.set(on);
+        self.plain.set(on && self.ahead.borrow().is_none());
         self.options.borrow_mut().read_only = !on;
     }
 
@@ -312,6 +332,44 @@ impl NodeCell {
         self.bitmaps.borrow_mut().retain(|b| !Rc::ptr_eq(b, bitmap));
     }
 
+    /// The list of the bitmaps, shared with whoever keeps them.
+    pub fn bitmap_list(&self) -> BitmapList {
+        self.bitmaps.clone()
+    }
+
+    /// What stands before writes, so that bitmaps survive a crash.
+    pub fn write_ahead(&self) -> Option<Rc<dyn WriteAhead>> {
+        self.ahead.borrow().clone()
+    }
+
+    /// From now on `log` stands before writes (or nothing does). No write is under way.
+    pub fn set_write_ahead(&self, log: Option<Rc<dyn WriteAhead>>) {
+        self.plain.set(self.writable.get() && log.is_none());
+        *self.ahead.borrow_mut() = log;
+    }
+
+    /// Makes durable what was just done to bitmaps, where something keeps them that can.
+    ///
+    /// # Errors
+    /// It could not be written. In memory it stands.
+    pub async fn sync_bitmaps(&self) -> Result<()> {
+        match self.write_ahead() {
+            Some(log) => log.sync().await,
+            None => Ok(()),
+        }
+    }
+
+    /// Waits until a crash could not make a write to `at` forgotten.
+    async fn go_ahead(&self, at: Span) -> Result<Option<Inside>> {
+        self.check_writable()?;
+        let Some(log) = self.write_ahead() else { return Ok(None) };
+        let by = match log.try_enter(at) {
+            Some(by) => by,
+            None => log.enter(at).await?,
+        };
+        Ok(Some(Inside { log, at, by }))
+    }
+
     /// Counters since the node was opened.
     pub fn counters(&self) -> Counters {
         self.counters.get()
@@ -376,8 +434,19 @@ impl NodeCell {
     }
 
     pub(crate) async fn write(&self, offset: u64, data: Data, flags: ReqFlags) -> Result<()> {
+        if self.plain.get() || flags.unchanged && self.writable.get() {
+            return self.write_now(offset, data, flags).await;
+        }
+        // Apart, so that it costs those nothing who have no log.
+        Box::pin(async move {
+            let _inside = self.go_ahead(Span::new(offset, data.len() as u64)).await?;
+            self.write_now(offset, data, flags).await
+        })
+        .await
+    }
+
+    async fn write_now(&self, offset: u64, data: Data, flags: ReqFlags) -> Result<()> {
         let at = Span::new(offset, data.len() as u64);
-        self.check_writable()?;
         let _change = (!flags.unchanged).then(|| Change { cell: self, span: at });
         self.count_write(at);
         let (detect, discard) = {
@@ -437,7 +506,8 @@ impl NodeCell {
     }
 
     pub(crate) async fn zero(&self, at: Span, flags: ReqFlags) -> Result<()> {
-        self.check_writable()?;
+        let logged = !self.plain.get() && !(flags.unchanged && self.writable.get());
+        let _inside = if logged { self.go_ahead(at).await? } else { None };
         let _change = (!flags.unchanged).then(|| Change { cell: self, span: at });
         self.count_write(at);
         let may_unmap = flags.may_unmap && self.options.borrow().discard;
@@ -466,7 +536,7 @@ impl NodeCell {
     }
 
     pub(crate) async fn discard(&self, at: Span) -> Result<()> {
-        self.check_writable()?;
+        let _inside = if self.plain.get() { None } else { self.go_ahead(at).await? };
         let _change = Change { cell: self, span: at };
         if !self.options.borrow().discard {
             return Ok(());
@@ -508,7 +578,10 @@ impl NodeCell {
         for bitmap in self.bitmaps() {
             bitmap.resize(self.node.len())?;
         }
-        Ok(())
+        match self.write_ahead() {
+            Some(log) => log.resize(self.node.len()).await,
+            None => Ok(()),
+        }
     }
 
     pub(crate) async fn copy_to(&self, at: Span, to: &NodeCell, to_offset: u64) -> Result<u64> {
@@ -537,6 +610,7 @@ impl NodeCell {
         if !plain || self.options.borrow().detect_zeroes != DetectZeroes::Off {
             return Err(BlockError::unsupported("no copy offload to this node"));
         }
+        let _inside = if self.plain.get() { None } else { self.go_ahead(at).await? };
         let _change = Change { cell: self, span: at };
         let _lock = self.ranges.lock(at, false).await;
         self.count_write(at);

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod active;
+mod ahead;
 pub mod bitmaps;
 mod cell;
 mod debug_event;
@@ -28,6 +29,7 @@ mod tree;
 mod turn;
 pub mod walk;
 
+pub use ahead::{Admitted, WriteAhead};
 pub use cell::{Blocker, Counters, DetectZeroes, NodeCell, NodeOptions};
 pub use debug_event::DebugEvent;
 pub use edge::{Edge, Parent, Role};

@@ -154,6 +154,16 @@ pub trait Node: 'static {
     /// Writes back what is cached and marks the image clean; the last call before the node is dropped. Called with
     /// the gates above closed.
     fn close(&self) -> Io<'_>;
+    /// The file of the host in which this node's bytes are, if they are in one: for those who have to know it again.
+    fn host_file(&self) -> Io<'_, Option<env::FileInfo>> {
+        let below = self.primary();
+        Box::pin(async move {
+            match below {
+                Some(edge) => edge.child().node().host_file().await,
+                None => Ok(None),
+            }
+        })
+    }
     /// Facts for queries.
     fn details(&self) -> Io<'_, NodeDetails>;
 

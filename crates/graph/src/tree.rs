@@ -435,7 +435,13 @@ impl Graph {
 
     async fn close(&self, cell: &Rc<NodeCell>) -> Result<()> {
         self.nodes.borrow_mut().remove(&cell.id());
-        let closed = cell.node().close().await;
+        let mut closed = cell.node().close().await;
+        if let Some(log) = cell.write_ahead()
+            && closed.is_ok()
+        {
+            // What the image keeps by itself is in it, so nothing is in doubt any more.
+            closed = log.close().await;
+        }
         // Somebody may hold the cell for a while yet; its hold on its children ends now.
         for edge in cell.node().edges() {
             let child = edge.child();

@@ -43,6 +43,12 @@ pub(crate) struct Core {
     pub(crate) opts: Options,
     pub(crate) sizes: CacheSizes,
     pub(crate) writable: Cell<bool>,
+    /// The header's number proves that nobody else has written to the image; as of its opening.
+    pub(crate) vouched: Cell<bool>,
+    /// The number under which the bitmaps are kept elsewhere, if the header has it.
+    pub(crate) kept_number: Cell<Option<[u8; 16]>>,
+    /// The header is to have a new number before the first change.
+    pub(crate) vouch_due: Cell<bool>,
     /// The image is ours. While it is not, nothing is written.
     pub(crate) active: Cell<bool>,
     /// To be writable when it is active.

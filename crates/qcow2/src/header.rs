@@ -59,6 +59,12 @@ pub const AUTOCLEAR_BITMAPS: u64 = 1;
 /// Autoclear: the external data file read as a raw image gives the guest's disk.
 pub const AUTOCLEAR_RAW_DATA: u64 = 2;
 const AUTOCLEAR_KNOWN: u64 = 3;
+/// Autoclear, ours: nobody but a liveblk that keeps the bitmaps elsewhere, too, has written to the image since it had the number
+/// in the extension [`EXT_KEPT`]. Whoever does not know the bit clears it before the first change (specification, "autoclear
+/// features"); so do we where we do not keep them. The topmost bit, which is the last that the format would use.
+pub const AUTOCLEAR_KEPT: u64 = 1 << 63;
+/// Our extension ("lbkB"): a number of 16 bytes.
+const EXT_KEPT: u32 = u32::from_be_bytes(*b"lbkB");
 
 const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
@@ -461,6 +467,22 @@ impl Header {
             return bad("Requested bitmap directory size is zero".to_owned());
         }
         Ok(Some(BitmapDirectory { count, len, at: HostOffset(at) }))
+    }
+
+    /// The number that [`AUTOCLEAR_KEPT`] vouches for.
+    pub fn kept_number(&self) -> Option<[u8; 16]> {
+        let found = self.extensions.iter().find_map(|e| match e {
+            Extension::Unknown(EXT_KEPT, data) => data.as_slice().try_into().ok(),
+            _ => None,
+        });
+        found.filter(|_| self.autoclear & AUTOCLEAR_KEPT != 0)
+    }
+
+    /// Sets the number, and the bit that vouches for it.
+    pub(crate) fn set_kept_number(&mut self, number: [u8; 16]) {
+        self.extensions.retain(|e| !matches!(e, Extension::Unknown(EXT_KEPT, _)));
+        self.extensions.push(Extension::Unknown(EXT_KEPT, number.to_vec()));
+        self.autoclear |= AUTOCLEAR_KEPT;
     }
 
     /// Sets or removes the bitmap directory, and the autoclear bit that says it is up to date.

@@ -37,6 +37,6 @@ mod zero;
 
 pub use crate::core::OnCorruption;
 pub use node::Qcow2;
-pub use options::{L2_CACHE_MAX, L2_SLICE, Options, OverlapCheck};
+pub use options::{Keeper, L2_CACHE_MAX, L2_SLICE, Options, OverlapCheck};
 pub use overlap::Corruption;
 pub use snapshot::{MAX_NAME as MAX_SNAPSHOT_NAME, Snapshot};

@@ -43,6 +43,17 @@ impl Qcow2 {
         *self.core.on_corruption.borrow_mut() = Some(hook);
     }
 
+    /// Whether the image vouched, when it was opened, for the number that was given as [`crate::Keeper::old`]: nobody else has
+    /// written to it since.
+    pub fn vouched(&self) -> bool {
+        self.core.vouched.get()
+    }
+
+    /// The number under which its bitmaps may be kept elsewhere; `None` if the image cannot vouch for any.
+    pub fn kept_number(&self) -> Option<[u8; 16]> {
+        self.core.kept_number.get()
+    }
+
     /// The backing file name and format in the header.
     pub fn backing_name(&self) -> (Option<String>, Option<String>) {
         let h = self.core.header.borrow();

@@ -58,6 +58,9 @@ pub(crate) async fn open(
         opts,
         sizes,
         writable: Cell::new(false),
+        vouched: Cell::new(false),
+        kept_number: Cell::new(None),
+        vouch_due: Cell::new(false),
         active: Cell::new(active),
         wants_writable: Cell::new(writable),
         l1: RefCell::new(L1 { at: HostOffset(0), entries: Vec::new(), dirty: BTreeSet::new() }),
@@ -82,6 +85,7 @@ pub(crate) async fn open(
         heading: Loading::default(),
     });
     core.load_tables().await?;
+    core.check_vouched();
     if active {
         core.load_bitmaps().await?;
         if writable {
@@ -165,6 +169,9 @@ impl Core {
         }
         self.size.set(header.size & !511);
         *self.header.borrow_mut() = header;
+        // Who used it meanwhile may have cleared the bit, and what is kept elsewhere is older than that.
+        self.vouched
+            .set(self.header.borrow().kept_number().is_some_and(|n| self.kept_number.get() == Some(n)));
         self.load_tables().await?;
         self.load_bitmaps().await?;
         self.active.set(true);
@@ -203,14 +210,14 @@ impl Core {
         }
         let stale = {
             let mut h = self.header.borrow_mut();
-            let stale = h.unknown_autoclear();
+            let ours = if self.vouched.get() { crate::header::AUTOCLEAR_KEPT } else { 0 };
+            let stale = h.unknown_autoclear() & !ours;
             h.autoclear &= !stale;
             stale
         };
         if stale != 0 {
             self.write_features().await?;
         }
-        self.mark_bitmaps_in_use().await?;
         let lazy = self.wants_lazy();
         if lazy && self.geo.version() < 3 {
             return Err(BlockError::invalid(
@@ -219,9 +226,40 @@ impl Core {
         }
         self.order.set_lazy(lazy);
         self.space.reset(self.geo.clusters_for(self.file.len()));
+        self.vouch().await?;
+        self.mark_bitmaps_in_use().await?;
         self.bitmaps.set_readonly(false);
         self.writable.set(true);
         Ok(())
+    }
+
+    /// Whether the number in the header is that of who keeps the bitmaps elsewhere, too.
+    pub(crate) fn check_vouched(&self) {
+        let Some(keeper) = self.opts.keeper else { return };
+        let vouched = keeper.old.is_some() && self.header.borrow().kept_number() == keeper.old;
+        self.vouched.set(vouched);
+        self.kept_number.set(keeper.old.filter(|_| vouched));
+        self.vouch_due.set(!vouched && self.geo.version() >= 3);
+    }
+
+    /// Before the first change after opening: from now on the header says that the bitmaps are kept elsewhere, too, under a new
+    /// number. Once: whoever keeps them has to know it before it is used again.
+    async fn vouch(self: &Rc<Self>) -> Result<()> {
+        let Some(number) = self.opts.keeper.map(|k| k.new).filter(|_| self.vouch_due.replace(false)) else {
+            return Ok(());
+        };
+        self.writable.set(true);
+        let done = self.rewrite_header(move |h| h.set_kept_number(number)).await;
+        self.writable.set(false);
+        match done {
+            // a header without room for it: nobody will believe what is kept elsewhere
+            Err(e) if e.kind() == ErrorKind::NoSpace => Ok(()),
+            Err(e) => Err(e),
+            Ok(()) => {
+                self.kept_number.set(Some(number));
+                Ok(())
+            }
+        }
     }
 
     /// Whether refcounts may be behind while the image is in use.

@@ -54,11 +54,22 @@ impl OverlapCheck {
         OverlapCheck { active_l2: true, refcount_block: true, inactive_l1: true, ..OverlapCheck::CONSTANT };
 }
 
+/// Who keeps the image's bitmaps elsewhere, too, so that they survive a crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Keeper {
+    /// The number under which it kept them before.
+    pub old: Option<[u8; 16]>,
+    /// The number to be used if the image does not vouch for that one. Never used before.
+    pub new: [u8; 16],
+}
+
 /// Options of an open image.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// Open for writing.
     pub writable: bool,
+    /// Who keeps the bitmaps elsewhere, too.
+    pub keeper: Option<Keeper>,
     /// Somebody else may be using the image: nothing is written, and nothing kept, until it is activated.
     pub inactive: bool,
     /// Bytes of both caches together (`cache-size`).
@@ -91,6 +102,7 @@ impl Default for Options {
     fn default() -> Options {
         Options {
             writable: true,
+            keeper: None,
             inactive: false,
             cache_size: None,
             l2_cache_size: None,

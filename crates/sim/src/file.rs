@@ -364,6 +364,7 @@ impl File for SimFile {
                 allocated,
                 alignment: if self.mode.direct { DIRECT_ALIGNMENT } else { 1 },
                 writable: self.mode.write,
+                modified: 0,
             })
         })
     }

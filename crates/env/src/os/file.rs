@@ -435,6 +435,12 @@ impl File for OsFile {
                 allocated: if device { len } else { (st.st_blocks.max(0) as u64).saturating_mul(512) },
                 alignment: self.facts.alignment,
                 writable: self.facts.writable,
+                modified: match device {
+                    true => 0,
+                    false => (st.st_mtime.max(0) as u64)
+                        .saturating_mul(1_000_000_000)
+                        .saturating_add(st.st_mtime_nsec.max(0) as u64),
+                },
             })
         })
     }
