@@ -18,6 +18,7 @@ use open::Opener;
 use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -182,6 +183,17 @@ impl Daemon {
     pub(crate) fn events(&self) -> &Rc<Events> {
         &self.events
     }
+    /// Bitmaps of nodes that are opened from now on are kept in `dir`, so that they survive a crash.
+    pub fn keep_bitmaps_in(self: &Rc<Self>, dir: &Path) {
+        let me = Rc::downgrade(self);
+        let tell = move |text: &str| {
+            if let Some(daemon) = me.upgrade() {
+                daemon.tell_trouble(text);
+            }
+        };
+        self.opener.keep_bitmaps_in(dir, Rc::new(tell));
+    }
+
     pub(crate) fn opener(&self) -> &Rc<Opener> {
         &self.opener
     }

@@ -102,6 +102,7 @@ pub(crate) async fn restore(daemon: &Rc<Daemon>, given: &[Given]) -> Result<Vec<
     process::private_directory(&dir)?;
     let store = Store::open(daemon.env(), &dir).await?;
     process::sync_directory(&dir)?;
+    daemon.keep_bitmaps_in(&dir);
     let mut places = Vec::new();
     let mut options = Vec::new();
     for (i, g) in given.iter().enumerate() {

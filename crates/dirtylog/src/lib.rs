@@ -37,6 +37,7 @@ pub use layout::{MAX_IDENTITY, MAX_KEPT};
 pub use log::{DirtyLog, Figures, Pass, Settings};
 pub use recover::{Found, FoundBitmap, read};
 pub use regions::{Geometry, geometry_for};
+pub use turn::BEAT;
 
 /// Defects that tests plant ([`env::bugs`]), each of which the crash enumeration must find.
 #[cfg(feature = "planted-bugs")]

@@ -91,7 +91,7 @@ pub struct DirtyLog {
     /// The file is being brought up to what users changed.
     pub(crate) syncing: Cell<bool>,
     pub(crate) closed: Cell<bool>,
-    pub(crate) cooling: Cell<bool>,
+    pub(crate) beating: Cell<bool>,
     pub(crate) turns: Cell<u64>,
     pub(crate) figures: Cell<Figures>,
     pub(crate) me: Weak<DirtyLog>,
@@ -146,7 +146,7 @@ impl DirtyLog {
             edited: Cell::new(false),
             syncing: Cell::new(false),
             closed: Cell::new(false),
-            cooling: Cell::new(false),
+            beating: Cell::new(false),
             turns: Cell::new(0),
             figures: Cell::default(),
             me: me.clone(),
@@ -159,6 +159,7 @@ impl DirtyLog {
         log.write_record(Default::default()).await?;
         log.sync_now(None).await?;
         drop(_turn);
+        log.beat();
         Ok(log)
     }
 

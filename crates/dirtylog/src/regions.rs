@@ -60,11 +60,13 @@ pub(crate) struct Regions {
     /// Writes under way on the strength of marks that are durable already, or too wide for the hot set.
     marked: Vec<Span>,
     turn: u64,
+    /// Writes begun, to notice that there are any.
+    begun: u64,
 }
 
 impl Regions {
     pub(crate) fn new(geo: Geometry) -> Regions {
-        Regions { geo, hot: BTreeMap::new(), marked: Vec::new(), turn: 0 }
+        Regions { geo, hot: BTreeMap::new(), marked: Vec::new(), turn: 0, begun: 0 }
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
@@ -90,6 +92,7 @@ impl Regions {
 
     /// Begins a write if all its regions are hot.
     pub(crate) fn enter_hot(&mut self, at: Span) -> bool {
+        self.begun = self.begun.wrapping_add(1);
         let numbers = self.numbers(at);
         if numbers.end - numbers.start == 1 {
             // nearly every request
@@ -108,6 +111,11 @@ impl Regions {
             }
         }
         true
+    }
+
+    /// Grows with each write.
+    pub(crate) fn begun(&self) -> u64 {
+        self.begun
     }
 
     /// A write that [`Regions::enter_hot`] began has ended.

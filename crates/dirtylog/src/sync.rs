@@ -64,6 +64,20 @@ impl DirtyLog {
         done
     }
 
+    /// After [`DirtyLog::close`]: it is used again. Nobody writes meanwhile.
+    ///
+    /// # Errors
+    /// As [`DirtyLog::sync`].
+    pub async fn reopen(&self) -> Result<()> {
+        let _turn = self.turn.acquire(1).await;
+        if !self.closed.replace(false) {
+            return Ok(());
+        }
+        self.uncertain.set(true);
+        self.beat();
+        self.sync_now(None).await
+    }
+
     /// With a turn taken.
     pub(crate) async fn sync_now(&self, close: Option<Vec<u8>>) -> Result<()> {
         self.syncing.set(true);

@@ -17,6 +17,10 @@ use std::time::Duration;
 
 /// Regions that nobody wrote to for so long leave the hot set: a crash puts in doubt what was written lately.
 const IDLE: Duration = Duration::from_secs(5);
+/// While somebody writes a record is made at least every so many of these: it has the time.
+const BEATS: u32 = 6;
+/// See [`BEATS`].
+pub const BEAT: Duration = Duration::from_secs(IDLE.as_secs() * BEATS as u64);
 /// Bytes of adjoining sectors that are written at once.
 const CHUNK: usize = 1 << 20;
 
@@ -40,7 +44,6 @@ impl DirtyLog {
         }
         // Nothing came in between: this is one step.
         self.pumping.set(false);
-        self.cool_later();
     }
 
     /// What users changed is durable, and the file has the header that we know: marks may be written in place.
@@ -239,27 +242,41 @@ impl DirtyLog {
         Ok(())
     }
 
-    fn cool_later(&self) {
-        if self.regions.borrow().count() == 0 || self.cooling.replace(true) {
+    /// From now on, until the end: regions that nobody writes to leave, and while somebody writes the record says so.
+    pub(crate) fn beat(&self) {
+        if self.beating.replace(true) {
             return;
         }
         let (me, env) = (self.me.clone(), self.env.clone());
-        self.env.spawn("dirtylog-idle", async move {
-            let mut turns = u64::MAX;
+        self.env.spawn("dirtylog-beat", async move {
+            let (mut turns, mut begun, mut beats) = (0, 0, 0u32);
             loop {
                 env.sleep(IDLE).await;
                 let Some(log) = me.upgrade() else { return };
-                if log.closed.get() || log.regions.borrow().count() == 0 {
-                    log.cooling.set(false);
+                if log.closed.get() {
+                    log.beating.set(false);
                     return;
                 }
-                if log.turns.get() == turns {
-                    // What cannot be written now is tried again after the next pause.
+                beats += 1;
+                let idle = log.turns.get() == turns && log.regions.borrow().count() > 0;
+                // What cannot be written now is tried again at the next beat.
+                if idle {
                     let _later = log.cool().await;
+                }
+                if beats >= BEATS && log.regions.borrow().begun() != begun {
+                    if log.turns.get() == turns {
+                        let _later = log.say_alive().await;
+                    }
+                    (beats, begun) = (0, log.regions.borrow().begun());
                 }
                 turns = log.turns.get();
             }
         });
+    }
+
+    async fn say_alive(&self) -> Result<()> {
+        let _turn = self.turn.acquire(1).await;
+        if self.closed.get() { Ok(()) } else { self.write_record(BTreeSet::new()).await }
     }
 }
 

@@ -43,6 +43,11 @@ impl RawNode {
     }
 }
 
+/// Where the window of a raw disk begins in the node below; 0 for other nodes.
+pub fn offset_of(node: &dyn Node) -> u64 {
+    node.as_any().downcast_ref::<RawNode>().map_or(0, |raw| raw.offset)
+}
+
 impl Node for RawNode {
     fn driver(&self) -> &'static str {
         "raw"

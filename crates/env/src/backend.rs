@@ -49,6 +49,11 @@ pub trait Backend: 'static {
     fn as_any(&self) -> Option<&dyn std::any::Any> {
         None
     }
+    /// See [`Env::sync_directory`](crate::Env::sync_directory). A backend without directories has nothing to do.
+    fn sync_directory(&self, path: &Path) -> block::Result<()> {
+        let _ = path;
+        Ok(())
+    }
     /// See [`Env::absolute`](crate::Env::absolute).
     fn absolute(&self, path: &Path) -> PathBuf {
         path.to_owned()

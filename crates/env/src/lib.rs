@@ -103,6 +103,14 @@ impl Env {
         self.backend.remove(path)
     }
 
+    /// Makes durable which names the directory `path` has. Waits in place: for what is done seldom.
+    ///
+    /// # Errors
+    /// The host's, with the path.
+    pub fn sync_directory(&self, path: &Path) -> Result<()> {
+        self.backend.sync_directory(path)
+    }
+
     /// A name for the same file that does not depend on the working directory as it is now.
     pub fn absolute(&self, path: &Path) -> PathBuf {
         self.backend.absolute(path)

@@ -23,6 +23,8 @@ pub trait WriteAhead: 'static {
     fn resize(&self, len: u64) -> Io<'_>;
     /// The node is going to be closed, or given up to somebody else: no write is under way. The bitmaps are exact after.
     fn close(&self) -> Io<'_>;
+    /// The node was closed, or given up, and is used again after all. No write is under way.
+    fn reopen(&self) -> Io<'_>;
     /// For whoever made it.
     fn as_any(&self) -> &dyn std::any::Any;
 }

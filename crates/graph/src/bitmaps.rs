@@ -158,7 +158,12 @@ pub async fn add(cell: &Rc<NodeCell>, new: &NewBitmap) -> Result<BitmapChange> {
 
 fn check_storable(cell: &NodeCell, name: &str, granularity: u64) -> Result<()> {
     let node = cell.name();
-    cell.node().check_bitmap(name, granularity).map_err(|e| {
+    let stored = match cell.node().check_bitmap(name, granularity) {
+        // the driver keeps none, but somebody does
+        Err(e) if e.kind() == ErrorKind::Unsupported && cell.write_ahead().is_some() => Ok(()),
+        other => other,
+    };
+    stored.map_err(|e| {
         let said = e.message().to_owned();
         let message = match e.kind() {
             ErrorKind::Unsupported => format!("Can't store persistent bitmaps to {node}: {said}"),
@@ -238,6 +243,14 @@ pub fn merge(cell: &Rc<NodeCell>, target: &str, sources: &[Source]) -> Result<Bi
 }
 
 impl BitmapChange {
+    /// Makes it durable, where something keeps bitmaps that can.
+    ///
+    /// # Errors
+    /// It could not be written; it stands, and may be undone.
+    pub async fn sync(&self) -> Result<()> {
+        self.cell.sync_bitmaps().await
+    }
+
     /// It is final.
     pub fn commit(self) {
         match self.what {

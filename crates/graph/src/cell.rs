@@ -223,7 +223,16 @@ impl NodeCell {
     /// Gives the image up, or takes it back as it is now. Called with the gates above closed.
     pub(crate) async fn set_active(&self, on: bool) -> Result<()> {
         let len = self.node.len();
-        self.node.set_active(on).await?;
+        let log = self.write_ahead();
+        if let (Some(log), false) = (&log, on) {
+            // What is in the image, or here, is exact before somebody else changes it.
+            log.close().await?;
+        }
+        let done = self.node.set_active(on).await;
+        if let (Some(log), true) = (&log, on || done.is_err()) {
+            log.reopen().await?;
+        }
+        done?;
         self.active.set(on);
         if self.node.len() != len {
             for bitmap in self.bitmaps() {
@@ -506,8 +515,8 @@ impl NodeCell {
     }
 
     pub(crate) async fn zero(&self, at: Span, flags: ReqFlags) -> Result<()> {
-        let logged = !self.plain.get() && !(flags.unchanged && self.writable.get());
-        let _inside = if logged { self.go_ahead(at).await? } else { None };
+        let plain = self.plain.get() || flags.unchanged && self.writable.get();
+        let _inside = if plain { None } else { self.go_ahead(at).await? };
         let _change = (!flags.unchanged).then(|| Change { cell: self, span: at });
         self.count_write(at);
         let may_unmap = flags.may_unmap && self.options.borrow().discard;

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod again;
+mod bitmap_home;
 mod children;
 pub mod create;
 mod filters;
@@ -15,6 +16,7 @@ mod reopen;
 mod spec;
 
 pub use again::{Description, Inherits};
+pub use bitmap_home::{BitmapHome, BitmapsHook, log_of};
 pub use filters::{FilterSpec, ThrottleHook};
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
 pub use spec::{
@@ -50,6 +52,7 @@ pub struct Opener {
     throttle: RefCell<Option<ThrottleHook>>,
     on_quorum: RefCell<Option<QuorumHook>>,
     on_replication: RefCell<Option<ReplicationHook>>,
+    home: RefCell<Option<Rc<BitmapHome>>>,
     /// How nodes were described, by id.
     given: RefCell<BTreeMap<u64, reopen::Given>>,
 }
@@ -119,6 +122,7 @@ impl Opener {
             throttle: RefCell::default(),
             on_quorum: RefCell::default(),
             on_replication: RefCell::default(),
+            home: RefCell::default(),
             given: RefCell::default(),
         })
     }
@@ -206,6 +210,7 @@ impl Opener {
             match self.graph.add(options, node.clone()).await {
                 Ok(cell) => {
                     self.remember(&cell, spec, from);
+                    self.kept_bitmaps(&cell).await;
                     Ok(cell)
                 }
                 Err(e) => {
@@ -347,6 +352,7 @@ impl Opener {
             writable: !now.read_only,
             inactive: now.inactive,
             node_name: name.to_owned(),
+            keeper: self.keeper(&image, &child, now).await,
             ..spec.options.clone()
         };
         let node = Qcow2::open(self.graph.env().clone(), file, data_file, options).await?;

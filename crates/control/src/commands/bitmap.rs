@@ -65,7 +65,12 @@ impl<C: ChangesBitmap> Action for BitmapAction<C> {
     }
 
     fn commit(&self) -> Doing<'_> {
-        Box::pin(async move { self.done.take().into_iter().for_each(BitmapChange::commit) })
+        Box::pin(async move {
+            let Some(change) = self.done.take() else { return };
+            // What cannot be written now is written before the next write that depends on it.
+            let _in_memory_it_stands = change.sync().await;
+            change.commit();
+        })
     }
 
     fn abort(&self) -> Doing<'_> {
@@ -80,7 +85,12 @@ impl<C: ChangesBitmap + DeserializeOwned + 'static> Act for C {
 }
 
 async fn at_once(command: &impl ChangesBitmap, daemon: &Daemon) -> Reply {
-    command.change(daemon).await?.commit();
+    let change = command.change(daemon).await?;
+    if let Err(e) = change.sync().await {
+        change.undo();
+        return Err(e.into());
+    }
+    change.commit();
     Ok(json!({}))
 }
 
@@ -108,6 +118,18 @@ impl ChangesBitmap for BitmapAdd {
             persistent: self.persistent,
             disabled: self.disabled,
         };
+        if new.persistent {
+            // Where it cannot be begun the bitmap is refused or, if the image keeps it, kept as QSD would.
+            if let Err(e) = daemon.opener().bitmap_log(&cell).await
+                && cell
+                    .node()
+                    .check_bitmap(&new.name, graph::bitmaps::default_granularity(&cell).await)
+                    .is_err()
+            {
+                let why = format!("Can't store persistent bitmaps to {}: {}", cell.name(), e.message());
+                return Err(QmpError::generic(why));
+            }
+        }
         Ok(bitmaps::add(&cell, &new).await?)
     }
 }

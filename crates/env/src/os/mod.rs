@@ -371,6 +371,10 @@ impl Backend for Os {
         Arc::new(move || bell.ring())
     }
 
+    fn sync_directory(&self, path: &Path) -> Result<()> {
+        process::sync_directory(path)
+    }
+
     fn absolute(&self, path: &Path) -> std::path::PathBuf {
         std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
     }

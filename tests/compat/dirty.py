@@ -1,0 +1,294 @@
+#!/usr/bin/env python3
+"""Bitmaps of disks that are killed while they are written to: kill -9 of liveblkd under a client, restart, and the bitmap beside
+what really changed.
+
+    dirty.py [--daemon PATH] [--rounds N] [--seed S] [--only raw|qcow2|nbd]
+
+For a raw file, a qcow2 image and a node behind an NBD server: after each kill the bitmap must be there, usable, recording, contain
+every granule whose bytes differ from those when it was created or cleared, and beyond those that the client asked to be written no
+more than the regions that may be hot. After a clean end nothing more than was asked for, and QEMU's tools must find the one in a qcow2
+image as it was. Where another program wrote in between it must be inconsistent, with the reason told. Exit status 0: so it was.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from bitmaps import Nbd, REPLY_LIMIT
+
+SIZE = 256 << 20
+GRANULARITY = 65536
+# dirtylog::geometry_for: 32 regions of 1 MiB for a disk of this size
+HOT = 32 << 20
+DEPTH = 16
+
+
+class Daemon:
+    def __init__(self, program, where):
+        self.program, self.where = program, where
+        self.told = f"{where}/stderr"
+        self.start()
+
+    def start(self, *options):
+        self.qmp, self.nbd = f"{self.where}/qmp", f"{self.where}/nbd"
+        for old in (self.qmp, self.nbd):
+            if os.path.exists(old):
+                os.unlink(old)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(self.qmp)
+        listener.listen(1)
+        with open(self.told, "a") as err:
+            self.process = subprocess.Popen(
+                [self.program, "--state-dir", f"{self.where}/state", "--nbd-server",
+                 f"addr.type=unix,addr.path={self.nbd}", "--chardev", f"socket,id=c0,path={self.qmp}", "--monitor", "c0"],
+                stderr=err)
+        listener.settimeout(REPLY_LIMIT)
+        connection, _ = listener.accept()
+        connection.settimeout(REPLY_LIMIT)
+        self.lines = connection.makefile("rw", encoding="utf-8")
+        self.lines.readline()
+        self.do("qmp_capabilities")
+
+    def do(self, command, **arguments):
+        arguments = {k.replace("_", "-"): v for k, v in arguments.items()}
+        self.lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        self.lines.flush()
+        while True:
+            answer = json.loads(self.lines.readline())
+            if "error" in answer:
+                raise AssertionError(f"{command} {arguments}: {answer['error']['desc']}")
+            if "return" in answer:
+                return answer["return"]
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def quit(self):
+        self.do("quit")
+        assert self.process.wait(REPLY_LIMIT) == 0, "the daemon did not end well"
+
+    def bitmap(self, name="b"):
+        for node in self.do("query-named-block-nodes", flat=True):
+            if node["node-name"] == "n":
+                return next((b for b in node.get("dirty-bitmaps", []) if b.get("name") == name), None)
+        raise AssertionError("the node is gone")
+
+
+class Writer(threading.Thread):
+    """Writes at random until the server goes away, DEPTH requests at a time; remembers what it asked for."""
+
+    def __init__(self, path, seed, asked):
+        super().__init__()
+        self.r, self.asked = random.Random(seed), asked
+        self.client = Nbd(path, "e")
+
+    def run(self):
+        s, inside = self.client.s, 0
+        try:
+            while True:
+                while inside < DEPTH:
+                    hot = self.r.random() < 0.8
+                    length = self.r.choice([4096, 4096, 512, 65536, 200 << 10])
+                    area = SIZE // 16 if hot else SIZE - length
+                    at = self.r.randrange(0, area) // 512 * 512
+                    self.asked.update(range(at // GRANULARITY, (at + length - 1) // GRANULARITY + 1))
+                    body = self.r.randbytes(512) * (length // 512)
+                    if self.r.random() < 0.03:
+                        # so that what an image says of the writes before is in it when the daemon dies
+                        s.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 3, inside, 0, 0))
+                        inside += 1
+                    s.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 1, inside, at, length) + body)
+                    inside += 1
+                _, error, _ = struct.unpack(">IIQ", self.client.take(16))
+                assert error == 0, f"a write failed: {error}"
+                inside -= 1
+        except (OSError, AssertionError) as e:
+            if "failed" in str(e):
+                self.error = e
+
+
+def content(path):
+    c = Nbd(path, "e")
+    out = bytearray()
+    while len(out) < SIZE:
+        n = min(16 << 20, SIZE - len(out))
+        c.ask(0, len(out), n)
+        out += c.take(n)
+    c.close()
+    return bytes(out)
+
+
+def granules(uri, name):
+    out = subprocess.run(["nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", uri], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    found = set()
+    for e in json.loads(out.stdout):
+        if e["type"]:
+            found.update(range(e["offset"] // GRANULARITY, (e["offset"] + e["length"] - 1) // GRANULARITY + 1))
+    return found
+
+
+def changed(a, b):
+    return {g for g in range(SIZE // GRANULARITY)
+            if a[g * GRANULARITY:(g + 1) * GRANULARITY] != b[g * GRANULARITY:(g + 1) * GRANULARITY]}
+
+
+class Case:
+    def __init__(self, args, kind, where, r):
+        self.kind, self.where, self.r, self.server = kind, where, r, None
+        self.image = f"{where}/disk.{'qcow2' if kind == 'qcow2' else 'raw'}"
+        form = "qcow2" if kind == "qcow2" else "raw"
+        subprocess.run(["qemu-img", "create", "-q", "-f", form, self.image, str(SIZE)], check=True)
+        if kind == "nbd":
+            below = f"{where}/below"
+            self.server = subprocess.Popen(["qemu-nbd", "-f", "raw", "-t", "-k", below, "-e", "8", self.image])
+            while not os.path.exists(below):
+                time.sleep(0.01)
+            node = {"driver": "nbd", "server": {"type": "unix", "path": below}}
+        else:
+            node = {"driver": form, "file": {"driver": "file", "filename": self.image}}
+        self.d = Daemon(args.daemon, where)
+        self.d.do("blockdev-add", node_name="n", **node)
+        self.d.do("block-export-add", type="nbd", id="e", node_name="n", name="e", writable=True)
+        self.d.do("block-dirty-bitmap-add", node="n", name="b", granularity=GRANULARITY, persistent=True)
+        self.base, self.asked, self.extra = content(self.d.nbd), set(), 0
+
+    def bits(self):
+        self.d.do("block-export-add", type="nbd", id="look", node_name="n", name="look", writable=True, bitmaps=["b"])
+        found = granules(f"nbd+unix:///look?socket={self.d.nbd}", "b")
+        self.d.do("block-export-del", id="look", mode="hard")
+        return found
+
+    def compare(self, exact):
+        b = self.d.bitmap()
+        assert b, f"{self.kind}: the bitmap is gone"
+        assert not b.get("inconsistent"), f"{self.kind}: the bitmap is inconsistent: {b}"
+        assert b["recording"] and b["persistent"], f"{self.kind}: {b}"
+        bits, real = self.bits(), changed(self.base, content(self.d.nbd))
+        missing = real - bits
+        assert not missing, f"{self.kind}: {len(missing)} changed granules are not marked: {sorted(missing)[:5]}"
+        extra = len(bits - self.asked) * GRANULARITY
+        assert extra <= (0 if exact else self.extra), f"{self.kind}: {extra} bytes marked that nobody asked to write, {self.extra} allowed"
+        return len(bits), len(real), extra
+
+    def round(self):
+        writer = Writer(self.d.nbd, self.r.random(), self.asked)
+        writer.start()
+        time.sleep(self.r.uniform(0.02, 0.5))
+        self.d.kill()
+        writer.join(REPLY_LIMIT)
+        assert not hasattr(writer, "error"), writer.error
+        # regions that were in doubt stay marked, of every kill
+        self.extra += HOT
+        self.d.start()
+        marked, real, extra = self.compare(False)
+        if self.r.random() < 0.4:
+            self.d.do("block-dirty-bitmap-clear", node="n", name="b")
+            self.base, self.asked, self.extra = content(self.d.nbd), set(), 0
+        return marked, real, extra
+
+    def clean(self):
+        """A clean end: exact after, and QEMU's tools see what is in a qcow2 image."""
+        self.d.do("block-dirty-bitmap-clear", node="n", name="b")
+        self.base, self.asked, self.extra = content(self.d.nbd), set(), 0
+        c = Nbd(self.d.nbd, "e")
+        for _ in range(50):
+            at = self.r.randrange(0, SIZE // 4096) * 4096
+            self.asked.add(at // GRANULARITY)
+            c.ask(1, at, 4096, self.r.randbytes(512) * 8)
+        c.close()
+        self.d.quit()
+        if self.kind == "qcow2":
+            info = json.loads(subprocess.run(["qemu-img", "info", "--output=json", self.image], capture_output=True, check=True).stdout)
+            bitmaps = info["format-specific"]["data"]["bitmaps"]
+            assert [(b["name"], b["flags"]) for b in bitmaps] == [("b", ["auto"])], bitmaps
+            theirs = self.theirs()
+            assert theirs == self.asked, "qemu-nbd sees another bitmap than was stored"
+        self.d.start()
+        self.compare(True)
+
+    def theirs(self):
+        path = f"{self.where}/qemu-nbd"
+        p = subprocess.Popen(["qemu-nbd", "-r", "-f", "qcow2", "-B", "b", "-k", path, self.image])
+        while not os.path.exists(path):
+            assert p.poll() is None, "qemu-nbd does not open the image"
+            time.sleep(0.01)
+        found = granules(f"nbd+unix:///?socket={path}", "b")
+        p.wait(REPLY_LIMIT)
+        return found
+
+    def foreign(self):
+        """Another program writes between two lives."""
+        if self.kind == "qcow2":
+            # looking at it is no harm
+            self.d.kill()
+            subprocess.run(["qemu-io", "-r", "-f", "qcow2", "-c", "read 0 4k", self.image], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(["qemu-img", "info", self.image], check=True, stdout=subprocess.DEVNULL)
+            self.d.start()
+            assert not self.d.bitmap().get("inconsistent"), "a reader cost us the bitmap"
+            self.d.kill()
+        elif self.kind == "raw":
+            self.d.quit()
+        else:
+            return
+        form = "qcow2" if self.kind == "qcow2" else "raw"
+        subprocess.run(["qemu-io", "-f", form, "-c", "write -P 7 100M 4k", self.image], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["qemu-img", "info", self.image], check=True, stdout=subprocess.DEVNULL)
+        self.d.start()
+        b = self.d.bitmap()
+        assert b and b.get("inconsistent"), f"{self.kind}: another program wrote, and the bitmap is believed: {b}"
+        said = open(self.d.told).read()
+        assert "another program" in said or "was changed" in said, f"nobody was told why: {said}"
+        self.d.do("block-dirty-bitmap-remove", node="n", name="b")
+        self.d.do("block-dirty-bitmap-add", node="n", name="b", granularity=GRANULARITY, persistent=True)
+        self.d.kill()
+        self.d.start()
+        assert not self.d.bitmap().get("inconsistent"), "the new one was not kept"
+
+    def end(self):
+        self.d.kill()
+        if self.server:
+            self.server.kill()
+            self.server.wait()
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument("--daemon", default="target/debug/liveblkd")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--seed", type=int, default=os.getpid())
+    p.add_argument("--only", default="")
+    args = p.parse_args()
+    print(f"seed {args.seed}")
+    for kind in ("raw", "qcow2", "nbd"):
+        if args.only not in ("", kind):
+            continue
+        where = tempfile.mkdtemp(prefix="liveblk-dirty-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        case = None
+        try:
+            case = Case(args, kind, where, random.Random(f"{args.seed} {kind}"))
+            figures = [case.round() for _ in range(args.rounds)]
+            case.clean()
+            case.foreign()
+            most = max(f[2] for f in figures)
+            print(f"{kind}: {args.rounds} kills, {sum(f[1] for f in figures)} changed granules, none missing; at most {most >> 20} MiB more")
+        except Exception:
+            print(f"seed {args.seed}, {kind}: {where}/stderr: {open(where + '/stderr').read() if os.path.exists(where + '/stderr') else ''}", file=sys.stderr)
+            raise
+        finally:
+            if case:
+                case.end()
+            shutil.rmtree(where, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
