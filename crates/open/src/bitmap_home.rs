@@ -273,17 +273,12 @@ impl BitmapHome {
         if let Some(log) = log_of(cell) {
             return Ok(log);
         }
-        let there = match self.read(&name).await? {
-            // Of a disk that was here before, and of nobody's concern now: it had no bitmaps when it was opened.
-            Some((file, found)) => Some((
-                file,
-                found.map(|mut f| {
-                    f.bitmaps.clear();
-                    f
-                }),
-            )),
-            None => None,
-        };
+        // What is in the file is of a disk that was here before, and of nobody's concern now: it had no bitmaps when it was
+        // opened.
+        let there = self.read(&name).await?.map(|(file, mut found)| {
+            found.iter_mut().for_each(|f| f.bitmaps.clear());
+            (file, found)
+        });
         self.begin(cell, &name, there).await
     }
 }
@@ -393,7 +388,8 @@ impl WriteAhead for Kept {
                 None => Witness::default(),
             };
             self.log.close(witness.encode()).await?;
-            match self.path.borrow_mut().take().filter(|_| self.log.is_empty()) {
+            let unused = if self.log.is_empty() { self.path.borrow_mut().take() } else { None };
+            match unused {
                 // nothing is kept any more
                 Some(path) => self.env.remove(&path).await,
                 None => Ok(()),

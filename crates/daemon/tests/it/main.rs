@@ -7,6 +7,7 @@ mod chains;
 mod cmdline;
 mod colo;
 mod common;
+mod dirty;
 mod disk;
 mod hostile;
 mod migration;
