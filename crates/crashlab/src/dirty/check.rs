@@ -166,7 +166,7 @@ fn verify(stats: &mut Stats, run: &Run, at: usize, flats: &[Rc<RefCell<Flat>>; 3
     stats.states += 1;
     let view: Rc<dyn File> = Rc::new(View(flats[1].clone()));
     let found = now(dirtylog::read(&view)).map_err(|e| format!("the log cannot be read: {e}"))?;
-    let begun = run.base.bytes[1].len() > 0;
+    let begun = !run.base.bytes[1].is_empty();
     let Some(found) = found else {
         let any = run.versions.iter().any(|v| legal(v, at).all(|v| v.content.is_some()));
         return if begun || any { Err("the log has no whole header".to_owned()) } else { Ok(()) };
