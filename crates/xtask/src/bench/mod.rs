@@ -7,6 +7,7 @@
 
 mod chain;
 mod daemon;
+mod dirty;
 mod jobs;
 mod limit;
 mod mirror;
@@ -133,6 +134,7 @@ fn measure(options: &Options) -> Outcome {
         options.dir.display()
     );
     nbd::measure(options)?;
+    dirty::measure(options)?;
     mirror::measure(options)?;
     jobs::measure(options)
 }
