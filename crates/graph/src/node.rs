@@ -252,6 +252,10 @@ pub trait Node: 'static {
     fn hurry(&self) -> Option<Box<dyn std::any::Any>> {
         None
     }
+    /// For a node whose bytes a peer holds: the link to it.
+    fn link(&self) -> Option<Rc<dyn crate::Link>> {
+        None
+    }
     /// For downcasts between cooperating drivers and jobs.
     fn as_any(&self) -> &dyn std::any::Any;
 }

@@ -20,6 +20,7 @@ use slab::Slab;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Requests in flight on one link. Servers of others take 16 or 64 at a time; more only waits in the socket.
 const WINDOW: usize = 64;
@@ -76,6 +77,8 @@ enum Content {
 
 struct Flight {
     generation: u32,
+    /// A flush: the server's disk may take its time.
+    flush: bool,
     answer: Answer,
     content: Content,
     error: Option<BlockError>,
@@ -101,6 +104,11 @@ impl Expected for Table {
 
 /// A connection in its transmission phase.
 pub(super) struct Link {
+    env: Env,
+    /// Losses of all connections of the pool.
+    losses: Rc<Cell<u64>>,
+    /// When the server was last heard of, or the first of the requests that wait was made.
+    heard: Cell<Duration>,
     stream: Rc<dyn Stream>,
     negotiated: Negotiated,
     table: RefCell<Table>,
@@ -122,6 +130,7 @@ impl Link {
         to: &Address,
         tls: Option<&ClientTls>,
         wants: ClientWants,
+        losses: &Rc<Cell<u64>>,
     ) -> Result<Rc<Link>> {
         let stream = env.connect(to).await.map_err(|e| {
             let said = e.message().to_owned();
@@ -130,6 +139,9 @@ impl Link {
         let mut inbox = Inbox::new();
         let (stream, negotiated) = handshake::enter(env, stream, tls, &mut inbox, wants).await?;
         let link = Rc::new(Link {
+            env: env.clone(),
+            losses: losses.clone(),
+            heard: Cell::new(env.now()),
             stream,
             negotiated,
             table: RefCell::default(),
@@ -164,6 +176,16 @@ impl Link {
     /// Requests in flight or waiting for a place.
     pub(super) fn load(&self) -> usize {
         self.table.borrow().flights.len()
+    }
+
+    /// Since when requests have been waiting without a sign of life.
+    pub(super) fn silent_since(&self) -> Option<Duration> {
+        (self.load() > 0).then(|| self.heard.get())
+    }
+
+    /// Whether nothing waits but flushes.
+    pub(super) fn only_flushes(&self) -> bool {
+        self.table.borrow().flights.iter().all(|(_, f)| f.flush)
     }
 
     /// Whether the server has ever answered a request here.
@@ -204,9 +226,14 @@ impl Link {
         let (done, answered) = oneshot();
         let cookie = {
             let mut table = self.table.borrow_mut();
+            if table.flights.is_empty() {
+                self.heard.set(self.env.now());
+            }
             table.generation = table.generation.wrapping_add(1);
             let generation = table.generation;
-            let index = table.flights.insert(Flight { generation, answer, content, error: None, done });
+            let flush = cmd == Cmd::Flush;
+            let flight = Flight { generation, flush, answer, content, error: None, done };
+            let index = table.flights.insert(flight);
             u64::from(generation) << 32 | index as u64
         };
         {
@@ -244,6 +271,8 @@ impl Link {
             return;
         }
         *self.broken.borrow_mut() = Some(why.clone());
+        // before anybody hears of it: see `graph::Link`
+        self.losses.set(self.losses.get() + 1);
         let flights = std::mem::take(&mut self.table.borrow_mut().flights);
         for (_, f) in flights {
             self.window.release(1);
@@ -304,7 +333,10 @@ impl Link {
             }
             let max = RECEIVE.max(parser.wanted(&inbox));
             match self.stream.recv(max).await {
-                Ok(piece) if !piece.is_empty() => inbox.push(piece, COPY_BELOW),
+                Ok(piece) if !piece.is_empty() => {
+                    self.heard.set(self.env.now());
+                    inbox.push(piece, COPY_BELOW);
+                }
                 Ok(_) => return self.fail(&lost("the server hung up")),
                 Err(e) => return self.fail(&lost(e.message())),
             }
@@ -379,6 +411,6 @@ impl Flight {
     }
 }
 
-fn lost(why: &str) -> BlockError {
+pub(super) fn lost(why: &str) -> BlockError {
     BlockError::new(ErrorKind::Disconnected, format!("Connection to NBD server lost: {why}"))
 }

@@ -377,6 +377,9 @@ impl Node for NbdClient {
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move { Ok(NodeDetails { filename: self.filename(), ..NodeDetails::default() }) })
     }
+    fn link(&self) -> Option<Rc<dyn graph::Link>> {
+        Some(self.pool.clone())
+    }
     fn as_any(&self) -> &dyn std::any::Any {
         self
     }

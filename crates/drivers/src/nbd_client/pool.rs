@@ -1,18 +1,20 @@
 //! All links to one export, kept up and replaced as they are lost.
 //!
 //! What can happen: the server restarts (requests wait for it as long as `reconnect-delay` says, and are sent again), it
-//! comes back with another disk (refused: nobody may write there), it takes only some of the connections we want (the
+//! comes back with another disk (refused: nobody may write there), it freezes (it is given up, where somebody asked for that), it takes only some of the connections we want (the
 //! others go on trying in the background). What must stay true: a request ends at the latest `reconnect-delay` after its
 //! link was lost and no other is up; attempts to connect are never closer than the pause of [`FIRST_PAUSE`] unless the
 //! link before had worked.
 
-use super::link::{Failure, Link, Outcome, Payload};
+use super::link::{Failure, Link, Outcome, Payload, lost};
 use super::{FILL, NbdOptions};
 use block::{BlockError, ErrorKind, Result, Span};
-use env::sync::{Notify, Semaphore, race};
+use env::sync::{Notify, Semaphore, Wait, race};
 use env::{Env, File};
+use graph::LinkState;
 use nbd::proto::flag;
 use nbd::{ClientWants, Cmd, Mode, Negotiated, leaf};
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
@@ -22,6 +24,15 @@ use std::time::Duration;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause between attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// How many times longer a server may be silent while it does nothing but flush: its disk may take its time, and a server that
+/// is given up meanwhile gets the same bytes again.
+const FLUSH_PATIENCE: u32 = 4;
+/// How often it is looked whether a server is silent while that becomes too long.
+const LOOKS: u32 = 4;
+/// An attempt to connect again is given up after so long, and another one made: what a lost network swallowed is sent again
+/// too late by the host itself.
+const TRY_LIMIT: Duration = Duration::from_secs(10);
 
 /// The links of one node.
 pub(super) struct Pool {
@@ -33,8 +44,20 @@ pub(super) struct Pool {
     dark_since: Cell<Option<Duration>>,
     /// Why the last link was lost.
     last_loss: RefCell<Option<BlockError>>,
-    /// A link came up, or the pool closed.
+    /// See [`graph::Link::losses`].
+    losses: Rc<Cell<u64>>,
+    /// Those who bridge losses, and the shortest time after which a silent server is given up.
+    attending: RefCell<Vec<Option<Duration>>>,
+    /// Why the server that came back is not taken.
+    refused: RefCell<Option<BlockError>>,
+    /// Why the last attempt to connect again failed.
+    last_try: RefCell<Option<BlockError>>,
+    /// When the next attempt begins, if one waits for that.
+    next_try: Cell<Option<Duration>>,
+    /// A link came up or was lost, or the pool closed.
     changed: Notify,
+    /// Somebody new waits for a link: the next attempt begins now.
+    hurry: Notify,
     closing: Notify,
     closed: Cell<bool>,
     /// A link of its own for hashes, once it is wanted.
@@ -68,9 +91,10 @@ impl Pool {
     /// Connects for the first time, trying as long as `open-timeout` says.
     pub(super) async fn open(env: &Env, options: NbdOptions) -> Result<Rc<Pool>> {
         let end = env.now() + Duration::from_secs(u64::from(options.open_timeout));
-        let mut pause = FIRST_PAUSE;
+        let (mut pause, losses) = (FIRST_PAUSE, Rc::default());
         let first = loop {
-            match Link::connect(env, &options.server, options.tls.as_ref(), wants(&options)).await {
+            let tls = options.tls.as_ref();
+            match Link::connect(env, &options.server, tls, wants(&options), &losses).await {
                 Ok(link) => break link,
                 Err(e) if env.now() >= end => return Err(e),
                 Err(_) => {
@@ -91,7 +115,13 @@ impl Pool {
             links: RefCell::new(links),
             dark_since: Cell::new(None),
             last_loss: RefCell::new(None),
+            losses,
+            attending: RefCell::default(),
+            refused: RefCell::default(),
+            last_try: RefCell::default(),
+            next_try: Cell::new(None),
             changed: Notify::new(),
+            hurry: Notify::new(),
             closing: Notify::new(),
             closed: Cell::new(false),
             hashes: RefCell::default(),
@@ -117,7 +147,7 @@ impl Pool {
         while !self.closed.get() {
             match link.take() {
                 Some(l) => {
-                    l.over().await;
+                    self.until_over(&l).await;
                     self.lose(place, l.over_because());
                     if l.has_answered() {
                         pause = FIRST_PAUSE;
@@ -130,10 +160,41 @@ impl Pool {
                 Some(l) if !self.closed.get() => self.install(place, l),
                 Some(l) => l.leave().await,
                 None => {
-                    self.unless_closed(self.env.sleep(pause)).await;
+                    self.next_try.set(Some(self.env.now() + pause));
+                    self.unless_closed(race(self.env.sleep(pause), self.hurry.wait())).await;
+                    self.next_try.set(None);
                     pause = (pause * 2).min(LONGEST_PAUSE);
                 }
             }
+        }
+    }
+
+    /// Waits until the link is over; ends it if its server is silent for longer than somebody above wants to wait.
+    async fn until_over(&self, link: &Link) {
+        while link.is_up() {
+            let limit = self.attending.borrow().iter().flatten().min().copied();
+            let Some(limit) = limit else {
+                let attended = self.changed.wait();
+                race(link.over(), attended).await;
+                continue;
+            };
+            let look = limit / LOOKS;
+            let limit = if link.only_flushes() { limit * FLUSH_PATIENCE } else { limit };
+            let now = self.env.now();
+            let hashes = match &*self.hashes.borrow() {
+                HashLink::There(hashes) => Some(hashes.clone()),
+                HashLink::Never | HashLink::Untried => None,
+            };
+            let asked = hashes.as_ref().and_then(|h| h.silent_since());
+            let since = [link.silent_since(), asked].into_iter().flatten().min();
+            let end = since.unwrap_or(now) + limit;
+            if end <= now {
+                let why = format!("the server has not answered for {} seconds", limit.as_secs_f64());
+                hashes.iter().for_each(|h| h.fail(&lost(&why)));
+                link.fail(&lost(&why));
+                return;
+            }
+            self.env.timeout((end - now).min(look), link.over()).await;
         }
     }
 
@@ -148,13 +209,24 @@ impl Pool {
 
     async fn connect(&self) -> Option<Rc<Link>> {
         let o = &self.options;
-        let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants(o)));
-        let link = self.unless_closed(connecting).await?.ok()?;
-        if let Err(e) = self.same_export(link.negotiated()) {
-            link.fail(&e);
-            return None;
+        let tls = o.tls.as_ref();
+        let connecting = Box::pin(Link::connect(&self.env, &o.server, tls, wants(o), &self.losses));
+        let made = self.unless_closed(self.env.timeout(TRY_LIMIT, connecting)).await?;
+        let late = || Err(lost(&format!("no connection within {} seconds", TRY_LIMIT.as_secs())));
+        let link = match made.unwrap_or_else(late) {
+            Ok(link) => link,
+            Err(e) => {
+                *self.last_try.borrow_mut() = Some(e);
+                return None;
+            }
+        };
+        let same = self.same_export(link.negotiated());
+        if let Err(e) = &same {
+            link.fail(e);
         }
-        Some(link)
+        *self.refused.borrow_mut() = same.err();
+        self.changed.notify_all();
+        link.is_up().then_some(link)
     }
 
     /// Whether what a later connection found is the disk that was opened.
@@ -173,13 +245,19 @@ impl Pool {
             || weaker
             || !contexts
         {
-            return Err(BlockError::corrupt("NBD server came back with another export"));
+            let message = "NBD server came back with another export";
+            return Err(BlockError::corrupt(if now.size == was.size {
+                message.to_owned()
+            } else {
+                format!("{message}: {} bytes instead of {}", now.size, was.size)
+            }));
         }
         Ok(())
     }
 
     fn install(&self, place: usize, link: &Rc<Link>) {
         self.links.borrow_mut()[place] = Some(link.clone());
+        self.last_try.take();
         self.dark_since.set(None);
         self.changed.notify_all();
     }
@@ -190,6 +268,7 @@ impl Pool {
         if self.pick().is_none() && self.dark_since.get().is_none() {
             self.dark_since.set(Some(self.env.now()));
         }
+        self.changed.notify_all();
     }
 
     /// The first link with little to do, so that requests gather on few links; else the one with least.
@@ -217,7 +296,9 @@ impl Pool {
 
     /// Makes a request on some link, again on another if that is lost.
     pub(super) async fn call(&self, cmd: Cmd, flags: u16, span: Span, payload: Payload) -> Result<Outcome> {
-        let delay = Duration::from_secs(u64::from(self.options.reconnect_delay));
+        let attended = !self.attending.borrow().is_empty();
+        let seconds = if attended { 0 } else { self.options.reconnect_delay };
+        let delay = Duration::from_secs(u64::from(seconds));
         let mut deadline = None;
         let mut attempts = 0;
         let mut last = None;
@@ -264,7 +345,9 @@ impl Pool {
         }
         let o = &self.options;
         let wants = ClientWants { contexts: vec![leaf::CONTEXT.to_owned()], ..wants(o) };
-        let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants));
+        // nothing is written there: its loss puts nothing in doubt
+        let losses = Rc::default();
+        let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants, &losses));
         let link = self.unless_closed(connecting).await?.ok();
         let good =
             |l: &Rc<Link>| l.negotiated().size == self.negotiated.size && !l.negotiated().contexts.is_empty();
@@ -316,5 +399,58 @@ impl Pool {
         self.closed.set(true);
         self.closing.notify_all();
         self.changed.notify_all();
+    }
+}
+
+impl graph::Link for Pool {
+    fn losses(&self) -> u64 {
+        self.losses.get()
+    }
+    fn is_up(&self) -> bool {
+        self.pick().is_some()
+    }
+    fn state(&self) -> LinkState {
+        if self.closed.get() {
+            return LinkState::Closed;
+        }
+        if self.pick().is_some() {
+            return LinkState::Up;
+        }
+        match self.refused.borrow().clone() {
+            Some(why) => LinkState::Refused(why),
+            None => {
+                let why = self.why_dark();
+                let why = match &*self.last_try.borrow() {
+                    Some(last) => why.clone().with_message(format!("{}; {}", why.message(), last.message())),
+                    None => why,
+                };
+                LinkState::Down { why, next_try: self.next_try.get() }
+            }
+        }
+    }
+    fn changed(&self) -> Wait<'_> {
+        self.changed.wait()
+    }
+    fn attend(self: Rc<Self>, no_progress: Option<Duration>) -> Box<dyn Any> {
+        self.attending.borrow_mut().push(no_progress);
+        // whoever waits as long as the options say, and the keepers, look again
+        self.changed.notify_all();
+        self.hurry.notify_all();
+        Box::new(Attention { pool: self, no_progress })
+    }
+}
+
+/// Somebody bridges losses.
+struct Attention {
+    pool: Rc<Pool>,
+    no_progress: Option<Duration>,
+}
+
+impl Drop for Attention {
+    fn drop(&mut self) {
+        let mut attending = self.pool.attending.borrow_mut();
+        if let Some(at) = attending.iter().position(|a| *a == self.no_progress) {
+            attending.swap_remove(at);
+        }
     }
 }
