@@ -36,11 +36,13 @@ pub enum Bug {
     ChangeNotCompared,
     /// The client is not held until the rest has been compared.
     UnprovenEnd,
+    /// What the target had taken and not flushed when its link was lost is not copied again.
+    DoubtForgotten,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 16] = [
+    pub const ALL: [Bug; 17] = [
         Bug::NoRangeLock,
         Bug::ClearAfterRead,
         Bug::MarkBeforeWrite,
@@ -57,6 +59,7 @@ impl Bug {
         Bug::LooseUnseen,
         Bug::ChangeNotCompared,
         Bug::UnprovenEnd,
+        Bug::DoubtForgotten,
     ];
 }
 

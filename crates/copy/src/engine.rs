@@ -10,16 +10,16 @@
 use crate::bugs::{Bug, planted};
 use crate::check::{CheckTask, MAX_ZERO_CHECK, zeroes_ahead};
 use crate::first::ASK;
-use crate::piece::{Ended, Outcome, PieceTask, Shared, Turns};
-use crate::policy::{Action, Control, Next, Policy, Standing};
+use crate::piece::{Ended, FlushTask, Outcome, PieceTask, Shared, Turns};
+use crate::policy::{Action, Control, Next, Policy, Side, Standing};
 use crate::proof::Proof;
 use crate::ranges::Owner;
 use crate::status::status;
 use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window};
 use crate::work::Work;
-use block::{Extent, Kind, ReqFlags, Result, Span};
+use block::{BlockError, Extent, Kind, ReqFlags, Result, Span};
 use env::TaskHandle;
-use env::sync::Queue;
+use env::sync::{Queue, race};
 use graph::{DetectZeroes, Edge, NodeCell};
 use std::cell::Cell;
 use std::future::Future;
@@ -41,6 +41,11 @@ const LOOK_AROUND: Duration = Duration::from_millis(500);
 const UNCLEAR_WAIT: Duration = Duration::from_millis(1);
 /// Copies in flight while a guest waits for the target to take old bytes: its own come first.
 const COPIES_BESIDE_SAVING: u32 = 1;
+/// Bytes that a target behind links takes between two flushes where losses of its links are bridged: so much, and what is taken
+/// until the flush is done (at most as much again), has to be copied again after a loss.
+const FLUSH_EVERY: u64 = 64 << 20;
+/// The same where what is copied is released only when it is flushed.
+const RELEASE_EVERY: u64 = 4 << 20;
 /// How much of the disk is asked about at first, to find large runs of zeroes, and at the most: each question is about four times
 /// as much as the one before, so that the copy begins at once and a large disk does not take many.
 const HINT_FIRST: u64 = 32 << 20;
@@ -62,6 +67,8 @@ pub struct Engine {
     retry: Option<(Duration, Duration)>,
     leave_on_pause: bool,
     checks: Checks,
+    /// Bytes copied again because of losses, as far as told.
+    told_again: u64,
     /// A node whose requests are the guest's, and how many it had when last looked at.
     watched: Option<(Rc<NodeCell>, u64)>,
 }
@@ -104,6 +111,8 @@ impl Engine {
         // and so does recording what was read
         let recording = work.proof().is_some_and(|p| p.is_recording());
         let plain = !policy.unchanged() && !policy.compressed() && !recording;
+        let links = control.links();
+        links.iter().for_each(|l| work.bridge(l));
         let offload = target.child().options().detect_zeroes == DetectZeroes::Off && plain;
         let window = Window::new(buffer, work.granularity(), max_transfer);
         Engine {
@@ -117,6 +126,8 @@ impl Engine {
                 tells_hashes: Cell::new(true),
                 turns: Turns::new(),
                 resting: Cell::new(false),
+                flushing: Cell::new(false),
+                links,
             }),
             control,
             window,
@@ -130,6 +141,7 @@ impl Engine {
             retry: None,
             leave_on_pause: false,
             checks: Checks::default(),
+            told_again: 0,
             watched: None,
         }
     }
@@ -171,6 +183,7 @@ impl Engine {
             while let Some(ended) = self.outcomes.try_pop() {
                 self.take_in(ended, now);
             }
+            shared.work.notice_losses();
             let failed = shared.work.failure.borrow_mut().take();
             if let Some(error) = failed {
                 self.settle_soon().await;
@@ -187,13 +200,22 @@ impl Engine {
                 self.retry = None;
                 continue;
             }
+            if self.is_cut_off() {
+                self.settle_soon().await;
+                if self.leave_on_pause {
+                    return Ok(());
+                }
+                self.wait_for_link().await?;
+                continue;
+            }
             self.window.set_speed(control.speed(), now);
+            self.flush_ahead();
             let standing = self.standing(now);
             if shared.policy.pass_over(standing) == Next::Done {
                 if !planted(Bug::ReadyInFlight) {
                     self.settle().await;
                 }
-                if shared.work.failure.borrow().is_some() || control.pause_wanted() {
+                if shared.work.failure.borrow().is_some() || control.pause_wanted() || self.is_cut_off() {
                     continue;
                 }
                 return Ok(());
@@ -215,6 +237,94 @@ impl Engine {
                 self.take_in(ended, self.shared.work.env.now());
             }
         }
+    }
+
+    /// Whether a link that is waited for is down, or has been lost and its loss not told.
+    fn is_cut_off(&self) -> bool {
+        self.shared.links.as_ref().is_some_and(|l| l.trouble().is_some())
+    }
+
+    /// An error that is nothing but the loss of a link: waits until that is back, and all may be tried again. Any other is
+    /// given back, and so is one whose link does not come back, if that is to be reported.
+    pub async fn bridge(&mut self, error: BlockError) -> Result<()> {
+        let side = |side| self.shared.links.as_ref().is_some_and(|l| l.explain(side, &error));
+        if !side(Side::Target) && !side(Side::Source) {
+            return Err(error);
+        }
+        while self.is_cut_off() {
+            self.wait_for_link().await?;
+            if self.control.pause_wanted() {
+                self.control.park().await;
+            }
+        }
+        // lost and back in no time: not again and again without a pause
+        self.shared.work.env.sleep(RETRY_FIRST).await;
+        Ok(())
+    }
+
+    /// A link is down: tells so, and waits until it is back, a pause is wanted, or it is time to give up.
+    async fn wait_for_link(&mut self) -> Result<()> {
+        let Some(links) = self.shared.links.clone() else { return Ok(()) };
+        let Some((side, why)) = links.trouble() else { return Ok(()) };
+        let (work, control) = (self.shared.work.clone(), self.control.clone());
+        if links.begin(side, why.clone(), work.done()) {
+            control.link_lost(side, &why);
+        }
+        control.set_idle(true);
+        let ended = {
+            let paused = async {
+                loop {
+                    let changed = control.changed().wait();
+                    if control.pause_wanted() {
+                        return;
+                    }
+                    changed.await;
+                }
+            };
+            race(links.wait(side, &self.shared.target), paused).await
+        };
+        control.set_idle(false);
+        match ended {
+            None => Ok(()),
+            Some(Ok(())) => {
+                work.notice_losses();
+                let total = work.copied_again();
+                let again = total - std::mem::replace(&mut self.told_again, total);
+                control.link_back(side, links.end(Some(work.done())), again);
+                Ok(())
+            }
+            Some(Err(why)) => {
+                links.end(None);
+                match control.link_given_up(side, &why) {
+                    Action::Report => Err(why),
+                    Action::Stop | Action::Ignore => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Where the target is behind links: has it flush what it has taken, while the copy goes on.
+    fn flush_ahead(&mut self) {
+        let shared = &self.shared;
+        let Some(doubt) = shared.work.doubt().filter(|_| !shared.flushing.get()) else { return };
+        let unflushed = doubt.unflushed();
+        let due = if shared.policy.discard_source() {
+            unflushed >= RELEASE_EVERY || (unflushed > 0 && shared.work.urged.take())
+        } else {
+            shared.links.is_some() && unflushed >= FLUSH_EVERY
+        };
+        if due {
+            let task = FlushTask::new(shared.clone(), self.outcomes.clone());
+            self.tasks.retain(|t| !t.is_done());
+            self.tasks.push(shared.work.env.spawn("copy flush", task.run()));
+        }
+    }
+
+    /// Whether as much as may be in doubt is, and the flush that ends that is under way.
+    fn is_full_of_doubt(&self) -> bool {
+        let limit = if self.shared.policy.discard_source() { RELEASE_EVERY } else { FLUSH_EVERY };
+        let doubt = self.shared.work.doubt().filter(|_| self.shared.flushing.get());
+        doubt.is_some_and(|d| d.unflushed() >= limit)
     }
 
     /// Where things stand.
@@ -247,6 +357,9 @@ impl Engine {
             // a guest made zeroes since: what was data may be none
             self.hints.clear();
             self.hints_of = work.zeroed.get();
+        }
+        if self.is_full_of_doubt() {
+            return Err(None);
         }
         self.look_at_guest();
         let active = work.guest_active();
@@ -503,7 +616,14 @@ impl Engine {
                 }
                 self.hints.extend(found);
             }
-            Outcome::GaveWay => {}
+            Outcome::GaveWay | Outcome::Flushed(Ok(())) => {}
+            Outcome::Flushed(Err(error)) => match self.control.failed(Side::Target, &error) {
+                Action::Report => {
+                    self.shared.work.failure.borrow_mut().get_or_insert(error);
+                }
+                Action::Stop => {}
+                Action::Ignore => self.retry_later(now),
+            },
             Outcome::Unclear => self.checks.not_before = now + UNCLEAR_WAIT,
             Outcome::Zeroes(asked, zeroes) => {
                 self.checks.asking = false;
@@ -522,12 +642,14 @@ impl Engine {
                 Action::Ignore if self.shared.policy.leaves_out(at, &error) => {
                     self.shared.work.dirty.borrow_mut().clear(at);
                 }
-                Action::Ignore => {
-                    let wait = self.retry.map_or(RETRY_FIRST, |(_, w)| (w * 2).min(RETRY_MAX));
-                    self.retry = Some((now + wait, wait));
-                }
+                Action::Ignore => self.retry_later(now),
             },
         }
+    }
+
+    fn retry_later(&mut self, now: Duration) {
+        let wait = self.retry.map_or(RETRY_FIRST, |(_, w)| (w * 2).min(RETRY_MAX));
+        self.retry = Some((now + wait, wait));
     }
 
     /// Waits until no copy is in flight; those that have not begun do not begin. One error is told once, not again by each
@@ -549,20 +671,28 @@ impl Engine {
         }
     }
 
-    /// Flushes the target, under the error policy: tries again after a stop or under `ignore`. Whether it is flushed.
+    /// Flushes the target, under the error policy: tries again after a stop or under `ignore`. Whether it is flushed, with
+    /// all that was copied before; `false`: the engine has to [`run`](Engine::run) again.
     pub async fn flush_target(&mut self) -> Result<bool> {
         let shared = self.shared.clone();
-        self.on_target(|| shared.target.flush()).await
+        let certain = Cell::new(true);
+        let flushed = self.on_target(async || {
+            certain.set(shared.flush().await?);
+            Ok(())
+        });
+        Ok(flushed.await? && certain.get())
     }
 
-    async fn on_target<F: Future<Output = Result<()>>>(
-        &mut self,
-        mut request: impl FnMut() -> F,
-    ) -> Result<bool> {
+    /// `false`: it is not done, since a pause is wanted (and the guest frozen) or a link was lost that is waited for.
+    async fn on_target(&mut self, mut request: impl AsyncFnMut() -> Result<()>) -> Result<bool> {
         let mut wait = RETRY_FIRST;
         loop {
             let Err(error) = request().await else { return Ok(true) };
-            match self.control.failed(crate::Side::Target, &error) {
+            if self.shared.links.as_ref().is_some_and(|l| l.explain(Side::Target, &error)) {
+                self.shared.work.env.sleep(RETRY_FIRST).await;
+                return Ok(false);
+            }
+            match self.control.failed(Side::Target, &error) {
                 Action::Report => return Err(error),
                 Action::Stop => {}
                 Action::Ignore => {

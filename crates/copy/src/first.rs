@@ -6,7 +6,7 @@
 
 use crate::status::{status, top_layer};
 use crate::work::Work;
-use block::{BlockError, Kind, ReqFlags, Result, Span};
+use block::{BlockError, ErrorKind, Kind, ReqFlags, Result, Span};
 use graph::{Edge, NodeCell, walk};
 use std::rc::Rc;
 
@@ -76,11 +76,18 @@ pub async fn reads_as_zero(work: &Work, target: &Edge) -> Result<bool> {
     Ok(true)
 }
 
-/// Makes the whole target read as zero, giving its space back; in steps.
+/// Makes the whole target read as zero, giving its space back; in steps. Behind links it is so for certain: flushed.
 pub async fn zero_target(work: &Work, target: &Edge) -> Result<()> {
+    let begun = work.moment();
     for step in Span::new(0, work.len()).pieces(STEP) {
         target.zero(step, ReqFlags { may_unmap: true, ..ReqFlags::NONE }).await?;
         work.env.yield_now().await;
+    }
+    if begun.is_some() {
+        target.flush().await?;
+    }
+    if begun != work.moment() {
+        return Err(BlockError::new(ErrorKind::Disconnected, "the link to the target was lost"));
     }
     Ok(())
 }

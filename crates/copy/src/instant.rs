@@ -214,7 +214,8 @@ impl PointInTime {
         self.lost.borrow().clone()
     }
 
-    fn lose(&self, why: BlockError) {
+    /// The instant is lost from now on (the first reason counts).
+    pub fn lose(&self, why: BlockError) {
         self.lost.borrow_mut().get_or_insert(why);
         self.released.notify_all();
         self.work.wake.notify_all();
@@ -286,9 +287,13 @@ impl PointInTime {
                 return Err(why);
             }
             if self.is_settled(at) {
+                self.overwrite(at);
                 return Ok(());
             }
-            let Err(error) = self.save_in_time(at).await else { return Ok(()) };
+            let Err(error) = self.save_in_time(at).await else {
+                self.overwrite(at);
+                return Ok(());
+            };
             if error.kind() == ErrorKind::NoSpace && self.rules.wait_when_full {
                 if let Some(drain) = &*self.drain.borrow() {
                     drain.urge(at);
@@ -308,6 +313,13 @@ impl PointInTime {
                     return Ok(());
                 }
             }
+        }
+    }
+
+    /// The change of `at` goes on: what the target may lose of it the source will not have.
+    fn overwrite(&self, at: Span) {
+        if let Some(doubt) = self.work.doubt() {
+            doubt.overwrite(self.clusters(at));
         }
     }
 
@@ -373,16 +385,23 @@ impl PointInTime {
         }
         let data = self.source.read(area).await?;
         record(&self.work, area, &data).await?;
+        let begun = self.work.moment();
         let zero = data.is_zero();
         if zero && self.work.target_is_zero(area) {
             // nothing to do
         } else if zero {
+            self.work.target_written(area);
             self.target.zero(area, ReqFlags { may_unmap: true, ..ReqFlags::NONE }).await?;
-            self.work.target_zeroed(area);
         } else {
             self.work.target_written(area);
             let flags = ReqFlags { compressed: self.rules.compressed, ..ReqFlags::NONE };
             self.target.write(area.start, data, flags).await?;
+        }
+        if !self.work.taken(begun, area) {
+            return Err(BlockError::new(ErrorKind::Disconnected, "the link to the target was lost"));
+        }
+        if zero {
+            self.work.target_zeroed(area);
         }
         self.work.dirty.borrow_mut().clear(area);
         self.work.done.set(self.work.done.get() + area.len);

@@ -2,11 +2,14 @@
 
 use crate::bugs::{Bug, planted};
 use crate::check::record;
+use crate::doubt::{Flushed, Moment};
+use crate::outage::{Links, SAMPLE, SAMPLES_PER_FLUSH};
 use crate::policy::{Control, Fate, Policy, Side};
 use crate::ranges::RangeTicket;
 use crate::status::status_some;
 use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, OFFLOAD_LEAST};
 use crate::work::Work;
+use bitmap::Bitmap;
 use block::{BlockError, ErrorKind, Extent, Kind, ReqFlags, Span};
 use env::sync::{Queue, Semaphore};
 use graph::Edge;
@@ -28,6 +31,10 @@ pub(crate) struct Shared {
     pub(crate) turns: Turns,
     /// Copies whose turn has not come give way: the job is to rest, or has failed.
     pub(crate) resting: Cell<bool>,
+    /// A flush is under way while copies go on.
+    pub(crate) flushing: Cell<bool>,
+    /// Whose losses are bridged.
+    pub(crate) links: Option<Rc<Links>>,
 }
 
 /// How much is copied between two looks at what has come from outside: a copy in memory takes the thread as long as dozens of
@@ -69,6 +76,8 @@ pub(crate) enum Outcome {
     Unclear,
     /// Where both sides are zero in the span that was asked about.
     Zeroes(Span, Vec<Span>),
+    /// What had been copied was flushed in passing, or could not be.
+    Flushed(Result<(), BlockError>),
     /// A request failed; what was not copied is dirty again.
     Failed(Side, BlockError, Span),
     /// What the source holds in the span that was asked about, from its start.
@@ -95,6 +104,30 @@ pub(crate) struct PieceTask {
 struct Slot {
     shared: Rc<Shared>,
     counted: bool,
+}
+
+/// A flush of the target while copies go on. Counts as one of them.
+pub(crate) struct FlushTask {
+    slot: Slot,
+    outcomes: Rc<Queue<Ended>>,
+}
+
+impl FlushTask {
+    /// One that is about to run.
+    pub(crate) fn new(shared: Rc<Shared>, outcomes: Rc<Queue<Ended>>) -> FlushTask {
+        shared.work.copies.set(shared.work.copies.get() + 1);
+        shared.flushing.set(true);
+        FlushTask { slot: Slot { shared, counted: true }, outcomes }
+    }
+
+    /// Runs it; the outcome goes to the queue.
+    pub(crate) async fn run(self) {
+        let FlushTask { slot, outcomes } = self;
+        let flushed = slot.shared.flush().await;
+        slot.shared.flushing.set(false);
+        outcomes.push(Ended { outcome: Outcome::Flushed(flushed.map(|_| ())), took: Duration::ZERO });
+        drop(slot);
+    }
 }
 
 impl Drop for Slot {
@@ -257,7 +290,8 @@ impl Shared {
                     Fate::Zero => self.zero(step).await?,
                     Fate::Skip => {}
                 }
-                if self.policy.discard_source() {
+                // where the target may lose it again, only once it is flushed
+                if self.policy.discard_source() && self.work.doubt().is_none() {
                     // it is on the target: that it may stay on the source costs space, nothing else
                     let _ = self.source.discard(step).await;
                 }
@@ -268,9 +302,59 @@ impl Shared {
         Ok(())
     }
 
+    /// Flushes the target, and does what was waiting for that. Whether all that was copied before is on stable storage;
+    /// `false`: a link was lost meanwhile.
+    pub(crate) async fn flush(&self) -> Result<bool, BlockError> {
+        let Flushed::Certain(settled) = self.work.flush(&self.target).await? else { return Ok(false) };
+        let Some(settled) = settled else { return Ok(true) };
+        let whole = Span::new(0, settled.len());
+        if self.policy.discard_source() {
+            for at in settled.areas(whole, 0) {
+                // it is on the target: that it may stay on the source costs space, nothing else
+                let _ = self.source.discard(at).await;
+            }
+        }
+        if let Some(links) = &self.links {
+            links.remember(&self.target, &self.places(&settled)).await;
+        }
+        Ok(true)
+    }
+
+    /// Some places of what has just been flushed that nobody is writing.
+    fn places(&self, settled: &Bitmap) -> Vec<u64> {
+        let len = settled.len() / SAMPLE * SAMPLE;
+        let free = |at: u64| {
+            let sample = Span::new(at, SAMPLE).align_out(settled.granularity());
+            self.work.locks.conflict(&sample.intersect(&Span::new(0, settled.len()))).is_none()
+        };
+        let mut places = Vec::new();
+        for _ in 0..SAMPLES_PER_FLUSH {
+            let from = self.work.env.random() % len.max(1);
+            let found = settled.next_dirty(from).or_else(|| settled.next_dirty(0));
+            let found = found.map(|at| at / SAMPLE * SAMPLE);
+            places.extend(found.filter(|at| at + SAMPLE <= len && free(*at) && !places.contains(at)));
+        }
+        places
+    }
+
+    /// `at` has been written to the target since `begun`: if that does not count, it is dirty again. Whether it does.
+    fn taken(&self, begun: Option<Moment>, at: Span) -> bool {
+        let counts = self.work.taken(begun, at);
+        if !counts {
+            self.work.mark(at);
+        }
+        counts
+    }
+
     /// `known` says that the source holds data there.
     async fn copy(&self, at: Span, known: bool) -> Result<(), Failure> {
-        let at = if known && self.offload.get() { self.offloaded(at).await } else { at };
+        let at = if known && self.offload.get() {
+            let (begun, left) = (self.work.moment(), self.offloaded(at).await);
+            self.taken(begun, Span::between(at.start, left.start));
+            left
+        } else {
+            at
+        };
         if at.is_empty() {
             return Ok(());
         }
@@ -285,7 +369,10 @@ impl Shared {
         // one turn for guests between the two halves
         self.work.env.yield_now().await;
         self.work.target_written(at);
-        self.target.write(at.start, data, self.flags()).await.map_err(|e| (Side::Target, e))
+        let begun = self.work.moment();
+        self.target.write(at.start, data, self.flags()).await.map_err(|e| (Side::Target, e))?;
+        self.taken(begun, at);
+        Ok(())
     }
 
     fn flags(&self) -> ReqFlags {
@@ -331,8 +418,12 @@ impl Shared {
             return Ok(());
         }
         let flags = ReqFlags { may_unmap: true, compressed: false, ..self.flags() };
+        let begun = self.work.moment();
+        self.work.target_written(at);
         self.target.zero(at, flags).await.map_err(|e| (Side::Target, e))?;
-        self.work.target_zeroed(at);
+        if self.taken(begun, at) {
+            self.work.target_zeroed(at);
+        }
         Ok(())
     }
 }

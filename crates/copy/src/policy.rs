@@ -1,11 +1,14 @@
 //! What differs between the users of the engine, and what the engine asks of whoever runs it.
 
+use crate::outage::Links;
 use crate::proof::Mismatch;
 use block::{BlockError, Extent, Io, Kind, Span};
 use env::sync::Notify;
 use graph::Edge;
 use std::future::Future;
 use std::pin::Pin;
+use std::rc::Rc;
+use std::time::Duration;
 
 /// What is done about a guest's write (zero request, discard) before the guest is answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,6 +113,16 @@ pub enum Side {
     Target,
 }
 
+impl Side {
+    /// As users know it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Side::Source => "source",
+            Side::Target => "target",
+        }
+    }
+}
+
 /// What to do about a failed request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Action {
@@ -156,11 +169,29 @@ pub trait Control {
     fn park(&self) -> Pin<Box<dyn Future<Output = ()> + '_>>;
     /// Limit of background copying in bytes per second; 0 for none.
     fn speed(&self) -> u64;
-    /// A request failed: announces it and says what to do. Called once per failed request.
+    /// A request failed: announces it and says what to do. Called once per failed request. What is nothing but the loss of
+    /// a link of [`Control::links`] is to be answered with [`Action::Ignore`].
     fn failed(&self, side: Side, error: &BlockError) -> Action;
     /// Source and target were found to differ.
     fn mismatch(&self, found: &Mismatch) {
         let _ = found;
+    }
+    /// The links whose loss is bridged.
+    fn links(&self) -> Option<Rc<Links>> {
+        None
+    }
+    /// A link is lost, and waited for.
+    fn link_lost(&self, side: Side, why: &BlockError) {
+        let _ = (side, why);
+    }
+    /// It is back after `down`; `again` bytes that the target had taken are copied again.
+    fn link_back(&self, side: Side, down: Duration, again: u64) {
+        let _ = (side, down, again);
+    }
+    /// It did not come back in time, or not as it was: announces it and says what to do ([`Action::Ignore`]: wait again).
+    fn link_given_up(&self, side: Side, why: &BlockError) -> Action {
+        let _ = (side, why);
+        Action::Report
     }
     /// Notified when any of the answers above may have changed.
     fn changed(&self) -> &Notify;

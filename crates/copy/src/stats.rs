@@ -65,7 +65,7 @@ impl Meter {
     }
 
     /// Clean bytes that guests have made dirty, in all.
-    pub(crate) fn dirtied_so_far(&self) -> u64 {
+    pub fn dirtied_so_far(&self) -> u64 {
         self.dirtied.get()
     }
 

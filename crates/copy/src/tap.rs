@@ -187,7 +187,9 @@ impl CopyTap {
             if planted(Bug::PartialGranuleClean) { at.align_out(self.work.granularity()) } else { at };
         self.work.dirty.borrow_mut().clear(cleaned);
         let to_target = async {
+            let mut counts = true;
             for part in &parts {
+                let begun = self.work.moment();
                 self.work.target_written(*part);
                 let piece = match &change {
                     Change::Write(data, flags) => {
@@ -199,15 +201,16 @@ impl CopyTap {
                     Change::Discard => Change::Discard,
                 };
                 apply(&self.target, *part, piece).await?;
+                counts &= self.work.taken(begun, *part);
             }
-            Ok(())
+            Ok(counts)
         };
         let to_source = apply(source, at, change.share());
         let (on_source, on_target) = self.join(to_source, to_target).await;
         match on_target {
-            Some(Ok(())) => {
+            Some(Ok(counts)) => {
                 // A failed source write leaves unknown bytes there: then nobody knows whether they are equal.
-                unsure.settled = on_source.is_ok();
+                unsure.settled = on_source.is_ok() && counts;
                 if let Some(proof) = self.work.proof() {
                     proof.wrote_source(at, true);
                 }
@@ -254,8 +257,10 @@ impl CopyTap {
             }
             let flags = ReqFlags { may_unmap: true, ..ReqFlags::NONE };
             self.work.target_written(e.span);
+            let begun = self.work.moment();
             match self.or_let_go(self.target.zero(e.span, flags)).await {
-                Some(Ok(())) => self.work.target_zeroed(e.span),
+                Some(Ok(())) if self.work.taken(begun, e.span) => self.work.target_zeroed(e.span),
+                Some(Ok(())) => return false,
                 Some(Err(error)) => {
                     self.target_failed(error);
                     return false;
@@ -291,9 +296,10 @@ impl CopyTap {
             let from = usize::try_from(area.start - at.start).unwrap_or(usize::MAX);
             let piece = data.slice(from, usize::try_from(area.len).unwrap_or(usize::MAX));
             self.work.target_written(*area);
+            let begun = self.work.moment();
             match self.or_let_go(self.target.write(area.start, piece, ReqFlags::NONE)).await {
                 Some(Ok(())) => {
-                    unsure.settled = true;
+                    unsure.settled = self.work.taken(begun, *area);
                     self.work.done.set(self.work.done.get() + area.len);
                     self.work.meter.copied(area.len);
                 }
@@ -336,11 +342,11 @@ impl CopyTap {
     }
 
     /// Both at the same time; waiting for the target ends when the copy is called off.
-    async fn join(
+    async fn join<T>(
         &self,
         source: impl Future<Output = Result<()>>,
-        target: impl Future<Output = Result<()>>,
-    ) -> (Result<()>, Option<Result<()>>) {
+        target: impl Future<Output = Result<T>>,
+    ) -> (Result<()>, Option<Result<T>>) {
         let (mut source, mut target) = (pin!(source), pin!(self.or_let_go(target)));
         let (mut s, mut t) = (None, None);
         std::future::poll_fn(move |cx| {

@@ -7,18 +7,22 @@
 //!   is answered, also when it fails or is called off (it may have changed something).
 //! * A guest write that does reach the target holds the range lock from before the source is touched until both have
 //!   it, so no copy of older bytes can land after it.
+//! * What the target has taken over a link is dirty again if the link is lost before it was flushed: see [`crate::doubt`].
 //! * A range counts as synchronous only while nothing is dirty, no copy and no unsynchronous write is in flight, and no
 //!   guest request is bringing what was dirty to the target.
 
 use crate::RangeLocks;
 use crate::bugs::{Bug, planted};
+use crate::doubt::{Doubt, Flushed, Moment};
+use crate::outage::Links;
 use crate::proof::Proof;
 use crate::stats::Meter;
 use bitmap::Bitmap;
 use block::{BlockError, Result, Span};
 use env::Env;
 use env::sync::{Notify, Wait};
-use std::cell::{Cell, RefCell};
+use graph::{Edge, Link};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -58,6 +62,8 @@ pub struct Work {
     pub(crate) failure: RefCell<Option<BlockError>>,
     /// Where a client waits for the copy to get to.
     pub(crate) urgent: Cell<Option<u64>>,
+    /// A client waits until what was copied is released.
+    pub(crate) urged: Cell<bool>,
     /// Ends waits for the target in guest requests: the copy is being called off.
     pub(crate) let_go: Cell<bool>,
     pub(crate) let_go_wake: Notify,
@@ -67,6 +73,14 @@ pub struct Work {
     last_guest: Cell<Duration>,
     /// What is known of the equality of the two, where that is asked for.
     proof: RefCell<Option<Rc<Proof>>>,
+    /// What the target may lose again, if it is over links.
+    doubt: OnceCell<Doubt>,
+    /// Whose losses are bridged: told what is written to the target.
+    bridged: OnceCell<Rc<Links>>,
+    /// Bytes that had to be copied again since links were lost.
+    again: Cell<u64>,
+    /// Where the copy cannot be completed any more: the target may have lost what the source no longer has.
+    gone: Cell<Option<u64>>,
     /// Rates.
     pub(crate) meter: Meter,
 }
@@ -92,12 +106,17 @@ impl Work {
             wake: Notify::new(),
             failure: RefCell::new(None),
             urgent: Cell::new(None),
+            urged: Cell::new(false),
             let_go: Cell::new(false),
             let_go_wake: Notify::new(),
             guest_limit: Cell::new(0),
             guest_owes_until: Cell::new(Duration::ZERO),
             last_guest: Cell::new(Duration::ZERO),
             proof: RefCell::new(None),
+            doubt: OnceCell::new(),
+            bridged: OnceCell::new(),
+            again: Cell::new(0),
+            gone: Cell::new(None),
             meter: Meter::new(now),
         }))
     }
@@ -222,7 +241,83 @@ impl Work {
     pub fn in_sync(&self) -> bool {
         let settled = self.loose.get() == 0 && self.healing.get() == 0;
         let idle = self.copies.get() == 0 && self.copying.get() == 0;
-        self.dirty.borrow().is_empty() && idle && (settled || planted(Bug::SyncedTooEarly))
+        let certain = !self.doubt.get().is_some_and(Doubt::unseen) || planted(Bug::DoubtForgotten);
+        self.dirty.borrow().is_empty() && idle && certain && (settled || planted(Bug::SyncedTooEarly))
+    }
+
+    /// The target is behind `links`: from now on what it takes is remembered until it is flushed. Only the first call counts.
+    pub fn depend_on(&self, links: Vec<Rc<dyn Link>>) -> Result<()> {
+        if !links.is_empty() {
+            let _only_once = self.doubt.set(Doubt::new(links, self.len(), self.granularity())?);
+        }
+        Ok(())
+    }
+
+    /// Losses of these links are bridged.
+    pub fn bridge(&self, links: &Rc<Links>) {
+        let _only_once = self.bridged.set(links.clone());
+    }
+
+    pub(crate) fn doubt(&self) -> Option<&Doubt> {
+        self.doubt.get()
+    }
+
+    /// A write to the target begins now.
+    pub(crate) fn moment(&self) -> Option<Moment> {
+        self.doubt.get().map(Doubt::moment)
+    }
+
+    /// The target has answered a write of `at` that began at `begun`. `false`: it does not count, and whoever made it sees
+    /// to it that it is dirty again.
+    pub(crate) fn taken(&self, begun: Option<Moment>, at: Span) -> bool {
+        match (self.doubt.get(), begun) {
+            (Some(doubt), Some(begun)) => doubt.taken(begun, at),
+            _ => true,
+        }
+    }
+
+    /// Takes lost links into account: what the target may have lost is dirty again. Bytes that had been clean.
+    pub fn notice_losses(&self) -> u64 {
+        let Some(doubt) = self.doubt.get().and_then(|d| d.notice(&self.dirty)) else { return 0 };
+        // zeroes are in doubt like anything else
+        if let Some(z) = self.target_zero.borrow_mut().as_mut() {
+            let dirty = self.dirty.borrow();
+            dirty.areas(Span::new(0, dirty.len()), 0).for_each(|a| z.clear(a));
+        }
+        if doubt.gone.is_some() {
+            self.gone.set(doubt.gone);
+        }
+        self.again.set(self.again.get() + doubt.bytes);
+        self.wake.notify_all();
+        doubt.bytes
+    }
+
+    /// Bytes that had to be copied again because links were lost.
+    pub fn copied_again(&self) -> u64 {
+        self.again.get()
+    }
+
+    /// Where the target may have lost what the source no longer has as it was.
+    pub fn gone(&self) -> Option<u64> {
+        self.gone.get()
+    }
+
+    /// The end without a last flush: what is in doubt counts as not copied.
+    pub fn doubt_all(&self) {
+        if let Some(doubt) = self.doubt.get() {
+            doubt.add_to(&mut self.dirty.borrow_mut());
+        }
+    }
+
+    /// Flushes `target`. One at a time.
+    pub(crate) async fn flush(&self, target: &Edge) -> Result<Flushed> {
+        let Some(doubt) = self.doubt.get() else {
+            target.flush().await?;
+            return Ok(Flushed::Certain(None));
+        };
+        let flush = doubt.flush();
+        target.flush().await?;
+        Ok(flush.done().map_or(Flushed::LinkLost, |settled| Flushed::Certain(Some(settled))))
     }
 
     /// Background copies in flight.
@@ -275,6 +370,9 @@ impl Work {
     pub(crate) fn target_written(&self, at: Span) {
         if let Some(proof) = &*self.proof.borrow() {
             proof.wrote_target(at);
+        }
+        if let Some(links) = self.bridged.get() {
+            links.forget(at);
         }
         if let Some(z) = self.target_zero.borrow_mut().as_mut() {
             let whole = at.align_out(z.granularity());
@@ -332,6 +430,7 @@ impl Work {
     /// A client waits until `at` is copied: it is taken next.
     pub(crate) fn urge(&self, at: Span) {
         self.urgent.set(Some(at.start));
+        self.urged.set(true);
         self.wake.notify_all();
     }
 
