@@ -9,6 +9,7 @@
 mod convert;
 mod daemon;
 mod failover;
+mod log;
 mod mirror;
 mod pair;
 mod replicate;
@@ -48,6 +49,8 @@ enum Command {
     Status(SocketArgs),
     /// Show the progress of jobs until they end
     Watch(watch::WatchArgs),
+    /// Show jobs that are over, or events, also those that nobody was there to see
+    Log(log::LogArgs),
     /// Complete a ready job and wait for its end: its target takes the place of its source
     Complete(JobArgs),
     /// End a job and wait for its end; a ready mirror leaves its target as a point-in-time copy (unless --force)
@@ -99,6 +102,7 @@ fn run(command: Command) -> Outcome {
         Command::Failover(args) => failover::run(&args),
         Command::Status(args) => status::run(&mut Client::connect(&args.socket)?),
         Command::Watch(args) => watch::run(&args),
+        Command::Log(args) => log::run(&args),
         Command::Complete(args) => {
             let mut client = Client::connect(&args.socket.socket)?;
             client.execute("job-complete", &serde_json::json!({"id": args.job}))?;

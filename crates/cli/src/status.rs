@@ -35,6 +35,10 @@ pub(crate) fn run(client: &mut Client) -> Outcome {
     for j in &jobs {
         println!("  {:<16} {:<10} {}", text(&j["id"]), text(&j["type"]), facts(j));
     }
+    let over = client.execute("query-job-log", &json!({"max": 0}))?;
+    if let last @ 1.. = number(&over["newest"]) {
+        println!("         {last} have ended so far: `liveblk log`");
+    }
     Ok(())
 }
 

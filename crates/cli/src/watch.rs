@@ -161,13 +161,45 @@ pub(crate) fn facts(job: &Value) -> String {
     if let Some(why) = job.get("not-converging").and_then(Value::as_str) {
         parts.push(format!("will not get ready: {why}"));
     }
+    if let Some(loss) = job.get("link-loss") {
+        parts.push(outage(loss));
+    }
+    if let Some(n) = rate("link-losses").filter(|n| *n > 0 && job.get("link-loss").is_none()) {
+        parts.push(format!("link lost {n} times so far"));
+    }
     if let Some(e) = job.get("error").and_then(Value::as_str) {
         parts.push(e.to_owned());
     }
     parts.join(", ")
 }
 
+/// `waiting for the target since 12 seconds, next try in 5 seconds, gives up in 9 minutes: Connection to NBD server lost`.
+fn outage(loss: &Value) -> String {
+    let (side, reason) = (text(&loss["side"]), text(&loss["reason"]));
+    if loss["waiting"] != true {
+        return format!("the {side} did not come back, resume when it is there: {reason}");
+    }
+    let time = |name: &str| {
+        loss.get(name).and_then(Value::as_u64).map(|ms| HumanDuration(Duration::from_millis(ms)))
+    };
+    let mut line = format!("waiting for the {side}");
+    if let Some(down) = time("down-ms") {
+        line += &format!(" since {down}");
+    }
+    line += &match time("next-try-ms") {
+        Some(next) => format!(", next try in {next}"),
+        None => ", trying now".to_owned(),
+    };
+    if let Some(end) = time("gives-up-ms") {
+        line += &format!(", gives up in {end}");
+    }
+    format!("{line}: {reason}")
+}
+
 fn phase(job: &Value) -> &str {
+    if job["link-loss"]["waiting"] == true {
+        return "parked";
+    }
     if job["actively-synced"] == true {
         return "in sync, every write goes to both";
     }
@@ -199,6 +231,12 @@ mod tests {
         assert_eq!(
             line,
             "running, 1.00 KiB of 4.00 KiB, copying 2.00 KiB/s, dirtied 4.00 KiB/s, will not get ready: dirty rate is above copy rate"
+        );
+        let parked = json!({"status": "ready", "actively-synced": false, "link-losses": 2, "link-loss":
+            {"side": "target", "waiting": true, "reason": "gone", "down-ms": 12_000, "next-try-ms": 5000, "gives-up-ms": 540_000}});
+        assert_eq!(
+            facts(&parked),
+            "parked, 0 B of 0 B, waiting for the target since 12 seconds, next try in 5 seconds, gives up in 9 minutes: gone"
         );
         let stopped = json!({"status": "paused", "io-status": "nospace"});
         assert!(facts(&stopped).starts_with("stopped: target is full"));

@@ -372,6 +372,9 @@ impl Daemon {
                 *self.trouble.borrow_mut() = Some(e.into());
             }
             if let Some(recorder) = recorder {
+                if let Some(history) = recorder.history() {
+                    history.finish(self.events.record()).await;
+                }
                 recorder.store().close().await;
             }
             self.phase.set(Phase::Ended);

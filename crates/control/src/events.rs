@@ -1,5 +1,6 @@
 //! Events: to every client that has negotiated, with the wall-clock time, some of them limited in rate.
 
+use crate::record::{Record, Which};
 use crate::session::Session;
 use env::Env;
 use qapi::{Map, Value, json};
@@ -17,6 +18,8 @@ pub(crate) struct Events {
     sessions: RefCell<Vec<Weak<Session>>>,
     /// Open windows, by event and key, with the last event in them that is not sent yet.
     windows: RefCell<BTreeMap<(String, String), Option<Value>>>,
+    /// What has been told, for those who were not there.
+    record: Record,
 }
 
 /// The member that tells streams of a rate-limited event apart (empty: there is one stream); `None`: no limit.
@@ -34,7 +37,13 @@ impl Events {
             env: env.clone(),
             sessions: RefCell::new(Vec::new()),
             windows: RefCell::new(BTreeMap::new()),
+            record: Record::new(env.random()),
         })
+    }
+
+    /// What has happened: events as they were told, and finished jobs.
+    pub(crate) fn record(&self) -> &Record {
+        &self.record
     }
 
     /// A client that wants them from now on (it will get them once it has negotiated).
@@ -58,7 +67,7 @@ impl Events {
             event.insert("data".into(), data);
         }
         match key {
-            None => self.send(&Value::Object(event)),
+            None => self.send(Value::Object(event)),
             Some(key) => self.limit((name.to_owned(), key), Value::Object(event)),
         }
     }
@@ -69,7 +78,7 @@ impl Events {
             return;
         }
         self.windows.borrow_mut().insert(key.clone(), None);
-        self.send(&event);
+        self.send(event);
         let (events, env) = (Rc::downgrade(self), self.env.clone());
         self.env.spawn("event window", async move {
             loop {
@@ -77,7 +86,7 @@ impl Events {
                 let Some(events) = events.upgrade() else { return };
                 let waiting = events.windows.borrow_mut().get_mut(&key).and_then(Option::take);
                 match waiting {
-                    Some(event) => events.send(&event),
+                    Some(event) => events.send(event),
                     None => {
                         events.windows.borrow_mut().remove(&key);
                         return;
@@ -87,8 +96,9 @@ impl Events {
         });
     }
 
-    fn send(&self, event: &Value) {
+    fn send(&self, event: Value) {
+        let (seq, event) = self.record.add(Which::Events, event);
         let sessions: Vec<_> = self.sessions.borrow().iter().filter_map(Weak::upgrade).collect();
-        sessions.iter().for_each(|s| s.event(event));
+        sessions.iter().for_each(|s| s.event(&event, seq));
     }
 }

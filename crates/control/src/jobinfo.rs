@@ -1,12 +1,14 @@
 //! Jobs as QMP shows them: events, `JobInfo`, `BlockJobInfo`.
 
 use crate::events::Events;
+use crate::record::Which;
 use copy::{Action, Coverage, Report, Side};
 use jobs::backup::Backup;
 use jobs::mirror::Mirror;
-use jobs::{Event, IoStatus, Job, Kind, Progress, Sink, State};
+use jobs::{Event, Finished, IoStatus, Job, Kind, Progress, Sink, State};
 use qapi::{Map, Value, json};
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Turns what jobs tell into QMP events.
 pub(crate) struct JobEvents(pub(crate) Rc<Events>);
@@ -17,6 +19,38 @@ impl Sink for JobEvents {
             self.0.emit(name, data);
         }
     }
+
+    fn finished(&self, job: Finished) {
+        self.0.record().add(Which::Jobs, finished(job));
+    }
+}
+
+/// One element of `query-job-log`, without its number.
+fn finished(job: Finished) -> Value {
+    let date = |at: Duration| json!({"seconds": at.as_secs(), "microseconds": at.subsec_micros()});
+    let nodes: Vec<Value> =
+        job.figures.nodes.iter().map(|(role, name)| json!({"role": role, "node-name": name})).collect();
+    let mut out = Map::new();
+    out.insert("id".into(), json!(job.id));
+    out.insert("type".into(), json!(job.kind.name()));
+    out.insert("outcome".into(), json!(job.outcome.name()));
+    out.extend(job.error.map(|e| ("error".to_owned(), json!(e))));
+    out.insert("began".into(), date(job.began));
+    out.insert("ended".into(), date(job.ended));
+    out.insert("duration-ms".into(), json!(millis(job.took)));
+    out.insert("nodes".into(), json!(nodes));
+    out.insert("len".into(), json!(job.progress.total));
+    out.insert("offset".into(), json!(job.progress.current));
+    let mut number = |name: &str, n: Option<u64>| out.extend(n.map(|n| (name.to_owned(), json!(n))));
+    number("copied", job.figures.copied);
+    number("dirtied", job.figures.dirtied);
+    let seconds = job.took.as_secs_f64();
+    let rate = job.figures.copied.filter(|_| seconds > 0.0).map(|c| (c as f64 / seconds) as u64);
+    number("copy-rate", rate);
+    number("link-losses", job.link_losses);
+    number("copied-again", job.figures.copied_again.filter(|_| job.link_losses.is_some()));
+    out.extend(job.verified.map(|report| ("verify".to_owned(), verify(&report))));
+    Value::Object(out)
 }
 
 /// `None` for what QMP has no event for.
@@ -52,17 +86,22 @@ fn as_qmp(event: Event) -> Option<(&'static str, Value)> {
             }
             ("BLOCK_JOB_IMAGE_DELETED", data)
         }
+        Event::LinkLost { id, side, reason, wait, then } => {
+            let data = json!({"device": id, "side": side.name(), "reason": reason, "wait": wait.as_secs(), "then": action_name(then)});
+            ("BLOCK_JOB_LINK_LOST", data)
+        }
+        Event::LinkBack { id, side, down, again } => {
+            let data =
+                json!({"device": id, "side": side.name(), "down-ms": millis(down), "copied-again": again});
+            ("BLOCK_JOB_LINK_RESTORED", data)
+        }
         Event::Error { id, side, action } => {
             let operation = match side {
                 Side::Source => "read",
                 Side::Target => "write",
             };
-            let action = match action {
-                Action::Ignore => "ignore",
-                Action::Report => "report",
-                Action::Stop => "stop",
-            };
-            ("BLOCK_JOB_ERROR", json!({"device": id, "operation": operation, "action": action}))
+            let data = json!({"device": id, "operation": operation, "action": action_name(action)});
+            ("BLOCK_JOB_ERROR", data)
         }
         _ => return None,
     })
@@ -94,8 +133,20 @@ fn verify(report: &Report) -> Value {
     Value::Object(out)
 }
 
+fn action_name(action: Action) -> &'static str {
+    match action {
+        Action::Ignore => "ignore",
+        Action::Report => "report",
+        Action::Stop => "stop",
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// One element of `query-jobs`.
-pub(crate) fn job(job: &Rc<Job>) -> Value {
+pub(crate) fn job(job: &Rc<Job>, now: Duration) -> Value {
     let progress = job.progress();
     let mut out = Map::new();
     out.insert("current-progress".into(), json!(progress.current));
@@ -103,12 +154,12 @@ pub(crate) fn job(job: &Rc<Job>) -> Value {
     out.insert("total-progress".into(), json!(progress.total));
     out.insert("type".into(), json!(job.kind().name()));
     out.insert("id".into(), json!(job.id()));
-    more(job, &mut out);
+    more(job, now, &mut out);
     Value::Object(out)
 }
 
 /// One element of `query-block-jobs`.
-pub(crate) fn block_job(job: &Rc<Job>) -> Value {
+pub(crate) fn block_job(job: &Rc<Job>, now: Duration) -> Value {
     let progress = job.progress();
     let io_status = match job.io_status() {
         IoStatus::Ok => "ok",
@@ -136,12 +187,31 @@ pub(crate) fn block_job(job: &Rc<Job>) -> Value {
     if job.kind() == Kind::Mirror {
         out.insert("actively-synced".into(), json!(mirror.is_some_and(Mirror::actively_synced)));
     }
-    more(job, &mut out);
+    more(job, now, &mut out);
     Value::Object(out)
 }
 
+/// The link that a job waits for, or waited for in vain.
+fn link_loss(job: &Job, now: Duration) -> Option<Value> {
+    if let Some((side, why)) = job.given_up() {
+        return Some(json!({"side": side.name(), "reason": why.message(), "waiting": false}));
+    }
+    let outage = job.outage()?;
+    let mut data = json!({
+        "side": outage.side.name(),
+        "reason": outage.why.message(),
+        "waiting": true,
+        "down-ms": millis(now.saturating_sub(outage.since)),
+        "gives-up-ms": millis(outage.until.saturating_sub(now)),
+    });
+    if let Some(next) = outage.next_try {
+        data["next-try-ms"] = json!(millis(next.saturating_sub(now)));
+    }
+    Some(data)
+}
+
 /// What a failed job and a mirror show in either answer: error, rates, time to sync or the reason why not.
-fn more(job: &Rc<Job>, out: &mut Map<String, Value>) {
+fn more(job: &Rc<Job>, now: Duration, out: &mut Map<String, Value>) {
     if job.state() == State::Concluded
         && let Some(e) = job.error()
     {
@@ -150,6 +220,10 @@ fn more(job: &Rc<Job>, out: &mut Map<String, Value>) {
     if let Some(report) = job.verified() {
         out.insert("verify".into(), verify(&report));
     }
+    if let Some(outages) = job.outages() {
+        out.insert("link-losses".into(), json!(outages));
+    }
+    out.extend(link_loss(job, now).map(|l| ("link-loss".to_owned(), l)));
     let Some(body) = job.body() else { return };
     if let Some(backup) = body.as_any().downcast_ref::<Backup>()
         && let Some(bytes) = backup.buffered()
@@ -162,7 +236,7 @@ fn more(job: &Rc<Job>, out: &mut Map<String, Value>) {
     out.insert("dirty-rate".into(), json!(outlook.dirty_rate));
     out.insert("remaining".into(), json!(outlook.remaining));
     if let Some(time) = outlook.time_to_sync {
-        out.insert("time-to-sync".into(), json!(u64::try_from(time.as_millis()).unwrap_or(u64::MAX)));
+        out.insert("time-to-sync".into(), json!(millis(time)));
     }
     if let Some(obstacle) = outlook.obstacle {
         out.insert("not-converging".into(), json!(obstacle.text()));

@@ -19,6 +19,7 @@ mod info;
 mod jobinfo;
 mod object;
 mod outbox;
+mod record;
 mod session;
 mod state;
 

@@ -8,6 +8,7 @@
 use crate::Daemon;
 use crate::error::{Class, QmpError, Reply};
 use crate::outbox::Outbox;
+use crate::record::numbered;
 use env::sync::{Queue, Semaphore, race};
 use env::{Stream, TaskHandle};
 use qapi::json::Parser;
@@ -30,6 +31,8 @@ pub(crate) struct Session {
     pretty: bool,
     negotiated: Cell<bool>,
     oob: Cell<bool>,
+    /// Events are sent with their numbers (capability `event-seq`).
+    event_seq: Cell<bool>,
     /// Input that waits to be executed, and what bounds it.
     inbox: Queue<Result<Value, String>>,
     room: Semaphore,
@@ -46,6 +49,7 @@ impl Session {
             pretty,
             negotiated: Cell::new(false),
             oob: Cell::new(false),
+            event_seq: Cell::new(false),
             inbox: Queue::new(),
             room: Semaphore::new(QUEUE),
             ending: env::sync::Notify::new(),
@@ -117,8 +121,12 @@ impl Session {
     }
 
     /// Sends an event, unless it is too early. A client that has left too much unread is cut off.
-    pub(crate) fn event(&self, event: &Value) {
-        if self.negotiated.get() && !self.outbox.event(self.text(event)) {
+    pub(crate) fn event(&self, event: &Value, seq: u64) {
+        if !self.negotiated.get() {
+            return;
+        }
+        let text = if self.event_seq.get() { self.text(&numbered(event, seq)) } else { self.text(event) };
+        if !self.outbox.event(text) {
             self.outbox.close();
             self.stream.shutdown();
         }
@@ -182,7 +190,10 @@ impl Session {
     fn negotiate(&self, daemon: &Rc<Daemon>, arguments: Map<String, Value>) -> Reply {
         let checked = daemon.schema().check_json("qmp_capabilities", arguments).map_err(QmpError::generic)?;
         let enable = checked.get("enable").and_then(Value::as_array);
-        self.oob.set(enable.is_some_and(|e| e.iter().any(|v| v == "oob")));
+        let wants = |name: &str| enable.is_some_and(|e| e.iter().any(|v| v == name));
+        self.oob.set(wants("oob"));
+        // not in the greeting, which is QSD's: who wants it knows from the schema
+        self.event_seq.set(wants("event-seq"));
         self.negotiated.set(true);
         Ok(json!({}))
     }

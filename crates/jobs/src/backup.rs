@@ -19,11 +19,12 @@ use crate::backup_bitmap::BitmapUse;
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::mirror_args::Sync;
+use crate::outcome::Figures;
 use crate::registry::{Group, Registry};
-use block::{Io, Result};
+use block::{BlockError, ErrorKind, Io, Result};
 use copy::{
-    Control, Engine, KeepRules, Next, OnSaveError, OnWrite, PointInTime, Policy, Proof, Report, Standing,
-    Work, first,
+    Control, Engine, KeepRules, Links, Next, OnSaveError, OnWrite, PointInTime, Policy, Proof, Report,
+    Standing, Work, first,
 };
 use drivers::filters::copy_before_write::CopyBeforeWrite;
 use drivers::filters::snapshot_access::SnapshotAccess;
@@ -168,6 +169,11 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
             work.set_proof(Rc::new(Proof::recording(len, rules)?));
         }
         let bitmap = bitmap.map(|(bitmap, mode)| BitmapUse::new(&source, bitmap, mode)).transpose()?;
+        // Without the rule the peer is trusted with what it has answered: not all of that can be copied again, and whether
+        // a lost link is worth a failed backup is the user's to say.
+        if args.on_link_loss.is_some() {
+            work.depend_on(graph::links_below(&target, false))?;
+        }
         node.set_keeper(Some(point.clone()));
         let instant = instant(&point, &work, sync, bitmap.as_ref());
         let stay = below.parents().into_iter().filter(|e| matches!(e.parent(), Parent::Job(_))).collect();
@@ -273,6 +279,7 @@ struct BackupPolicy {
     point: Rc<PointInTime>,
     /// All is copied, and is compared with what was recorded of it.
     proving: Cell<bool>,
+    work: Rc<Work>,
     compressed: bool,
     discard_source: bool,
 }
@@ -292,6 +299,12 @@ impl Policy for BackupPolicy {
         self.proving.get()
     }
     fn pass_over(&self, standing: Standing) -> Next {
+        if let Some(at) = self.work.gone() {
+            self.point.lose(BlockError::new(
+                ErrorKind::Disconnected,
+                format!("the link to the target was lost before it had flushed what was at {at}, which the disk does not hold any more"),
+            ));
+        }
         let done = standing.clean && (standing.proven || !self.proving.get());
         if done || self.point.lost().is_some() { Next::Done } else { Next::Again }
     }
@@ -306,25 +319,25 @@ impl Backup {
         if self.sync == Sync::None {
             return self.keep_only(job).await;
         }
-        if self.sync == Sync::Top {
-            self.point.release_lower_layers().await?;
-            if self.is_buffered() {
-                self.work.begin(&self.point.wanted());
-            }
-        }
-        if self.sync == Sync::Full && first::reads_as_zero(&self.work, &to).await? {
-            self.work.assume_target_zero()?;
+        if let Some(rule) = self.args.on_link_loss {
+            let to_source = graph::links_below(&self.node.file().child(), true);
+            let to_target = graph::links_below(&to.child(), false);
+            job.set_links(Some(Links::new(self.graph.env(), rule, to_target, to_source)));
         }
         let policy = Rc::new(BackupPolicy {
             point: self.point.clone(),
             proving: Cell::new(false),
+            work: self.work.clone(),
             compressed: self.args.compress,
             discard_source: self.args.discard_source || self.is_buffered(),
         });
         let control: Rc<Job> = job.clone();
-        let mut engine = Engine::new(self.work.clone(), from, to, policy.clone(), control, WINDOW);
+        let mut engine = Engine::new(self.work.clone(), from, to.clone(), policy.clone(), control, WINDOW);
         engine.set_most(self.workers, self.chunk);
         engine.watch(self.filter.clone());
+        while let Err(e) = self.prepare_work(&to).await {
+            engine.bridge(e).await?;
+        }
         let mut copied = self.copy(&mut engine).await;
         if copied.is_ok() && self.work.proof().is_some() {
             policy.proving.set(true);
@@ -336,9 +349,27 @@ impl Backup {
         }
     }
 
+    async fn prepare_work(&self, target: &Edge) -> Result<()> {
+        if self.sync == Sync::Top {
+            self.point.release_lower_layers().await?;
+            if self.is_buffered() {
+                self.work.begin(&self.point.wanted());
+            }
+        }
+        if self.sync == Sync::Full && first::reads_as_zero(&self.work, target).await? {
+            self.work.assume_target_zero()?;
+        }
+        Ok(())
+    }
+
     async fn copy(&self, engine: &mut Engine) -> Result<()> {
-        engine.run().await?;
-        engine.flush_target().await.map(|_| ())
+        loop {
+            engine.run().await?;
+            // what was lost while it was flushed has to be copied again
+            if self.point.lost().is_some() || engine.flush_target().await? {
+                return Ok(());
+            }
+        }
     }
 
     /// Nothing is copied but what clients overwrite; only a cancel ends that, or the loss of the instant.
@@ -410,6 +441,9 @@ impl Body for Backup {
             let _ = self.graph.apply(self.plan_back()).await;
             self.hold.take();
             self.work.settled().await;
+            if !success {
+                self.work.doubt_all();
+            }
             if let Some(bitmap) = &self.bitmap {
                 bitmap.end(success, &self.work);
             }
@@ -432,6 +466,12 @@ impl Body for Backup {
 
     fn verified(&self) -> Option<Report> {
         self.work.proof().map(|p| p.report())
+    }
+
+    fn figures(&self) -> Figures {
+        let buffer = self.args.buffer.clone().map(|b| ("buffer", b));
+        let both = [("source", self.args.device.clone()), ("target", self.args.target.clone())];
+        Figures { nodes: both.into_iter().chain(buffer).collect(), ..Figures::of(&self.work) }
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -1,11 +1,11 @@
 //! Arguments of a backup, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
 
 use crate::job::Options;
-use crate::mirror_args::Sync;
+use crate::mirror_args::{Sync, check_link_loss};
 use crate::verify_args::{Verify, VerifyMode};
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
-use copy::{OnError, OnSaveError, cluster_size};
+use copy::{OnError, OnLinkLoss, OnSaveError, cluster_size};
 use graph::bitmaps::check_usable;
 use graph::{Graph, NodeCell, walk};
 use std::rc::Rc;
@@ -91,6 +91,8 @@ pub struct BackupArgs {
     pub on_buffer_full: OnBufferFull,
     /// Most bytes kept there, 0: as it has space.
     pub buffer_size: u64,
+    /// The loss of a link to the target or the source is bridged so.
+    pub on_link_loss: Option<OnLinkLoss>,
 }
 
 /// Arguments that have been looked up.
@@ -131,6 +133,7 @@ impl BackupArgs {
             buffer: None,
             on_buffer_full: OnBufferFull::Wait,
             buffer_size: 0,
+            on_link_loss: None,
         }
     }
 
@@ -168,6 +171,7 @@ impl BackupArgs {
         }
         source.check_not_blocked()?;
         target.check_not_blocked()?;
+        check_link_loss(self.on_link_loss, &target)?;
         let workers = u32::try_from(self.max_workers)
             .ok()
             .filter(|n| (1..=i32::MAX.unsigned_abs()).contains(n))

@@ -19,6 +19,7 @@ use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::leavers::Leavers;
 use crate::mirror;
+use crate::outcome::Figures;
 use crate::registry::Registry;
 use block::{Io, Result, Span};
 use copy::{Engine, Proof, Report, Work, first};
@@ -173,6 +174,7 @@ impl Commit {
     async fn work_on(&self, job: &Rc<Job>) -> Result<()> {
         let Some(Copying { source, target }) = self.copying.borrow().clone() else { return Ok(()) };
         let tail = self.hidden_tail(&target);
+        self.work.depend_on(graph::links_below(&self.base, false))?;
         chain::grow(&self.graph, &self.base, &target, self.top.node().len()).await?;
         first::mark_above(&self.work, &source, Some(&self.base), false).await?;
         let control: Rc<Job> = job.clone();
@@ -186,22 +188,31 @@ impl Commit {
         );
         engine.set_chunk(chain::CHUNK);
         engine.watch(self.device.clone());
-        engine.run().await?;
-        self.work.pass_all();
-        if !tail.is_empty() {
-            engine.zero_target(tail).await?;
-        }
-        engine.flush_target().await?;
+        self.copy(&mut engine, tail).await?;
         if let Some(proof) = self.work.proof() {
             // what the top image shows is what the base shows now: nobody writes either
             self.policy.proving.set(true);
             engine.run().await?;
             proof.verdict()?;
             if proof.report().repaired > 0 {
-                engine.flush_target().await?;
+                self.copy(&mut engine, tail).await?;
             }
         }
         Ok(())
+    }
+
+    async fn copy(&self, engine: &mut Engine, tail: Span) -> Result<()> {
+        loop {
+            engine.run().await?;
+            self.work.pass_all();
+            if !tail.is_empty() {
+                engine.zero_target(tail).await?;
+            }
+            // a base behind a link that was lost meanwhile gets once more what it had not flushed
+            if engine.flush_target().await? {
+                return Ok(());
+            }
+        }
     }
 
     /// What the base holds behind the end of the top image, as far as the overlays reach: they see zeroes there, and must go
@@ -285,6 +296,13 @@ impl Body for Commit {
 
     fn verified(&self) -> Option<Report> {
         self.work.proof().map(|p| p.report())
+    }
+
+    fn figures(&self) -> Figures {
+        Figures {
+            nodes: vec![("source", self.top.name().to_owned()), ("base", self.base.name().to_owned())],
+            ..Figures::of(&self.work)
+        }
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -6,7 +6,7 @@ use crate::job::Options;
 use crate::mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
 use crate::verify_args::Verify;
 use block::{BlockError, Result};
-use copy::OnError;
+use copy::{OnError, OnLinkLoss};
 use graph::{Graph, NodeCell, walk};
 use std::rc::Rc;
 use std::time::Duration;
@@ -49,6 +49,8 @@ pub struct CommitArgs {
     pub convergence: Convergence,
     /// How long to wait before that.
     pub converge_after: Duration,
+    /// The loss of a link to the base or the images above is bridged so, if the active image goes down.
+    pub on_link_loss: Option<OnLinkLoss>,
     /// Delete the files of the images that leave the chain.
     pub delete_images: bool,
     /// Name of the filter node.
@@ -78,6 +80,7 @@ impl CommitArgs {
             copy_mode: CopyMode::Background,
             convergence: Convergence::None,
             converge_after: Duration::from_secs(30),
+            on_link_loss: None,
             delete_images: false,
             filter_node_name: None,
             auto_finalize: true,
@@ -161,6 +164,7 @@ impl CommitArgs {
             convergence: self.convergence,
             converge_after: self.converge_after,
             verify: self.verify,
+            on_link_loss: self.on_link_loss,
             ..MirrorArgs::new(&self.job_id, &self.device, base.name())
         }
     }

@@ -1,7 +1,9 @@
 //! What jobs tell the world. `control` makes QMP events of it.
 
+use crate::outcome::Finished;
 use crate::state::State;
 use copy::{Action, Mismatch, Report, Side};
+use std::time::Duration;
 
 /// What a job does.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -131,6 +133,30 @@ pub enum Event {
         /// Why the file is still there, if it is.
         error: Option<String>,
     },
+    /// BLOCK_JOB_LINK_LOST: the connection to one side is lost, and waited for.
+    LinkLost {
+        /// Job id.
+        id: String,
+        /// Which side.
+        side: Side,
+        /// Why, as far as is known.
+        reason: String,
+        /// How long it is waited for.
+        wait: Duration,
+        /// What is done then.
+        then: Action,
+    },
+    /// BLOCK_JOB_LINK_RESTORED: it is back.
+    LinkBack {
+        /// Job id.
+        id: String,
+        /// Which side.
+        side: Side,
+        /// After how long.
+        down: Duration,
+        /// Bytes that the target had taken and may have lost: they are copied again.
+        again: u64,
+    },
     /// BLOCK_JOB_ERROR: a request failed.
     Error {
         /// Job id.
@@ -146,6 +172,10 @@ pub enum Event {
 pub trait Sink {
     /// Something happened.
     fn event(&self, event: Event);
+    /// A job is over: for those who ask later.
+    fn finished(&self, job: Finished) {
+        let _ = job;
+    }
 }
 
 /// A sink that drops everything.

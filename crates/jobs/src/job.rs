@@ -6,16 +6,18 @@
 
 use crate::error::JobError;
 use crate::event::{Event, Kind, Progress};
+use crate::outcome::Figures;
 use crate::registry::{Group, Shared};
 use crate::state::{State, Verb};
 use block::{BlockError, Io, Result};
-use copy::{Action, Control, Mismatch, OnError, Report, Side};
+use copy::{Action, Control, Links, Mismatch, OnError, Outage, Report, Side};
 use env::sync::Notify;
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::time::Duration;
 
 /// Whether failed requests stand out (QMP: io-status).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -69,6 +71,10 @@ pub trait Body {
     fn verified(&self) -> Option<Report> {
         None
     }
+    /// What the record of finished jobs tells of it, beside what all jobs have.
+    fn figures(&self) -> Figures {
+        Figures::default()
+    }
     /// For queries and `change`.
     fn as_any(&self) -> &dyn Any;
 }
@@ -105,6 +111,8 @@ pub struct Job {
     id: String,
     kind: Kind,
     options: Options,
+    /// When it was made: as time since 1970, and by the clock that is never set.
+    pub(crate) created_at: (Duration, Duration),
     state: Cell<State>,
     body: RefCell<Option<Rc<dyn Body>>>,
     pub(crate) group: RefCell<Rc<Group>>,
@@ -121,6 +129,10 @@ pub struct Job {
     io_status: Cell<IoStatus>,
     error: RefCell<Option<BlockError>>,
     changed: Notify,
+    /// Whose losses are bridged.
+    links: RefCell<Option<Rc<Links>>>,
+    /// The link that was waited for in vain, until the job goes on.
+    given_up: RefCell<Option<(Side, BlockError)>>,
     last_progress: Cell<Progress>,
     last_verified: Cell<Option<Report>>,
     /// What a concluded job still holds.
@@ -139,6 +151,7 @@ impl Job {
             id,
             kind,
             options,
+            created_at: (shared.env.wall(), shared.env.now()),
             state: Cell::new(State::Undefined),
             body: RefCell::new(None),
             group: RefCell::new(group),
@@ -153,6 +166,8 @@ impl Job {
             io_status: Cell::new(IoStatus::Ok),
             error: RefCell::new(None),
             changed: Notify::new(),
+            links: RefCell::default(),
+            given_up: RefCell::default(),
             last_progress: Cell::default(),
             last_verified: Cell::new(None),
             kept: RefCell::new(None),
@@ -251,6 +266,26 @@ impl Job {
         });
     }
 
+    /// Losses of these links are bridged from now on.
+    pub(crate) fn set_links(&self, links: Option<Rc<Links>>) {
+        *self.links.borrow_mut() = links;
+    }
+
+    /// The lost link that is waited for.
+    pub fn outage(&self) -> Option<Outage> {
+        self.links.borrow().as_ref()?.outage()
+    }
+
+    /// The link that was waited for in vain, why, until the job is told to go on.
+    pub fn given_up(&self) -> Option<(Side, BlockError)> {
+        self.given_up.borrow().clone()
+    }
+
+    /// How often links were lost and waited for; `None` where losses are not bridged.
+    pub fn outages(&self) -> Option<u64> {
+        self.links.borrow().as_ref().map(|l| l.outages())
+    }
+
     pub(crate) fn set_error(&self, error: BlockError) {
         self.error.borrow_mut().get_or_insert(error);
     }
@@ -263,6 +298,9 @@ impl Job {
         self.last_verified.set(verified);
         self.io_status.set(IoStatus::Ok);
         self.user_paused.set(false);
+        self.shared.record(self.finished(progress));
+        self.links.take();
+        self.given_up.take();
         let body = self.body.take();
         if !self.options.auto_dismiss {
             *self.kept.borrow_mut() = body.as_ref().and_then(|b| b.keep());
@@ -314,6 +352,7 @@ impl Job {
         self.accept(Verb::Resume)?;
         self.user_paused.set(false);
         self.io_status.set(IoStatus::Ok);
+        self.given_up.take();
         self.leave_rest();
         self.changed.notify_all();
         Ok(())
@@ -345,6 +384,20 @@ impl Job {
     pub(crate) fn let_go(&self) {
         let kept = self.kept.take();
         drop(kept);
+    }
+
+    /// Announces a failed request and what is done about it.
+    fn act(&self, side: Side, error: &BlockError, action: Action) -> Action {
+        self.shared.tell(Event::Error { id: self.id.clone(), side, action });
+        if action == Action::Stop {
+            if self.io_status.get() == IoStatus::Ok {
+                let full = error.errno() == BlockError::ENOSPC;
+                self.io_status.set(if full { IoStatus::NoSpace } else { IoStatus::Failed });
+            }
+            self.user_paused.set(true);
+            self.changed.notify_all();
+        }
+        action
     }
 
     pub(crate) fn user_paused(&self) -> bool {
@@ -424,21 +477,37 @@ impl Control for Job {
     fn failed(&self, side: Side, error: &BlockError) -> Action {
         // what a stream writes it was asked to fetch: to its user all failures are failures to read
         let side = if self.kind == Kind::Stream { Side::Source } else { side };
+        if self.links.borrow().as_ref().is_some_and(|l| l.explain(side, error)) {
+            // told when it is waited for
+            return Action::Ignore;
+        }
         let rule = match side {
             Side::Source => self.options.on_source_error,
             Side::Target => self.options.on_target_error,
         };
-        let action = rule.action(error);
-        self.shared.tell(Event::Error { id: self.id.clone(), side, action });
-        if action == Action::Stop {
-            if self.io_status.get() == IoStatus::Ok {
-                let full = error.errno() == BlockError::ENOSPC;
-                self.io_status.set(if full { IoStatus::NoSpace } else { IoStatus::Failed });
-            }
-            self.user_paused.set(true);
-            self.changed.notify_all();
+        self.act(side, error, rule.action(error))
+    }
+
+    fn links(&self) -> Option<Rc<Links>> {
+        self.links.borrow().clone()
+    }
+
+    fn link_lost(&self, side: Side, why: &BlockError) {
+        let Some(rule) = self.links.borrow().as_ref().map(|l| l.rule()) else { return };
+        let (id, reason) = (self.id.clone(), why.message().to_owned());
+        self.shared.tell(Event::LinkLost { id, side, reason, wait: rule.wait, then: rule.then });
+    }
+
+    fn link_back(&self, side: Side, down: Duration, again: u64) {
+        self.shared.tell(Event::LinkBack { id: self.id.clone(), side, down, again });
+    }
+
+    fn link_given_up(&self, side: Side, why: &BlockError) -> Action {
+        let then = self.links.borrow().as_ref().map_or(Action::Report, |l| l.rule().then);
+        if then == Action::Stop {
+            *self.given_up.borrow_mut() = Some((side, why.clone()));
         }
-        action
+        self.act(side, why, then)
     }
 
     fn mismatch(&self, found: &Mismatch) {

@@ -24,10 +24,11 @@ use crate::leavers::Leavers;
 use crate::mirror_args::{Checked, CopyMode, MirrorArgs, Sync};
 use crate::mirror_bitmap::MirrorBitmap;
 use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
+use crate::outcome::Figures;
 use crate::registry::Registry;
 use block::{BlockError, ErrorKind, Io, Result, Span};
 use copy::bugs::{Bug, planted};
-use copy::{Control, CopyTap, Engine, Outlook, Proof, Report, Work, first};
+use copy::{Control, CopyTap, Engine, Links, Outlook, Proof, Report, Work, first};
 use drivers::filters::mirror_top::{MirrorTop, Purpose};
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Quiesced, Role, Step};
 use std::any::Any;
@@ -167,13 +168,18 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
     if let Some(rules) = args.verify.rules(graph.env()) {
         work.set_proof(Rc::new(Proof::new(work.len(), rules)?));
     }
+    let to_target = graph::links_below(&target, false);
+    work.depend_on(to_target.clone())?;
+    let rule = args.on_link_loss;
+    let links = rule.map(|rule| Links::new(graph.env(), rule, to_target, graph::links_below(&source, true)));
+    job.set_links(links.clone());
     let policy = Rc::new(MirrorPolicy::new(
-        graph.env().clone(),
         work.clone(),
         args.copy_mode,
         args.convergence,
         args.converge_after,
         below.is_some().then(|| target.clone()),
+        links,
         job,
     ));
     let tap = CopyTap::new(work.clone(), target_edge.clone(), policy.clone(), job.clone());
@@ -224,7 +230,8 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
 impl Mirror {
     /// Clean now, nothing in flight, and every later write is synchronous.
     pub fn actively_synced(&self) -> bool {
-        self.policy.is_following() && self.policy.mode() != CopyMode::Background && self.work.in_sync()
+        let synchronous = self.policy.mode() != CopyMode::Background && !self.policy.is_cut_off();
+        self.policy.is_following() && synchronous && self.work.in_sync()
     }
 
     /// How client writes reach the target now.
@@ -328,7 +335,6 @@ impl Mirror {
         } else if source.len() != target.len() {
             return Err(BlockError::invalid("Source and target image have different sizes"));
         }
-        self.prepare_work(&source, &target).await?;
         let control: Rc<Job> = job.clone();
         let mut engine = Engine::new(
             self.work.clone(),
@@ -338,12 +344,14 @@ impl Mirror {
             control,
             self.buffer,
         );
+        while let Err(e) = self.prepare_work(&source, &target).await {
+            engine.bridge(e).await?;
+        }
         self.policy.enter(Phase::Copying);
         loop {
             engine.run().await?;
-            engine.flush_target().await?;
-            // told to rest meanwhile: the next run does, and what came to be dirty is copied
-            if !job.pause_wanted() {
+            // not certain, or told to rest meanwhile: the next run does, and what came to be dirty is copied
+            if engine.flush_target().await? && !job.pause_wanted() {
                 break;
             }
         }
@@ -374,8 +382,7 @@ impl Mirror {
         loop {
             engine.run().await?;
             self.verdict()?;
-            engine.flush_target().await?;
-            if !job.pause_wanted() {
+            if engine.flush_target().await? && !job.pause_wanted() {
                 return Ok(());
             }
         }
@@ -496,6 +503,7 @@ impl Body for Mirror {
                 return Err(BlockError::new(ErrorKind::Io, "the target failed while the job was pending"));
             }
             self.prove_rest().await?;
+            self.policy.release_links();
             let mut plan = self.plan_pivot().then(self.made.step());
             plan.steps.extend(self.below.as_ref().map(Turned::staying));
             if self.args.source_below {
@@ -517,6 +525,7 @@ impl Body for Mirror {
             self.top.set_tap(None);
             self.quiet.take();
             if !success {
+                self.work.doubt_all();
                 // Going back asks for nothing that was not granted before, so it is not refused.
                 let _ = self.graph.apply(self.plan_back()).await;
                 self.work.settled().await;
@@ -554,6 +563,14 @@ impl Body for Mirror {
 
     fn verified(&self) -> Option<Report> {
         self.work.proof().map(|p| p.report())
+    }
+
+    fn figures(&self) -> Figures {
+        let end = if self.below.is_some() { "base" } else { "target" };
+        Figures {
+            nodes: vec![("source", self.args.device.clone()), (end, self.args.target.clone())],
+            ..Figures::of(&self.work)
+        }
     }
 
     fn complete(&self, _: &Job) -> Result<()> {

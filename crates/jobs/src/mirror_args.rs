@@ -6,7 +6,7 @@ use crate::job::Options;
 use crate::verify_args::Verify;
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
-use copy::OnError;
+use copy::{OnError, OnLinkLoss};
 use graph::{Graph, NodeCell, bitmaps, walk};
 use std::rc::Rc;
 use std::time::Duration;
@@ -114,6 +114,8 @@ pub struct MirrorArgs {
     pub bitmap_mode: Option<BitmapMode>,
     /// How it is proven that the target equals the source.
     pub verify: Verify,
+    /// The loss of a link to the target or the source is bridged so.
+    pub on_link_loss: Option<OnLinkLoss>,
 }
 
 impl MirrorArgs {
@@ -141,6 +143,7 @@ impl MirrorArgs {
             bitmap: None,
             bitmap_mode: None,
             verify: Verify::default(),
+            on_link_loss: None,
         }
     }
 
@@ -187,6 +190,7 @@ impl MirrorArgs {
         if walk::contains(&walk::skip_filters(&source), &target) && source_filters(&source, &target) {
             return Err(BlockError::invalid("Can't mirror node into itself"));
         }
+        check_link_loss(self.on_link_loss, &target)?;
         let granularity = match (self.granularity, &bitmap) {
             (0, None) => default_granularity(&target).await,
             (0, Some((bitmap, _))) => {
@@ -250,6 +254,7 @@ impl MirrorArgs {
             graph.check_name(name)?;
         }
         self.verify.check()?;
+        check_link_loss(self.on_link_loss, &target)?;
         let closed = chain::closed_to_writing(&target)?;
         let granularity = default_granularity(&target).await;
         let buffer = u64::try_from(self.buf_size).unwrap_or(0).max(1);
@@ -276,6 +281,18 @@ pub(crate) struct Below {
     pub(crate) between: Vec<Rc<NodeCell>>,
     /// What has to turn read-write for the target to take writes.
     pub(crate) closed: Vec<Rc<NodeCell>>,
+}
+
+/// A format that keeps its records behind a link takes for written what a peer may have lost: such a loss cannot be bridged.
+pub(crate) fn check_link_loss(rule: Option<OnLinkLoss>, target: &Rc<NodeCell>) -> Result<()> {
+    match rule.and_then(|_| graph::format_over_link(target)) {
+        None => Ok(()),
+        Some(format) => Err(BlockError::invalid(format!(
+            "'on-link-loss' is not possible with format '{}' of node '{}' over a link: have the peer export what is in the image",
+            format.node().driver(),
+            format.name()
+        ))),
+    }
 }
 
 /// The target may not be what the source's own filters show.

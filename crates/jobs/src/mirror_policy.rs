@@ -6,7 +6,7 @@ use crate::mirror_args::{Convergence, CopyMode};
 use crate::proving::{PATIENCE, Rest};
 use block::{Extent, Io, Kind, Span};
 use copy::bugs::{Bug, planted};
-use copy::{Fate, Next, Obstacle, OnWrite, Policy, Standing, Work};
+use copy::{Fate, Links, Next, Obstacle, OnWrite, Policy, Standing, Work};
 use env::Env;
 use graph::{Edge, NodeCell};
 use std::cell::Cell;
@@ -53,19 +53,22 @@ pub(crate) struct MirrorPolicy {
     started: Duration,
     /// The target, where it is an image below the source.
     base: Option<Rc<NodeCell>>,
+    /// Whose losses are bridged.
+    links: Option<Rc<Links>>,
     job: Weak<Job>,
 }
 
 impl MirrorPolicy {
     pub(crate) fn new(
-        env: Env,
         work: Rc<Work>,
         mode: CopyMode,
         convergence: Convergence,
         converge_after: Duration,
         base: Option<Rc<NodeCell>>,
+        links: Option<Rc<Links>>,
         job: &Rc<Job>,
     ) -> MirrorPolicy {
+        let env = job.shared.env.clone();
         let started = env.now();
         let rest = Rest::new(env.clone(), work.clone());
         MirrorPolicy {
@@ -80,6 +83,7 @@ impl MirrorPolicy {
             converge_after,
             started,
             base,
+            links,
             job: Rc::downgrade(job),
         }
     }
@@ -90,6 +94,16 @@ impl MirrorPolicy {
 
     pub(crate) fn is_following(&self) -> bool {
         self.phase.get() == Phase::Following
+    }
+
+    /// Whether the link to the target is lost and waited for: then all writes of clients are marked dirty, and nothing more.
+    pub(crate) fn is_cut_off(&self) -> bool {
+        self.links.as_ref().is_some_and(|l| l.target_is_down())
+    }
+
+    /// The target is about to be its clients' disk.
+    pub(crate) fn release_links(&self) {
+        self.links.iter().for_each(|l| l.release());
     }
 
     pub(crate) fn mode(&self) -> CopyMode {
@@ -148,6 +162,8 @@ impl Policy for MirrorPolicy {
         match (self.phase.get(), self.mode.get()) {
             (Phase::Preparing, _) => OnWrite::MarkDirty,
             (Phase::Over, _) => OnWrite::Pass,
+            // the client does not wait for a peer that is gone
+            _ if self.is_cut_off() => OnWrite::MarkDirty,
             // whoever attached while the client is held: the target must stay equal
             (Phase::Finishing, _) => OnWrite::WriteBoth,
             (_, CopyMode::Background) => OnWrite::MarkDirty,
@@ -156,7 +172,8 @@ impl Policy for MirrorPolicy {
     }
 
     fn copy_reads(&self) -> bool {
-        self.mode.get() == CopyMode::ReadWriteBlocking
+        !self.is_cut_off()
+            && self.mode.get() == CopyMode::ReadWriteBlocking
             && matches!(self.phase.get(), Phase::Copying | Phase::Proving | Phase::Following)
     }
 

@@ -6,6 +6,7 @@
 use crate::error::JobError;
 use crate::event::{Event, Kind, Progress, Sink};
 use crate::job::{Body, Job, Options};
+use crate::outcome::Finished;
 use crate::state::{State, Verb};
 use block::{BlockError, Result};
 use env::Env;
@@ -25,6 +26,7 @@ pub trait JobKeeper {
 }
 
 pub(crate) struct Shared {
+    pub(crate) env: Env,
     sink: Rc<dyn Sink>,
     jobs: RefCell<Vec<Rc<Job>>>,
     keeper: RefCell<Option<Rc<dyn JobKeeper>>>,
@@ -42,6 +44,11 @@ impl Shared {
         if let Some(keeper) = keeper {
             keeper.keep().await;
         }
+    }
+
+    /// A job is over.
+    pub(crate) fn record(&self, job: Finished) {
+        self.sink.finished(job);
     }
 
     /// The job vanishes.
@@ -160,7 +167,8 @@ pub struct Registry {
 impl Registry {
     /// No jobs. Events go to `sink`.
     pub fn new(env: &Env, sink: Rc<dyn Sink>) -> Rc<Registry> {
-        let shared = Rc::new(Shared { sink, jobs: RefCell::default(), keeper: RefCell::default() });
+        let (jobs, keeper) = (RefCell::default(), RefCell::default());
+        let shared = Rc::new(Shared { env: env.clone(), sink, jobs, keeper });
         Rc::new(Registry { env: env.clone(), shared })
     }
 

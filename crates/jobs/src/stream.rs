@@ -16,6 +16,7 @@ use crate::chain::{self, BackingName, ChainPolicy, Headers, Made, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::leavers::Leavers;
+use crate::outcome::Figures;
 use crate::registry::Registry;
 use crate::stream_args::{Checked, StreamArgs};
 use block::{Io, Result};
@@ -290,6 +291,10 @@ impl Body for Stream {
             None => Progress::default(),
             Some(_) => Progress { total: self.work.len(), current: self.work.passed() },
         }
+    }
+
+    fn figures(&self) -> Figures {
+        Figures { nodes: vec![("target", self.image.name().to_owned())], ..Figures::of(&self.work) }
     }
 
     fn as_any(&self) -> &dyn Any {

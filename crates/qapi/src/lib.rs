@@ -11,4 +11,4 @@ mod schema;
 mod validate;
 
 pub use schema::Schema;
-pub use serde_json::{Map, Number, Value, from_value, json};
+pub use serde_json::{Map, Number, Value, from_str, from_value, json};

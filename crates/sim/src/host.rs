@@ -196,6 +196,16 @@ impl Host {
         }
     }
 
+    /// The power fails where the file `path` is kept, and nowhere else: `process` ends, and of what was not made durable in the
+    /// file any subset survives. As if the two were on a host of their own.
+    pub fn power_loss_at(&self, path: &str, process: &Process) {
+        self.0.machine.note("power loss elsewhere", 0, 0);
+        if let Some(inode) = self.inode(path) {
+            self.0.machine.draw(|r| inode.power_loss(r));
+        }
+        process.end(true);
+    }
+
     fn drop_hung(&self) {
         let hung = std::mem::take(&mut *self.0.hung.borrow_mut());
         drop(hung);

@@ -6,7 +6,7 @@
 use crate::runner::{Scenario, run_one};
 use crate::scenario::again::again;
 use crate::scenario::chain::chain;
-use crate::scenario::live::whole_daemon;
+use crate::scenario::live::{link, whole_daemon};
 use copy::bugs::Bug;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -75,6 +75,7 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
     let scenario: Scenario = match defect {
         Defect::Chained(_) => chain,
         Defect::Returning(_) => again,
+        Defect::Copy(Bug::DoubtForgotten) => link,
         Defect::Copy(_) | Defect::Named(_) => whole_daemon,
     };
     let hit = seeds.into_iter().find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));

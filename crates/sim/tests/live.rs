@@ -59,6 +59,20 @@ fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
 }
 
 #[test]
+fn a_mirror_over_a_bad_link_is_never_wrong() {
+    let report = run(
+        live::link,
+        start()..start() + SHARE,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    for what in ["completed", "links cut", "far power losses", "completed after far power losses", "restarts"]
+    {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
 fn no_job_on_a_chain_changes_what_the_guest_reads() {
     let report = run(
         chain::chain,

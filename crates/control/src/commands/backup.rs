@@ -1,6 +1,6 @@
 //! `blockdev-backup`.
 
-use super::mirror::{ErrorPolicy, SyncMode};
+use super::mirror::{ErrorPolicy, LinkLossPolicy, SyncMode};
 use super::transaction::{Act, Read, carry_out};
 use super::verify::Verify;
 use super::{Command, Entry, entry};
@@ -82,6 +82,7 @@ pub(super) struct Common {
     x_perf: Option<Perf>,
     #[serde(flatten)]
     verify: Verify,
+    on_link_loss: Option<LinkLossPolicy>,
 }
 
 impl Common {
@@ -110,13 +111,14 @@ impl Common {
             max_chunk: perf.max_chunk.unwrap_or(default.max_chunk),
             min_cluster_size: min_cluster_size(perf.min_cluster_size)?,
             verify: self.verify.into(),
+            on_link_loss: LinkLossPolicy::rule(self.on_link_loss)?,
             ..default
         })
     }
 }
 
-/// Copies a disk as of now to another while clients write. `on-cbw-error`, `buffer`, `on-buffer-full`, `buffer-size` and `verify*`
-/// are not in QSD 10.0.2.
+/// Copies a disk as of now to another while clients write. `on-cbw-error`, `on-link-loss`, `buffer`, `on-buffer-full`,
+/// `buffer-size` and `verify*` are not in QSD 10.0.2.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct BlockdevBackup {

@@ -96,6 +96,7 @@ async fn at_once(command: &impl ChangesBitmap, daemon: &Daemon) -> Reply {
 
 /// Adds a bitmap.
 #[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub(crate) struct BitmapAdd {
     node: String,
     name: String,
@@ -104,6 +105,9 @@ pub(crate) struct BitmapAdd {
     persistent: bool,
     #[serde(default)]
     disabled: bool,
+    /// It begins with everything marked: for a copy that is to be resumable by it. Not in QSD.
+    #[serde(default)]
+    all_dirty: bool,
 }
 
 impl ChangesBitmap for BitmapAdd {
@@ -130,7 +134,13 @@ impl ChangesBitmap for BitmapAdd {
                 return Err(QmpError::generic(why));
             }
         }
-        Ok(bitmaps::add(&cell, &new).await?)
+        let change = bitmaps::add(&cell, &new).await?;
+        if self.all_dirty
+            && let Some(bitmap) = cell.find_bitmap(&self.name)
+        {
+            bitmap.bits_mut().set_all();
+        }
+        Ok(change)
     }
 }
 

@@ -1,7 +1,7 @@
 //! `block-commit`, `block-stream`: images leave a chain, into one below or above them. `change-backing-file`: what an image says
 //! of the one below it.
 
-use super::mirror::{ConvergencePolicy, ErrorPolicy, Mode};
+use super::mirror::{ConvergencePolicy, ErrorPolicy, LinkLossPolicy, Mode};
 use super::verify::Verify;
 use super::{Command, Entry, entry};
 use crate::Daemon;
@@ -17,7 +17,7 @@ pub(super) const COMMANDS: &[Entry] =
     &[entry::<BlockCommit>(), entry::<BlockStream>(), entry::<ChangeBackingFile>()];
 
 /// Brings what images hold down into one below them, and takes them out of the chain. `on-source-error`, `on-target-error`,
-/// `buf-size`, `delete-images`, `copy-mode`, `convergence`, `converge-after` and `verify*` are not in QSD.
+/// `buf-size`, `delete-images`, `copy-mode`, `convergence`, `converge-after`, `on-link-loss` and `verify*` are not in QSD.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockCommit {
@@ -38,6 +38,7 @@ struct BlockCommit {
     copy_mode: Option<Mode>,
     convergence: Option<ConvergencePolicy>,
     converge_after: Option<u32>,
+    on_link_loss: Option<LinkLossPolicy>,
     filter_node_name: Option<String>,
     auto_finalize: Option<bool>,
     auto_dismiss: Option<bool>,
@@ -65,6 +66,7 @@ impl Command for BlockCommit {
             converge_after: self
                 .converge_after
                 .map_or(default.converge_after, |s| Duration::from_secs(u64::from(s))),
+            on_link_loss: LinkLossPolicy::rule(self.on_link_loss)?,
             filter_node_name: self.filter_node_name,
             auto_finalize: self.auto_finalize.unwrap_or(true),
             auto_dismiss: self.auto_dismiss.unwrap_or(true),

@@ -1,7 +1,7 @@
 //! `drive-mirror` and `drive-backup`: mirror and backup to an image that the command makes and opens.
 
 use super::backup::Common;
-use super::mirror::{ErrorPolicy, Mode, SyncMode};
+use super::mirror::{ErrorPolicy, LinkLossPolicy, Mode, SyncMode};
 use super::transaction::{Act, Read, carry_out};
 use super::verify::Verify;
 use super::{Command, Entry, entry};
@@ -45,6 +45,7 @@ struct DriveMirror {
     auto_dismiss: Option<bool>,
     #[serde(flatten)]
     verify: Verify,
+    on_link_loss: Option<LinkLossPolicy>,
 }
 
 impl Command for DriveMirror {
@@ -63,6 +64,7 @@ impl Command for DriveMirror {
             auto_finalize: self.auto_finalize.unwrap_or(default.auto_finalize),
             auto_dismiss: self.auto_dismiss.unwrap_or(default.auto_dismiss),
             verify: self.verify.into(),
+            on_link_loss: LinkLossPolicy::rule(self.on_link_loss)?,
             ..default
         };
         let target = Target {

@@ -245,7 +245,9 @@ struct QueryJobs {}
 impl Command for QueryJobs {
     const NAME: &'static str = "query-jobs";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        Ok(daemon.jobs().list().iter().map(|j| resumed(&daemon, j, jobinfo::job(j))).collect::<Value>())
+        let now = daemon.env().now();
+        let shown = |j: &Rc<_>| resumed(&daemon, j, jobinfo::job(j, now));
+        Ok(daemon.jobs().list().iter().map(shown).collect::<Value>())
     }
 }
 
@@ -258,6 +260,7 @@ impl Command for QueryBlockJobs {
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let all = daemon.jobs().list();
         let all = all.iter().filter(|j| j.kind().is_block_job());
-        Ok(all.map(|j| resumed(&daemon, j, jobinfo::block_job(j))).collect::<Value>())
+        let now = daemon.env().now();
+        Ok(all.map(|j| resumed(&daemon, j, jobinfo::block_job(j, now))).collect::<Value>())
     }
 }

@@ -5,7 +5,7 @@ use super::verify::Verify;
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::error::{QmpError, Reply};
-use copy::OnError;
+use copy::{Action, OnError, OnLinkLoss};
 use jobs::{BitmapMode, Convergence, CopyMode, MirrorArgs, Sync, mirror};
 use qapi::json;
 use serde::Deserialize;
@@ -93,7 +93,51 @@ impl From<ConvergencePolicy> for Convergence {
     }
 }
 
-/// Copies a disk to a target while clients write to it. `bitmap`, `bitmap-mode`, `convergence`, `converge-after`,
+/// `on-link-loss`.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct LinkLossPolicy {
+    wait: Option<i64>,
+    then: Option<LinkLossAction>,
+    no_progress: Option<i64>,
+}
+
+/// What is done when a lost link was waited for in vain.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum LinkLossAction {
+    Stop,
+    Report,
+}
+
+impl LinkLossPolicy {
+    /// What the engine does of it.
+    pub(super) fn rule(policy: Option<LinkLossPolicy>) -> Result<Option<OnLinkLoss>, QmpError> {
+        let Some(policy) = policy else { return Ok(None) };
+        let default = OnLinkLoss::default();
+        let seconds = |name: &str, value: Option<i64>, default: Duration| match value.map(u32::try_from) {
+            None => Ok(default),
+            Some(Ok(s)) => Ok(Duration::from_secs(u64::from(s))),
+            Some(Err(_)) => Err(QmpError::generic(format!(
+                "Parameter '{name}' expects a number of seconds from 0 to {}",
+                u32::MAX
+            ))),
+        };
+        let never = default.no_progress.unwrap_or_default();
+        let no_progress = seconds("no-progress", policy.no_progress, never)?;
+        Ok(Some(OnLinkLoss {
+            wait: seconds("wait", policy.wait, default.wait)?,
+            then: match policy.then {
+                None => default.then,
+                Some(LinkLossAction::Stop) => Action::Stop,
+                Some(LinkLossAction::Report) => Action::Report,
+            },
+            no_progress: Some(no_progress).filter(|t| !t.is_zero()),
+        }))
+    }
+}
+
+/// Copies a disk to a target while clients write to it. `on-link-loss`, `bitmap`, `bitmap-mode`, `convergence`, `converge-after`,
 /// `target-is-zero`, `verify*` and the copy mode `read-write-blocking` are not in QSD 10.0.2.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -119,6 +163,7 @@ struct BlockdevMirror {
     bitmap_mode: Option<BitmapSyncMode>,
     #[serde(flatten)]
     verify: Verify,
+    on_link_loss: Option<LinkLossPolicy>,
 }
 
 impl Command for BlockdevMirror {
@@ -146,6 +191,7 @@ impl Command for BlockdevMirror {
             bitmap: self.bitmap,
             bitmap_mode: self.bitmap_mode.map(BitmapMode::from),
             verify: self.verify.into(),
+            on_link_loss: LinkLossPolicy::rule(self.on_link_loss)?,
             ..default
         };
         mirror::start(daemon.jobs(), daemon.graph(), args).await?;

@@ -17,6 +17,7 @@ mod node;
 mod object;
 mod protocol;
 mod query;
+mod record;
 mod reopen;
 mod replication;
 mod snapshot;
@@ -71,6 +72,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     node::COMMANDS,
     create::COMMANDS,
     query::COMMANDS,
+    record::COMMANDS,
     export::COMMANDS,
     mirror::COMMANDS,
     backup::COMMANDS,
@@ -95,6 +97,8 @@ pub(crate) const EVENTS: &[&str] = &[
     "BLOCK_JOB_COMPLETED",
     "BLOCK_JOB_ERROR",
     "BLOCK_JOB_IMAGE_DELETED",
+    "BLOCK_JOB_LINK_LOST",
+    "BLOCK_JOB_LINK_RESTORED",
     "BLOCK_JOB_MISMATCH",
     "BLOCK_JOB_PENDING",
     "BLOCK_JOB_READY",

@@ -10,6 +10,7 @@
 //! * The end of the daemon is no change: what it takes down then comes back.
 
 mod describe;
+mod history;
 mod job;
 mod restore;
 
@@ -19,6 +20,7 @@ use ::state::{Batch, Store, Tables};
 use block::Result;
 use env::sync::Semaphore;
 use graph::Keeper;
+use history::History;
 use jobs::JobKeeper;
 use qapi::{Map, Value};
 pub use restore::StartOption;
@@ -80,6 +82,8 @@ pub(crate) struct Recorder {
     /// Options of command lines that have taken effect, and whether the last one had them.
     options: RefCell<BTreeMap<String, bool>>,
     broken: RefCell<Vec<Broken>>,
+    /// Writes down what has happened.
+    history: RefCell<Option<Rc<History>>>,
 }
 
 impl Recorder {
@@ -96,11 +100,16 @@ impl Recorder {
             jobs: RefCell::default(),
             options: RefCell::default(),
             broken: RefCell::default(),
+            history: RefCell::default(),
         })
     }
 
     pub(crate) fn store(&self) -> &Rc<Store> {
         &self.store
+    }
+
+    pub(crate) fn history(&self) -> Option<Rc<History>> {
+        self.history.borrow().clone()
     }
 
     pub(crate) fn broken(&self) -> Vec<Broken> {

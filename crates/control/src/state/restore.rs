@@ -5,6 +5,7 @@
 //! true: whatever cannot be made again stays recorded, is told and shown; the rest comes back all the same.
 
 use super::describe::make_absolute;
+use super::history::{self, History};
 use super::{Broken, Recorder, Said, TABLES};
 use crate::error::{QmpError, Reply};
 use crate::{Daemon, blockdev};
@@ -114,7 +115,11 @@ impl Daemon {
         options: &[StartOption],
     ) -> Result<Vec<bool>, QmpError> {
         let tables = store.read(&TABLES)?;
+        let history =
+            History::begin(self.env(), self.events().record(), &store, &store.read(&history::TABLES)?);
+        history.write().await?;
         let recorder = Recorder::new(self, store, tables.clone());
+        *recorder.history.borrow_mut() = Some(history);
         self.set_recorder(recorder.clone());
         let earlier: Vec<(String, bool)> = records(&tables, "options")
             .into_iter()

@@ -133,6 +133,8 @@ struct Run {
     far: RefCell<Option<(Booted, Rc<Manager>)>>,
     /// `reconnect-delay` of the link to it, in seconds.
     reconnect: Cell<u64>,
+    /// Backups wait for the link (`on-link-loss`).
+    waits: Cell<bool>,
     /// The link was cut while the job that runs was to be told.
     told_of_cut: Cell<bool>,
 }
@@ -173,6 +175,7 @@ fn played(seed: u64, verbose: bool, remote: bool) -> Outcome {
             done: Cell::new(false),
             far: RefCell::default(),
             reconnect: Cell::new(0),
+            waits: Cell::new(false),
             told_of_cut: Cell::new(false),
         };
         Rc::new(run).go().await;
@@ -269,6 +272,7 @@ impl Run {
         m.must("nbd-server-start", json!({"addr": Booted::far_address(), "max-connections": 0})).await?;
         *self.far.borrow_mut() = Some((far, m));
         self.reconnect.set(self.draw(|r| *r.choose(&[0, 30])));
+        self.waits.set(self.draw(|r| r.chance(0.5)));
         Ok(())
     }
 
@@ -317,7 +321,8 @@ impl Run {
         let habits = self.draw(|r| Habits {
             requests: *r.choose(&[60, 200, 600]),
             // what a lost link keeps from being copied fails the write that would have destroyed it
-            errors_allowed: self.plan.faults || (self.plan.remote && self.reconnect.get() == 0),
+            errors_allowed: self.plan.faults
+                || (self.plan.remote && (self.reconnect.get() == 0 || self.waits.get())),
             breaks_allowed: self.plan.end != End::Quit,
             ..Habits::drawn(r, client, self.plan.sectors)
         });
@@ -533,6 +538,9 @@ impl Run {
             "on-target-error": self.draw(|r| *r.choose(&["report", "ignore", "stop"])),
             "speed": self.draw(|r| *r.choose(&[0u64, 0, 1 << 20])),
         });
+        if self.waits.get() {
+            arguments["on-link-loss"] = json!({"wait": 600, "no-progress": 2});
+        }
         if kept.is_some() {
             arguments["sync"] = json!("incremental");
             arguments["bitmap"] = json!(path);
@@ -649,7 +657,9 @@ impl Run {
                 4 if self.plan.remote => {
                     self.world.net().cut(FAR_NBD);
                     self.world.count("links cut", 1);
-                    self.told_of_cut.set(self.reconnect.get() == 0);
+                    // who waits may still find that what was lost is nowhere any more
+                    self.told_of_cut.set(self.reconnect.get() == 0 || self.waits.get());
+                    self.world.count("cut while waiting", u64::from(self.waits.get()));
                     Ok(Json::Null)
                 }
                 _ => Ok(Json::Null),

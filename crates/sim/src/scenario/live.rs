@@ -36,6 +36,27 @@ pub fn whole_daemon(seed: u64, verbose: bool) -> Outcome {
     play(seed, verbose, |_| {})
 }
 
+/// One seed, with a mirror to another daemon over a link that is cut, or whose other end is killed or loses its power, and
+/// that the job waits for.
+pub fn link(seed: u64, verbose: bool) -> Outcome {
+    play(seed, verbose, |plan| {
+        let chance = plan.end_after.subsec_nanos();
+        plan.target = Store::Nbd;
+        plan.link_loss = true;
+        plan.far_power = !chance.is_multiple_of(3);
+        plan.trouble = if chance.is_multiple_of(5) { Trouble::Link } else { Trouble::Restart };
+        plan.net.cut = 0.0;
+        if plan.sync == "top" {
+            plan.sync = "full";
+        }
+        plan.end = match plan.end {
+            End::SoftCancel | End::HardCancel => plan.end,
+            _ if plan.sync == "none" => End::SoftCancel,
+            _ => End::Complete,
+        };
+    })
+}
+
 /// One seed of the daemon serving a disk, without a job.
 pub fn served(seed: u64, verbose: bool) -> Outcome {
     play(seed, verbose, |plan| {
@@ -77,6 +98,10 @@ struct Run {
     /// The moment before the cancel was sent.
     asked_at: Cell<Moment>,
     asked: Cell<bool>,
+    /// The job is being told to complete.
+    asking: Cell<bool>,
+    /// How often the other daemon lost its power.
+    far_losses: Cell<u64>,
     /// An export of the source is being added: the guest's disk must not change until it is.
     adding: Cell<bool>,
     /// Some guest discards: a discard that leaves data behind is compared by copying, and ends actively synced.
@@ -100,6 +125,8 @@ impl Run {
             job_began: Cell::new(0),
             asked_at: Cell::new(0),
             asked: Cell::new(false),
+            asking: Cell::new(false),
+            far_losses: Cell::new(0),
             adding: Cell::new(false),
             discards: Cell::new(false),
         }
@@ -317,8 +344,16 @@ impl Run {
             }
             Trouble::Restart => {
                 let far = self.far.take();
-                far.iter().for_each(|f| f.process.kill());
-                self.world.count("restarts", 1);
+                // once the guest may be on the target, what it wrote and did not flush may not go behind its back
+                let power = self.plan.far_power && !self.asked.get() && !self.asking.get();
+                for f in far.iter() {
+                    match power {
+                        true => self.world.host().power_loss_at("/target.img", &f.process),
+                        false => f.process.kill(),
+                    }
+                }
+                self.far_losses.set(self.far_losses.get() + u64::from(power));
+                self.world.count(if power { "far power losses" } else { "restarts" }, 1);
                 self.pause(Duration::from_millis(300)).await;
                 self.start_far().await;
             }
@@ -440,6 +475,7 @@ impl Run {
                     self.guests.borrow().iter().for_each(Guest::allow_errors);
                 }
                 self.asked.set(true);
+                self.asking.set(true);
                 self.asked.set(m.execute("block-job-complete", json!({"device": "job"})).await.is_ok());
             }
             End::SoftCancel => {
@@ -458,18 +494,22 @@ impl Run {
         if !blocking(self.mode.get()) || self.asked.get() {
             return;
         }
-        let asked_at = self.history.tick();
+        let (asked_at, losses) = (self.history.tick(), self.far_losses.get());
         if let Ok(jobs) = m.execute("query-block-jobs", json!({})).await
             && jobs[0]["actively-synced"] == true
             && blocking(self.mode.get())
             && !self.asked.get()
+            && losses == self.far_losses.get()
         {
             self.world.count("actively synced", 1);
             if !self.synced.get() {
                 self.target_has_all(asked_at);
             }
             // A request that fails on either side leaves a part dirty, and that ends it, until it is copied.
-            let fails = matches!(self.plan.trouble, Trouble::Source | Trouble::Target) || self.loses_link();
+            let fails = matches!(self.plan.trouble, Trouble::Source | Trouble::Target)
+                || self.loses_link()
+                || self.plan.bridges_in_job()
+                || (self.plan.far_power && self.plan.trouble == Trouble::Restart);
             self.synced.set(!fails);
         }
     }
@@ -503,8 +543,11 @@ impl Run {
     fn judge(&self, seen: &JobSeen) {
         let expected_fault = matches!(self.plan.trouble, Trouble::Target | Trouble::Source)
             && self.world.host().faults() > 0
-            || self.loses_link();
+            || (self.loses_link() && !self.plan.link_loss);
         match &seen.completed {
+            Some(None) if self.far_losses.get() > 0 => {
+                self.world.count("completed after far power losses", 1)
+            }
             Some(None) => self.world.count(
                 match self.plan.end {
                     End::Complete => "completed",

@@ -11,10 +11,11 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 7] = [
+pub const SCENARIOS: [(&str, Scenario); 8] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
+    ("link", live::link),
     ("chain", chain::chain),
     ("remote", chain::remote),
     ("again", again::again),

@@ -123,6 +123,10 @@ pub struct Plan {
     pub reconnect: u64,
     /// `verify`, with `verify-repair`.
     pub verify: Option<(&'static str, bool)>,
+    /// `on-link-loss`: the job waits for the other daemon.
+    pub link_loss: bool,
+    /// The other daemon is not only killed: where it is the power fails, and what it had not flushed may be lost.
+    pub far_power: bool,
 }
 
 impl Plan {
@@ -206,7 +210,13 @@ impl Plan {
             unmap: rng.chance(0.5),
             reconnect: *rng.choose(&[0, 1, 30, 30]),
             verify: None,
+            link_loss: false,
+            far_power: false,
         };
+        if plan.target == Store::Nbd {
+            plan.link_loss = rng.chance(0.6);
+            plan.far_power = rng.chance(0.6);
+        }
         if plan.trouble == Trouble::Restart && matches!(plan.end, End::Kill | End::PowerLoss | End::Quit) {
             // one crash at a time
             plan.trouble = Trouble::Link;
@@ -221,6 +231,11 @@ impl Plan {
     /// Whether a link that is lost comes back before anybody is told.
     pub fn bridges(&self) -> bool {
         self.reconnect >= 30
+    }
+
+    /// Whether the job may see the link to the other daemon go and come back.
+    pub fn bridges_in_job(&self) -> bool {
+        self.link_loss && matches!(self.trouble, Trouble::Link | Trouble::Restart)
     }
 
     /// Bytes of the disk.
@@ -307,6 +322,9 @@ impl Plan {
         if let Some((verify, repair)) = self.verify {
             v["verify"] = json!(verify);
             v["verify-repair"] = json!(repair);
+        }
+        if self.link_loss {
+            v["on-link-loss"] = json!({"wait": 600, "no-progress": 2});
         }
         v
     }
