@@ -6,7 +6,7 @@
 
 use crate::Outcome;
 use crate::daemon::OwnDaemon;
-use crate::mirror::{Format, add_image, look, make_image, name, size_of};
+use crate::mirror::{Format, Verify, add_image, look, make_image, name, proof, size_of};
 use crate::watch::{View, jobs, text, wait};
 use clap::Args;
 use qmpclient::Client;
@@ -41,6 +41,9 @@ pub(crate) struct ConvertArgs {
     /// At most so many bytes a second (0: no limit)
     #[arg(long, default_value_t = 0)]
     speed: u64,
+    /// Read the new image again and compare it with what was copied: a share of it, or all
+    #[arg(long, value_enum, default_value = "full")]
+    verify: Verify,
 }
 
 /// `cluster-size=65536` as a member of the creation options: numbers and switches as such, all else as text.
@@ -80,9 +83,11 @@ pub(crate) fn run(args: &ConvertArgs) -> Outcome {
     let copied = copy(args, &mut client);
     // closing writes back what the target's format keeps in memory
     let closed = client.execute("blockdev-del", &json!({"node-name": TARGET})).map(drop);
-    copied.and(closed).map_err(|e| format!("{e}\n  {} is incomplete.", args.target))?;
+    let proof = copied
+        .and_then(|proof| closed.map(|()| proof))
+        .map_err(|e| format!("{e}\n  {} is incomplete.", args.target))?;
     daemon.quit(&mut client)?;
-    println!("{} is {} as {}", args.target, args.source, name(args.target_format));
+    println!("{} is {} as {}{proof}", args.target, args.source, name(args.target_format));
     Ok(())
 }
 
@@ -91,11 +96,15 @@ fn same_file(a: &str, b: &str) -> bool {
     real(a).is_some() && real(a) == real(b)
 }
 
-fn copy(args: &ConvertArgs, client: &mut Client) -> Outcome {
-    let job = json!({
+/// What is to be said of its proof.
+fn copy(args: &ConvertArgs, client: &mut Client) -> Outcome<String> {
+    let mut job = json!({
         "job-id": JOB, "device": SOURCE, "target": TARGET, "sync": "full", "compress": args.compress,
         "speed": args.speed, "auto-dismiss": false,
     });
+    if args.verify != Verify::Off {
+        job["verify"] = json!(name(args.verify));
+    }
     client.execute("blockdev-backup", &job)?;
     let mut view = View::new();
     loop {
@@ -108,7 +117,7 @@ fn copy(args: &ConvertArgs, client: &mut Client) -> Outcome {
             view.finish();
             let error = mine.get("error").map(text);
             client.execute("job-dismiss", &json!({"id": JOB}))?;
-            return error.map_or(Ok(()), |e| Err(format!("the copy failed: {e}")));
+            return error.map_or(Ok(proof(mine)), |e| Err(format!("the copy failed: {e}")));
         }
         wait(client)?;
     }

@@ -18,6 +18,8 @@ const FIRST: &str = "liveblk-first";
 const SECOND: &str = "liveblk-second";
 /// How often figures are asked for.
 const EVERY: Duration = Duration::from_millis(250);
+/// Wait for an event that has been sent if there is one: the shortest that a socket takes.
+const AT_ONCE: Duration = Duration::from_millis(1);
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
@@ -97,7 +99,7 @@ fn compare(args: &VerifyArgs, client: &mut Client, first: &str, second: &str) ->
         view.update(&[mine]);
         if mine["status"] == "concluded" {
             view.finish();
-            while let Some(event) = client.event(Duration::ZERO)? {
+            while let Some(event) = client.event(AT_ONCE)? {
                 tell(args, &event);
             }
             client.execute("job-dismiss", &json!({"id": args.job}))?;

@@ -57,7 +57,8 @@ fn images_and_exports() {
     assert!(good && said.ends_with(&format!("{digest}\n")), "{said}");
     // another server's export
     let mut server = Command::new("qemu-nbd")
-        .args(["-r", "-t", "-k", "nbd.sock", "-f", "qcow2", "a.qcow2"])
+        .args(["-r", "-t", "-f", "qcow2", "a.qcow2", "-k"])
+        .arg(dir.0.join("nbd.sock"))
         .current_dir(&dir.0)
         .spawn()
         .unwrap();
@@ -94,4 +95,9 @@ fn a_mirror_is_proven() {
     dir.tool("qemu-io", "-f|qcow2|-c|write -P 9 0 5M|a.qcow2");
     let (good, said, why) = dir.liveblk("mirror|a.qcow2|b.qcow2");
     assert!(good && said.contains("b.qcow2 is a copy of a.qcow2\nproven equal, digest lbd1:"), "{said}{why}");
+    let digest = said.lines().last().unwrap();
+    let (good, said, why) = dir.liveblk("convert|a.qcow2|c.qcow2|-c");
+    assert!(good && said.ends_with(&format!("c.qcow2 is a.qcow2 as qcow2\n{digest}\n")), "{said}{why}");
+    let (good, said, why) = dir.liveblk("convert|a.qcow2|d.raw|-O|raw|--verify|off");
+    assert!(good && !said.contains("digest"), "{said}{why}");
 }

@@ -278,6 +278,9 @@ impl Shared {
                 proof.equal(span, &[]);
                 continue;
             }
+            if !proof.is_recorded(span.start) {
+                continue; // a client changed it meanwhile
+            }
             // What the source holds now, if that is still what it held then: it says where, and can mend it.
             let source = self.source.read(span).await.ok();
             let held = match &source {
@@ -435,6 +438,15 @@ pub(crate) async fn record(work: &Work, at: Span, data: &Data) -> Result<()> {
     let Some(proof) = work.proof().filter(|p| p.is_recording()) else { return Ok(()) };
     let hashes = hash_aside(work, data, |d| units(d, LEAF)).await?;
     proof.recorded(at, &hashes);
+    Ok(())
+}
+
+/// Records what `view` shows of the leaves that `at` touches, before what it shows is copied into itself.
+pub(crate) async fn record_view(work: &Work, view: &Edge, at: Span) -> Result<()> {
+    let whole = at.align_out(LEAF).intersect(&Span::new(0, work.len()));
+    for piece in whole.pieces(MAX_PIECE) {
+        record(work, piece, &view.read(piece).await?).await?;
+    }
     Ok(())
 }
 

@@ -364,7 +364,9 @@ impl Engine {
         self.look_at_guest();
         let active = work.guest_active();
         let (checks, checking) = work.proof().map_or((0, 0), |p| (p.checks.get(), p.checking.get()));
-        if !self.window.has_room(work.copies.get() + checks, work.copying.get() + checking, active) {
+        // What is compared passes through memory three times: few buffers, used again and again, stay near the processor.
+        let few = active || (checks > 0 && work.copies.get() == 0);
+        if !self.window.has_room(work.copies.get() + checks, work.copying.get() + checking, few) {
             return Err(None);
         }
         let compares = work.proof().filter(|_| self.shared.policy.compares());

@@ -1,7 +1,7 @@
 //! One piece of the copy: take its dirty bits, look at the source, bring it to the target.
 
 use crate::bugs::{Bug, planted};
-use crate::check::record;
+use crate::check::{record, record_view};
 use crate::doubt::{Flushed, Moment};
 use crate::outage::{Links, SAMPLE, SAMPLES_PER_FLUSH};
 use crate::policy::{Control, Fate, Policy, Side};
@@ -246,6 +246,9 @@ impl Shared {
     /// asked about large pieces only; of a small one the bytes themselves tell whether they are zero.
     async fn copy_area(&self, unfinished: &mut Unfinished<'_>, data: bool) -> Result<(), Failure> {
         let area = unfinished.left;
+        if self.policy.unchanged() && self.work.proof().is_some() {
+            record_view(&self.work, &self.source, area).await.map_err(|e| (Side::Source, e))?;
+        }
         let look = self.policy.look(&self.source, area);
         // a look at a chain is at its tables; what they hold may be left to the host as what was found ahead may
         let known = match look {
@@ -362,7 +365,9 @@ impl Shared {
         if planted(Bug::ClearAfterRead) {
             self.work.dirty.borrow_mut().clear(at);
         }
-        record(&self.work, at, &data).await.map_err(|e| (Side::Source, e))?;
+        if !self.policy.unchanged() {
+            record(&self.work, at, &data).await.map_err(|e| (Side::Source, e))?;
+        }
         if !known && data.is_zero() {
             return self.write_zeroes(at).await;
         }
@@ -401,7 +406,8 @@ impl Shared {
     }
 
     async fn zero(&self, at: Span) -> Result<(), Failure> {
-        if let Some(proof) = self.work.proof().filter(|p| p.is_recording()) {
+        let recording = self.work.proof().filter(|p| p.is_recording() && !self.policy.unchanged());
+        if let Some(proof) = recording {
             proof.recorded_zero(at);
         }
         self.write_zeroes(at).await

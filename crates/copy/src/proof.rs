@@ -267,6 +267,23 @@ impl Proof {
         }
     }
 
+    /// A client changes `at`: what was recorded of it says nothing any more.
+    pub(crate) fn forget(&self, at: Span) {
+        let Some(record) = &self.record else { return };
+        let at = at.align_out(self.unit);
+        let before = record.whole.borrow().count();
+        for map in [&record.whole, &self.stale, &self.fresh] {
+            map.borrow_mut().clear(at);
+        }
+        self.chosen.set(self.chosen.get() + record.whole.borrow().count() - before);
+        record.parts.borrow_mut().retain(|start, _| !at.contains_offset(*start));
+    }
+
+    /// Whether the unit that begins at `at` is recorded.
+    pub(crate) fn is_recorded(&self, at: u64) -> bool {
+        self.record.as_ref().is_some_and(|r| r.whole.borrow().get(at))
+    }
+
     /// Whether all of `at` was recorded as zeroes.
     pub(crate) fn expects_zero(&self, at: Span) -> bool {
         self.leaves.borrow().as_ref().is_some_and(|l| l.is_zero(at))
@@ -299,6 +316,11 @@ impl Proof {
 
     /// `at` is to be compared (again).
     pub(crate) fn unsettle(&self, at: Span) -> u64 {
+        if let Some(record) = &self.record {
+            // what was forgotten meanwhile stays so
+            record.whole.borrow().areas(at, 0).for_each(|a| self.stale.borrow_mut().set(a));
+            return 0;
+        }
         let mut stale = self.stale.borrow_mut();
         let before = stale.count();
         match &self.sample {

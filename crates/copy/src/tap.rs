@@ -119,6 +119,22 @@ impl Drop for Unsure<'_> {
     }
 }
 
+/// A client's change of what is copied into itself.
+struct Changing<'a>(&'a Work, Span);
+
+impl<'a> Changing<'a> {
+    fn new(work: &'a Work, at: Span) -> Changing<'a> {
+        work.forget(at);
+        Changing(work, at)
+    }
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.0.forget(self.1);
+    }
+}
+
 impl CopyTap {
     /// A tap that keeps `target` in step as `policy` says, and tells `control` of failures.
     pub fn new(
@@ -150,6 +166,8 @@ impl CopyTap {
                 let mut lock = self.work.locks.request(at, Owner::Guest);
                 // called off: no copy is running any more
                 let _ = self.or_let_go(lock.held()).await;
+                // before, and after: what is recorded meanwhile may be either
+                let _changing = Changing::new(&self.work, at);
                 apply(source, at, change).await
             }
             OnWrite::WriteBoth if self.work.let_go.get() => self.loose(source, at, change, true).await,

@@ -154,6 +154,13 @@ impl Work {
         }
     }
 
+    /// A client changes `at` of what is copied into itself.
+    pub(crate) fn forget(&self, at: Span) {
+        if let Some(proof) = &*self.proof.borrow() {
+            proof.forget(at);
+        }
+    }
+
     /// A client changed `at` of the source, or of both.
     pub(crate) fn touch_guest(&self, at: Span, both: bool) {
         let more = self.touched(at, both);

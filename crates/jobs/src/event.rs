@@ -41,7 +41,8 @@ impl Kind {
 
     /// The kind of this name.
     pub fn of_name(name: &str) -> Option<Kind> {
-        let all = [Kind::Mirror, Kind::Commit, Kind::Stream, Kind::Backup, Kind::Create, Kind::Amend];
+        let all =
+            [Kind::Mirror, Kind::Commit, Kind::Stream, Kind::Backup, Kind::Create, Kind::Amend, Kind::Verify];
         all.into_iter().find(|k| k.name() == name)
     }
 

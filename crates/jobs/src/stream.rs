@@ -9,6 +9,8 @@
 //!   of a user to the same bytes runs meanwhile (see [`copy::OnWrite::Exclude`]). Whoever attaches while the job runs goes
 //!   through the filter.
 //! * What the disk has itself is not copied over: that is asked for under the range lock, right before.
+//! * With verification what the disk shows is recorded by its hash before a part of it is copied, and all that was copied is read again and
+//!   compared with that, but for what users changed; then nothing may be left below that the disk shows.
 //! * Graph and header agree, see [`crate::commit`].
 
 use crate::JobError;
@@ -19,8 +21,8 @@ use crate::leavers::Leavers;
 use crate::outcome::Figures;
 use crate::registry::Registry;
 use crate::stream_args::{Checked, StreamArgs};
-use block::{Io, Result};
-use copy::{Control, CopyTap, Engine, Work, first};
+use block::{BlockError, ErrorKind, Io, Result};
+use copy::{Control, CopyTap, Engine, Proof, Report, Work, first};
 use drivers::filters::mirror_top::{MirrorTop, Purpose};
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step, walk};
 use std::any::Any;
@@ -122,6 +124,9 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
             return Err(e);
         }
     };
+    if let Some(rules) = args.verify.rules(graph.env()) {
+        work.set_proof(Rc::new(Proof::recording(work.len(), rules)?));
+    }
     let policy = ChainPolicy::new(base, true);
     let tap = CopyTap::new(work.clone(), on_image.clone(), policy.clone(), job.clone());
     top.set_tap(Some(tap));
@@ -196,7 +201,26 @@ impl Stream {
             }
             engine.flush_target().await?;
             if !job.pause_wanted() {
-                return Ok(());
+                return self.prove(&mut engine).await;
+            }
+        }
+    }
+
+    /// What the disk shows of what was copied is what it showed before, but for what its users changed; and nothing is left that only
+    /// the images below have.
+    async fn prove(&self, engine: &mut Engine) -> Result<()> {
+        let Some(proof) = self.work.proof() else { return Ok(()) };
+        self.policy.proving.set(true);
+        engine.run().await?;
+        proof.verdict()?;
+        if let Some(on_image) = self.filter.node().filtered() {
+            first::mark_above(&self.work, &on_image, self.policy.base.as_ref(), true).await?;
+        }
+        match self.work.with_dirty(|d| d.next_dirty(0)) {
+            None => Ok(()),
+            Some(at) => {
+                let why = format!("the images below still hold what the disk shows at offset {at}");
+                Err(BlockError::new(ErrorKind::Io, why))
             }
         }
     }
@@ -289,12 +313,19 @@ impl Body for Stream {
     fn progress(&self) -> Progress {
         match self.bottom {
             None => Progress::default(),
-            Some(_) => Progress { total: self.work.len(), current: self.work.passed() },
+            Some(_) => {
+                let (passed, left) = self.work.proof().map_or((0, 0), |p| (p.passed(), p.fresh_bytes()));
+                Progress { total: self.work.len() + passed + left, current: self.work.passed() + passed }
+            }
         }
     }
 
     fn figures(&self) -> Figures {
         Figures { nodes: vec![("target", self.image.name().to_owned())], ..Figures::of(&self.work) }
+    }
+
+    fn verified(&self) -> Option<Report> {
+        self.work.proof().map(|p| p.report())
     }
 
     fn as_any(&self) -> &dyn Any {

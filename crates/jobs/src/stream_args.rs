@@ -4,6 +4,7 @@ use crate::JobError;
 use crate::chain;
 use crate::commit_args::ChainEnd;
 use crate::job::Options;
+use crate::verify_args::Verify;
 use block::{BlockError, Result};
 use copy::OnError;
 use graph::{Graph, NodeCell, walk};
@@ -38,6 +39,8 @@ pub struct StreamArgs {
     pub auto_finalize: bool,
     /// See [`Options`].
     pub auto_dismiss: bool,
+    /// How it is proven that the disk shows what it showed.
+    pub verify: Verify,
 }
 
 impl StreamArgs {
@@ -57,6 +60,7 @@ impl StreamArgs {
             filter_node_name: None,
             auto_finalize: true,
             auto_dismiss: true,
+            verify: Verify::default(),
         }
     }
 
@@ -102,6 +106,7 @@ impl StreamArgs {
     /// Looks up the nodes and checks everything that can be checked before the job exists.
     pub(crate) async fn check(&self, graph: &Graph) -> std::result::Result<Checked, JobError> {
         self.check_exclusive()?;
+        self.verify.check()?;
         let device = chain::find_device(graph, &self.device)?;
         let below = |node: &Rc<NodeCell>| node.id() != device.id() && walk::contains(&device, node);
         let mut base = match (&self.base.node, &self.base.file) {

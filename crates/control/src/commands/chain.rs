@@ -79,7 +79,7 @@ impl Command for BlockCommit {
 }
 
 /// Brings what the images below one hold up into it, and takes them out of the chain. `buf-size` and
-/// `delete-images` are not in QSD.
+/// `delete-images` and `verify*` are not in QSD.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct BlockStream {
@@ -97,6 +97,8 @@ struct BlockStream {
     filter_node_name: Option<String>,
     auto_finalize: Option<bool>,
     auto_dismiss: Option<bool>,
+    #[serde(flatten)]
+    verify: Verify,
 }
 
 impl Command for BlockStream {
@@ -115,6 +117,7 @@ impl Command for BlockStream {
             filter_node_name: self.filter_node_name,
             auto_finalize: self.auto_finalize.unwrap_or(true),
             auto_dismiss: self.auto_dismiss.unwrap_or(true),
+            verify: self.verify.into(),
             ..default
         };
         stream::start(daemon.jobs(), daemon.graph(), args).await?;

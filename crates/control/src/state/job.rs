@@ -26,7 +26,7 @@ pub(crate) struct JobRecord {
 }
 
 /// Commands that start a job which a later life starts again.
-const STARTING: [&str; 7] = [
+const STARTING: [&str; 8] = [
     "blockdev-mirror",
     "blockdev-backup",
     "block-commit",
@@ -34,6 +34,7 @@ const STARTING: [&str; 7] = [
     "blockdev-create",
     "drive-mirror",
     "drive-backup",
+    "block-verify",
 ];
 
 pub(super) fn starts_job(command: &str) -> bool {
@@ -150,6 +151,7 @@ fn in_doubt(command: &str, arguments: &Map<String, Value>) -> (Map<String, Value
             "started again after a restart: everything is copied again"
         }
         "blockdev-backup" => "started again after a restart: it is the disk as of the restart",
+        "block-verify" => "started again after a restart: everything is compared again",
         _ => "started again after a restart: what was copied is found by what is allocated",
     };
     (out, told)

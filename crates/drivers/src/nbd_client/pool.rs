@@ -33,6 +33,8 @@ const LOOKS: u32 = 4;
 /// An attempt to connect again is given up after so long, and another one made: what a lost network swallowed is sent again
 /// too late by the host itself.
 const TRY_LIMIT: Duration = Duration::from_secs(10);
+/// How long a link for hashes may take to come up; then the bytes are read instead.
+const HASH_LINK_WAIT: Duration = Duration::from_secs(2);
 
 /// The links of one node.
 pub(super) struct Pool {
@@ -340,7 +342,8 @@ impl Pool {
             HashLink::Never => return None,
             HashLink::There(_) | HashLink::Untried => {}
         }
-        if self.closed.get() {
+        let several = self.negotiated.flags & flag::CAN_MULTI_CONN != 0;
+        if self.closed.get() || !several {
             return None;
         }
         let o = &self.options;
@@ -348,7 +351,9 @@ impl Pool {
         // nothing is written there: its loss puts nothing in doubt
         let losses = Rc::default();
         let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants, &losses));
-        let link = self.unless_closed(connecting).await?.ok();
+        // a server that lets one client in at a time leaves the second waiting
+        let connecting = self.env.timeout(HASH_LINK_WAIT, connecting);
+        let link = self.unless_closed(connecting).await?.and_then(|l| l.ok());
         let good =
             |l: &Rc<Link>| l.negotiated().size == self.negotiated.size && !l.negotiated().contexts.is_empty();
         if let Some(other) = link.as_ref().filter(|l| !good(l)) {

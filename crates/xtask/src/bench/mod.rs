@@ -13,6 +13,7 @@ mod limit;
 mod mirror;
 mod nbd;
 mod table;
+mod verify;
 
 use crate::setup;
 use crate::shell::{self, Outcome, fail};
@@ -136,5 +137,6 @@ fn measure(options: &Options) -> Outcome {
     nbd::measure(options)?;
     dirty::measure(options)?;
     mirror::measure(options)?;
-    jobs::measure(options)
+    jobs::measure(options)?;
+    verify::measure(options)
 }

@@ -102,3 +102,30 @@ fn nothing_to_stream() {
     tool(&dir, "qemu-img|compare|-U|-f|raw|-F|qcow2|model.raw|1.qcow2");
     compare(&dir, &mut daemon, &mut c, "1.qcow2", &["1.qcow2"]);
 }
+
+/// Streamed and committed with verification, under a client: what was copied is read again and is what it was.
+#[test]
+fn proven_to_show_what_it_showed() {
+    for (command, arguments) in [
+        ("block-stream", json!({"job-id": "j", "device": "n3", "base-node": "n0", "verify": "full"})),
+        (
+            "block-commit",
+            json!({"job-id": "j", "device": "n3", "top-node": "n2", "base-node": "n0", "verify": "full"}),
+        ),
+    ] {
+        let dir = Dir::new();
+        images(&dir, 4);
+        let (mut daemon, mut c) = serve(&dir, 4);
+        let writer = Writer::start(&dir, DISK, &["4", "400"]);
+        c.command(command, arguments).unwrap();
+        let done = crate::mirrors::proofs::event(&mut c, "BLOCK_JOB_COMPLETED");
+        assert_eq!(done.get("error"), None, "{command}: {done}");
+        let proof = &done["verify"];
+        assert_eq!((&proof["mismatches"], &proof["remaining-bytes"]), (&json!(0), &json!(0)), "{done}");
+        assert!(proof["verified-bytes"].as_u64() > Some(0), "{done}");
+        assert_eq!(proof.get("digest").is_some(), command == "block-commit", "{done}");
+        until(&mut c, "j", "null");
+        writer.stop();
+        compare(&dir, &mut daemon, &mut c, "3.qcow2", &["3.qcow2", "0.qcow2"]);
+    }
+}
