@@ -95,7 +95,7 @@ pub struct Daemon {
     /// Which side of a replication it was that ended last.
     last_side: Cell<&'static str>,
     /// Writes down what this daemon is, if a later life is to know.
-    recorder: RefCell<Option<Rc<Recorder>>>,
+    recorder: Rc<RefCell<Option<Rc<Recorder>>>>,
 }
 
 /// A session's place in the list; leaves it when dropped.
@@ -138,6 +138,7 @@ impl Daemon {
             }
         }));
         let named = objects.clone();
+        let recorder: Rc<RefCell<Option<Rc<Recorder>>>> = Rc::default();
         opener.find_throttle_groups(Rc::new(move |id| named.throttle_group(id)));
         Rc::new(Daemon {
             env: env.clone(),
@@ -149,8 +150,18 @@ impl Daemon {
             graph,
             jobs: Registry::new(env, Rc::new(JobEvents(events.clone()))),
             exports: ExportRegistry::new(env, {
-                let events = events.clone();
-                move |id| events.emit("BLOCK_EXPORT_DELETED", json!({"id": id}))
+                let (events, recorder, env) = (events.clone(), recorder.clone(), env.clone());
+                move |id| {
+                    let data = json!({"id": id});
+                    let recorder = recorder.borrow().clone().filter(|r| !r.is_resting());
+                    let Some(recorder) = recorder else { return events.emit("BLOCK_EXPORT_DELETED", data) };
+                    let events = events.clone();
+                    env.spawn("export deleted", async move {
+                        // whoever hears of it must not find it there again after a crash; a failure is told by the next command
+                        let _ = recorder.record().await;
+                        events.emit("BLOCK_EXPORT_DELETED", data);
+                    });
+                }
             }),
             events,
             objects,
@@ -166,7 +177,7 @@ impl Daemon {
             phase: Cell::new(Phase::Running),
             phase_changed: Notify::new(),
             last_side: Cell::new("none"),
-            recorder: RefCell::default(),
+            recorder,
         })
     }
 

@@ -17,7 +17,7 @@ mod restore;
 use crate::Daemon;
 use crate::error::QmpError;
 use ::state::{Batch, Store, Tables};
-use block::Result;
+use block::{BlockError, Result};
 use env::sync::Semaphore;
 use graph::Keeper;
 use history::History;
@@ -121,6 +121,10 @@ impl Recorder {
         self.resting.set(true);
     }
 
+    pub(crate) fn is_resting(&self) -> bool {
+        self.resting.get()
+    }
+
     /// Makes durable what the daemon is now. Without a difference from what was recorded nothing is done.
     pub(crate) async fn record(&self) -> Result<()> {
         let _turn = self.turn.acquire(1).await;
@@ -128,12 +132,15 @@ impl Recorder {
             return Ok(());
         }
         let Some(daemon) = self.daemon.upgrade() else { return Ok(()) };
-        let now = self.describe(&daemon);
-        let mut batch = Batch::between(&self.recorded.borrow(), &now, &TABLES);
+        let failed = |e: BlockError| e.context("the change cannot be recorded in the state directory");
         if self.doubt.get() {
-            batch = Batch::between(&Tables::new(), &now, &TABLES);
-            TABLES.iter().for_each(|t| batch.clear(t));
+            // an empty commit lets the store find out what it holds
+            self.store.commit(Batch::new()).await.map_err(failed)?;
+            *self.recorded.borrow_mut() = self.store.read(&TABLES).map_err(failed)?;
+            self.doubt.set(false);
         }
+        let now = self.describe(&daemon);
+        let batch = Batch::between(&self.recorded.borrow(), &now, &TABLES);
         if batch.is_empty() {
             return Ok(());
         }
@@ -142,7 +149,7 @@ impl Recorder {
         if outcome.is_ok() {
             *self.recorded.borrow_mut() = now;
         }
-        outcome.map_err(|e| e.context("the change cannot be recorded in the state directory"))
+        outcome.map_err(failed)
     }
 
     /// Takes note of a command that was carried out.

@@ -372,6 +372,36 @@ fn a_directory_that_cannot_be_used_is_refused() {
     assert!(String::from_utf8_lossy(&file.stderr).contains("Not a directory"), "{file:?}");
 }
 
+/// A limit on the size of files stands for a disk that is full.
+#[test]
+fn what_cannot_be_recorded_is_refused_and_no_more() {
+    let dir = Dir::new();
+    let line = "ulimit -f 4096; exec $0 --state-dir state --chardev socket,id=c0,path=qmp.sock,server=on,wait=off --monitor c0";
+    let child = Command::new("bash")
+        .args(["-c", line, env!("CARGO_BIN_EXE_liveblkd")])
+        .current_dir(&dir.0)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let daemon = Daemon { child, socket: dir.0.join("qmp.sock") };
+    let mut c = daemon.client();
+    c.command("blockdev-add", json!({"driver": "null-co", "node-name": "first"})).unwrap();
+    let secret = |id: &str| json!({"qom-type": "secret", "id": id, "data": "x".repeat(300_000)});
+    let refused =
+        (0..100).find_map(|i| c.command("object-add", secret(&format!("s{i}"))).err().map(|e| (i, e)));
+    let (kept, e) = refused.expect("the store has a limit");
+    assert!(e.contains("cannot be recorded") && e.contains("state.redb"), "{e}");
+    let listed = c.command("qom-list", json!({"path": "/objects"})).unwrap().to_string();
+    assert!(!listed.contains(&format!("s{kept}")), "what failed is not there: {listed}");
+    // what is recorded by less goes on being recorded
+    c.command("object-del", json!({"id": "s0"})).unwrap();
+    drop(c);
+    let before = seen(&dir, daemon.client());
+    drop(daemon);
+    let daemon = start(&dir, &[]);
+    same(&before, &seen(&dir, daemon.client()), "a full disk");
+}
+
 #[test]
 fn without_it_nothing_is_kept() {
     let dir = Dir::new();
