@@ -376,7 +376,7 @@ fn a_directory_that_cannot_be_used_is_refused() {
 #[test]
 fn what_cannot_be_recorded_is_refused_and_no_more() {
     let dir = Dir::new();
-    let line = "ulimit -f 4096; exec $0 --state-dir state --chardev socket,id=c0,path=qmp.sock,server=on,wait=off --monitor c0";
+    let line = "ulimit -S -f 4096; exec $0 --state-dir state --chardev socket,id=c0,path=qmp.sock,server=on,wait=off --monitor c0";
     let child = Command::new("bash")
         .args(["-c", line, env!("CARGO_BIN_EXE_liveblkd")])
         .current_dir(&dir.0)
@@ -393,7 +393,8 @@ fn what_cannot_be_recorded_is_refused_and_no_more() {
     assert!(e.contains("cannot be recorded") && e.contains("state.redb"), "{e}");
     let listed = c.command("qom-list", json!({"path": "/objects"})).unwrap().to_string();
     assert!(!listed.contains(&format!("s{kept}")), "what failed is not there: {listed}");
-    // what is recorded by less goes on being recorded
+    // once there is room again all goes on
+    tool(&dir, "prlimit", &["--pid", &daemon.child.id().to_string(), "--fsize=unlimited"]);
     c.command("object-del", json!({"id": "s0"})).unwrap();
     drop(c);
     let before = seen(&dir, daemon.client());
