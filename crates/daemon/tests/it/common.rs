@@ -128,9 +128,12 @@ impl Client {
                 return Some(serde_json::from_slice(&line).unwrap());
             }
             let mut piece = [0; 65536];
-            match self.stream.read(&mut piece).expect("an answer within 20 s") {
-                0 => return None,
-                n => self.buffer.extend_from_slice(&piece[..n]),
+            match self.stream.read(&mut piece) {
+                Ok(0) => return None,
+                Ok(n) => self.buffer.extend_from_slice(&piece[..n]),
+                // whoever stops and continues a process interrupts its waits
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => panic!("an answer within 20 s: {e}"),
             }
         }
     }
