@@ -221,9 +221,11 @@ impl Plan {
             // one crash at a time
             plan.trouble = Trouble::Link;
         }
+        // from a stream of its own: seeds that once failed go on meaning what they meant
+        let mut own = rng.clone().fork("proof");
         // of what is not copied nobody says that it is equal
-        if plan.sync != "none" && rng.chance(0.5) {
-            plan.verify = Some((*rng.choose(&["full", "full", "sampled"]), rng.chance(0.3)));
+        if plan.sync != "none" && own.chance(0.5) {
+            plan.verify = Some((*own.choose(&["full", "full", "sampled"]), own.chance(0.3)));
         }
         plan
     }
