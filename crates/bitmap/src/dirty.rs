@@ -19,6 +19,7 @@ pub struct DirtyBitmap {
     persistent: Cell<bool>,
     inconsistent: Cell<bool>,
     why: RefCell<String>,
+    hidden: Cell<bool>,
     readonly: Cell<bool>,
     /// Records in its place while it is frozen.
     successor: RefCell<Option<Rc<DirtyBitmap>>>,
@@ -39,6 +40,7 @@ impl DirtyBitmap {
             persistent: Cell::new(false),
             inconsistent: Cell::new(false),
             why: RefCell::default(),
+            hidden: Cell::new(false),
             readonly: Cell::new(false),
             successor: RefCell::new(None),
             edits: Cell::new(0),
@@ -108,6 +110,16 @@ impl DirtyBitmap {
         self.edited();
         self.frozen.set(false);
         *self.successor.borrow_mut() = None;
+    }
+
+    /// Nobody is shown it: it is not of a job's own making, but of what keeps bitmaps.
+    pub fn hide(&self) {
+        self.hidden.set(true);
+    }
+
+    /// See [`DirtyBitmap::hide`].
+    pub fn hidden(&self) -> bool {
+        self.hidden.get()
     }
 
     /// What records in its place while it is frozen: what changed is in its bits or in that one's.

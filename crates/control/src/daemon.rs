@@ -203,6 +203,7 @@ impl Daemon {
             }
         };
         self.opener.keep_bitmaps_in(dir, Rc::new(tell));
+        self.jobs.set_bitmap_home(self.opener.bitmap_home());
     }
 
     pub(crate) fn opener(&self) -> &Rc<Opener> {
@@ -375,6 +376,7 @@ impl Daemon {
             let _no_more = self.env.timeout(LAST_COMMANDS, self.turns.acquire(TURNS)).await;
             let recorder = self.recorder();
             recorder.iter().for_each(|r| r.rest());
+            self.opener.bitmap_home().iter().for_each(|h| h.rest());
             self.exports.shut_down().await;
             self.jobs.cancel_all().await;
             self.replication.borrow().values().for_each(|g| g.shut_down());

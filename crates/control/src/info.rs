@@ -40,7 +40,8 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
         out.insert("backing_file".into(), json!(name));
     }
     let own = details.records.iter().map(record);
-    let bitmaps: Vec<Value> = own.chain(cell.bitmaps().iter().rev().map(bitmap)).collect();
+    let all = cell.bitmaps();
+    let bitmaps: Vec<Value> = own.chain(all.iter().rev().filter(|b| !b.hidden()).map(bitmap)).collect();
     if !bitmaps.is_empty() {
         out.insert("dirty-bitmaps".into(), json!(bitmaps));
     }

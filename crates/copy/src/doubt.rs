@@ -61,6 +61,11 @@ impl Doubt {
         Moment(self.links.iter().map(|l| l.losses()).sum())
     }
 
+    /// How often the links have been lost.
+    pub(crate) fn losses(&self) -> u64 {
+        self.moment().0
+    }
+
     /// Whether a loss that has not been taken into account has put something in doubt.
     pub(crate) fn unseen(&self) -> bool {
         let certain = self.since.borrow().is_empty() && self.flushing.borrow().is_empty();

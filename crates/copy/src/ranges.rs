@@ -122,6 +122,11 @@ impl RangeLocks {
             || inner.queue.iter().any(|w| whose(w.owner) && w.at.overlaps(at))
     }
 
+    /// Calls `each` with every range that is held.
+    pub fn each_held(&self, mut each: impl FnMut(Span)) {
+        self.inner.borrow().held.values().for_each(|h| each(h.0));
+    }
+
     /// Ranges held and requests waiting.
     pub fn counts(&self) -> (usize, usize) {
         let inner = self.inner.borrow();

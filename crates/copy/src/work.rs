@@ -299,6 +299,11 @@ impl Work {
         doubt.bytes
     }
 
+    /// How often links to the target have been lost: a flush between whose beginning and answer one was has settled nothing.
+    pub fn losses(&self) -> u64 {
+        self.doubt.get().map_or(0, Doubt::losses)
+    }
+
     /// Bytes that had to be copied again because links were lost.
     pub fn copied_again(&self) -> u64 {
         self.again.get()
@@ -410,6 +415,13 @@ impl Work {
             dirty.merge(bits);
         }
         self.wake.notify_all();
+    }
+
+    /// What the target may lack at this instant: what is dirty, and what is being brought to it.
+    pub fn unfinished(&self) -> Bitmap {
+        let mut all = self.dirty.borrow().clone();
+        self.locks.each_held(|at| all.set(at));
+        all
     }
 
     /// Looks at what is dirty now.

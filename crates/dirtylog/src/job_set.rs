@@ -44,6 +44,8 @@ impl Recorder {
         let new = || DirtyBitmap::new(None, bits.len(), bits.granularity());
         let (left, since) = (Rc::new(new()?), Rc::new(new()?));
         left.bits_mut().merge(bits);
+        left.hide();
+        since.hide();
         list.borrow_mut().extend([left.clone(), since.clone()]);
         Ok(Rc::new(Recorder { key: key.to_owned(), left, since, taken: Cell::new(false) }))
     }
@@ -170,6 +172,32 @@ impl JobSet {
         self.log.harden(Span::default()).await
     }
 
+    /// As [`JobSet::started`], [`JobSet::copied`] and [`JobSet::settle`] in one, for a job that knows at each instant what the target
+    /// lacks: all but `unfinished`, which is as of now, is flushed and then let go, but what is written meanwhile. A guest's write
+    /// that has ended and is not on the target is in `unfinished`.
+    ///
+    /// # Errors
+    /// As [`JobSet::settle`].
+    pub async fn checkpoint(
+        &self,
+        unfinished: &Bitmap,
+        flush: impl Future<Output = Result<()>>,
+    ) -> Result<()> {
+        self.marks.since.bits_mut().clear_all();
+        let mut settled = self.left();
+        let whole = Span::new(0, settled.len());
+        unfinished.areas(whole, 0).for_each(|a| settled.clear(a.align_out(settled.granularity())));
+        if settled.is_empty() {
+            return Ok(());
+        }
+        if planted("dirtylog: cleared before the target's flush") {
+            self.forget(&settled);
+        }
+        flush.await?;
+        self.forget(&settled);
+        self.log.harden(Span::default()).await
+    }
+
     fn forget(&self, settled: &Bitmap) {
         let whole = Span::new(0, settled.len());
         let mut gone = settled.clone();
@@ -189,7 +217,7 @@ impl JobSet {
     ///
     /// # Errors
     /// As [`DirtyLog::sync`].
-    pub async fn remove(self) -> Result<()> {
+    pub async fn remove(&self) -> Result<()> {
         self.log.edited.set(true);
         let ours = |b: &Rc<DirtyBitmap>| Rc::ptr_eq(b, &self.marks.left) || Rc::ptr_eq(b, &self.marks.since);
         self.log.list.borrow_mut().retain(|b| !ours(b));

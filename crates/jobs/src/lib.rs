@@ -17,6 +17,7 @@ mod error;
 mod event;
 pub mod internal;
 mod job;
+mod kept_work;
 mod leavers;
 pub mod mirror;
 mod mirror_args;

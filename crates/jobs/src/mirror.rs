@@ -20,6 +20,7 @@ use crate::JobError;
 use crate::chain::{self, Made, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
+use crate::kept_work::KeptWork;
 use crate::leavers::Leavers;
 use crate::mirror_args::{Checked, CopyMode, MirrorArgs, Sync};
 use crate::mirror_bitmap::MirrorBitmap;
@@ -63,6 +64,8 @@ pub struct Mirror {
     quiet: RefCell<Option<Quiesced>>,
     buffer: u64,
     bitmap: Option<Rc<MirrorBitmap>>,
+    /// Keeps for a later life what is still to be copied.
+    kept: Option<Rc<KeptWork>>,
     /// Whether the target is an image below the source, and what was turned read-write for that.
     below: Option<Turned>,
     /// Whose files are to go when the target has taken their place.
@@ -101,7 +104,7 @@ pub(crate) async fn start_checked(
     job: Rc<Job>,
     leavers: Option<Leavers>,
 ) -> std::result::Result<Rc<Job>, JobError> {
-    match build(graph, args, checked, &job).await {
+    match build(registry, graph, args, checked, &job).await {
         Ok(body) => {
             *body.leavers.borrow_mut() = leavers;
             registry.start(&job, body);
@@ -114,8 +117,17 @@ pub(crate) async fn start_checked(
     }
 }
 
-async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<Job>) -> Result<Rc<Mirror>> {
+async fn build(
+    registry: &Registry,
+    graph: &Rc<Graph>,
+    args: MirrorArgs,
+    checked: Checked,
+    job: &Rc<Job>,
+) -> Result<Rc<Mirror>> {
     let Checked { source, target, replaces, granularity, buffer, bitmap, below } = checked;
+    // With a bitmap the bitmap says what is to be copied, in a later life as well.
+    let home = registry.bitmap_home().filter(|_| bitmap.is_none() && below.is_none());
+    let kept = KeptWork::find(home, graph, &source, &target, &args.job_id).await;
     let busy = format!("block device is in use by block job: {}", job.kind().name());
     let parent = || Parent::Job(args.job_id.clone());
     let cr_w_wu = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);
@@ -221,6 +233,7 @@ async fn build(graph: &Rc<Graph>, args: MirrorArgs, checked: Checked, job: &Rc<J
         quiet: RefCell::new(None),
         buffer,
         bitmap,
+        kept,
         below,
         leavers: RefCell::new(None),
         made: Made::default(),
@@ -258,6 +271,11 @@ impl Mirror {
     /// Whether client requests are held (from completion to finalize).
     pub fn is_frozen(&self) -> bool {
         self.quiet.borrow().is_some()
+    }
+
+    /// Whether it goes on where an earlier life of the daemon was.
+    pub fn is_resumed(&self) -> bool {
+        self.kept.as_ref().is_some_and(|k| k.is_resumed())
     }
 
     /// The arguments it was started with.
@@ -344,8 +362,17 @@ impl Mirror {
             control,
             self.buffer,
         );
-        while let Err(e) = self.prepare_work(&source, &target).await {
-            engine.bridge(e).await?;
+        let taken_up = match &self.kept {
+            Some(kept) => kept.take_up(&self.work).await,
+            None => false,
+        };
+        if !taken_up {
+            while let Err(e) = self.prepare_work(&source, &target).await {
+                engine.bridge(e).await?;
+            }
+        }
+        if let Some(kept) = &self.kept {
+            kept.begin(&self.work, &source, &target).await;
         }
         self.policy.enter(Phase::Copying);
         loop {
@@ -534,6 +561,9 @@ impl Body for Mirror {
             if let Some(proof) = self.work.proof().filter(|_| success) {
                 // a helper thread that ends early costs the digest; that the two are equal is known without it
                 let _ = proof.seal(self.graph.env()).await;
+            }
+            if let Some(kept) = &self.kept {
+                kept.end().await;
             }
             self.hold.take();
             self.graph.settle().await;

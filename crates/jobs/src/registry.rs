@@ -11,6 +11,7 @@ use crate::state::{State, Verb};
 use block::{BlockError, Result};
 use env::Env;
 use env::sync::race;
+use open::BitmapHome;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
@@ -162,6 +163,7 @@ async fn end_badly(job: &Rc<Job>) {
 pub struct Registry {
     env: Env,
     shared: Rc<Shared>,
+    home: RefCell<Option<Rc<BitmapHome>>>,
 }
 
 impl Registry {
@@ -169,12 +171,21 @@ impl Registry {
     pub fn new(env: &Env, sink: Rc<dyn Sink>) -> Rc<Registry> {
         let (jobs, keeper) = (RefCell::default(), RefCell::default());
         let shared = Rc::new(Shared { env: env.clone(), sink, jobs, keeper });
-        Rc::new(Registry { env: env.clone(), shared })
+        Rc::new(Registry { env: env.clone(), shared, home: RefCell::default() })
     }
 
     /// From now on `keeper` is told of jobs that are over before anybody else is.
     pub fn set_keeper(&self, keeper: Rc<dyn JobKeeper>) {
         *self.shared.keeper.borrow_mut() = Some(keeper);
+    }
+
+    /// From now on jobs keep what they have still to do in `home`.
+    pub fn set_bitmap_home(&self, home: Option<Rc<BitmapHome>>) {
+        *self.home.borrow_mut() = home;
+    }
+
+    pub(crate) fn bitmap_home(&self) -> Option<Rc<BitmapHome>> {
+        self.home.borrow().clone()
     }
 
     /// All jobs, newest first.

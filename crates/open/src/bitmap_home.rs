@@ -19,7 +19,7 @@ use dirtylog::{DirtyLog, Found, Pass, Settings};
 use env::{Env, Existing, FileKind, OpenMode};
 use graph::{Admitted, Graph, NodeCell, WriteAhead};
 use qcow2::Qcow2;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
@@ -35,6 +35,8 @@ pub struct BitmapHome {
     env: Env,
     dir: PathBuf,
     tell: BitmapsHook,
+    resuming: Cell<bool>,
+    resting: Cell<bool>,
 }
 
 /// What is known of a disk's file.
@@ -82,6 +84,26 @@ fn number_of(identity: &[u8]) -> Option<[u8; 16]> {
 }
 
 impl BitmapHome {
+    /// While an earlier life is being restored jobs that are started find what they had still to do.
+    pub fn set_resuming(&self, on: bool) {
+        self.resuming.set(on);
+    }
+
+    /// See [`BitmapHome::set_resuming`].
+    pub fn is_resuming(&self) -> bool {
+        self.resuming.get()
+    }
+
+    /// The daemon ends: what jobs have still to do stays, for a later life.
+    pub fn rest(&self) {
+        self.resting.set(true);
+    }
+
+    /// See [`BitmapHome::rest`].
+    pub fn is_resting(&self) -> bool {
+        self.resting.get()
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         let (a, b) = (crc32c::crc32c(name.as_bytes()), crc32c::crc32c_append(!0, name.as_bytes()));
         self.dir.join(format!("bitmaps-{a:08x}{b:08x}-{}", name.len()))
@@ -407,7 +429,13 @@ impl WriteAhead for Kept {
 impl Opener {
     /// From now on bitmaps of nodes that are opened are kept in `dir`, which `tell` hears of.
     pub fn keep_bitmaps_in(&self, dir: &Path, tell: BitmapsHook) {
-        let home = BitmapHome { env: self.graph.env().clone(), dir: dir.to_owned(), tell };
+        let home = BitmapHome {
+            env: self.graph.env().clone(),
+            dir: dir.to_owned(),
+            tell,
+            resuming: Cell::new(false),
+            resting: Cell::new(false),
+        };
         *self.home.borrow_mut() = Some(Rc::new(home));
     }
 

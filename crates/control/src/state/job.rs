@@ -183,9 +183,13 @@ impl Daemon {
             started = self.patiently(command, &whole).await;
         }
         started?;
+        let job = self.jobs().find(id)?;
+        let told = match jobs::mirror::with(&job, Mirror::is_resumed) {
+            Some(true) => "goes on after a restart: what the target may lack is copied, and nothing else",
+            _ => told,
+        };
         let said = JobRecord { command: command.to_owned(), arguments, resumed: Some(told) };
         recorder.jobs.borrow_mut().insert(id.to_owned(), said);
-        let job = self.jobs().find(id)?;
         if record["paused"] == json!(true) {
             self.jobs().pause(&job)?;
         }

@@ -160,9 +160,12 @@ impl Daemon {
         mut all: Vec<Record>,
         instead: &[&StartOption],
     ) {
+        let home = self.opener().bitmap_home();
+        home.iter().for_each(|h| h.set_resuming(true));
         self.exports().hold_clients(true);
         self.restore_held(recorder, &mut all, instead).await;
         self.exports().hold_clients(false);
+        home.iter().for_each(|h| h.set_resuming(false));
     }
 
     async fn restore_held(

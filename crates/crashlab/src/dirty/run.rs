@@ -83,6 +83,8 @@ struct World {
     first_stamp: u32,
     successor: RefCell<Option<(Rc<DirtyBitmap>, Rc<DirtyBitmap>)>>,
     set: RefCell<Option<JobSet>>,
+    /// What the job has to copy, as it knows it in memory.
+    dirty: RefCell<Option<Rc<DirtyBitmap>>>,
 }
 
 /// Runs a random history over `base`.
@@ -122,6 +124,14 @@ pub fn run(base: &Files, rng: &mut Rng) -> std::result::Result<Run, String> {
         closed,
         first_stamp: base.next_stamp,
     })
+}
+
+/// A bitmap of the node that nobody keeps.
+fn working(list: &BitmapList, bits: &Bitmap) -> Result<Rc<DirtyBitmap>> {
+    let new = Rc::new(DirtyBitmap::new(None, bits.len(), bits.granularity())?);
+    new.bits_mut().merge(bits);
+    list.borrow_mut().push(new.clone());
+    Ok(new)
 }
 
 type Outcome = (Vec<Write>, Vec<Vec<Version>>, Option<usize>);
@@ -207,7 +217,9 @@ impl World {
             geometry: Some(GEOMETRY),
         };
         let log = DirtyLog::begin(&env, file, settings, list.clone(), found).await?;
-        let set = RefCell::new(log.take_set(SET));
+        let set = log.take_set(SET);
+        let dirty = set.as_ref().map(|s| working(&list, &s.left())).transpose()?;
+        let (set, dirty) = (RefCell::new(set), RefCell::new(dirty));
         Ok(World {
             env,
             rec,
@@ -221,6 +233,7 @@ impl World {
             first_stamp,
             successor: RefCell::new(None),
             set,
+            dirty,
         })
     }
 
@@ -359,6 +372,7 @@ impl World {
             let version = Version { moment, began, ended: usize::MAX, content: Some((all.clone(), true)) };
             let i = self.versions.borrow().get(slot).map_or(0, Vec::len);
             self.versions.borrow_mut()[slot].push(version);
+            *self.dirty.borrow_mut() = Some(working(&self.list, &all)?);
             let set = self.log.add_set(SET, &all).await?;
             self.versions.borrow_mut()[slot][i].ended = self.rec.len();
             *self.set.borrow_mut() = Some(set);
@@ -373,6 +387,9 @@ impl World {
                 content: None,
             });
             set.remove().await?;
+            drop(set);
+            let dirty = self.dirty.take();
+            self.list.borrow_mut().retain(|b| !dirty.iter().any(|d| Rc::ptr_eq(b, d)));
             if let Some(v) = self.versions.borrow_mut()[NAMES.len()].last_mut() {
                 v.ended = self.rec.len();
             }
@@ -385,6 +402,7 @@ impl World {
             let Some(at) = at.or_else(|| left.next_area(Span::new(0, LEN), SET_GRANULE)) else { break };
             let at = at.align_out(SET_GRANULE);
             set.started(at);
+            self.dirty.borrow().iter().for_each(|d| d.bits_mut().clear(at));
             let data = self.disk.read(at).await?;
             self.target.write(at.start, data).await?;
             set.copied(at);
@@ -395,7 +413,11 @@ impl World {
                 self.disk.barrier().await?;
                 self.target.barrier().await
             };
-            set.settle(flush).await?;
+            let dirty = self.dirty.borrow().as_ref().map(|d| d.bits().clone());
+            match dirty.filter(|_| rng.chance(0.5)) {
+                Some(dirty) => set.checkpoint(&dirty, flush).await?,
+                None => set.settle(flush).await?,
+            }
         }
         *self.set.borrow_mut() = Some(set);
         Ok(())
