@@ -2,7 +2,7 @@
 """Bitmaps of disks that are killed while they are written to: kill -9 of liveblkd under a client, restart, and the bitmap beside
 what really changed.
 
-    dirty.py [--daemon PATH] [--rounds N] [--seed S] [--only raw|qcow2|nbd]
+    dirty.py [--daemon PATH] [--rounds N] [--seed S] [--only raw|qcow2|nbd|mirror]
 
 For a raw file, a qcow2 image and a node behind an NBD server: after each kill the bitmap must be there, usable, recording, contain
 every granule whose bytes differ from those when it was created or cleared, and beyond those that the client asked to be written no
@@ -261,6 +261,47 @@ class Case:
             self.server.wait()
 
 
+def mirror(args, where, r):
+    """A mirror is killed at 90 %: a later life copies what was left, what was copied since the target was last flushed, and what is
+    in doubt; source and target are equal in the end."""
+    size = 512 << 20
+    src, dst = f"{where}/src.raw", f"{where}/dst.raw"
+    with open(src, "wb") as f:
+        for _ in range(size >> 20):
+            f.write(r.randbytes(1 << 20))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "raw", dst, str(size)], check=True)
+    d = Daemon(args.daemon, where)
+    try:
+        for name, path in (("src", src), ("dst", dst)):
+            d.do("blockdev-add", node_name=name, driver="raw", file={"driver": "file", "filename": path})
+        d.do("block-export-add", type="nbd", id="e", node_name="src", name="e", writable=True)
+        d.do("blockdev-mirror", job_id="m", device="src", target="dst", sync="full", speed=200 << 20)
+        client, cut = Nbd(d.nbd, "e"), size * 9 // 10
+        while d.do("query-block-jobs")[0]["offset"] < cut:
+            client.ask(1, r.randrange(0, 64) * 4096, 4096, r.randbytes(4096))
+            time.sleep(0.01)
+        d.kill()
+        d.start()
+        client = Nbd(d.nbd, "e")
+        while not (job := d.do("query-block-jobs")[0])["ready"]:
+            client.ask(1, r.randrange(0, 64) * 4096, 4096, r.randbytes(4096))
+            time.sleep(0.01)
+        told = d.do("query-jobs")[0].get("resumed", "")
+        assert "goes on" in told, f"the job was started anew: {told!r}"
+        # what was left; one step of 64 MiB and what is copied while it is being flushed; what the client wrote
+        most = size - cut + (64 << 20) + (64 << 20)
+        assert job["offset"] <= most, f"{job['offset'] >> 20} MiB were copied again, {most >> 20} MiB allowed"
+        client.close()
+        d.do("job-complete", id="m")
+        while d.do("query-block-jobs"):
+            time.sleep(0.01)
+        d.quit()
+        assert subprocess.run(["cmp", src, dst]).returncode == 0, "source and target differ"
+        print(f"mirror of {size >> 20} MiB killed at 90 %: {job['offset'] >> 20} MiB more were copied, source and target are equal")
+    finally:
+        d.kill()
+
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("--daemon", default="target/debug/liveblkd")
@@ -287,6 +328,12 @@ def main():
         finally:
             if case:
                 case.end()
+            shutil.rmtree(where, ignore_errors=True)
+    if args.only in ("", "mirror"):
+        where = tempfile.mkdtemp(prefix="liveblk-dirty-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        try:
+            mirror(args, where, random.Random(f"{args.seed} mirror"))
+        finally:
             shutil.rmtree(where, ignore_errors=True)
 
 

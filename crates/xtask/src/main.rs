@@ -28,6 +28,7 @@ cargo xtask COMMAND
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
   interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
+  dirty     bitmaps under kill -9, beside what really changed, and a mirror killed at 90 %: [--rounds N] [--seed S]
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
@@ -52,6 +53,7 @@ fn main() {
         "histories" => run_tool("crashlab", "histories", &rest),
         "interleave" => interleave(&rest),
         "bitmaps" => script("compat/bitmaps.py", &rest),
+        "dirty" => script("compat/dirty.py", &rest),
         "vast" => script("vast.py", &rest),
         "guest" => script("vhost/guest.py", &rest),
         "bench" => bench::run(&rest),
