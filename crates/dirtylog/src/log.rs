@@ -88,8 +88,6 @@ pub struct DirtyLog {
     pub(crate) crowded: Cell<bool>,
     /// A bitmap was changed by hand.
     pub(crate) edited: Cell<bool>,
-    /// The file is being brought up to what users changed.
-    pub(crate) syncing: Cell<bool>,
     pub(crate) closed: Cell<bool>,
     pub(crate) beating: Cell<bool>,
     pub(crate) turns: Cell<u64>,
@@ -144,7 +142,6 @@ impl DirtyLog {
             hot_sequence: Cell::new(found.as_ref().map_or(1, |f| f.hot_sequence + 1)),
             crowded: Cell::new(false),
             edited: Cell::new(false),
-            syncing: Cell::new(false),
             closed: Cell::new(false),
             beating: Cell::new(false),
             turns: Cell::new(0),
@@ -174,7 +171,7 @@ impl DirtyLog {
         }
         // While a change by a user is on its way to the file, the state before it has to be right, too: a bitmap that
         // does not record any more relies on hot regions until then.
-        let settled = !self.uncertain.get() && !self.edited.get() && !self.syncing.get();
+        let settled = !self.uncertain.get() && !self.edited.get();
         if settled && self.kept.borrow().iter().all(|k| k.covers(at)) {
             self.regions.borrow_mut().enter_marked(at);
             return Some(Pass::Marked);

@@ -80,19 +80,14 @@ impl DirtyLog {
 
     /// With a turn taken.
     pub(crate) async fn sync_now(&self, close: Option<Vec<u8>>) -> Result<()> {
-        self.syncing.set(true);
         self.edited.set(false);
-        let done = self.synced(close).await;
-        self.syncing.set(false);
-        if done.is_err() {
-            // Nobody knows what the file has: all of it is stored anew the next time.
+        let planned = self.plan(close);
+        if !matches!(planned, Ok(None)) {
+            // If it fails, or whoever waits for it goes away, nobody knows what the file has: all of it is stored anew the
+            // next time.
             self.uncertain.set(true);
         }
-        done
-    }
-
-    async fn synced(&self, close: Option<Vec<u8>>) -> Result<()> {
-        let Some((stores, header)) = self.plan(close)? else { return Ok(()) };
+        let Some((stores, header)) = planned? else { return Ok(()) };
         self.carry_out(&stores, &header).await?;
         self.uncertain.set(false);
         self.ghosts.borrow_mut().clear();

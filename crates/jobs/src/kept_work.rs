@@ -6,7 +6,8 @@
 use block::{BlockError, ErrorKind};
 use copy::Work;
 use dirtylog::{DirtyLog, JobSet};
-use env::Env;
+use env::sync::{Notify, race};
+use env::{Env, TaskHandle};
 use graph::{Edge, Graph, NodeCell};
 use open::BitmapHome;
 use std::cell::{Cell, RefCell};
@@ -30,6 +31,8 @@ pub(crate) struct KeptWork {
     set: RefCell<Option<Rc<JobSet>>>,
     resumed: bool,
     over: Cell<bool>,
+    stop: Notify,
+    task: RefCell<Option<TaskHandle>>,
 }
 
 impl KeptWork {
@@ -55,7 +58,8 @@ impl KeptWork {
         };
         let (resumed, over) = (set.is_some(), Cell::new(false));
         let env = graph.env().clone();
-        Some(Rc::new(KeptWork { env, home, log, key, set: RefCell::new(set), resumed, over }))
+        let (stop, task) = (Notify::new(), RefCell::default());
+        Some(Rc::new(KeptWork { env, home, log, key, set: RefCell::new(set), resumed, over, stop, task }))
     }
 
     /// Whether an earlier life left something.
@@ -84,13 +88,15 @@ impl KeptWork {
             *self.set.borrow_mut() = Some(Rc::new(set));
         }
         let (me, work, source, target) = (self.clone(), work.clone(), source.clone(), target.clone());
-        self.env.spawn("mirror-kept", async move { me.keep(&work, &source, &target).await });
+        let task = self.env.spawn("mirror-kept", async move { me.keep(&work, &source, &target).await });
+        *self.task.borrow_mut() = Some(task);
     }
 
     async fn keep(&self, work: &Work, source: &Edge, target: &Edge) {
         let (mut done, mut last) = (work.done(), self.env.now());
         loop {
-            self.env.sleep(LOOK).await;
+            // ends at once when the job does
+            let _ended = race(self.env.sleep(LOOK), self.stop.wait()).await;
             let Some(set) = self.set.borrow().clone().filter(|_| !self.over.get()) else { return };
             let (copied, passed) = (work.done() - done, self.env.now().saturating_sub(last));
             if copied < STEP && (copied == 0 || passed < PERIOD) {
@@ -109,14 +115,25 @@ impl KeptWork {
                     false => Err(BlockError::new(ErrorKind::Cancelled, "a link was lost meanwhile")),
                 }
             };
+            // A target that hangs does not hold up the end.
+            let unless_ended = async {
+                let ended = || BlockError::new(ErrorKind::Cancelled, "the job has ended");
+                race(flush, self.stop.wait()).await.unwrap_or_else(|| Err(ended()))
+            };
             // A target that cannot be flushed is the job's matter; here it is tried again.
-            let _later = set.checkpoint(&unfinished, flush).await;
+            let _later = set.checkpoint(&unfinished, unless_ended).await;
         }
     }
 
     /// The job has ended.
     pub(crate) async fn end(&self) {
         self.over.set(true);
+        self.stop.notify_all();
+        let task = self.task.take();
+        if let Some(task) = task {
+            // It holds the target.
+            task.join().await;
+        }
         let set = self.set.take();
         if let Some(set) = set.filter(|_| !self.home.is_resting()) {
             // What stays is too much, and found by nobody.

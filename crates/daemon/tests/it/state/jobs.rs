@@ -71,7 +71,7 @@ fn a_mirror_goes_on_as_it_was() {
         daemon = killed(&dir, daemon);
         c = daemon.client();
         let now = reaches(&mut c, "paused");
-        assert!(now["resumed"].as_str().unwrap().contains("copied again"), "{now}");
+        assert!(now["resumed"].as_str().unwrap().contains("goes on after a restart"), "{now}");
         assert_eq!(job(&mut c)["speed"], 12345);
     }
     c.command("block-job-set-speed", json!({"device": "j", "speed": 0})).unwrap();
