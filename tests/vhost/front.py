@@ -5,6 +5,7 @@ It does what a test asks, right or wrong: the plain calls keep to the specificat
 """
 
 import array
+import ctypes
 import mmap
 import os
 import select
@@ -76,7 +77,11 @@ class Memory:
         return struct.unpack_from("@" + form, self.map, at - GUEST)[0]
 
     def put(self, form, at, *values):
-        struct.pack_into("@" + form, self.map, at - GUEST, *values)
+        if form == "H":
+            # pack_into writes zeroes first, and the other side would now and then see an index of 0
+            ctypes.c_uint16.from_buffer(self.map, at - GUEST).value = values[0] & 0xffff
+        else:
+            struct.pack_into("@" + form, self.map, at - GUEST, *values)
 
 
 class Front:

@@ -398,7 +398,9 @@ fn parse_go(data: &[u8]) -> Checked<(&str, Vec<u16>)> {
 /// The ids that the queries select, in the order of the contexts.
 fn parse_queries(f: &mut Fields, set: bool, contexts: &[String]) -> Checked<Vec<u32>> {
     let n = f.u32()?;
-    let mut chosen = vec![n == 0 && !set; contexts.len()];
+    // Who asks for nothing in particular lists what the reference has; ours is told to who asks for it.
+    let mut chosen: Vec<bool> =
+        contexts.iter().map(|c| n == 0 && !set && c != crate::leaf::CONTEXT).collect();
     for _ in 0..n {
         let query = f.string("metadata context")?;
         for (is, context) in chosen.iter_mut().zip(contexts) {

@@ -15,6 +15,7 @@ impl Catalog for Shop {
                 "base:allocation".into(),
                 "qemu:allocation-depth".into(),
                 "qemu:dirty-bitmap:b".into(),
+                crate::leaf::CONTEXT.into(),
             ],
         })
     }
@@ -145,6 +146,7 @@ fn contexts_are_listed_by_namespace_and_set_by_name() {
         replies(&run(&s, &[99]).0).len() - 1
     };
     assert_eq!(list(&[]), 3);
+    assert_eq!(list(&["liveblk:"]), 1, "not among all, but there");
     assert_eq!(list(&["base:"]), 1);
     assert_eq!(list(&["qemu:"]), 2);
     assert_eq!(list(&["qemu:dirty-bitmap:", "qemu:"]), 2);

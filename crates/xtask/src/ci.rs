@@ -24,6 +24,11 @@ const STEPS: &[Step] = &[
         guest.arg(shell::root().join("tests/vhost/guest.py"));
         shell::run(guest.arg("--daemon").arg(shell::target().join("debug/liveblkd")))
     }),
+    ("kills", || {
+        let mut kills = Command::new(setup::python());
+        kills.arg(shell::root().join("tests/kills.py")).args(["--kills", "50"]);
+        shell::run(kills.arg("--daemon").arg(shell::target().join("debug/liveblkd")))
+    }),
     ("documentation", || shell::cargo(&["doc", "--workspace", "--no-deps", "--quiet"])),
 ];
 

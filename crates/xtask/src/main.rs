@@ -31,6 +31,7 @@ cargo xtask COMMAND
   dirty     bitmaps under kill -9, beside what really changed, and a mirror killed at 90 %: [--rounds N] [--seed S]
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
+  kills     kill -9 at random instants under five verifying clients and jobs: [--kills N] [--seed S]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
 ";
 
@@ -56,6 +57,7 @@ fn main() {
         "dirty" => script("compat/dirty.py", &rest),
         "vast" => script("vast.py", &rest),
         "guest" => script("vhost/guest.py", &rest),
+        "kills" => script("kills.py", &rest),
         "bench" => bench::run(&rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
@@ -74,7 +76,7 @@ fn script(name: &str, args: &[String]) -> Outcome {
     shell::cargo(&["build", "--quiet", "--release", "--package", "daemon"])?;
     let daemon = shell::target().join("release/liveblkd");
     let script = shell::root().join("tests").join(name);
-    shell::run(std::process::Command::new("python3").arg(script).arg("--daemon").arg(daemon).args(args))
+    shell::run(std::process::Command::new(setup::python()).arg(script).arg("--daemon").arg(daemon).args(args))
 }
 
 /// Builds a tool of the workspace in release and runs it with the terminal as its own.
