@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """kill -9 at random instants under four verifying NBD clients and one vhost-user guest, with jobs on all disks.
 
-    kills.py --daemon PATH [--kills N] [--seed S] [--where DIR]
+    kills.py --daemon PATH [--kills N] [--seed S] [--where DIR] [--go-on]
 
 Five disks are served by a daemon with --state-dir: `a` and `b` (qcow2, NBD), `g` (qcow2, vhost-user-blk) are mirrored, committed, streamed and
 snapshotted; `c` (raw) and `d` (qcow2), of 4 GiB each, have persistent bitmaps and are backed up. The daemon is killed and started again, and
@@ -12,6 +12,9 @@ every client goes on. What is checked:
 * nodes, exports and jobs are there again, no job ends with an error (mirrors are verified by the daemon as well), images pass
   `qemu-img check`;
 * at the end all jobs end, and everything ever written is read once more.
+
+With --go-on some mirrors are verified in full, and therefore go on after a kill where they were. About one in a hundred kills then ends with a
+mismatch: a known defect (docs/decisions/0026-dirty-log.md). Without, mirrors begin anew.
 
 The instants of kills, the operations and the clients' requests come from the seed; what meets what is up to the machine.
 """
@@ -415,8 +418,8 @@ class Monitor:
 
 
 class Lab:
-    def __init__(self, program, where, rng):
-        self.program, self.where, self.rng = program, where, rng
+    def __init__(self, program, where, rng, proofs):
+        self.program, self.where, self.rng, self.proofs = program, where, rng, proofs
         self.images, self.made, self.started, self.done = {}, 0, {}, 0
         self.options = ["--nbd-server", "addr.type=unix,addr.path=nbd.sock,max-connections=0"]
         for name in "abcdg":
@@ -476,7 +479,7 @@ class Lab:
         device, new = exports[name], f"{name}{self.made}"
         image = f"{new}.qcow2"
         job = {"job_id": name, "device": device, "speed": SPEED}
-        proof = self.rng.choice(["off", "sampled", "full"])
+        proof = self.rng.choice(self.proofs)
         if name in "cd":
             what = self.rng.choice(["full", "incremental", "clear"])
             if what == "clear":
@@ -513,6 +516,9 @@ class Lab:
                 raise Wrong(f"job {job}")
             if job["status"] == "ready":
                 m.try_to("job-complete", id=job["id"])
+            elif self.rng.random() < 0.1:
+                # or a client writes faster than it may copy, for ever
+                m.try_to("block-job-set-speed", device=job["id"], speed=0)
         return len(jobs)
 
     def check(self, image, form):
@@ -528,6 +534,12 @@ class Lab:
         exports = sorted(e["id"] for e in m.do("query-block-exports"))
         if exports != list("abcdg"):
             raise Wrong(f"exports after the restart: {exports}")
+        # what had left the graph when the daemon died, or had not come into it
+        nodes = {n["node-name"] for n in m.do("query-named-block-nodes", flat=True)}
+        for name in [n for n in self.images if n not in nodes]:
+            image = os.path.join(self.where, self.images.pop(name))
+            if os.path.exists(image):
+                os.unlink(image)
         return m
 
     def round(self, stop):
@@ -548,11 +560,18 @@ class Lab:
             pass
         killer.join()
         self.process.wait()
-        # an image that jobs were changing; those of others are looked at in other rounds
-        image = self.rng.choice(sorted(i for i in self.images.values() if i.endswith("qcow2") and os.path.exists(os.path.join(self.where, i))))
-        self.check(image, "qcow2")
+        images = [i for i in self.images.values() if i.endswith("qcow2") and os.path.exists(os.path.join(self.where, i))]
+        image = self.rng.choice(sorted(images))
+        found = None
+        try:
+            self.check(image, "qcow2")
+        except Wrong as e:
+            # of one that left the graph in that moment the layers below may be gone
+            found = e
         self.start()
         self.come_back().sock.close()
+        if found and image in self.images.values():
+            raise found
 
     def finish(self):
         m = self.monitor()
@@ -573,12 +592,13 @@ def main():
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--where")
+    parser.add_argument("--go-on", action="store_true")
     args = parser.parse_args()
     seed = args.seed if args.seed is not None else int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}", flush=True)
     where = tempfile.mkdtemp(prefix="kills-", dir=args.where or ("/dev/shm" if os.path.isdir("/dev/shm") else None))
     rng = random.Random(seed)
-    lab = Lab(os.path.abspath(args.daemon), where, rng)
+    lab = Lab(os.path.abspath(args.daemon), where, rng, ["off", "sampled"] + ["full"] * args.go_on)
     stop = threading.Event()
     clients, failure, n = [], None, 0
     try:
@@ -602,8 +622,9 @@ def main():
         failure = e
     stop.set()
     for c in clients:
-        c.join(4 * PATIENCE)
-        failure = c.error or failure or (Wrong("a client does not end") if c.is_alive() else None)
+        # after a failure there may be no daemon to end with
+        c.join(1 if failure else 4 * PATIENCE)
+        failure = failure or c.error or (Wrong("a client does not end") if c.is_alive() else None)
     if not failure:
         try:
             lab.finish().try_to("quit")
