@@ -382,7 +382,7 @@ class Monitor:
                     raise Wrong("the daemon does not come back") from None
                 time.sleep(0.01)
         self.sock.settimeout(PATIENCE)
-        self.lines, self.events = self.sock.makefile("rw"), []
+        self.lines = self.sock.makefile("rw")
         self.message()
         self.do("qmp_capabilities")
 

@@ -58,7 +58,7 @@ class Daemon:
         self.program, self.name, self.where = program, name, where
         self.start()
 
-    def start(self):
+    def start(self, *options, stderr=subprocess.DEVNULL):
         self.qmp, self.nbd = f"{self.where}/{self.name}.qmp", f"{self.where}/{self.name}.nbd"
         for old in (self.qmp, self.nbd):
             if os.path.exists(old):
@@ -68,8 +68,8 @@ class Daemon:
         listener.bind(self.qmp)
         listener.listen(1)
         self.process = subprocess.Popen(
-            [self.program, "--chardev", f"socket,id=c0,path={self.qmp}", "--monitor", "c0",
-             "--nbd-server", f"addr.type=unix,addr.path={self.nbd}"], stderr=subprocess.DEVNULL)
+            [self.program, *options, "--chardev", f"socket,id=c0,path={self.qmp}", "--monitor", "c0",
+             "--nbd-server", f"addr.type=unix,addr.path={self.nbd}"], stderr=stderr)
         listener.settimeout(REPLY_LIMIT)
         connection, _ = listener.accept()
         connection.settimeout(REPLY_LIMIT)

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 
+import bitmaps
 from bitmaps import Nbd, REPLY_LIMIT
 
 SIZE = 256 << 20
@@ -31,42 +32,16 @@ HOT = 32 << 20
 DEPTH = 16
 
 
-class Daemon:
+class Daemon(bitmaps.Daemon):
+    """One with a state directory."""
+
     def __init__(self, program, where):
-        self.program, self.where = program, where
         self.told = f"{where}/stderr"
-        self.start()
+        super().__init__(program, "d", where)
 
-    def start(self, *options):
-        self.qmp, self.nbd = f"{self.where}/qmp", f"{self.where}/nbd"
-        for old in (self.qmp, self.nbd):
-            if os.path.exists(old):
-                os.unlink(old)
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self.qmp)
-        listener.listen(1)
+    def start(self):
         with open(self.told, "a") as err:
-            self.process = subprocess.Popen(
-                [self.program, "--state-dir", f"{self.where}/state", "--nbd-server",
-                 f"addr.type=unix,addr.path={self.nbd}", "--chardev", f"socket,id=c0,path={self.qmp}", "--monitor", "c0"],
-                stderr=err)
-        listener.settimeout(REPLY_LIMIT)
-        connection, _ = listener.accept()
-        connection.settimeout(REPLY_LIMIT)
-        self.lines = connection.makefile("rw", encoding="utf-8")
-        self.lines.readline()
-        self.do("qmp_capabilities")
-
-    def do(self, command, **arguments):
-        arguments = {k.replace("_", "-"): v for k, v in arguments.items()}
-        self.lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self.lines.flush()
-        while True:
-            answer = json.loads(self.lines.readline())
-            if "error" in answer:
-                raise AssertionError(f"{command} {arguments}: {answer['error']['desc']}")
-            if "return" in answer:
-                return answer["return"]
+            super().start("--state-dir", f"{self.where}/state", stderr=err)
 
     def kill(self):
         self.process.kill()

@@ -2,53 +2,14 @@
 
 #![allow(clippy::unwrap_used)] // a test helper that fails fails the test
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+mod common;
 
-struct Dir(PathBuf);
+use common::Dir;
 
-impl Dir {
-    fn new(name: &str) -> Dir {
-        let path = std::env::temp_dir().join(format!("liveblk-{name}-{}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
-        Dir(path)
-    }
-
-    fn run(&self, program: &str, line: &str) -> Output {
-        Command::new(program).args(line.split('|')).current_dir(&self.0).output().unwrap()
-    }
-
-    fn tool(&self, program: &str, line: &str) -> String {
-        let out = self.run(program, line);
-        assert!(out.status.success(), "{program} {line}: {}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    }
-
-    fn liveblk(&self, line: &str) -> Output {
-        daemon();
-        self.run(env!("CARGO_BIN_EXE_liveblk"), line)
-    }
-
-    /// Bytes on the host.
-    fn allocated(&self, file: &str) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        std::fs::metadata(self.0.join(file)).unwrap().blocks() * 512
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// The command starts the liveblkd beside it, which tests of this package alone do not build.
-fn daemon() {
-    let beside = Path::new(env!("CARGO_BIN_EXE_liveblk")).with_file_name("liveblkd");
-    if !beside.exists() {
-        let built = Command::new(env!("CARGO")).args(["build", "-q", "-p", "daemon", "--bins"]).status();
-        assert!(built.unwrap().success() && beside.exists());
-    }
+/// Bytes on the host.
+fn allocated(dir: &Dir, file: &str) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(dir.0.join(file)).unwrap().blocks() * 512
 }
 
 /// A chain with data, zeroes and holes.
@@ -78,8 +39,8 @@ fn all_forms_have_the_same_contents() {
         }
     }
     // 9 MiB are not zero; that they compress well shows, too
-    assert!(dir.allocated("o.raw") < 12 << 20 && dir.allocated("back.raw") < 12 << 20);
-    assert!(dir.allocated("c.qcow2") < 2 << 20);
+    assert!(allocated(&dir, "o.raw") < 12 << 20 && allocated(&dir, "back.raw") < 12 << 20);
+    assert!(allocated(&dir, "c.qcow2") < 2 << 20);
     let info = dir.tool("qemu-img", "info|z.qcow2");
     assert!(info.contains("compression type: zstd") && info.contains("cluster_size: 131072"), "{info}");
 }

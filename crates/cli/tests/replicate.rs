@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used)] // a test helper that fails fails the test
 
+mod common;
+
+use common::daemon;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -112,15 +115,6 @@ fn until(is: impl Fn() -> bool) {
     while !is() {
         assert!(begin.elapsed() < Duration::from_secs(30), "it does not come about");
         std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// The command starts the liveblkd beside it, which tests of this package alone do not build.
-fn daemon() {
-    let beside = Path::new(env!("CARGO_BIN_EXE_liveblk")).with_file_name("liveblkd");
-    if !beside.exists() {
-        let built = Command::new(env!("CARGO")).args(["build", "-q", "-p", "daemon", "--bins"]).status();
-        assert!(built.unwrap().success() && beside.exists());
     }
 }
 

@@ -1,6 +1,6 @@
 //! Arguments of a backup, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
 
-use crate::job::Options;
+use crate::job::{Options, rate_limit};
 use crate::mirror_args::{Sync, check_link_loss};
 use crate::verify_args::{Verify, VerifyMode};
 use bitmap::DirtyBitmap;
@@ -148,9 +148,7 @@ impl BackupArgs {
     }
 
     pub(crate) fn check_speed(&self) -> Result<()> {
-        u64::try_from(self.speed)
-            .map(|_| ())
-            .map_err(|_| BlockError::invalid("Parameter 'speed' expects a non-negative value"))
+        rate_limit(self.speed).map(drop)
     }
 
     /// Looks up the nodes and checks everything that can be checked before anything is changed.

@@ -91,16 +91,7 @@ pub async fn start(
         Ok(()) => build(graph, args, checked, &job).await,
         Err(e) => Err(e),
     };
-    match built {
-        Ok(body) => {
-            registry.start(&job, body);
-            Ok(job)
-        }
-        Err(e) => {
-            registry.discard(&job);
-            Err(e.into())
-        }
-    }
+    registry.launch(job, built)
 }
 
 async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Job>) -> Result<Rc<Commit>> {

@@ -2,10 +2,10 @@
 
 use crate::JobError;
 use crate::chain;
-use crate::job::Options;
+use crate::job::{Options, rate_limit};
 use crate::mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
 use crate::verify_args::Verify;
-use block::{BlockError, Result};
+use block::Result;
 use copy::{OnError, OnLinkLoss};
 use graph::{Graph, NodeCell, walk};
 use std::rc::Rc;
@@ -100,10 +100,7 @@ impl CommitArgs {
     }
 
     pub(crate) fn check_speed(&self) -> Result<()> {
-        if self.speed < 0 {
-            return Err(BlockError::invalid("Parameter 'speed' expects a non-negative value"));
-        }
-        Ok(())
+        rate_limit(self.speed).map(drop)
     }
 
     pub(crate) fn buffer(&self) -> u64 {

@@ -79,6 +79,11 @@ pub trait Body {
     fn as_any(&self) -> &dyn Any;
 }
 
+/// A rate limit as a client gives it, in bytes per second, 0 for none.
+pub(crate) fn rate_limit(speed: i64) -> Result<u64> {
+    u64::try_from(speed).map_err(|_| BlockError::invalid("Parameter 'speed' expects a non-negative value"))
+}
+
 /// Options that all jobs have.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -367,9 +372,7 @@ impl Job {
 
     pub(crate) fn set_speed(&self, speed: i64) -> Result<(), JobError> {
         self.accept(Verb::SetSpeed)?;
-        let speed = u64::try_from(speed)
-            .map_err(|_| JobError::refused("Parameter 'speed' expects a non-negative value"))?;
-        self.speed.set(speed);
+        self.speed.set(rate_limit(speed)?);
         self.changed.notify_all();
         Ok(())
     }

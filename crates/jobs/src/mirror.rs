@@ -105,17 +105,8 @@ pub(crate) async fn start_checked(
     job: Rc<Job>,
     leavers: Option<Leavers>,
 ) -> std::result::Result<Rc<Job>, JobError> {
-    match build(registry, graph, args, checked, &job).await {
-        Ok(body) => {
-            *body.leavers.borrow_mut() = leavers;
-            registry.start(&job, body);
-            Ok(job)
-        }
-        Err(e) => {
-            registry.discard(&job);
-            Err(e.into())
-        }
-    }
+    let built = build(registry, graph, args, checked, &job).await;
+    registry.launch(job, built.inspect(|body| *body.leavers.borrow_mut() = leavers))
 }
 
 async fn build(

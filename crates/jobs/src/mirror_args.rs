@@ -2,7 +2,7 @@
 
 use crate::backup_args::BitmapMode;
 use crate::chain::{self, find_device};
-use crate::job::Options;
+use crate::job::{Options, rate_limit};
 use crate::verify_args::Verify;
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
@@ -148,12 +148,10 @@ impl MirrorArgs {
     }
 
     pub(crate) fn job_options(&self) -> Result<Options> {
-        let speed = u64::try_from(self.speed)
-            .map_err(|_| BlockError::invalid("Parameter 'speed' expects a non-negative value"))?;
         Ok(Options {
             auto_finalize: self.auto_finalize,
             auto_dismiss: self.auto_dismiss,
-            speed,
+            speed: rate_limit(self.speed)?,
             on_source_error: self.on_source_error,
             on_target_error: self.on_target_error,
         })

@@ -271,6 +271,24 @@ impl Registry {
         self.env.spawn("job", drive(job.clone()));
     }
 
+    /// Starts a created job with what was built for it. If that failed the job was never there.
+    pub(crate) fn launch<B: Body + 'static>(
+        &self,
+        job: Rc<Job>,
+        built: Result<Rc<B>>,
+    ) -> std::result::Result<Rc<Job>, JobError> {
+        match built {
+            Ok(body) => {
+                self.start(&job, body);
+                Ok(job)
+            }
+            Err(e) => {
+                self.discard(&job);
+                Err(e.into())
+            }
+        }
+    }
+
     /// `job-pause`, `block-job-pause`.
     pub fn pause(&self, job: &Rc<Job>) -> Result<(), JobError> {
         job.pause()

@@ -3,7 +3,7 @@
 use crate::JobError;
 use crate::chain;
 use crate::commit_args::ChainEnd;
-use crate::job::Options;
+use crate::job::{Options, rate_limit};
 use crate::verify_args::Verify;
 use block::{BlockError, Result};
 use copy::OnError;
@@ -75,10 +75,7 @@ impl StreamArgs {
     }
 
     pub(crate) fn check_speed(&self) -> Result<()> {
-        if self.speed < 0 {
-            return Err(BlockError::invalid("Parameter 'speed' expects a non-negative value"));
-        }
-        Ok(())
+        rate_limit(self.speed).map(drop)
     }
 
     pub(crate) fn buffer(&self) -> u64 {

@@ -13,7 +13,7 @@
 use crate::JobError;
 use crate::chain::{self, find_device};
 use crate::event::{Kind, Progress};
-use crate::job::{Body, Job, Options};
+use crate::job::{Body, Job, Options, rate_limit};
 use crate::proving::Rest;
 use crate::registry::Registry;
 use crate::verify_args::{Verify, VerifyMode};
@@ -86,12 +86,10 @@ impl VerifyArgs {
     }
 
     fn options(&self) -> Result<Options> {
-        let speed = u64::try_from(self.speed)
-            .map_err(|_| BlockError::invalid("Parameter 'speed' expects a non-negative value"))?;
         Ok(Options {
             auto_finalize: self.auto_finalize,
             auto_dismiss: self.auto_dismiss,
-            speed,
+            speed: rate_limit(self.speed)?,
             on_source_error: self.on_source_error,
             on_target_error: self.on_target_error,
         })
@@ -194,16 +192,8 @@ pub async fn start(
     source.check_not_blocked()?;
     target.check_not_blocked()?;
     let job = registry.create(&args.job_id, Kind::Verify, args.options()?, None)?;
-    match build(graph, &args, source, &target, &job).await {
-        Ok(body) => {
-            registry.start(&job, body);
-            Ok(job)
-        }
-        Err(e) => {
-            registry.discard(&job);
-            Err(e.into())
-        }
-    }
+    let built = build(graph, &args, source, &target, &job).await;
+    registry.launch(job, built)
 }
 
 async fn build(
