@@ -140,6 +140,26 @@ impl Daemon {
         let named = objects.clone();
         let recorder: Rc<RefCell<Option<Rc<Recorder>>>> = Rc::default();
         opener.find_throttle_groups(Rc::new(move |id| named.throttle_group(id)));
+        let exports = ExportRegistry::new(env, {
+            let (events, recorder, env) = (events.clone(), recorder.clone(), env.clone());
+            move |id| {
+                let data = json!({"id": id});
+                let recorder = recorder.borrow().clone().filter(|r| !r.is_resting());
+                let Some(recorder) = recorder else { return events.emit("BLOCK_EXPORT_DELETED", data) };
+                let events = events.clone();
+                env.spawn("export deleted", async move {
+                    // whoever hears of it must not find it there again after a crash; a failure is told by the next command
+                    let _ = recorder.record().await;
+                    events.emit("BLOCK_EXPORT_DELETED", data);
+                });
+            }
+        });
+        let told = Rc::downgrade(&exports);
+        graph.set_watcher(Rc::new(move || {
+            if let Some(exports) = told.upgrade() {
+                exports.tell_lengths();
+            }
+        }));
         Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),
@@ -149,20 +169,7 @@ impl Daemon {
             colo: jobs::colo::Colo::new(env, &graph),
             graph,
             jobs: Registry::new(env, Rc::new(JobEvents(events.clone()))),
-            exports: ExportRegistry::new(env, {
-                let (events, recorder, env) = (events.clone(), recorder.clone(), env.clone());
-                move |id| {
-                    let data = json!({"id": id});
-                    let recorder = recorder.borrow().clone().filter(|r| !r.is_resting());
-                    let Some(recorder) = recorder else { return events.emit("BLOCK_EXPORT_DELETED", data) };
-                    let events = events.clone();
-                    env.spawn("export deleted", async move {
-                        // whoever hears of it must not find it there again after a crash; a failure is told by the next command
-                        let _ = recorder.record().await;
-                        events.emit("BLOCK_EXPORT_DELETED", data);
-                    });
-                }
-            }),
+            exports,
             events,
             objects,
             chardevs: Chardevs::default(),
@@ -250,7 +257,7 @@ impl Daemon {
         *self.recorder.borrow_mut() = Some(recorder);
     }
 
-    pub(crate) fn exports(&self) -> &ExportRegistry {
+    pub(crate) fn exports(&self) -> &Rc<ExportRegistry> {
         &self.exports
     }
     pub(crate) fn objects(&self) -> &Rc<Objects> {

@@ -30,6 +30,12 @@ Serves disk images, and works on them while they are in use. Options take effect
   --export [type=]nbd,id=<id>,node-name=<node>[,name=<export name>][,writable=on|off]
            [,description=<text>][,writethrough=on|off]
                          offer a node over NBD (after --nbd-server)
+  --export [type=]vhost-user-blk,id=<id>,node-name=<node>,addr.type=unix,addr.path=<path>
+           [,writable=on|off][,writethrough=on|off][,num-queues=<n>][,logical-block-size=<bytes>]
+                         offer a node to a virtual machine
+  --export [type=]fuse,id=<id>,node-name=<node>,mountpoint=<file>
+           [,writable=on|off][,writethrough=on|off][,growable=on|off][,allow-other=on|off|auto]
+                         offer a node as a file, in the place of an existing one
 
   --chardev socket,id=<id>,path=<path>[,server=on|off][,wait=on|off]
   --chardev socket,id=<id>,host=<host>,port=<port>[,server=on|off][,wait=on|off]

@@ -5,12 +5,13 @@
 //! `deleted` was called for it; a name is free as soon as its export was told to go.
 
 use crate::export::{Export, ExportInfo, ExportedBitmap, NbdOptions};
+use crate::fuse::{Fuse, FuseExportOptions};
 use crate::nbd_server::{NbdServer, ServerOptions};
 use crate::vhost_user_blk::{self, VhostUserBlk, VhostUserBlkOptions};
 use block::{BlockError, ErrorKind, Result};
 use env::sync::Notify;
 use env::{Address, Env};
-use graph::Edge;
+use graph::{Edge, Graph};
 use nbd::proto::MAX_STRING;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -30,6 +31,7 @@ pub enum DeleteMode {
 enum AnyExport {
     Nbd(Rc<Export>),
     VhostUserBlk(Rc<VhostUserBlk>),
+    Fuse(Rc<Fuse>),
 }
 
 /// The same question to an export of any kind.
@@ -38,6 +40,7 @@ macro_rules! ask {
         match $export {
             AnyExport::Nbd($e) => $answer,
             AnyExport::VhostUserBlk($e) => $answer,
+            AnyExport::Fuse($e) => $answer,
         }
     };
 }
@@ -49,8 +52,17 @@ impl AnyExport {
     fn info(&self) -> ExportInfo {
         ask!(self, e => e.info())
     }
+    /// Clients that a deletion must wait for.
     fn clients(&self) -> usize {
-        ask!(self, e => e.clients())
+        match self {
+            AnyExport::Nbd(e) => e.clients(),
+            AnyExport::VhostUserBlk(e) => e.clients(),
+            AnyExport::Fuse(e) => e.busy(),
+        }
+    }
+    /// Whether it must not be deleted without force. That a file is open is no reason, as in QSD.
+    fn in_use(&self) -> bool {
+        self.clients() > 0 && !matches!(self, AnyExport::Fuse(_))
     }
     fn is_shutting_down(&self) -> bool {
         ask!(self, e => e.is_shutting_down())
@@ -64,7 +76,7 @@ impl AnyExport {
     fn nbd(&self) -> Option<&Rc<Export>> {
         match self {
             AnyExport::Nbd(e) => Some(e),
-            AnyExport::VhostUserBlk(_) => None,
+            AnyExport::VhostUserBlk(_) | AnyExport::Fuse(_) => None,
         }
     }
 }
@@ -231,6 +243,45 @@ impl ExportRegistry {
         Ok(())
     }
 
+    /// What can be said against a new FUSE export when its node is known.
+    pub fn check_fuse(&self, o: &FuseExportOptions, node_writable: bool) -> Result<()> {
+        self.check_id(&o.id)?;
+        Self::check_writable(o.writable, node_writable)?;
+        let at = self.env.absolute(&o.mountpoint);
+        let taken = |e: &AnyExport| matches!(e, AnyExport::Fuse(f) if f.mountpoint() == at);
+        if self.exports.all.borrow().iter().any(taken) {
+            let message = format!("There already is a FUSE export on '{}'", o.mountpoint.display());
+            return Err(BlockError::new(ErrorKind::Busy, message));
+        }
+        Ok(())
+    }
+
+    /// Offers the node behind `edge` (held with [`FuseExportOptions::demand`]) as a file. Checks as [`ExportRegistry::check_fuse`].
+    pub async fn add_fuse(
+        self: &Rc<Self>,
+        options: FuseExportOptions,
+        edge: Rc<Edge>,
+        graph: Rc<Graph>,
+        node_writable: bool,
+    ) -> Result<()> {
+        self.check_fuse(&options, node_writable)?;
+        let here = Rc::downgrade(self);
+        let gone = Box::new(move |id: &str| {
+            let Some(registry) = here.upgrade() else { return };
+            if let Some(export) = registry.exports.by_id(id) {
+                remove(&registry.exports, export, &*registry.deleted);
+            }
+        });
+        let export = Fuse::start(&self.env, options.clone(), edge, graph, gone).await?;
+        // while it was mounted, another monitor may have taken the id or the place
+        if let Err(e) = self.check_fuse(&options, node_writable) {
+            export.close();
+            return Err(e);
+        }
+        self.exports.all.borrow_mut().push(AnyExport::Fuse(export));
+        Ok(())
+    }
+
     /// Tells clients whose disk has another length than they know.
     pub fn tell_lengths(&self) {
         for e in self.exports.all.borrow().iter() {
@@ -290,7 +341,7 @@ impl ExportRegistry {
         if export.is_shutting_down() {
             return Err(BlockError::new(ErrorKind::Busy, format!("Export '{id}' is already shutting down")));
         }
-        if mode == DeleteMode::Safe && export.clients() > 0 {
+        if mode == DeleteMode::Safe && export.in_use() {
             let hint = "Use mode='hard' to force client disconnect";
             return Err(
                 BlockError::new(ErrorKind::Busy, format!("export '{id}' still in use")).with_hint(hint)

@@ -1,11 +1,14 @@
-//! What the load generator `nbdload` and the do-nothing server `nbdideal` share: sockets and handshakes.
+//! What the load generators `nbdload` and `vhostload` and the do-nothing server `nbdideal` share: sockets and handshakes, what
+//! blocks must contain, figures.
 //!
-//! Both speak the transmission phase by hand, over flat buffers and blocking sockets, so that they do not measure the code
+//! All speak the transmission phase by hand, over flat buffers and blocking sockets, so that they do not measure the code
 //! that they are made to measure, and are faster than any server worth measuring.
 #![forbid(unsafe_code)]
 
 pub mod content;
+pub mod guest;
 pub mod latency;
+pub mod report;
 pub mod steering;
 
 use nbd::{ClientHandshake, ClientWants, Inbox, Mode, Negotiated, Outbox};

@@ -30,6 +30,7 @@ cargo xtask COMMAND
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
   dirty     bitmaps under kill -9, beside what really changed, and a mirror killed at 90 %: [--rounds N] [--seed S]
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]
+  scale     disks of 64 TiB, 256 layers, 1,000 nodes, 64 exports, large bitmaps: are they as cheap as small ones? [--reference QSD] [--rounds N]
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
   kills     kill -9 at random instants under five verifying clients and jobs: [--kills N] [--seed S]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
@@ -56,6 +57,7 @@ fn main() {
         "bitmaps" => script("compat/bitmaps.py", &rest),
         "dirty" => script("compat/dirty.py", &rest),
         "vast" => script("vast.py", &rest),
+        "scale" => scale(&rest),
         "guest" => script("vhost/guest.py", &rest),
         "kills" => script("kills.py", &rest),
         "bench" => bench::run(&rest),
@@ -77,6 +79,15 @@ fn script(name: &str, args: &[String]) -> Outcome {
     let daemon = shell::target().join("release/liveblkd");
     let script = shell::root().join("tests").join(name);
     shell::run(std::process::Command::new(setup::python()).arg(script).arg("--daemon").arg(daemon).args(args))
+}
+
+/// Builds daemon and load client in release, and measures large against small.
+fn scale(args: &[String]) -> Outcome {
+    shell::cargo(&["build", "--quiet", "--release", "--package", "nbdload"])?;
+    let load = shell::target().join("release/nbdload");
+    let mut all = vec!["--load".to_owned(), load.display().to_string()];
+    all.extend_from_slice(args);
+    script("scale.py", &all)
 }
 
 /// Builds a tool of the workspace in release and runs it with the terminal as its own.

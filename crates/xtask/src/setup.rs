@@ -20,6 +20,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("nbdsh", "python3-libnbd"),
     ("nbdkit", "nbdkit"),
     ("fio", "fio"),
+    ("fusermount3", "fuse3"),
     ("openssl", "openssl"),
     ("cc", "build-essential"),
     ("python3", "python3"),

@@ -6,12 +6,14 @@ use crate::address::{LegacyAddress, SocketAddress};
 use crate::error::{QmpError, Reply};
 use env::Address;
 use exports::{
-    DEFAULT_BLOCK_SIZE, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export, ExportInfo,
-    ExportedBitmap, MAX_EXPORTED_BITMAPS, NbdOptions, ServerOptions, VhostUserBlkOptions,
+    AllowOther, DEFAULT_BLOCK_SIZE, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export,
+    ExportInfo, ExportedBitmap, FuseExportOptions, MAX_EXPORTED_BITMAPS, NbdOptions, ServerOptions,
+    VhostUserBlkOptions,
 };
 use graph::{NodeCell, Parent, Role, bitmaps, walk};
 use qapi::{Value, json};
 use serde::Deserialize;
+use std::path::PathBuf;
 use std::rc::Rc;
 
 pub(super) const COMMANDS: &[Entry] = &[
@@ -78,6 +80,25 @@ enum BitmapOfNode {
 enum ExportType {
     Nbd,
     VhostUserBlk,
+    Fuse,
+}
+
+#[derive(Deserialize, Clone, Copy)]
+#[serde(rename_all = "kebab-case")]
+enum FuseAllowOther {
+    Off,
+    On,
+    Auto,
+}
+
+impl From<FuseAllowOther> for AllowOther {
+    fn from(a: FuseAllowOther) -> AllowOther {
+        match a {
+            FuseAllowOther::Off => AllowOther::Off,
+            FuseAllowOther::On => AllowOther::On,
+            FuseAllowOther::Auto => AllowOther::Auto,
+        }
+    }
 }
 
 /// Offers a node to clients.
@@ -104,6 +125,10 @@ struct BlockExportAdd {
     addr: Option<SocketAddress>,
     num_queues: Option<u16>,
     logical_block_size: Option<u64>,
+    mountpoint: Option<PathBuf>,
+    #[serde(default)]
+    growable: bool,
+    allow_other: Option<FuseAllowOther>,
 }
 
 impl Command for BlockExportAdd {
@@ -114,10 +139,23 @@ impl Command for BlockExportAdd {
         if let Some(id) = self.iothread.filter(|id| daemon.objects().find(id).is_none()) {
             return Err(QmpError::generic(format!("iothread \"{id}\" not found")));
         }
+        if self.allow_inactive && !matches!(self.kind, ExportType::Nbd) {
+            return Err(QmpError::generic("Export type does not support inactive exports"));
+        }
+        if let ExportType::Fuse = self.kind {
+            let mountpoint =
+                self.mountpoint.ok_or_else(|| QmpError::generic("Parameter 'mountpoint' is missing"))?;
+            let options = FuseExportOptions {
+                id: self.id,
+                mountpoint,
+                writable: self.writable,
+                writethrough: self.writethrough,
+                growable: self.growable,
+                allow_other: self.allow_other.map(AllowOther::from).unwrap_or_default(),
+            };
+            return export_fuse(&daemon, &cell, options).await;
+        }
         if let ExportType::VhostUserBlk = self.kind {
-            if self.allow_inactive {
-                return Err(QmpError::generic("Export type does not support inactive exports"));
-            }
             let options = VhostUserBlkOptions {
                 id: self.id,
                 address: export_address(self.addr)?,
@@ -201,6 +239,16 @@ async fn export_vhost_user_blk(daemon: &Daemon, cell: &Rc<NodeCell>, options: Vh
     let parent = Parent::Backend(options.id.clone());
     let edge = daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?;
     daemon.exports().add_vhost_user_blk(options, edge, writable).await?;
+    Ok(json!({}))
+}
+
+async fn export_fuse(daemon: &Daemon, cell: &Rc<NodeCell>, options: FuseExportOptions) -> Reply {
+    let writable = cell.is_writable() || cell.options().auto_read_only;
+    daemon.exports().check_fuse(&options, writable)?;
+    daemon.graph().activate(cell).await?;
+    let parent = Parent::Backend(options.id.clone());
+    let edge = daemon.graph().attach(cell, "root", Role::Root, parent, options.demand()).await?;
+    daemon.exports().add_fuse(options, edge, daemon.graph().clone(), writable).await?;
     Ok(json!({}))
 }
 

@@ -141,7 +141,6 @@ impl Command for BlockResize {
             return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
         };
         daemon.graph().resize(&cell, size, Prealloc::Off, |c| check_free(c)).await?;
-        daemon.exports().tell_lengths();
         Ok(json!({}))
     }
 }

@@ -259,7 +259,7 @@ pub(super) fn make_absolute(daemon: &Daemon, arguments: &mut Map<String, Value>)
     for (key, value) in arguments {
         match value {
             Value::String(path)
-                if matches!(key.as_str(), "path" | "dir" | "filename") && !path.is_empty() =>
+                if matches!(key.as_str(), "path" | "dir" | "filename" | "mountpoint") && !path.is_empty() =>
             {
                 *path = env.absolute(Path::new(path.as_str())).to_string_lossy().into_owned();
             }

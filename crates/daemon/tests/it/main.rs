@@ -9,6 +9,7 @@ mod colo;
 mod common;
 mod dirty;
 mod disk;
+mod fuse;
 mod hostile;
 mod links;
 mod migration;

@@ -110,6 +110,11 @@ impl Buf {
         self.len += n;
     }
 
+    /// Forgets what is there.
+    pub(super) fn clear(&mut self) {
+        self.len = 0;
+    }
+
     /// Appends zeroes until `len` bytes are initialised.
     pub(super) fn zero_to(&mut self, len: usize) {
         assert!(len <= self.capacity);

@@ -10,6 +10,7 @@ mod epoll;
 pub mod event;
 mod fault;
 mod file;
+pub mod fuse;
 pub mod messages;
 mod net;
 mod op;

@@ -21,6 +21,16 @@ pub fn id() -> u32 {
     std::process::id()
 }
 
+/// The user that files of ours belong to.
+pub fn user() -> u32 {
+    rustix::process::geteuid().as_raw()
+}
+
+/// The group that files of ours belong to.
+pub fn group() -> u32 {
+    rustix::process::getegid().as_raw()
+}
+
 /// Sets the permissions that new files do not get, and returns the old ones.
 pub fn umask(mask: u32) -> u32 {
     // SAFETY: no pointers; cannot fail.

@@ -9,6 +9,7 @@ use nbd::Mode;
 use nbd::proto::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk};
 use nbdload::content::Expected;
 use nbdload::latency::Histogram;
+use nbdload::report;
 use nbdload::steering::Steering;
 use nbdload::{Socket, connect, enter, parse_uri};
 use std::io::{Read, Write};
@@ -140,24 +141,7 @@ fn run(mut o: Options) -> Result<String, String> {
         all.merge(&latencies);
         took = took.max(time);
     }
-    Ok(report(&o, &all, took))
-}
-
-fn report(o: &Options, all: &Histogram, took: Duration) -> String {
-    let secs = took.as_secs_f64();
-    let usage = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    let cpu = usage.tv_sec as f64 + usage.tv_nsec as f64 / 1e9;
-    let n = all.total() as f64;
-    format!(
-        "{{\"requests\": {n}, \"seconds\": {secs:.3}, \"iops\": {:.0}, \"mib_per_s\": {:.1}, \"p50_us\": {:.1}, \
-         \"p99_us\": {:.1}, \"p999_us\": {:.1}, \"cpu_seconds\": {cpu:.3}, \"verified\": {}}}",
-        n / secs,
-        n * f64::from(o.bs) / secs / f64::from(1 << 20),
-        all.quantile_us(0.5),
-        all.quantile_us(0.99),
-        all.quantile_us(0.999),
-        o.verify,
-    )
+    Ok(report::json(&all, o.bs, took, o.verify))
 }
 
 impl Connection {

@@ -52,6 +52,11 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// Waits until it also listens at another socket.
+    pub(super) fn until_listening(&mut self, socket: &str) -> Outcome {
+        qmpclient::until_listening(&mut self.child, socket.as_ref())
+    }
+
     /// As [`Daemon::start`], with a client of its monitor. About one of 1,500 starts of qemu-storage-daemon 10.0.2 greets and then
     /// answers nothing for ever (all its threads sleep): it gets another chance. liveblkd gets none.
     pub(super) fn with_client(

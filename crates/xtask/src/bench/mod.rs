@@ -14,6 +14,7 @@ mod mirror;
 mod nbd;
 mod table;
 mod verify;
+mod vhost;
 
 use crate::setup;
 use crate::shell::{self, Outcome, fail};
@@ -135,6 +136,7 @@ fn measure(options: &Options) -> Outcome {
         options.dir.display()
     );
     nbd::measure(options)?;
+    vhost::measure(options)?;
     dirty::measure(options)?;
     mirror::measure(options)?;
     jobs::measure(options)?;
