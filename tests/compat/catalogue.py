@@ -27,7 +27,7 @@ UNREACHED = [
     ("Only socket address types 'unix' and 'fd'", "vhost-user-blk is checked by its own tests"),
     ("num-queues must be", "the same"),
     ("parameter logical-block-size", "the same"),
-    ("Failed to stat", "exports of type fuse are step D"),
+    ("Failed to stat", "exports of type fuse are checked by their own tests"),
     ("vduse device", "exports of type vduse-blk are not there (docs/compat.md)"),
     ("The command xen-set-replication has not been found", "it is there"),
     ("Missing the option top-id", "the driver replication is checked by its own tests"),

@@ -20,8 +20,8 @@ MISSING = {
 }
 # Values that are cut out of enumerations, with all that only they lead to.
 CUT = "".join(line for line in """
-# exports of steps D and of nobody
-fuse vduse-blk vhost-user-blk
+# exports of nobody
+vduse-blk
 # drivers of steps C and later, and of nobody
 replication blkreplay bochs cloop dmg ftp ftps gluster host_cdrom http https iscsi luks nfs null-aio nvme parallels qcow qed rbd ssh vdi vhdx vmdk vpc vvfat
 # chardevs that nothing in a storage daemon reads

@@ -29,6 +29,7 @@ pub mod shape;
 mod tree;
 mod turn;
 pub mod walk;
+mod watch;
 
 pub use ahead::{Admitted, WriteAhead};
 pub use cell::{Blocker, Counters, DetectZeroes, NodeCell, NodeOptions};

@@ -13,6 +13,7 @@ use crate::node::Node;
 use crate::perm::{Demand, Perms};
 use crate::plan::{Plan, Step};
 use crate::shape::{Resolved, Shape, ShapeEdge, ShapeNode, WRITING};
+use crate::watch::Watcher;
 use block::{BlockError, ErrorKind, Prealloc, Result};
 use env::Env;
 use env::bugs::planted;
@@ -47,8 +48,7 @@ pub struct Graph {
     changing: Semaphore,
     reaper: Rc<Reaper>,
     keeper: RefCell<Option<Rc<dyn Keeper>>>,
-    /// Called when a node's length may be another.
-    watcher: RefCell<Option<Rc<dyn Fn()>>>,
+    pub(crate) watcher: Watcher,
 }
 
 /// Writes down what the graph is, for a later life of the process.
@@ -152,7 +152,7 @@ impl Graph {
             changing: Semaphore::new(1),
             reaper: Rc::new(Reaper { look: RefCell::default(), called: Notify::new() }),
             keeper: RefCell::default(),
-            watcher: RefCell::default(),
+            watcher: Watcher::default(),
         });
         let (weak, reaper) = (Rc::downgrade(&graph), graph.reaper.clone());
         env.spawn("reaper", async move {
@@ -177,19 +177,6 @@ impl Graph {
     /// From now on `keeper` writes down what plans make of the graph.
     pub fn set_keeper(&self, keeper: Rc<dyn Keeper>) {
         *self.keeper.borrow_mut() = Some(keeper);
-    }
-
-    /// From now on `watcher` is called after each plan that was carried out and each change of a node's length: what lies below
-    /// an edge may have another length then. It must not wait for the graph.
-    pub fn set_watcher(&self, watcher: Rc<dyn Fn()>) {
-        *self.watcher.borrow_mut() = Some(watcher);
-    }
-
-    fn tell_watcher(&self) {
-        let watcher = self.watcher.borrow().clone();
-        if let Some(watcher) = watcher {
-            watcher();
-        }
     }
 
     /// Has what the graph is now written down, after plans that were [`Plan::kept_later`].
@@ -415,7 +402,7 @@ impl Graph {
             Err(e) => Err(e.clone()),
         };
         drop(attached);
-        self.tell_watcher();
+        self.watcher.tell();
         self.reap().await;
         Ok(resized?)
     }
@@ -519,7 +506,7 @@ impl Graph {
         }
         commit(&snapshot);
         drop(gates);
-        self.tell_watcher();
+        self.watcher.tell();
         self.turn_back(&snapshot.cells).await;
         self.release(&snapshot, &resolved).await?;
         drop((snapshot, changes));
