@@ -248,6 +248,8 @@ class Guest(Client):
         super().__init__(model, stop)
         self.path, self.memory, self.queue = path, v.Memory(16 << 20), None
         self.front, self.unsure = None, set()
+        # being written now; and of those what a daemon was given a second time since the last flush
+        self.writing, self.twice = set(), set()
 
     def connect(self):
         until = time.monotonic() + PATIENCE
@@ -292,6 +294,7 @@ class Guest(Client):
                 self.model.figures["reconnections"] += 1
                 # answered before the kill and not flushed: old or new
                 self.unsure |= set(self.model.doubt)
+                self.twice |= self.writing
             if time.monotonic() > until:
                 raise Wrong(f"the guest has no answer for {PATIENCE} s: {left}; {self.rings()}")
 
@@ -316,6 +319,7 @@ class Guest(Client):
             self.expect(status)
             if not self.unsure:
                 self.model.flushed()
+                self.twice.clear()
         elif kind < 0.4:
             self.check(self.model.pick())
         else:
@@ -323,7 +327,9 @@ class Guest(Client):
             for block in list({self.model.pick() for _ in range(3)}):
                 version, data = self.model.begin(block)
                 pending.append((block, version, *self.submit(v.OUT, block * 8, out=data)))
+            self.writing = {p[0] for p in pending}
             self.finish([p[2] for p in pending])
+            self.writing = set()
             for block, version, _, _, status in pending:
                 self.expect(status)
                 self.model.written(block, version)
@@ -337,7 +343,9 @@ class Guest(Client):
             data = self.read(block)
             if block not in self.unsure:
                 version = self.model.seen(block, data)
-                self.model.now[block], self.model.doubt[block] = version, {version}
+                # What outlived a kill outlives the next one; what was written again may be seen now and gone then.
+                stays = {version} | (self.model.doubt[block] if block in self.twice else set())
+                self.model.now[block], self.model.doubt[block] = version, stays
 
     def check(self, block):
         data = self.read(block)

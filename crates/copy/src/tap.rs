@@ -4,7 +4,8 @@
 //! * *loose*: source only, then the range is marked dirty. Background mode; and in the synchronous modes, before the
 //!   copy is in sync, where a large copy of the same bytes is in flight: waiting for it would cost the client
 //!   milliseconds and gain nothing, since the disk is not in sync anyway.
-//! * *both*: under the range lock, source and target at the same time. Granules that are dirty and only partly
+//! * *both*: under the range lock, source and target at the same time, once a crash would leave the range marked: else the target
+//!   could have what the source has not, and nobody would know. Granules that are dirty and only partly
 //!   written stay dirty and are left to the copy; granules wholly written become clean before the target is touched.
 //! * *give up*: the copy was called off while this request waited for the target; it ends as soon as the source has it.
 //!
@@ -192,6 +193,9 @@ impl CopyTap {
         if self.or_let_go(lock.held()).await.is_none() {
             drop(lock);
             return self.loose(source, at, change, true).await;
+        }
+        if !env::bugs::planted("copy: the target before the record") {
+            source.expect_change(at).await?;
         }
         let mut unsure = Unsure::new(&self.work, at, matches!(change, Change::Discard));
         self.work.touch_guest(at, true);

@@ -424,6 +424,13 @@ impl Work {
         all
     }
 
+    /// A set of marks like that of what is dirty, with all of the disk in it.
+    pub fn everything(&self) -> Bitmap {
+        let mut all = self.dirty.borrow().clone();
+        all.set_all();
+        all
+    }
+
     /// Looks at what is dirty now.
     pub fn with_dirty<R>(&self, look: impl FnOnce(&Bitmap) -> R) -> R {
         look(&self.dirty.borrow())

@@ -4,11 +4,13 @@
 
 mod world;
 
-use block::{BlockError, Data, ReqFlags, Span};
+use bitmap::DirtyBitmap;
+use block::{BlockError, Data, Io, ReqFlags, Span};
 use copy::{CopyTap, Engine, OnError, Proof, ProofRules, Work, first};
 use drivers::filters::mirror_top::MirrorTop;
 use env::Env;
-use graph::{Graph, Node};
+use env::sync::Notify;
+use graph::{Admitted, Graph, Node, WriteAhead};
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -298,6 +300,78 @@ fn a_hanging_target_does_not_hold_the_guest_once_called_off() {
         assert!(w.source.bytes.borrow().iter().all(|b| *b == 9));
         assert_eq!(w.work.copies_in_flight(), 0);
         assert!(w.work.dirty_bytes() > 0, "what was called off is dirty again");
+    });
+}
+
+/// A log of changes whose record takes until it is told to go on.
+#[derive(Default)]
+struct SlowLog {
+    recorded: Cell<bool>,
+    told: Notify,
+}
+
+impl WriteAhead for SlowLog {
+    fn try_enter(&self, _: Span) -> Option<Admitted> {
+        self.recorded.get().then_some(Admitted(0))
+    }
+    fn enter(&self, _: Span) -> Io<'_, Admitted> {
+        Box::pin(async move {
+            while !self.recorded.get() {
+                self.told.wait().await;
+            }
+            Ok(Admitted(0))
+        })
+    }
+    fn leave(&self, _: Span, _: Admitted) {}
+    fn sync(&self) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn resize(&self, _: u64) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn close(&self) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn reopen(&self) -> Io<'_> {
+        Box::pin(async { Ok(()) })
+    }
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}
+
+/// Else a crash would leave a target that has what the source lacks, and no mark of it.
+#[test]
+fn a_synchronous_write_reaches_the_target_only_when_a_crash_would_leave_it_marked() {
+    simulate(7, |env, mut rng| async move {
+        let w = world(&env, &mut rng, Mode::WriteBlocking).await;
+        let source = w.top.filtered().unwrap().child();
+        let (log, marks) =
+            (Rc::new(SlowLog::default()), DirtyBitmap::new(None, w.source.len(), 4096).unwrap());
+        let marks = Rc::new(marks);
+        source.add_bitmap(marks.clone());
+        source.set_write_ahead(Some(log.clone()));
+        for disk in [&w.source, &w.target] {
+            disk.hang.set(true);
+        }
+        let g = w.clone();
+        env.spawn("guest", async move {
+            g.top.write(Span::new(4096, 4096), Data::from(vec![9; 4096]), ReqFlags::NONE).await.unwrap();
+        });
+        env.sleep(Duration::from_secs(5)).await;
+        assert_eq!(
+            (w.source.busy.get(), w.target.busy.get()),
+            (0, 0),
+            "nothing is written before the record is made"
+        );
+        log.recorded.set(true);
+        log.told.notify_all();
+        env.sleep(Duration::from_secs(5)).await;
+        assert_eq!((w.source.busy.get(), w.target.busy.get()), (1, 1));
+        assert!(
+            marks.bits().get(4096),
+            "marked before either has it: the region may leave the record only after that"
+        );
     });
 }
 

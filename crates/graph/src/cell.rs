@@ -379,6 +379,20 @@ impl NodeCell {
         Ok(Some(Inside { log, at, by }))
     }
 
+    /// `at` is going to change, and something that must stay equal to this node may change first: after this a crash leaves it marked
+    /// in the bitmaps that survive one, until a later request settles that. Costs nothing where nothing is kept.
+    ///
+    /// # Errors
+    /// The record could not be made. Nothing is to be changed then.
+    pub async fn expect_change(&self, at: Span) -> Result<()> {
+        if self.plain.get() {
+            return Ok(());
+        }
+        let _inside = self.go_ahead(at).await?;
+        drop(Change { cell: self, span: at });
+        Ok(())
+    }
+
     /// Counters since the node was opened.
     pub fn counters(&self) -> Counters {
         self.counters.get()

@@ -200,6 +200,12 @@ impl Edge {
         child.write(offset, data, flags).await
     }
 
+    /// See [`NodeCell::expect_change`].
+    pub async fn expect_change(&self, at: Span) -> Result<()> {
+        let _pass = self.gate.enter().await;
+        self.child().expect_change(at).await
+    }
+
     /// Makes `at` read as zero.
     pub async fn zero(&self, at: Span, flags: ReqFlags) -> Result<()> {
         let _pass = self.gate.enter().await;

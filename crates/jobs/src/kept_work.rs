@@ -83,8 +83,11 @@ impl KeptWork {
     /// From now on what `work` has still to do is kept.
     pub(crate) async fn begin(self: &Rc<Self>, work: &Rc<Work>, source: &Rc<Edge>, target: &Rc<Edge>) {
         if self.set.borrow().is_none() {
+            // What was prepared on the target, or written to both, is durable nowhere yet: all counts until the first checkpoint, which
+            // comes at once.
+            let all = work.everything();
             // The job runs without: it is only after a crash that it has to begin anew.
-            let Ok(set) = self.log.add_set(&self.key, &work.unfinished()).await else { return };
+            let Ok(set) = self.log.add_set(&self.key, &all).await else { return };
             *self.set.borrow_mut() = Some(Rc::new(set));
         }
         let (me, work, source, target) = (self.clone(), work.clone(), source.clone(), target.clone());
@@ -94,14 +97,18 @@ impl KeptWork {
 
     async fn keep(&self, work: &Work, source: &Edge, target: &Edge) {
         let (mut done, mut last) = (work.done(), self.env.now());
+        let mut first = true;
         loop {
             // ends at once when the job does
-            let _ended = race(self.env.sleep(LOOK), self.stop.wait()).await;
+            if !first {
+                let _ended = race(self.env.sleep(LOOK), self.stop.wait()).await;
+            }
             let Some(set) = self.set.borrow().clone().filter(|_| !self.over.get()) else { return };
             let (copied, passed) = (work.done() - done, self.env.now().saturating_sub(last));
-            if copied < STEP && (copied == 0 || passed < PERIOD) {
+            if !first && copied < STEP && (copied == 0 || passed < PERIOD) {
                 continue;
             }
+            first = false;
             (done, last) = (work.done(), self.env.now());
             // What the target has is durable there before it is let go here, and so is what was read: a write that was copied and
             // then lost by the source would leave them different.

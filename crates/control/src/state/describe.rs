@@ -9,10 +9,10 @@ use crate::Daemon;
 use ::state::Tables;
 use drivers::file::Locking;
 use env::Address;
-use graph::{DetectZeroes, NodeCell};
+use graph::{DetectZeroes, Edge, NodeCell, Parent};
 use open::{Description, DriverSpec, NodeSpec};
 use qapi::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -103,9 +103,9 @@ fn nodes(daemon: &Daemon) -> Rows {
         .into_iter()
         .filter_map(|cell| daemon.opener().description(&cell).map(|d| (cell, d)))
         .collect();
+    let used = used(daemon);
     for (order, (cell, description)) in described.iter().enumerate() {
-        // what nobody owns and nobody uses is about to go
-        if !cell.is_monitor_owned() && cell.parents().is_empty() {
+        if !used.contains(&cell.id()) {
             continue;
         }
         let mut record = Map::new();
@@ -125,6 +125,21 @@ fn nodes(daemon: &Daemon) -> Rows {
         row(&mut rows, cell.name(), &Value::Object(record));
     }
     rows
+}
+
+/// Numbers of the nodes that somebody owns or uses, and of those below them. The others are about to go, or belong to a node that is
+/// still being opened and may never come to be: nobody could get rid of them in a later life.
+fn used(daemon: &Daemon) -> BTreeSet<u64> {
+    let outside = |edge: &Rc<Edge>| !matches!(edge.parent(), Parent::Node(_));
+    let mut left: Vec<Rc<NodeCell>> = daemon.graph().nodes();
+    left.retain(|cell| cell.is_monitor_owned() || cell.parents().iter().any(outside));
+    let mut used = BTreeSet::new();
+    while let Some(cell) = left.pop() {
+        if used.insert(cell.id()) {
+            left.extend(cell.node().edges().iter().map(|edge| edge.child()));
+        }
+    }
+    used
 }
 
 /// The node's own options, as `blockdev-add` has them, without children.

@@ -5,6 +5,7 @@ mod kills;
 
 use crate::common::{Client, Daemon, Dir, run, until};
 use serde_json::{Map, Value, json};
+use std::cell::RefCell;
 use std::process::{Command, Stdio};
 
 fn tool(dir: &Dir, program: &str, arguments: &[&str]) -> String {
@@ -414,4 +415,35 @@ fn without_it_nothing_is_kept() {
     let names: Vec<_> =
         std::fs::read_dir(&dir.0).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(names, ["qmp.sock"]);
+}
+
+/// Nobody could get rid of it in a later life, which may not even find its file.
+#[test]
+fn what_is_still_being_opened_is_not_recorded() {
+    let dir = Dir::new();
+    images(&dir);
+    let second = ["--chardev", "socket,id=m2,path=second.sock,server=on,wait=off", "--monitor", "m2"];
+    let daemon = start(&dir, &second);
+    let mut first = daemon.client();
+    let nowhere = json!({"type": "unix", "path": dir.path("nowhere.sock")});
+    let add = json!({"driver": "qcow2", "node-name": "slow", "file": {"driver": "file", "filename": dir.path("overlay.qcow2")},
+        "backing": {"driver": "nbd", "server": nowhere, "open-timeout": 600}});
+    let command = json!({"execute": "blockdev-add", "arguments": add});
+    first.send(format!("{command}\n").as_bytes());
+    let mut c = Client::connect(dir.path("second.sock").as_ref());
+    c.command("qmp_capabilities", json!({})).unwrap();
+    let opened = |c: &mut Client| {
+        let nodes = c.command("query-named-block-nodes", json!({"flat": true})).unwrap();
+        nodes.as_array().unwrap().iter().any(|n| n["file"].as_str().unwrap().ends_with("overlay.qcow2"))
+    };
+    let c = RefCell::new(c);
+    until(|| opened(&mut c.borrow_mut()));
+    c.borrow_mut().command("object-add", json!({"qom-type": "iothread", "id": "recorded"})).unwrap();
+    drop(daemon);
+    std::fs::remove_file(dir.path("overlay.qcow2")).unwrap();
+    let _ = std::fs::remove_file(dir.path("second.sock"));
+    let daemon = start(&dir, &second);
+    let mut c = daemon.client();
+    assert_eq!(c.command("query-state", json!({})).unwrap()["broken"], json!([]));
+    assert_eq!(c.command("query-named-block-nodes", json!({})).unwrap(), json!([]));
 }
