@@ -22,6 +22,9 @@ pub(crate) struct FailoverArgs {
     /// Serve the checkpoint alone, without what was written on this side since
     #[arg(long)]
     discard_own_writes: bool,
+    /// Go back to this checkpoint, if it is kept (`liveblk replicate --keep`); what was written on this side since goes
+    #[arg(long, value_name = "NUMBER")]
+    checkpoint: Option<u64>,
     /// Take over although the primary is connected (what it wrote since the last checkpoint is lost)
     #[arg(long)]
     force: bool,
@@ -45,8 +48,14 @@ pub(crate) fn run(args: &FailoverArgs) -> Outcome {
             args.group, before["committed-epoch"]
         ));
     }
-    let own = if args.discard_own_writes { "discard" } else { "keep" };
-    let done = client.execute("replication-failover", &json!({"group": args.group, "own-writes": own}))?;
+    let mut wanted = json!({"group": args.group});
+    if args.discard_own_writes {
+        wanted["own-writes"] = json!("discard");
+    }
+    if let Some(epoch) = args.checkpoint {
+        wanted["epoch"] = json!(epoch);
+    }
+    let done = client.execute("replication-failover", &wanted)?;
     let age = done.get("age-ms").and_then(Value::as_u64);
     let age = age.map(|ms| format!(", {} old", pair::time(ms))).unwrap_or_default();
     println!(

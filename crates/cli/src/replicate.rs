@@ -44,6 +44,9 @@ pub(crate) struct ReplicateArgs {
     /// Size of the secondary's buffer
     #[arg(long, value_name = "BYTES", default_value = "1G", value_parser = bytes)]
     buffer_size: u64,
+    /// So many checkpoints are kept beside the newest, to fail over to (up to 64, as far as the buffer has room)
+    #[arg(long, value_name = "NUMBER", default_value = "0")]
+    keep: u64,
     /// How the secondary keeps what is not decided yet
     #[arg(long, value_enum, default_value = "redo")]
     engine: Engine,
@@ -223,7 +226,7 @@ fn group(args: &ReplicateArgs, client: &mut Client, node: &str) -> Outcome {
     };
     let new = json!({
         "id": args.group, "volumes": [{"node-name": node}], "engine": name(args.engine),
-        "store": {"path": buffer, "size": args.buffer_size},
+        "store": {"path": buffer, "size": args.buffer_size}, "retain": args.keep,
     });
     client.execute("replication-group-add", &new).map(drop)
 }
@@ -271,8 +274,8 @@ fn secondary(args: &ReplicateArgs, client: &mut Client, place: &str, at: &Value)
     match now["role"].as_str() {
         Some("secondary") if now["stage"] == "running" => return Ok(()),
         Some("unprotected") => {}
-        // a former primary, or one that took over
-        _ if args.overwrite => drop(client.execute("replication-stop", &json!({"group": args.group}))?),
+        // a former primary, or one that took over: not everything is copied then
+        _ if args.overwrite => {}
         _ => {
             return Err(format!(
                 "this disk is in use as {}\n  To give up what it holds and follow another: --overwrite",

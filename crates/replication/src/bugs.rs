@@ -34,13 +34,23 @@ pub enum Bug {
     MergeNotFlushed,
     /// What is buffered is thrown away on restart (as QEMU does).
     EmptiedOnRestart,
+    /// What a secondary says its disks may hold besides its checkpoint is not sent to it again.
+    DoubtForgotten,
+    /// A secondary takes a group over that it does not hold completely.
+    HandOverUnchecked,
+    /// A primary that has handed over serves again before it knows that the other side did not take over.
+    HandOverResumes,
     /// A reader does not look again after it has read the disk.
     NoRecheck,
+    /// Redo: which checkpoints the disks leave behind is not durable before they do.
+    OldestNotDurable,
+    /// Undo: what a committed epoch overwrote is forgotten although the checkpoint before it is kept.
+    RetainedForgotten,
 }
 
 impl Bug {
     /// Those of the state machines.
-    pub const CORE: [Bug; 7] = [
+    pub const CORE: [Bug; 10] = [
         Bug::NoGenerationCheck,
         Bug::NoSequenceCheck,
         Bug::NoDigestCheck,
@@ -48,9 +58,12 @@ impl Bug {
         Bug::NoActivityLog,
         Bug::RefusalForgotten,
         Bug::SyncingCounts,
+        Bug::DoubtForgotten,
+        Bug::HandOverUnchecked,
+        Bug::HandOverResumes,
     ];
     /// Those of the store.
-    pub const STORE: [Bug; 9] = [
+    pub const STORE: [Bug; 11] = [
         Bug::PreimageNotDurable,
         Bug::OwnNotFlushed,
         Bug::DataNotFlushedBeforeCommit,
@@ -60,6 +73,8 @@ impl Bug {
         Bug::MergeNotFlushed,
         Bug::EmptiedOnRestart,
         Bug::NoRecheck,
+        Bug::OldestNotDurable,
+        Bug::RetainedForgotten,
     ];
 }
 

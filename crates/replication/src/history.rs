@@ -99,6 +99,22 @@ impl History {
         }
     }
 
+    /// The path to checkpoint `at`, which lies on this one: the first generation that reached it.
+    #[must_use]
+    pub fn rewound(&self, at: Epoch) -> History {
+        let mut back = self.clone();
+        if at >= self.epoch() {
+            return back;
+        }
+        while back.past.last().is_some_and(|p| p.1 >= at) {
+            back.now = back.past.pop();
+        }
+        if let Some(now) = &mut back.now {
+            now.1 = now.1.min(at);
+        }
+        back
+    }
+
     /// The epochs that each generation of the path wrote: (generation, after epoch, up to epoch).
     fn segments(&self) -> impl Iterator<Item = (Generation, Epoch, Epoch)> + '_ {
         let mut from = Epoch(0);
@@ -228,6 +244,28 @@ mod tests {
         assert_eq!(seen.len(), 5, "{seen:?}");
         assert_eq!(all[0].claimed.compare(&History::none()), Relation::Fresh);
         assert_eq!(all[0].claimed.compare(&History::begin(Generation(77))), Relation::Unrelated);
+    }
+
+    #[test]
+    fn a_path_is_rewound_to_any_checkpoint_on_it() {
+        let (g, e) = (Generation, Epoch);
+        let mut path = History::begin(g(1));
+        path.advance(e(3));
+        let mut all = vec![path.clone()];
+        path.promote(g(2), e(3));
+        path.advance(e(5));
+        all.push(path.clone());
+        path.promote(g(4), e(4));
+        path.advance(e(9));
+        assert_eq!(path.rewound(e(9)), path);
+        assert_eq!(path.rewound(e(7)).now(), Some((g(4), e(7))));
+        assert_eq!(path.rewound(e(3)), all[0]);
+        let mut four = all[1].clone();
+        four = four.rewound(e(4));
+        assert_eq!((four.past(), four.now()), (&[(g(1), e(3))][..], Some((g(2), e(4)))));
+        assert_eq!(path.rewound(e(4)), four);
+        assert_eq!(path.rewound(e(1)).now(), Some((g(1), e(1))));
+        assert_eq!(path.compare(&path.rewound(e(4))), Relation::Behind(e(4)));
     }
 
     #[test]

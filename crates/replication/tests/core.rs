@@ -1,6 +1,7 @@
 //! The state machines against the one-page oracle: a primary, two secondaries, connections that break, hosts that crash, changes that
-//! are refused, a promotion while the old primary writes on. Storage is a few words of memory here (the store has tests of its own);
-//! what is tested are the decisions. A run is a function of its seed: `SEED=n` repeats one.
+//! are refused, managers that decide, a promotion while the old primary writes on, the old primary that gives up and follows, a group
+//! that is handed over. Storage is a few words of memory here (the store has tests of its own); what is tested are the decisions. A
+//! run is a function of its seed: `SEED=n` repeats one.
 #![allow(
     missing_docs,
     clippy::unwrap_used,
@@ -14,9 +15,9 @@ use replication::ack::{AckLevel, Quorum};
 use replication::bugs::{Bug, plant};
 use replication::dirty::{Dirty, GRANULE};
 use replication::history::History;
-use replication::primary::{self, Config, PeerState, Primary, Standing};
+use replication::primary::{self, Config, PeerState, Primary, Readiness, Standing};
 use replication::secondary::{self, Secondary};
-use replication::wire::{Body, Frame, VolumeInfo, crc_of};
+use replication::wire::{Body, Doubt, Frame, HandOver, VolumeInfo, crc_of};
 use replication::{Epoch, Generation, GroupId, Seq};
 use sim::Rng;
 use std::collections::{BTreeMap, VecDeque};
@@ -36,6 +37,13 @@ struct Host {
     core: Secondary,
     group: GroupId,
     committed: Image,
+    /// What is beneath the layers: the checkpoint; or, where changes go to the disk at once, also what a broken session left.
+    base: Image,
+    undo: bool,
+    /// Where the disk may be something else than the checkpoint.
+    left: Vec<usize>,
+    /// The disk was an owner's: its path, and how far back `left` reaches.
+    former: Option<(History, Epoch)>,
     layers: Vec<(Option<Epoch>, Vec<(usize, u8)>)>,
     durable: (Generation, History, bool),
     promoted: bool,
@@ -56,6 +64,8 @@ struct World {
     rng: Rng,
     model: Model,
     image: Image,
+    /// The path of the primary's image at its promotion.
+    history: History,
     primary: Primary,
     hosts: Vec<Host>,
     links: Vec<Link>,
@@ -67,6 +77,15 @@ struct World {
     acked: u64,
     promotions: u64,
     checkpoints: u64,
+    /// Users are kept out: the group is being handed over to this peer, which was asked in this session.
+    handing: Option<(usize, Option<u64>)>,
+    /// How often that was done, and how often an owner gave up.
+    handed: u64,
+    gave_up: u64,
+    generations: u64,
+    /// Nothing may be copied to this one but what was written since.
+    exact: Option<usize>,
+    wrong: Option<String>,
     /// How often something goes wrong.
     rough: f64,
 }
@@ -88,20 +107,68 @@ impl Host {
         let core = Secondary::new(group, volumes(), Generation(0), History::none(), false);
         let durable = (Generation(0), History::none(), false);
         let (committed, layers, seen) = ([0xee; BLOCKS], vec![(None, vec![])], BTreeMap::new());
-        Host { core, group, committed, layers, durable, promoted: false, seen, next_session: 1 }
+        Host {
+            core,
+            group,
+            committed,
+            base: committed,
+            undo: false,
+            left: vec![],
+            former: None,
+            layers,
+            durable,
+            promoted: false,
+            seen,
+            next_session: 1,
+        }
     }
 
     fn latest(&self) -> Image {
-        let mut image = self.committed;
+        let mut image = self.base;
         self.layers.iter().flat_map(|l| &l.1).for_each(|(b, v)| image[*b] = *v);
         image
     }
 
-    fn crash(&mut self) {
-        let (highest, history, promoted) = self.durable.clone();
+    /// What was not decided is void, but stays on the disk where it went there.
+    fn void(&mut self) {
+        if self.undo {
+            self.base = self.latest();
+            self.left.extend(self.layers.iter().flat_map(|l| &l.1).map(|c| c.0));
+        }
         self.layers = vec![(None, vec![])];
         self.seen.clear();
+    }
+
+    fn doubt(&self) -> Doubt {
+        Doubt {
+            former: self.former.clone(),
+            places: Some(self.left.iter().map(|b| (0, block(*b))).collect()),
+        }
+    }
+
+    fn crash(&mut self) {
+        let (highest, history, promoted) = self.durable.clone();
+        self.void();
         self.core = Secondary::new(self.group, volumes(), highest, history, promoted);
+    }
+
+    fn promote(&mut self, generation: Generation) {
+        self.promoted = true;
+        self.void();
+        // the merge: back to the checkpoint
+        (self.base, self.left) = (self.committed, vec![]);
+        let mut history = self.core.history().clone();
+        history.promote(generation, history.epoch());
+        self.durable = (generation, history, true);
+    }
+
+    /// Layers up to the one of epoch `e` are the checkpoint.
+    fn commit(&mut self, upto: usize) {
+        for (_, changes) in self.layers.drain(..=upto) {
+            changes.iter().for_each(|(b, v)| self.base[*b] = *v);
+        }
+        self.committed = self.base;
+        (self.left, self.former) = (vec![], None);
     }
 }
 
@@ -111,17 +178,20 @@ impl World {
         let group = GroupId::of_name("model");
         let history = History::begin(Generation(1));
         let dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], Epoch(0));
-        let mut primary = Primary::new(group, volumes(), history, Epoch(0), dirty, config());
+        let mut primary = Primary::new(group, volumes(), history.clone(), Epoch(0), dirty, config());
         let peers = 1 + rng.index(2);
         (0..peers).for_each(|_| {
             primary.add_peer();
         });
+        let mut hosts: Vec<Host> = (0..peers).map(|_| Host::new(group)).collect();
+        hosts.iter_mut().for_each(|h| h.undo = rng.chance(0.5));
         World {
             rng,
             model: Model::default(),
             image: [0; BLOCKS],
+            history,
             primary,
-            hosts: (0..peers).map(|_| Host::new(group)).collect(),
+            hosts,
             links: (0..peers).map(|_| Link::default()).collect(),
             sync: vec![Vec::new(); peers],
             activity: Vec::new(),
@@ -130,6 +200,12 @@ impl World {
             acked: 0,
             promotions: 0,
             checkpoints: 0,
+            handing: None,
+            handed: 0,
+            gave_up: 0,
+            generations: 1,
+            exact: None,
+            wrong: None,
             rough: *Rng::new(!seed).choose(&[0.02, 0.1, 0.3, 1.0]),
         }
     }
@@ -149,6 +225,14 @@ impl World {
                 }
                 primary::Output::Close(p) => self.cut(p),
                 primary::Output::Sync(p, bits) => {
+                    if self.exact == Some(p) && self.hosts[p].left.is_empty() {
+                        let more = (0..BLOCKS)
+                            .find(|b| bits[0].get(*b as u64 * GRANULE) && !self.activity.contains(b));
+                        if let Some(b) = more {
+                            let text = format!("block {b} is copied for nothing after a hand-over");
+                            self.wrong.get_or_insert(text);
+                        }
+                    }
                     self.sync[p] = (0..BLOCKS).filter(|b| bits[0].get(*b as u64 * GRANULE)).collect();
                 }
                 primary::Output::Clean(e) => {
@@ -200,9 +284,9 @@ impl World {
                 }
                 secondary::Output::Begin { session, generation } => {
                     host.durable.0 = generation;
-                    host.layers = vec![(None, vec![])];
-                    host.seen.clear();
-                    host.core.step(secondary::Input::Begun { session, limit: u64::MAX }, &mut again);
+                    host.void();
+                    let doubt = host.doubt();
+                    host.core.step(secondary::Input::Begun { session, limit: u64::MAX, doubt }, &mut again);
                 }
                 secondary::Output::Keep => {
                     if host.promoted {
@@ -247,15 +331,18 @@ impl World {
                 }
                 secondary::Output::Commit(e) => {
                     let upto = host.layers.iter().position(|l| l.0 == Some(e)).unwrap();
-                    for (_, changes) in host.layers.drain(..=upto) {
-                        changes.iter().for_each(|(b, v)| host.committed[*b] = *v);
-                    }
+                    host.commit(upto);
                     host.core.step(secondary::Input::Decided(e), &mut again);
                     host.durable.1 = host.core.history().clone();
                 }
+                secondary::Output::TakeOver(_) => {
+                    self.generations += 1;
+                    let (g, at) = (Generation(self.generations), host.core.history().epoch());
+                    host.promote(g);
+                    host.core.step(secondary::Input::Promoted(g, at), &mut again);
+                }
                 secondary::Output::Fenced(_)
                 | secondary::Output::Vetoed(..)
-                | secondary::Output::TakeOver(_)
                 | secondary::Output::Hash { .. }
                 | secondary::Output::SplitBrain(_) => {}
             }
@@ -267,6 +354,9 @@ impl World {
     }
 
     fn write(&mut self) {
+        if self.handing.is_some() {
+            return;
+        }
         let b = self.rng.index(BLOCKS);
         let data = Data::copy_from(&[self.rng.draw() as u8]);
         let crc = crc_of(&data);
@@ -305,25 +395,145 @@ impl World {
         }
     }
 
-    fn restart_primary(&mut self) {
-        (0..self.links.len()).for_each(|p| self.cut(p));
-        let mut dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], self.floor);
-        // the history on its disk may be old: only a promotion writes it
-        let history = History::begin(Generation(1));
-        if !replication::bugs::planted(Bug::NoActivityLog) {
-            self.activity.iter().for_each(|b| dirty.mark(Epoch(u64::MAX), 0, block(*b)).unwrap());
+    /// A step of handing the group over: to a peer that is a copy, when it has everything.
+    fn hand_over(&mut self) -> Result<(), String> {
+        let Some((p, asked)) = self.handing else {
+            let p = self.rng.index(self.hosts.len());
+            if self.promotions == 0 && self.primary.peers()[p].state == PeerState::Running {
+                self.handing = Some((p, None));
+            }
+            return Ok(());
+        };
+        let Some(session) = asked else {
+            // a defect above may ask too early; nothing must be lost
+            let hasty = self.primary.peers()[p].state.gets_changes() && self.rng.chance(self.rough * 0.2);
+            match self.primary.readiness(p) {
+                ready if ready == Readiness::Ready || hasty => {
+                    let epoch = self.primary.history().epoch();
+                    let body = Body::HandOver(Box::new(hand()));
+                    let frame = self.primary.frame(self.primary.last(), epoch, body);
+                    self.links[p].to.push_back(frame);
+                    self.handing = Some((p, self.links[p].up));
+                }
+                Readiness::NotACopy => self.handing = None,
+                Readiness::NeedsCheckpoint => self.mark(false),
+                _ => {}
+            }
+            return Ok(());
+        };
+        if self.primary.fenced().is_some() {
+            if self.hosts[p].committed != self.image {
+                return Err(format!(
+                    "handed over to {p}, which lacks something: {:?}",
+                    self.hosts[p].committed
+                ));
+            }
+            self.handing = None;
+            self.handed += 1;
+            self.exact = Some(p);
+            self.swap(p, None);
+        } else if self.primary.was_not_taken(p, self.links[p].up == Some(session)) {
+            if self.hosts[p].promoted {
+                return Err("both sides serve after a hand-over".to_owned());
+            }
+            self.handing = None;
         }
-        let fenced = self.primary.fenced().is_some();
-        self.primary =
-            Primary::new(GroupId::of_name("model"), volumes(), history, self.reserved, dirty, config());
+        Ok(())
+    }
+
+    /// The old primary gives up, and follows the one that was promoted: its image is its checkpoints, but for what it wrote since
+    /// everybody had committed.
+    fn give_up(&mut self) {
+        let Some(p) = self.hosts.iter().position(|h| h.promoted) else { return };
+        if self.handing.is_some() || self.hosts.iter().filter(|h| h.promoted).count() > 1 {
+            return;
+        }
+        let mut history = self.primary.history().clone();
+        history.advance(self.reserved);
+        self.gave_up += 1;
+        self.exact = None;
+        self.swap(p, Some((history, self.floor, self.activity.clone())));
+    }
+
+    /// Host `p` is the primary from now on, and the old primary a secondary in its place.
+    fn swap(&mut self, p: usize, former: Option<(History, Epoch, Vec<usize>)>) {
+        (0..self.links.len()).for_each(|p| self.cut(p));
+        let group = GroupId::of_name("model");
+        let mut old = Host::new(group);
+        old.undo = self.rng.chance(0.5);
+        old.base = self.image;
+        match former {
+            Some((history, since, places)) => (old.former, old.left) = (Some((history, since)), places),
+            None => {
+                old.committed = self.image;
+                old.durable = (self.primary.history().generation(), self.primary.history().clone(), false);
+            }
+        }
+        let (highest, history, _) = old.durable.clone();
+        old.core = Secondary::new(group, volumes(), highest, history, false);
+        let new = std::mem::replace(&mut self.hosts[p], old);
+        self.history = new.durable.1;
+        self.image = new.committed;
+        (self.floor, self.reserved) = (self.history.epoch(), self.history.epoch());
+        self.activity.clear();
+        self.promotions = 0;
+        self.begin(Dirty::new(vec![BLOCKS as u64 * GRANULE], self.floor));
+    }
+
+    fn begin(&mut self, dirty: Dirty) {
+        let group = GroupId::of_name("model");
+        self.primary = Primary::new(group, volumes(), self.history.clone(), self.reserved, dirty, config());
         self.links.iter().for_each(|_| {
             self.primary.add_peer();
         });
-        assert!(!fenced || self.promotions > 0);
         self.model.after.clear();
+        self.acked = 0;
+    }
+
+    fn mark(&mut self, external: bool) {
+        if self.primary.open_epoch() > self.reserved {
+            self.reserved = Epoch(self.primary.open_epoch().0 + 3);
+            self.primary.reserve(self.reserved);
+        }
+        self.primary_does(primary::Input::Mark { external });
+    }
+
+    /// A manager commits a prepared epoch on a secondary, for itself.
+    fn decide_there(&mut self, p: usize, e: Epoch) -> Result<(), String> {
+        let host = &mut self.hosts[p];
+        let Some(upto) = host.layers.iter().position(|l| l.0 == Some(e)).filter(|_| !host.promoted) else {
+            return Ok(());
+        };
+        host.commit(upto);
+        let mut history = self.primary.history().clone();
+        history.advance(e);
+        host.core.agree(history);
+        self.host_does(p, secondary::Input::Decided(e), None)?;
+        let host = &mut self.hosts[p];
+        host.durable.1 = host.core.history().clone();
+        Ok(())
+    }
+
+    fn restart_primary(&mut self) {
+        (0..self.links.len()).for_each(|p| self.cut(p));
+        // whoever asked is gone with it; a side that took over meanwhile does not know that this one does not know
+        self.handing = None;
+        if self.hosts.iter().any(|h| h.promoted) {
+            self.promotions = self.promotions.max(1);
+        }
+        let mut dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], self.floor);
+        if !replication::bugs::planted(Bug::NoActivityLog) {
+            self.activity.iter().for_each(|b| dirty.mark(Epoch(u64::MAX), 0, block(*b)).unwrap());
+        }
+        // the history on its disk may be old: only a promotion writes it
+        self.begin(dirty);
     }
 
     fn act(&mut self) -> Result<(), String> {
+        let often = if self.handing.is_some() { 0.15 } else { 0.03 };
+        if self.rng.chance(often) {
+            self.hand_over()?;
+        }
         let p = self.rng.index(self.hosts.len());
         let trouble = self.rng.chance(self.rough);
         match self.rng.below(100) {
@@ -345,13 +555,22 @@ impl World {
                 }
             }
             76..86 => self.catch_up(p),
-            86..90 => {
-                if self.primary.open_epoch() > self.reserved {
-                    self.reserved = Epoch(self.primary.open_epoch().0 + 3);
-                    self.primary.reserve(self.reserved);
-                }
-                self.primary_does(primary::Input::Mark);
+            86..89 => {
+                let external = self.rng.chance(0.3);
+                self.mark(external);
             }
+            89 if self.handing.is_none() && self.rng.chance(0.7) => {
+                // a manager decides about the oldest, at the primary or where it is prepared
+                if let Some(e) = self.primary.undecided().first().copied() {
+                    let decision = if self.rng.chance(0.7) { Ok(()) } else { Err("no".to_owned()) };
+                    if self.rng.chance(0.6) {
+                        self.primary_does(primary::Input::Decide(e, decision));
+                    } else {
+                        self.decide_there(p, e)?;
+                    }
+                }
+            }
+            89 => self.give_up(),
             90..94 => {
                 if self.links[p].up.is_none() && self.primary.peers()[p].state != PeerState::Refused {
                     let id = self.hosts[p].next_session;
@@ -373,19 +592,20 @@ impl World {
             98 => {
                 // A promotion, while the old primary knows nothing and writes on.
                 let host = &mut self.hosts[p];
-                if host.core.history().now().is_some() && !host.promoted && self.rng.chance(0.6) {
-                    let g = Generation(host.core.highest().0 + 1 + p as u64);
-                    let c = host.core.history().epoch();
-                    host.promoted = true;
-                    host.layers = vec![(None, vec![])];
+                if self.handing.is_some() {
+                } else if host.core.history().now().is_some() && !host.promoted && self.rng.chance(0.6) {
+                    self.generations += 1 + p as u64;
+                    let (g, c) = (Generation(self.generations), host.core.history().epoch());
+                    host.promote(g);
                     self.promotions += 1;
                     self.host_does(p, secondary::Input::Promoted(g, c), None)?;
-                    let host = &mut self.hosts[p];
-                    host.durable = (g, host.core.history().clone(), true);
+                } else if self.rng.chance(0.5) {
+                    self.give_up();
                 }
             }
             _ => {}
         }
+        self.wrong.take().map_or(Ok(()), Err)?;
         self.check()
     }
 
@@ -441,13 +661,26 @@ impl World {
     }
 }
 
-fn run(seed: u64) -> Result<(u64, u64), String> {
+fn hand() -> HandOver {
+    HandOver {
+        name: "a".into(),
+        address: "a:1".into(),
+        write_level: AckLevel::Local,
+        flush_level: AckLevel::RemoteDurable,
+        min_acks: 1,
+        policy: primary::LinkPolicy::Degrade,
+        interval_ms: 0,
+        timeout_ms: 1000,
+    }
+}
+
+fn run(seed: u64) -> Result<[u64; 4], String> {
     let mut w = World::new(seed);
     w.primary_does(primary::Input::Configure(config()));
     for _ in 0..700 {
         w.act()?;
     }
-    Ok((w.checkpoints, w.promotions))
+    Ok([w.checkpoints, w.promotions + w.gave_up, w.handed, w.gave_up])
 }
 
 fn seeds() -> (u64, u64) {
@@ -459,16 +692,21 @@ fn seeds() -> (u64, u64) {
 #[test]
 fn the_secondary_is_always_at_a_checkpoint_and_nothing_owed_is_forgotten() {
     let (from, count) = seeds();
-    let (mut checkpoints, mut promotions) = (0, 0);
+    let mut sums = [0; 4];
     for seed in from..from + count {
         match run(seed) {
-            Ok((c, p)) => (checkpoints, promotions) = (checkpoints + c, promotions + p),
+            Ok(more) => sums.iter_mut().zip(more).for_each(|(sum, n)| *sum += n),
             Err(e) => panic!("SEED={seed}: {e}"),
         }
     }
-    println!("seeds {from}..{}: {checkpoints} checkpoints, {promotions} promotions", from + count);
+    let [checkpoints, promotions, handed, gave_up] = sums;
+    println!(
+        "seeds {from}..{}: {checkpoints} checkpoints, {promotions} promotions, {handed} hand-overs, {gave_up} owners gave up",
+        from + count
+    );
+    let few = count / 100;
     assert!(
-        count == 1 || (checkpoints > count && promotions > count / 20),
+        count == 1 || (checkpoints > count && promotions > 2 * few && handed > few && gave_up > few),
         "the runs must reach what they test"
     );
 }
@@ -488,20 +726,11 @@ fn every_removed_rule_is_found() {
 #[test]
 fn a_group_is_taken_over_only_at_the_checkpoint_it_is_handed_over_at() {
     use replication::secondary::{Input, Output, Secondary};
-    use replication::wire::{Body, Frame, HandOver, Hello};
+    use replication::wire::{Body, Frame, Hello};
     let group = GroupId::of_name("model");
     let mut history = History::begin(Generation(1));
     history.advance(Epoch(4));
-    let hand = HandOver {
-        name: "a".into(),
-        address: "a:1".into(),
-        write_level: AckLevel::Local,
-        flush_level: AckLevel::RemoteDurable,
-        min_acks: 1,
-        policy: primary::LinkPolicy::Degrade,
-        interval_ms: 0,
-        timeout_ms: 1000,
-    };
+    let hand = hand();
     let ask = |epoch: u64, change: bool, session: u64| {
         let mut s = Secondary::new(group, volumes(), Generation(1), history.clone(), false);
         let mut out = Vec::new();
@@ -509,7 +738,7 @@ fn a_group_is_taken_over_only_at_the_checkpoint_it_is_handed_over_at() {
             |seq, epoch, body| Frame { generation: Generation(1), seq: Seq(seq), epoch: Epoch(epoch), body };
         let hello = Hello { group, history: history.clone(), volumes: volumes() };
         s.step(Input::Frame(1, &frame(0, 5, Body::Hello(Box::new(hello)))), &mut out);
-        s.step(Input::Begun { session: 1, limit: u64::MAX }, &mut out);
+        s.step(Input::Begun { session: 1, limit: u64::MAX, doubt: Doubt::none() }, &mut out);
         s.step(Input::Frame(1, &frame(7, 5, Body::Flush)), &mut out);
         if change {
             let body = Body::Zero { volume: 0, at: block(1), unmap: true, catch_up: false };
@@ -523,4 +752,50 @@ fn a_group_is_taken_over_only_at_the_checkpoint_it_is_handed_over_at() {
     assert!(!ask(3, false, 1) && !ask(5, false, 1), "another checkpoint");
     assert!(!ask(4, true, 1), "there is more");
     assert!(!ask(4, false, 2), "not the primary");
+}
+
+/// L8: a former owner's disks are brought up to date by what either side has written since the paths parted, if its marks reach back so
+/// far; and else by everything.
+#[test]
+fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
+    use replication::primary::{Input, Output};
+    use replication::wire::Welcome;
+    let group = GroupId::of_name("model");
+    // this side was promoted at checkpoint 4, and has written block 2 since
+    let mut history = History::begin(Generation(1));
+    history.advance(Epoch(4));
+    let mut theirs = history.clone();
+    history.promote(Generation(2), Epoch(4));
+    theirs.advance(Epoch(9));
+    let blocks = |former: Option<(History, Epoch)>, places: Option<Vec<(u16, Span)>>| {
+        let mut dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], Epoch(4));
+        dirty.mark(Epoch(5), 0, block(2)).unwrap();
+        let mut p = Primary::new(group, volumes(), history.clone(), Epoch(4), dirty, config());
+        p.add_peer();
+        let mut out = Vec::new();
+        p.step(Input::Connected(0), &mut out).unwrap();
+        let welcome = Welcome { history: History::none(), limit: 0, doubt: Doubt { former, places } };
+        let frame = Frame {
+            generation: Generation(2),
+            seq: Seq(0),
+            epoch: Epoch(0),
+            body: Body::Welcome(Box::new(welcome)),
+        };
+        p.step(Input::Frame(0, &frame), &mut out).unwrap();
+        let sync = out.iter().find_map(|o| if let Output::Sync(0, bits) = o { Some(bits) } else { None });
+        let bits = &sync.unwrap()[0];
+        (0..BLOCKS).filter(|b| bits.get(block(*b).start)).collect::<Vec<_>>()
+    };
+    let all: Vec<usize> = (0..BLOCKS).collect();
+    let its = || Some(vec![(0, block(4))]);
+    assert_eq!(blocks(Some((theirs.clone(), Epoch(4))), its()), [2, 4]);
+    assert_eq!(blocks(Some((theirs.clone(), Epoch(3))), its()), [2, 4]);
+    assert_eq!(
+        blocks(Some((theirs.clone(), Epoch(5))), its()),
+        all,
+        "its marks begin after the paths parted"
+    );
+    assert_eq!(blocks(Some((theirs.clone(), Epoch(4))), None), all, "it does not know what it wrote");
+    assert_eq!(blocks(Some((History::begin(Generation(7)), Epoch(0))), its()), all, "unrelated");
+    assert_eq!(blocks(None, its()), all);
 }

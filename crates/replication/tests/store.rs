@@ -43,8 +43,11 @@ struct Model {
     checkpoints: BTreeMap<u64, Content>,
     acked: u64,
     trying: Option<u64>,
-    promoting: Option<bool>,
+    /// Own writes stay or go, and the checkpoint.
+    promoting: Option<(bool, u64)>,
     promoted: bool,
+    /// Checkpoints that were offered when the last life ended, and how many are kept beside the newest.
+    offered: (Vec<u64>, u64),
     own: Vec<Vec<Own>>,
     lines: Vec<Vec<Line>>,
     next: u64,
@@ -230,21 +233,61 @@ impl Life {
         }
     }
 
-    /// A promotion some time, and the merge.
+    /// Somebody looks at checkpoints, old ones and the newest, while replication goes on: each stays what it was.
+    async fn looker(self: Rc<Life>) {
+        loop {
+            let pause = self.draw(|r| r.duration(Duration::from_micros(20), Duration::from_millis(5)));
+            self.env.sleep(pause).await;
+            let all = self.store.checkpoints();
+            if all.is_empty() || self.store.role() != Role::Secondary {
+                continue;
+            }
+            let epoch = self.draw(|r| *r.choose(&all));
+            let hold = self.store.hold(Some(epoch)).unwrap();
+            for _ in 0..self.draw(|r| r.below(6)) {
+                let (v, at, len) = self.draw(some_span);
+                let got = hold.read(v as u16, span_of(at, len)).await;
+                self.compare(epoch, (v, at, len), got);
+                let pause = self.draw(|r| r.duration(Duration::from_micros(1), Duration::from_millis(8)));
+                self.env.sleep(pause).await;
+            }
+        }
+    }
+
+    /// What somebody who looks at a checkpoint read.
+    fn compare(&self, epoch: Epoch, (v, at, len): (usize, usize, usize), got: block::Result<Data>) {
+        let m = &mut *self.model.borrow_mut();
+        let was = &m.checkpoints[&epoch.0][v][at..at + len];
+        match got {
+            Ok(data) if data.to_vec() != bytes_of(was).to_vec() => {
+                m.wrong.get_or_insert(format!("checkpoint {epoch} has changed: sectors {at}.. of {v}"));
+            }
+            Err(e) if self.store.role() == Role::Secondary => {
+                m.wrong.get_or_insert(format!("checkpoint {epoch} cannot be read: {e}"));
+            }
+            _ => {}
+        }
+    }
+
+    /// A promotion some time, to any checkpoint that is there, and the merge.
     async fn takeover(self: Rc<Life>) {
         let pause = self.draw(|r| r.duration(Duration::from_micros(200), Duration::from_millis(60)));
         self.env.sleep(pause).await;
         if self.store.role() == Role::Secondary {
             let quiet = self.quiet.acquire(1).await;
             let keep = self.draw(|r| r.chance(0.7));
+            let all = self.store.checkpoints();
+            if all.is_empty() {
+                return;
+            }
+            let at = if self.draw(|r| r.chance(0.5)) { None } else { Some(self.draw(|r| *r.choose(&all))) };
+            let epoch = at.or(all.last().copied()).unwrap();
+            let keep = keep && Some(&epoch) == all.last();
             {
                 let mut m = self.model.borrow_mut();
-                if m.acked == 0 {
-                    return;
-                }
-                m.promoting = Some(keep);
+                m.promoting = Some((keep, epoch.0));
                 if !keep {
-                    let ck = m.checkpoints[&m.acked].clone();
+                    let ck = m.checkpoints[&epoch.0].clone();
                     for v in 0..VOLUMES {
                         for s in 0..SECTORS {
                             m.lines[v][s].values.push(ck[v][s]);
@@ -252,10 +295,11 @@ impl Life {
                     }
                 }
             }
-            self.store.promote(Generation(2), keep).await.unwrap();
+            self.store.promote_at(Generation(2), keep, at).await.unwrap();
             let mut m = self.model.borrow_mut();
             m.promoted = true;
             m.promoting = None;
+            m.acked = epoch.0;
             if !keep {
                 m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
                 m.lines.iter_mut().flatten().for_each(|l| l.settled = l.values.len() - 1);
@@ -291,14 +335,16 @@ async fn check(store: &Store, model: &Rc<RefCell<Model>>) -> Result<(), String> 
     }
     let m = &mut *model.borrow_mut();
     let c = store.history().epoch().0;
-    if c != m.acked && Some(c) != m.trying {
-        return Err(format!("I4: at checkpoint {c}, acknowledged was {}, undecided {:?}", m.acked, m.trying));
-    }
     let promoted = store.role() != Role::Secondary;
+    let promoting = m.promoting.filter(|_| promoted && !m.promoted);
+    let may_be = [Some(m.acked), m.trying, promoting.map(|p| p.1)];
+    if !may_be.contains(&Some(c)) || promoting.is_some_and(|p| p.1 != c) {
+        return Err(format!("I4: at checkpoint {c}, of {may_be:?}"));
+    }
     if promoted != m.promoted && m.promoting.is_none() {
         return Err(format!("promoted: {promoted}, acknowledged: {}", m.promoted));
     }
-    if c != m.acked || (promoted && m.promoting == Some(false)) {
+    if c != m.acked || promoting.is_some_and(|p| !p.0) {
         m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
     }
     if c > 0 {
@@ -337,6 +383,40 @@ async fn check(store: &Store, model: &Rc<RefCell<Model>>) -> Result<(), String> 
     }
     (m.acked, m.trying, m.promoting, m.promoted) = (c, None, None, promoted);
     m.front_is(&found);
+    if promoted {
+        return Ok(());
+    }
+    // What was kept is there still, and is what it was.
+    let retain = m.offered.1;
+    let mut expected = std::mem::take(&mut m.offered.0);
+    if c > 0 && !expected.contains(&c) {
+        expected.push(c);
+    }
+    let there = store.checkpoints();
+    for e in expected.iter().rev().take(retain as usize + 1) {
+        if !there.contains(&Epoch(*e)) {
+            return Err(format!(
+                "checkpoint {e} was kept ({retain} beside the newest), and is gone: {there:?}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Every checkpoint that is offered is what it was.
+async fn check_kept(store: &Rc<Store>, model: &Rc<RefCell<Model>>) -> Result<(), String> {
+    for e in store.checkpoints() {
+        if store.role() != Role::Secondary {
+            return Ok(());
+        }
+        let hold = store.hold(Some(e)).unwrap();
+        for v in 0..VOLUMES {
+            let data = hold.read(v as u16, span_of(0, SECTORS)).await.unwrap().to_vec();
+            if data != bytes_of(&model.borrow().checkpoints[&e.0][v]).to_vec() {
+                return Err(format!("checkpoint {e} is not what it was"));
+            }
+        }
+    }
     Ok(())
 }
 
@@ -358,6 +438,7 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
             trying: None,
             promoting: None,
             promoted: false,
+            offered: Default::default(),
             own: vec![vec![Own::default(); SECTORS]; VOLUMES],
             lines: vec![vec![Line { values: vec![0], settled: 0 }; SECTORS]; VOLUMES],
             next: 0,
@@ -376,7 +457,16 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
         for number in 0..lives {
             let (env, process) = w.start();
             let store = open(&env).await;
-            if let Err(e) = check(&store, &model).await {
+            let mut checked = check(&store, &model).await;
+            let retain = *rng.choose(&[0, 0, 1, 3]);
+            if checked.is_ok() && store.role() == Role::Secondary && rng.chance(0.7) {
+                store.set_retain(retain).await.unwrap();
+                model.borrow_mut().offered.1 = retain;
+            }
+            if checked.is_ok() {
+                checked = check_kept(&store, &model).await;
+            }
+            if let Err(e) = checked {
                 w.verdict().violation(e);
                 return;
             }
@@ -391,6 +481,7 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
             env.spawn("own", life.clone().own());
             env.spawn("reader", life.clone().reader());
             env.spawn("background", life.clone().background());
+            env.spawn("looker", life.clone().looker());
             if number >= promote_in {
                 env.spawn("takeover", life.clone().takeover());
             }
@@ -401,6 +492,7 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
             } else {
                 process.kill();
             }
+            model.borrow_mut().offered.0 = store.checkpoints().iter().map(|e| e.0).collect();
             let wrong = model.borrow_mut().wrong.take();
             if let Some(e) = wrong {
                 w.verdict().violation(e);

@@ -9,7 +9,8 @@ use replication::digest::Digest;
 use replication::history::History;
 use replication::primary::LinkPolicy;
 use replication::wire::{
-    Ack, Body, Decoder, Frame, HEADER, HandOver, Hello, MAX_PAYLOAD, Reject, VolumeInfo, Welcome, crc_of,
+    Ack, Body, Decoder, Doubt, Frame, HEADER, HandOver, Hello, MAX_PAYLOAD, Reject, VolumeInfo, Welcome,
+    crc_of,
 };
 use replication::{Epoch, Generation, GroupId, Seq};
 use sim::Rng;
@@ -30,6 +31,15 @@ fn history(rng: &mut Rng) -> History {
     if rng.chance(0.1) { History::none() } else { h }
 }
 
+fn doubt(rng: &mut Rng) -> Doubt {
+    let places = (0..rng.below(5)).map(|_| (rng.draw() as u16, Span::new(rng.draw() >> 2, rng.draw() >> 2)));
+    let places: Vec<_> = places.collect();
+    Doubt {
+        former: if rng.chance(0.5) { Some((history(rng), Epoch(rng.draw()))) } else { None },
+        places: if rng.chance(0.8) { Some(places) } else { None },
+    }
+}
+
 fn body(rng: &mut Rng) -> Body {
     let text = |rng: &mut Rng| "é".repeat(rng.index(80));
     let digest = |rng: &mut Rng| Digest { count: rng.draw(), bytes: rng.draw(), sum: rng.draw() };
@@ -39,7 +49,7 @@ fn body(rng: &mut Rng) -> Body {
             history: history(rng),
             volumes: (0..rng.below(5)).map(|_| VolumeInfo { len: rng.draw() }).collect(),
         })),
-        1 => Body::Welcome(Box::new(Welcome { history: history(rng), limit: rng.draw() })),
+        1 => Body::Welcome(Box::new(Welcome { history: history(rng), limit: rng.draw(), doubt: doubt(rng) })),
         2 => Body::Reject {
             why: *rng.choose(&[
                 Reject::WrongGroup,

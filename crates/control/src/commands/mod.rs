@@ -20,6 +20,7 @@ mod query;
 mod record;
 mod reopen;
 mod replication;
+mod replication_checkpoints;
 mod snapshot;
 mod state;
 mod transaction;
@@ -82,6 +83,7 @@ pub(crate) const TABLE: &[&[Entry]] = &[
     object::COMMANDS,
     reopen::COMMANDS,
     replication::COMMANDS,
+    replication_checkpoints::COMMANDS,
     colo::COMMANDS,
     snapshot::COMMANDS,
     state::COMMANDS,
@@ -110,6 +112,7 @@ pub(crate) const EVENTS: &[&str] = &[
     "REPLICATION_BUFFER_THRESHOLD",
     "REPLICATION_CHECKPOINT",
     "REPLICATION_CHECKPOINT_VETO",
+    "REPLICATION_CHECKPOINT_WANTED",
     "REPLICATION_DEGRADED",
     "REPLICATION_ERROR",
     "REPLICATION_FAILOVER",
@@ -118,4 +121,6 @@ pub(crate) const EVENTS: &[&str] = &[
     "REPLICATION_RESTORED",
     "REPLICATION_SPLIT_BRAIN",
     "REPLICATION_STATE_CHANGE",
+    "REPLICATION_TEST_ENDED",
+    "REPLICATION_VERIFY",
 ];

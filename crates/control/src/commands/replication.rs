@@ -6,10 +6,11 @@ use crate::address::SocketAddress;
 use crate::error::{QmpError, Reply};
 use drivers::filters::replication::Stage;
 use qapi::{Map, Value, json};
+use replication::Epoch;
 use replication::ack::{AckLevel, Quorum};
 use replication::primary::{Config, LinkPolicy, Primary};
-use replication::session::{Acting, DEFAULT_TIMEOUT, Group, NewGroup, PrimaryGroup, SecondaryGroup};
-use replication::store::Engine;
+use replication::session::{Acting, DEFAULT_TIMEOUT, Fact, Group, NewGroup, PrimaryGroup, SecondaryGroup};
+use replication::store::{Engine, MAX_RETAIN};
 use serde::Deserialize;
 use std::rc::Rc;
 use std::time::Duration;
@@ -55,6 +56,7 @@ struct GroupAdd {
     volumes: Vec<VolumeArg>,
     store: StoreArg,
     engine: Option<String>,
+    retain: Option<u64>,
     fencing: Option<FencingArg>,
 }
 
@@ -74,8 +76,13 @@ impl Command for GroupAdd {
             let name = v.front.unwrap_or_else(|| format!("{}-{}", self.id, v.node_name));
             (v.node_name, name)
         };
+        let retain = self.retain.unwrap_or(0);
+        if retain > MAX_RETAIN {
+            return Err(QmpError::generic(format!("Parameter 'retain' expects 0 to {MAX_RETAIN}")));
+        }
         let new = NewGroup {
             id: self.id.clone(),
+            retain,
             volumes: self.volumes.into_iter().map(front).collect(),
             store: self.store.path.into(),
             size: self.store.size.unwrap_or(DEFAULT_SIZE),
@@ -83,33 +90,54 @@ impl Command for GroupAdd {
             engine: if self.engine.as_deref() == Some("undo") { Engine::Undo } else { Engine::Redo },
         };
         let names: Vec<String> = new.volumes.iter().map(|v| v.1.clone()).collect();
-        let (events, id) = (daemon.events().clone(), self.id.clone());
-        let tell =
-            Rc::new(move |name: &'static str, facts: Vec<(&'static str, replication::session::Fact)>| {
-                let mut data = Map::new();
-                data.insert("group".into(), json!(id));
-                for (key, fact) in facts {
-                    let value = match fact {
-                        replication::session::Fact::Text(t) => json!(t),
-                        replication::session::Fact::Number(n) => json!(n),
-                    };
-                    data.insert(key.into(), value);
-                }
-                events.emit(name, Value::Object(data));
-            });
-        let group = Group::add(daemon.graph(), new, tell).await?;
-        daemon.replication().borrow_mut().insert(self.id, group);
+        daemon.add_group(new).await?;
         Ok(json!({"fronts": names}))
     }
 }
 
-fn group(daemon: &Daemon, id: &str) -> Result<Rc<Group>, QmpError> {
+impl Daemon {
+    /// Makes a group, whose events are this daemon's. What they change is recorded as well.
+    ///
+    /// # Errors
+    /// As [`Group::add`].
+    pub(crate) async fn add_group(self: &Rc<Self>, new: NewGroup) -> Result<Rc<Group>, QmpError> {
+        let (events, id, daemon) = (self.events().clone(), new.id.clone(), Rc::downgrade(self));
+        let tell = Rc::new(move |name: &'static str, facts: Vec<(&'static str, Fact)>| {
+            let mut data = Map::new();
+            data.insert("group".into(), json!(id));
+            for (key, fact) in facts {
+                let value = match fact {
+                    Fact::Text(t) => json!(t),
+                    Fact::Number(n) => json!(n),
+                };
+                data.insert(key.into(), value);
+            }
+            events.emit(name, Value::Object(data));
+            let changes = matches!(name, "REPLICATION_STATE_CHANGE" | "REPLICATION_FENCED");
+            let daemon = daemon.upgrade().filter(|d| changes && d.recorder().is_some());
+            if let Some(daemon) = daemon {
+                daemon.env().clone().spawn("replication recorded", async move {
+                    let Some(recorder) = daemon.recorder() else { return };
+                    if let Err(e) = recorder.record().await {
+                        daemon.tell_trouble(&format!("a role in replication has changed and {e}"));
+                    }
+                });
+            }
+        });
+        let id = new.id.clone();
+        let group = Group::add(self.graph(), new, tell).await?;
+        self.replication().borrow_mut().insert(id, group.clone());
+        Ok(group)
+    }
+}
+
+pub(super) fn group(daemon: &Daemon, id: &str) -> Result<Rc<Group>, QmpError> {
     let found = daemon.replication().borrow().get(id).cloned();
     found.ok_or_else(|| QmpError::generic(format!("Replication group '{id}' not found")))
 }
 
 /// The group of that name as what it is now: a primary, or the error.
-fn acting_primary(daemon: &Daemon, id: &str) -> Result<Rc<PrimaryGroup>, QmpError> {
+pub(super) fn acting_primary(daemon: &Daemon, id: &str) -> Result<Rc<PrimaryGroup>, QmpError> {
     match group(daemon, id)?.acting() {
         Acting::Primary(primary) => Ok(primary),
         Acting::Unprotected | Acting::Secondary(_) => {
@@ -175,6 +203,7 @@ struct Set {
     on_link_loss: Option<String>,
     timeout_ms: Option<u64>,
     checkpoint_interval_ms: Option<u64>,
+    decision: Option<String>,
 }
 
 impl Command for Set {
@@ -189,7 +218,7 @@ impl Command for Set {
             flush_level: level(self.flush_level.as_deref(), now.flush_level)?,
             quorum: self.min_acks.map_or(now.quorum, min_acks),
             policy: policy(self.on_link_loss.as_deref(), now.policy),
-            ..now
+            external_decision: external(self.decision.as_deref(), now.external_decision),
         };
         if self.timeout_ms.is_some() {
             primary.set_timeout(timeout);
@@ -221,6 +250,10 @@ fn policy(name: Option<&str>, otherwise: LinkPolicy) -> LinkPolicy {
     }
 }
 
+fn external(decision: Option<&str>, otherwise: bool) -> bool {
+    decision.map_or(otherwise, |d| d == "external")
+}
+
 fn timeout(ms: Option<u64>) -> Result<Duration, QmpError> {
     let timeout = ms.map_or(DEFAULT_TIMEOUT, Duration::from_millis);
     if timeout < Duration::from_millis(10) {
@@ -243,6 +276,7 @@ struct Start {
     on_link_loss: Option<String>,
     timeout_ms: Option<u64>,
     checkpoint_interval_ms: Option<u64>,
+    decision: Option<String>,
 }
 
 impl Start {
@@ -253,7 +287,7 @@ impl Start {
             flush_level: level(self.flush_level.as_deref(), defaults.flush_level)?,
             quorum: min_acks(self.min_acks.unwrap_or(1)),
             policy: policy(self.on_link_loss.as_deref(), defaults.policy),
-            external_decision: false,
+            external_decision: external(self.decision.as_deref(), false),
         })
     }
 }
@@ -303,6 +337,12 @@ impl Command for Checkpoint {
     const NAME: &'static str = "replication-checkpoint";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let primary = acting_primary(&daemon, &self.group)?;
+        if primary.look(|c| c.config().external_decision) {
+            return Err(QmpError::generic(format!(
+                "Checkpoints of replication group '{}' are decided from outside: use replication-prepare-checkpoint and replication-commit",
+                self.group
+            )));
+        }
         let timeout = Duration::from_millis(self.timeout_ms.unwrap_or(CHECKPOINT_MS));
         let done = primary.checkpoint(timeout).await?;
         Ok(json!({
@@ -318,7 +358,7 @@ fn millis(d: Duration) -> u64 {
     u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn micros(d: Duration) -> u64 {
+pub(super) fn micros(d: Duration) -> u64 {
     u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -329,6 +369,7 @@ struct Failover {
     group: String,
     own_writes: Option<String>,
     fenced: Option<bool>,
+    epoch: Option<u64>,
 }
 
 impl Command for Failover {
@@ -345,7 +386,20 @@ impl Command for Failover {
                 self.group
             )));
         }
-        let done = secondary.failover(self.own_writes.as_deref() != Some("discard")).await?;
+        let at = self.epoch.map(Epoch);
+        let newest = at.is_none_or(|e| e == secondary.history().epoch());
+        if first && !newest && self.own_writes.as_deref() == Some("keep") {
+            return Err(QmpError::generic(
+                "What was written on this side stands on the newest checkpoint: it cannot be kept with an older one",
+            ));
+        }
+        let done = secondary.failover(self.own_writes.as_deref() != Some("discard"), at).await?;
+        if let Some(other) = at.filter(|e| *e != done.epoch) {
+            return Err(QmpError::generic(format!(
+                "Replication group '{}' has failed over to checkpoint {} already, not to {other}",
+                self.group, done.epoch
+            )));
+        }
         let mut record = json!({
             "epoch": done.epoch.0,
             "generation": done.generation.0,
@@ -468,7 +522,15 @@ fn describe(id: &str, group: &Group) -> Value {
             out.insert("stage".into(), json!("none"));
         }
         Acting::Primary(p) => primary(&p, &mut out),
-        Acting::Secondary(s) => secondary(&s, &mut out),
+        Acting::Secondary(s) => {
+            secondary(&s, &mut out);
+            let test = |t: &(String, Epoch)| json!({"node-name": t.0, "epoch": t.1.0});
+            out.insert("tests".into(), group.tests().iter().map(test).collect());
+        }
+    }
+    if let Some(why) = group.closed() {
+        out.insert("state".into(), json!("closed"));
+        out.insert("last-error".into(), json!(why));
     }
     let volume = |v: &(String, String)| json!({"node-name": v.0, "front": v.1});
     out.insert("volumes".into(), group.settings().volumes.iter().map(volume).collect());
@@ -476,6 +538,10 @@ fn describe(id: &str, group: &Group) -> Value {
         out.insert("listen".into(), json!(address.to_string()));
     }
     Value::Object(out)
+}
+
+fn numbers(epochs: &[Epoch]) -> Value {
+    epochs.iter().map(|e| json!(e.0)).collect()
 }
 
 fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
@@ -496,6 +562,10 @@ fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
         put("open-epoch", json!(c.open_epoch().0));
         put("committed-epoch", json!(c.history().epoch().0));
         put("sent-data-size", json!(c.sent_since_mark()));
+    });
+    p.look(|c| {
+        put("decision", json!(if c.config().external_decision { "external" } else { "auto" }));
+        put("undecided", numbers(&c.undecided()));
     });
     put("checkpoint-interval-ms", json!(p.interval().map_or(0, millis)));
     let facts = p.peer_facts();
@@ -560,6 +630,8 @@ fn secondary(s: &SecondaryGroup, out: &mut Map<String, Value>) {
     put("state", json!(state));
     put("generation", json!(s.generation().0));
     put("committed-epoch", json!(s.history().epoch().0));
+    put("checkpoints", numbers(&s.checkpoints()));
+    put("undecided", numbers(&s.prepared()));
     if let Some(age) = s.age() {
         put("checkpoint-age-ms", json!(millis(age)));
     }

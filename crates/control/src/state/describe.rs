@@ -12,6 +12,7 @@ use env::Address;
 use graph::{DetectZeroes, Edge, NodeCell, Parent};
 use open::{Description, DriverSpec, NodeSpec};
 use qapi::{Map, Value, json};
+use replication::session::CloneNode;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
@@ -35,6 +36,7 @@ impl Recorder {
             row(objects, &id, &json!({"order": order, "qom-type": kind, "properties": properties}));
         }
         out.insert("nodes".to_owned(), nodes(daemon));
+        out.insert("groups".to_owned(), self.describe_groups(daemon));
         let server = out.entry("server".to_owned()).or_default();
         if daemon.exports().server_address().is_some()
             && let Some(said) = &*self.server.borrow()
@@ -62,6 +64,9 @@ impl Recorder {
             let Some(said) = said.get(&export.id).filter(|_| !export.shutting_down) else { continue };
             let mut said = said.clone();
             let node = daemon.graph().find(&export.node_name).map(|c| through_jobs(daemon, &c));
+            if node.as_ref().is_some_and(|c| c.node().as_any().is::<CloneNode>()) {
+                continue; // what it shows does not survive either
+            }
             let node = node.map_or_else(|| export.node_name.clone(), |c| c.name().to_owned());
             if said.command == "nbd-server-add" {
                 // without a name it has that of its node, which may be another by now
@@ -238,7 +243,7 @@ fn written(spec: &NodeSpec) -> Map<String, Value> {
     out
 }
 
-fn address(at: &Address) -> Value {
+pub(super) fn address(at: &Address) -> Value {
     match at {
         Address::Tcp { host, port } => json!({"type": "inet", "host": host, "port": port.to_string()}),
         Address::Unix(path) => json!({"type": "unix", "path": path.to_string_lossy()}),

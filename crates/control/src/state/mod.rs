@@ -10,6 +10,7 @@
 //! * The end of the daemon is no change: what it takes down then comes back.
 
 mod describe;
+mod groups;
 mod history;
 mod job;
 mod restore;
@@ -32,7 +33,7 @@ use std::pin::Pin;
 use std::rc::{Rc, Weak};
 
 /// The tables, in the order in which they are restored.
-const TABLES: [&str; 6] = ["objects", "nodes", "server", "exports", "jobs", "options"];
+const TABLES: [&str; 7] = ["objects", "nodes", "groups", "server", "exports", "jobs", "options"];
 
 /// A command that was carried out, by which a later life makes the same again.
 #[derive(Clone, Debug)]
@@ -57,6 +58,7 @@ impl Broken {
         match self.table {
             "objects" => "object",
             "nodes" => "node",
+            "groups" => "replication group",
             "server" => "server",
             "exports" => "export",
             _ => "job",
@@ -183,6 +185,8 @@ impl Recorder {
             "block-export-del" => ("exports", "id", true),
             "nbd-server-remove" => ("exports", "name", true),
             "nbd-server-stop" => ("server", "", true),
+            // where it came as far as its nodes, the command removes those
+            "replication-group-remove" => ("groups", "id", !self.has_group(arguments)),
             "job-dismiss" | "block-job-dismiss" | "job-cancel" => ("jobs", "id", true),
             "block-job-cancel" => ("jobs", "device", true),
             _ => return false,
@@ -192,6 +196,13 @@ impl Recorder {
         let before = broken.len();
         broken.retain(|b| b.table != table || (!key.is_empty() && b.key != name));
         deletes && broken.len() < before
+    }
+}
+
+impl Recorder {
+    fn has_group(&self, arguments: &Map<String, Value>) -> bool {
+        let id = arguments.get("id").and_then(Value::as_str).unwrap_or_default();
+        self.daemon.upgrade().is_some_and(|d| d.replication().borrow().contains_key(id))
     }
 }
 

@@ -5,6 +5,7 @@
 //! true: whatever cannot be made again stays recorded, is told and shown; the rest comes back all the same.
 
 use super::describe::make_absolute;
+use super::groups;
 use super::history::{self, History};
 use super::{Broken, Recorder, Said, TABLES};
 use crate::error::{QmpError, Reply};
@@ -52,7 +53,7 @@ impl StartOption {
 }
 
 /// A record as it was read.
-struct Record {
+pub(super) struct Record {
     table: &'static str,
     key: String,
     bytes: Vec<u8>,
@@ -60,6 +61,14 @@ struct Record {
 }
 
 impl Record {
+    pub(super) fn key(&self) -> &str {
+        &self.key
+    }
+
+    pub(super) fn value(&self) -> &Value {
+        &self.value
+    }
+
     fn order(&self) -> u64 {
         self.value.get("order").and_then(Value::as_u64).unwrap_or(0)
     }
@@ -184,8 +193,22 @@ impl Daemon {
         }
         let nodes = all.extract_if(.., |r| r.table == "nodes").collect();
         let opened = self.restore_nodes(recorder, nodes).await;
+        // disks of groups that are not there
+        let mut unguarded: BTreeSet<String> = BTreeSet::new();
         for record in all.drain(..) {
+            let serves = record.object("arguments");
+            let serves = ["node-name", "device"].iter().find_map(|k| serves.get(*k).and_then(Value::as_str));
             let outcome = match (record.table, replaced(&record)) {
+                ("groups", _) => {
+                    let outcome = Box::pin(self.restore_group(&record)).await;
+                    if outcome.is_err() && !self.replication().borrow().contains_key(&record.key) {
+                        unguarded.extend(groups::disks(record.value.as_object().unwrap_or(&Map::new())));
+                    }
+                    outcome
+                }
+                ("exports" | "jobs", _) if serves.is_some_and(|n| unguarded.contains(n)) => {
+                    Err(QmpError::generic("the replication group of its disk is not there"))
+                }
                 ("server" | "exports", Some(o)) => {
                     let said = Said { command: o.command.to_owned(), arguments: o.arguments.clone() };
                     self.restore_said(recorder, &said).await
@@ -320,9 +343,17 @@ impl Daemon {
 
     /// Runs a command again and again as long as what it needs is held by a process that was killed.
     pub(super) async fn patiently(self: &Rc<Self>, command: &str, arguments: &Map<String, Value>) -> Reply {
+        self.while_held(async || self.unrecorded(command, arguments.clone()).await).await
+    }
+
+    /// Tries something again and again as long as what it needs is held by a process that was killed.
+    pub(super) async fn while_held<T>(
+        &self,
+        what: impl AsyncFn() -> Result<T, QmpError>,
+    ) -> Result<T, QmpError> {
         let until = self.env().now() + PATIENCE;
         loop {
-            match self.unrecorded(command, arguments.clone()).await {
+            match what().await {
                 Err(e) if is_held(&e.desc) && self.env().now() < until => self.env().sleep(STEP).await,
                 outcome => return outcome,
             }

@@ -18,14 +18,23 @@ fn unix(path: &str) -> Value {
 
 impl Host {
     fn new(engine: &str, disks: usize) -> Host {
-        let dir = Dir::new();
-        (0..disks).for_each(|n| drop(tool(&dir, &format!("qemu-img|create|-q|-f|raw|disk{n}.raw|16M"))));
-        Host::start(dir, engine, disks)
+        Host::keeping(engine, disks, 0)
     }
 
-    fn start(dir: Dir, engine: &str, disks: usize) -> Host {
-        let nbd = dir.path("nbd.sock");
-        let daemon = Daemon::start(&dir, &["--nbd-server", &format!("addr.type=unix,addr.path={nbd}")]);
+    /// One that keeps so many checkpoints beside the newest.
+    fn keeping(engine: &str, disks: usize, retain: u64) -> Host {
+        let dir = Dir::new();
+        (0..disks).for_each(|n| drop(tool(&dir, &format!("qemu-img|create|-q|-f|raw|disk{n}.raw|16M"))));
+        Host::start(dir, engine, disks, retain)
+    }
+
+    fn start(dir: Dir, engine: &str, disks: usize, retain: u64) -> Host {
+        Host::begin(dir, engine, disks, retain, &[])
+    }
+
+    fn begin(dir: Dir, engine: &str, disks: usize, retain: u64, more: &[&str]) -> Host {
+        let nbd = format!("addr.type=unix,addr.path={}", dir.path("nbd.sock"));
+        let daemon = Daemon::start(&dir, &[&["--nbd-server", &nbd], more].concat());
         let mut c = daemon.client();
         let mut volumes = Vec::new();
         for n in 0..disks {
@@ -40,7 +49,7 @@ impl Host {
         let store = json!({"path": dir.path("store"), "size": 32 << 20});
         c.command(
             "replication-group-add",
-            json!({"id": "g", "volumes": volumes, "store": store, "engine": engine}),
+            json!({"id": "g", "volumes": volumes, "store": store, "engine": engine, "retain": retain}),
         )
         .unwrap();
         for n in 0..disks {
@@ -50,13 +59,35 @@ impl Host {
         Host { dir, daemon, c }
     }
 
-    fn restart(mut self, engine: &str, disks: usize) -> Host {
+    /// One that records what it is.
+    fn recorded(engine: &str) -> Host {
+        let dir = Dir::new();
+        drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
+        Host::begin(dir, engine, 1, 0, &["--state-dir", "state"])
+    }
+
+    /// Killed, and started again with nothing but what it recorded.
+    fn back(mut self) -> Host {
+        self.daemon.signal("KILL");
+        self.daemon.wait();
+        let dir = std::mem::replace(&mut self.dir, Dir::new());
+        let _ = std::fs::remove_file(dir.path("qmp.sock"));
+        let daemon = Daemon::start(&dir, &["--state-dir", "state"]);
+        let c = daemon.client();
+        Host { dir, daemon, c }
+    }
+
+    fn restart(self, engine: &str, disks: usize) -> Host {
+        self.restart_keeping(engine, disks, 0)
+    }
+
+    fn restart_keeping(mut self, engine: &str, disks: usize, retain: u64) -> Host {
         self.daemon.signal("KILL");
         self.daemon.wait();
         let dir = std::mem::replace(&mut self.dir, Dir::new());
         let _ = std::fs::remove_file(dir.path("nbd.sock"));
         let _ = std::fs::remove_file(dir.path("qmp.sock"));
-        Host::start(dir, engine, disks)
+        Host::start(dir, engine, disks, retain)
     }
 
     fn secondary(&mut self) {
@@ -546,4 +577,374 @@ fn commands_out_of_place_are_refused() {
     h.c.event("BLOCK_EXPORT_DELETED");
     h.c.command("replication-group-remove", json!({"id": "g"})).unwrap();
     assert_eq!(h.c.command("query-replication", json!({})).unwrap(), json!([]));
+}
+
+/// An external manager owns the decision: nothing is committed without its word, what it gives up loses nothing, and one that dies
+/// blocks nobody for ever.
+#[test]
+fn a_manager_decides_about_checkpoints() {
+    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
+    s.secondary();
+    p.io(0, "write -P 1 0 1M").unwrap();
+    p.primary(&[&s], &json!({"decision": "external", "checkpoint-interval-ms": 20}));
+    // not even the catch-up is committed by itself
+    p.c.event("REPLICATION_CHECKPOINT_WANTED");
+    let e = p.c.command("replication-checkpoint", json!({"group": "g"})).unwrap_err();
+    assert!(e.contains("decided from outside"), "{e}");
+    let prepare = json!({"group": "g"});
+    let first = p.c.command("replication-prepare-checkpoint", prepare.clone()).unwrap();
+    assert_eq!(p.c.event("REPLICATION_PREPARED")["epoch"], first["epoch"]);
+    assert!(s.io(0, "read 0 4k").is_err(), "prepared is not committed");
+    assert_eq!(s.info()["undecided"], json!([first["epoch"]]));
+    let commit = |epoch: &Value| json!({"group": "g", "epoch": epoch});
+    let done = p.c.command("replication-commit", commit(&first["epoch"])).unwrap();
+    assert_eq!(done["epoch"], first["epoch"]);
+    s.io(0, "read -P 1 0 1M").unwrap();
+    // it may be repeated; what was never prepared cannot be
+    p.c.command("replication-commit", commit(&first["epoch"])).unwrap();
+    let e = p.c.command("replication-commit", commit(&json!(99))).unwrap_err();
+    assert!(e.contains("no checkpoint 99 waits"), "{e}");
+
+    // two under way: in order; what is given up goes on in the next
+    p.io(0, "write -P 2 0 64k").unwrap();
+    let second = p.c.command("replication-prepare-checkpoint", prepare.clone()).unwrap()["epoch"].clone();
+    p.io(0, "write -P 3 64k 64k").unwrap();
+    let third = p.c.command("replication-prepare-checkpoint", prepare).unwrap()["epoch"].clone();
+    assert_eq!(p.info()["undecided"], json!([second, third]));
+    let e = p.c.command("replication-commit", commit(&third)).unwrap_err();
+    assert!(e.contains("before it is not decided"), "{e}");
+    p.c.events.clear();
+    p.c.command("replication-abort", commit(&second)).unwrap();
+    assert_eq!(p.c.event("REPLICATION_CHECKPOINT_VETO")["reason"], "aborted by the manager");
+    s.io(0, "read -P 1 0 1M").unwrap();
+    p.c.command("replication-commit", commit(&third)).unwrap();
+    s.io(0, "read -P 2 0 64k").unwrap();
+    s.io(0, "read -P 3 64k 64k").unwrap();
+
+    // the manager dies
+    p.io(0, "write -P 4 0 64k").unwrap();
+    p.c.events.clear();
+    p.c.command("replication-prepare-checkpoint", json!({"group": "g", "decide-within-ms": 50})).unwrap();
+    let veto = p.c.event("REPLICATION_CHECKPOINT_VETO");
+    assert!(veto["reason"].as_str().unwrap().contains("nobody decided"), "{veto}");
+    s.io(0, "read -P 2 0 64k").unwrap();
+    p.c.command("replication-set", json!({"group": "g", "decision": "auto"})).unwrap();
+    p.checkpoint();
+    s.io(0, "read -P 4 0 64k").unwrap();
+}
+
+/// Prepared, and the primary dies: the secondary holds the epoch also when it is killed, guesses nothing, and commits it when the
+/// manager says so there. While the primary lives, it follows such a decision.
+#[test]
+fn a_manager_decides_at_the_secondary() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
+        s.secondary();
+        p.primary(&[&s], &json!({}));
+        p.until_running(1);
+        p.io(0, "write -P 1 0 64k").unwrap();
+        let first = p.c.command("replication-prepare-checkpoint", json!({"group": "g"})).unwrap();
+        s.c.command("replication-commit", json!({"group": "g", "epoch": first["epoch"]})).unwrap();
+        s.io(0, "read -P 1 0 64k").unwrap();
+        let told = p.c.event("REPLICATION_CHECKPOINT");
+        let c = std::cell::RefCell::new(&mut p.c);
+        until(|| {
+            let info = c.borrow_mut().command("query-replication", json!({})).unwrap()[0].clone();
+            info["committed-epoch"] == first["epoch"] && info["undecided"] == json!([])
+        });
+        drop(told);
+        p.io(0, "write -P 2 0 64k").unwrap();
+        let second = p.c.command("replication-prepare-checkpoint", json!({"group": "g"})).unwrap();
+        p.io(0, "write -P 3 0 64k").unwrap();
+        p.daemon.signal("KILL");
+        p.daemon.wait();
+        let mut s = s.restart(engine, 1);
+        s.secondary();
+        s.io(0, "read -P 1 0 64k").unwrap();
+        assert_eq!(s.info()["undecided"], json!([second["epoch"]]), "{engine}");
+        let e = s.c.command("replication-commit", json!({"group": "g", "epoch": 77})).unwrap_err();
+        assert!(e.contains("checkpoint 77 is not prepared here"), "{e}");
+        s.c.command("replication-commit", json!({"group": "g", "epoch": second["epoch"]})).unwrap();
+        s.io(0, "read -P 2 0 64k").unwrap();
+        let done = s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        assert_eq!(done["epoch"], second["epoch"]);
+        s.io(0, "read -P 2 0 64k").unwrap();
+    }
+}
+
+/// X8: checkpoints that are kept survive a kill of the secondary; a failover goes to the one that is wanted.
+#[test]
+fn a_failover_goes_back_to_an_older_checkpoint() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::new(engine, 2), Host::keeping(engine, 2, 3));
+        s.secondary();
+        p.primary(&[&s], &json!({}));
+        p.until_running(1);
+        let mut epochs = Vec::new();
+        for n in 1..=5 {
+            p.io(0, &format!("write -P {n} 0 1M")).unwrap();
+            p.io(1, &format!("write -P {n} {n}M 64k")).unwrap();
+            epochs.push(p.checkpoint());
+        }
+        assert_eq!(s.info()["checkpoints"], json!(epochs[1..]));
+        s.io(0, "write -P 9 2M 64k").unwrap();
+        let mut s = s.restart_keeping(engine, 2, 3);
+        p.daemon.signal("KILL");
+        p.daemon.wait();
+        s.secondary();
+        assert_eq!(s.info()["checkpoints"], json!(epochs[1..]), "{engine}");
+        s.io(0, "read -P 5 0 1M").unwrap();
+        let failover = |epoch: u64, own: &str| json!({"group": "g", "epoch": epoch, "own-writes": own});
+        let e = s.c.command("replication-failover", failover(epochs[0], "discard")).unwrap_err();
+        assert!(
+            e.contains(&format!("checkpoint {} is not kept here; there are: {}", epochs[0], epochs[1])),
+            "{e}"
+        );
+        let e = s.c.command("replication-failover", failover(epochs[2], "keep")).unwrap_err();
+        assert!(e.contains("cannot be kept with an older one"), "{e}");
+        let done = s.c.command("replication-failover", json!({"group": "g", "epoch": epochs[2]})).unwrap();
+        assert_eq!(done["epoch"], epochs[2]);
+        s.io(0, "read -P 3 0 1M").unwrap();
+        s.io(0, "read -P 0 2M 64k").unwrap();
+        s.io(1, "read -P 3 3M 64k").unwrap();
+        s.io(1, "read -P 0 4M 2M").unwrap();
+        let e = s.c.command("replication-failover", failover(epochs[3], "discard")).unwrap_err();
+        assert!(e.contains("already"), "{e}");
+        s.until_merged();
+        let d0 = s.raw(0);
+        assert!(d0[..1 << 20].iter().all(|b| *b == 3) && d0[2 << 20..].iter().all(|b| *b == 0), "{engine}");
+        assert!(s.raw(1)[4 << 20..].iter().all(|b| *b == 0), "{engine}");
+    }
+}
+
+/// A failover is tried without one: a clone of the checkpoint is written to while replication goes on, and leaves nothing behind.
+#[test]
+fn a_failover_is_tried_on_a_clone() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
+        s.secondary();
+        p.primary(&[&s], &json!({}));
+        p.until_running(1);
+        p.io(0, "write -P 1 0 1M").unwrap();
+        let epoch = p.checkpoint();
+        let before = std::fs::read_dir(&s.dir.0).unwrap().count();
+        let begun =
+            s.c.command("replication-test-failover", json!({"group": "g", "node-name": "try"})).unwrap();
+        assert_eq!(begun, json!({"epoch": epoch, "nodes": ["try"]}));
+        assert_eq!(std::fs::read_dir(&s.dir.0).unwrap().count(), before, "its scratch file has no name");
+        s.c.command(
+            "block-export-add",
+            json!({"type": "nbd", "id": "t", "node-name": "try", "name": "disk7", "writable": true}),
+        )
+        .unwrap();
+        s.io(7, "read -P 1 0 1M").unwrap();
+        s.io(7, "write -P 8 100k 100k").unwrap();
+        s.io(7, "write -z 300k 50k").unwrap();
+        // replication goes on, several checkpoints far, and is brought to the disk
+        for n in 2..6 {
+            p.io(0, &format!("write -P {n} 0 2M")).unwrap();
+            p.checkpoint();
+            s.io(0, &format!("read -P {n} 0 2M")).unwrap();
+        }
+        s.io(7, "read -P 1 0 100k").unwrap();
+        s.io(7, "read -P 8 100k 100k").unwrap();
+        s.io(7, "read -P 0 300k 50k").unwrap();
+        s.io(7, "read -P 1 350k 674k").unwrap();
+        s.io(7, "read -P 0 1M 1M").unwrap();
+        assert_eq!(s.info()["tests"], json!([{"node-name": "try", "epoch": epoch}]));
+        // a second one, of now, with an end
+        s.c.command("replication-test-failover", json!({"group": "g", "node-name": "two", "ttl": 1}))
+            .unwrap();
+        s.c.command(
+            "block-export-add",
+            json!({"type": "nbd", "id": "u", "node-name": "two", "name": "disk8", "writable": true}),
+        )
+        .unwrap();
+        s.io(8, "read -P 5 0 2M").unwrap();
+        assert_eq!(s.c.event("REPLICATION_TEST_ENDED")["node-name"], "two");
+        assert!(s.io(8, "read 0 4k").is_err());
+        s.c.command("block-export-del", json!({"id": "t"})).unwrap();
+        s.c.event("BLOCK_EXPORT_DELETED");
+        s.c.command("blockdev-del", json!({"node-name": "try"})).unwrap();
+        assert_eq!(s.info()["tests"], json!([]));
+        s.io(0, "read -P 5 0 2M").unwrap();
+        // what was held for it is given back
+        let c = std::cell::RefCell::new(&mut s.c);
+        until(|| {
+            let info = c.borrow_mut().command("query-replication", json!({})).unwrap();
+            info[0]["buffer"]["pending"] == 0
+        });
+        assert!(s.raw(0)[..2 << 20].iter().all(|b| *b == 5), "{engine}");
+    }
+}
+
+/// The former owner comes back as a secondary. What is sent to it is what either side has written since they parted, whether the former
+/// primary lives or was killed, and whoever owned the disks meanwhile.
+#[test]
+fn a_former_primary_is_sent_only_what_differs() {
+    for (engine, kill) in [("redo", false), ("redo", true), ("undo", false), ("undo", true)] {
+        let (mut p, mut s) = (Host::new(engine, 2), Host::new(engine, 2));
+        s.secondary();
+        p.io(0, "write -P 1 0 16M").unwrap();
+        p.primary(&[&s], &json!({}));
+        p.until_running(1);
+        p.io(1, "write -P 2 3M 64k").unwrap();
+        p.checkpoint();
+        // never replicated, as it turns out
+        s.daemon.signal("STOP");
+        p.c.command("replication-set", json!({"group": "g", "write-level": "local", "flush-level": "local"}))
+            .unwrap();
+        p.io(0, "write -P 7 9M 64k").unwrap();
+        p.io(1, "write -P 7 0 4k").unwrap();
+        if kill {
+            p = p.restart(engine, 2);
+            s.daemon.signal("CONT");
+            s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        } else {
+            s.daemon.signal("CONT");
+            s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+            p.c.event("REPLICATION_FENCED");
+        }
+        s.until_merged();
+        s.io(0, "write -P 4 1M 64k").unwrap();
+        s.io(1, "write -P 5 3M 4k").unwrap();
+        let listen = unix(&p.dir.path("repl.sock"));
+        let start = json!({"group": "g", "role": "secondary", "listen": listen});
+        let e = p.c.command("replication-start", start.clone()).unwrap_err();
+        assert!(e.contains("demote") || e.contains("primary already"), "{e}");
+        let mut demote = start;
+        demote["demote"] = json!(true);
+        p.c.command("replication-start", demote).unwrap();
+        assert!(p.io(0, "read 0 4k").is_err(), "what it holds is no checkpoint");
+        s.primary(&[&p], &json!({}));
+        s.until_running(1);
+        for (disk, read) in [
+            (0, "read -P 1 0 1M"),
+            (0, "read -P 4 1M 64k"),
+            (0, "read -P 1 9M 7M"),
+            (1, "read -P 0 0 64k"),
+            (1, "read -P 5 3M 4k"),
+            (1, "read -P 2 3076k 60k"),
+        ] {
+            p.io(disk, read).unwrap();
+        }
+        let copied = s.info()["peers"][0]["resync-bytes"].as_u64().unwrap();
+        // extents of 4 MiB of who had its record only: three, or two and what the other remembers exactly
+        let most = if kill { 12 << 20 } else { 9 << 20 };
+        assert!(copied > 0 && copied <= most, "{engine}, killed: {kill}: {copied} of 32 MiB were copied");
+        // and back again, by way of the other: both have been owners now
+        s.daemon.signal("KILL");
+        s.daemon.wait();
+        p.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        p.until_merged();
+        p.io(0, "read -P 1 9M 7M").unwrap();
+        assert_eq!(p.raw(0)[9 << 20], 1);
+    }
+}
+
+/// Two secondaries; the first that is promoted knows nothing of what its primary wrote to the other's disk after the checkpoint (undo
+/// engine: at once). None of it may stay there.
+#[test]
+fn what_a_dead_primary_left_on_a_disk_does_not_stay() {
+    for engine in ["undo", "redo"] {
+        let (mut p, mut a, mut b) = (Host::new("redo", 1), Host::new("redo", 1), Host::new(engine, 1));
+        a.secondary();
+        b.secondary();
+        p.primary(&[&a, &b], &json!({"write-level": "remote-received", "min-acks": 2}));
+        p.until_running(2);
+        p.io(0, "write -P 1 0 1M").unwrap();
+        p.checkpoint();
+        p.io(0, "write -P 9 512k 64k").unwrap();
+        p.daemon.signal("KILL");
+        p.daemon.wait();
+        if engine == "undo" {
+            assert_eq!(b.raw(0)[512 << 10], 9, "it is there");
+        }
+        a.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        a.until_merged();
+        a.io(0, "write -P 2 0 4k").unwrap();
+        a.primary(&[&b], &json!({}));
+        a.until_running(1);
+        b.io(0, "read -P 2 0 4k").unwrap();
+        b.io(0, "read -P 1 4k 1020k").unwrap();
+        let copied = a.info()["peers"][0]["resync-bytes"].as_u64().unwrap();
+        assert!(copied <= 8 << 20, "{engine}: {copied} of 16 MiB were copied");
+    }
+}
+
+/// `--state-dir`: both sides are killed, and each comes back by itself as what it was.
+#[test]
+fn a_pair_comes_back_by_itself() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::recorded(engine), Host::recorded(engine));
+        s.secondary();
+        p.io(0, "write -P 1 0 16M").unwrap();
+        p.primary(
+            &[&s],
+            &json!({"write-level": "remote-durable", "timeout-ms": 900, "on-link-loss": "suspend"}),
+        );
+        p.until_running(1);
+        p.io(0, "write -P 2 1M 64k").unwrap();
+        let epoch = p.checkpoint();
+        p.io(0, "write -P 3 2M 64k").unwrap();
+        s.io(0, "write -P 8 3M 64k").unwrap();
+        let mut s = s.back();
+        let info = s.info();
+        assert_eq!((&info["role"], &info["committed-epoch"]), (&json!("secondary"), &json!(epoch)), "{info}");
+        p.until_running(1);
+        s.io(0, "read -P 3 2M 64k").unwrap();
+        p.io(0, "write -P 4 5M 64k").unwrap();
+        let mut p = p.back();
+        assert_eq!(p.info()["role"], "primary");
+        p.until_running(1);
+        p.io(0, "read -P 4 5M 64k").unwrap();
+        s.io(0, "read -P 4 5M 64k").unwrap();
+        let copied = p.info()["peers"][0]["resync-bytes"].as_u64().unwrap();
+        assert!(copied <= 8 << 20, "{engine}: {copied} of 16 MiB were copied");
+        // settings and all
+        p.c.command("replication-peer-remove", json!({"group": "g", "peer": "p0"})).unwrap();
+        let mut p = p.back();
+        assert_eq!(p.info()["peers"], json!([]));
+        // one that has taken over comes back as that; the other, fenced, as that
+        p.c.command(
+            "replication-peer-add",
+            json!({"group": "g", "peer": "p0", "addr": unix(&s.dir.path("repl.sock"))}),
+        )
+        .unwrap();
+        p.until_running(1);
+        s.c.command("replication-failover", json!({"group": "g"})).unwrap();
+        p.c.event("REPLICATION_FENCED");
+        s.until_merged();
+        s.io(0, "write -P 6 0 64k").unwrap();
+        let mut s = s.back();
+        assert_eq!(s.info()["stage"], "done");
+        s.io(0, "read -P 6 0 64k").unwrap();
+        let mut p = p.back();
+        assert_eq!(p.info()["state"], "fenced");
+        assert!(p.io(0, "read 0 4k").is_err());
+    }
+}
+
+/// A group that cannot have its role again serves nothing: its disk alone is no checkpoint.
+#[test]
+fn a_group_that_does_not_come_back_serves_nothing() {
+    let (mut p, mut s) = (Host::recorded("undo"), Host::recorded("undo"));
+    s.secondary();
+    p.primary(&[&s], &json!({}));
+    p.until_running(1);
+    p.io(0, "write -P 1 0 64k").unwrap();
+    p.checkpoint();
+    p.io(0, "write -P 2 0 64k").unwrap();
+    std::fs::rename(s.dir.path("store"), s.dir.path("elsewhere")).unwrap();
+    let mut s = s.back();
+    let info = s.info();
+    assert_eq!(info["state"], "closed", "{info}");
+    assert!(s.io(0, "read 0 4k").is_err() && s.io(0, "write 0 4k").is_err());
+    let state = s.c.command("query-state", json!({})).unwrap();
+    assert_eq!(state["broken"][0]["kind"], "replication group", "{state}");
+    // mended
+    std::fs::rename(s.dir.path("elsewhere"), s.dir.path("store")).unwrap();
+    s.c.command("state-retry", json!({})).unwrap();
+    p.until_running(1);
+    s.io(0, "read -P 2 0 64k").unwrap();
 }

@@ -18,15 +18,21 @@ pub enum Input<'a> {
     /// Everything that a syncing peer missed has been sent.
     SyncDone(usize),
     /// A checkpoint is wanted.
-    Mark,
-    /// An external manager decides about a prepared epoch.
-    Decide(Epoch, bool),
+    Mark {
+        /// An external manager decides about it.
+        external: bool,
+    },
+    /// An external manager decides about an epoch ([`Primary::cannot_decide`](super::Primary::cannot_decide) says whether it may): to
+    /// commit it, or to let it go on in the next, for this reason.
+    Decide(Epoch, Result<(), String>),
     /// Other settings.
     Configure(Config),
     /// A peer is none any more.
     Remove(usize),
     /// A peer that refused may be tried again.
     Retry(usize),
+    /// Before a restart this side was fenced by that generation.
+    Fence(Generation),
 }
 
 /// What is to be done, in this order.
@@ -73,9 +79,10 @@ pub enum Event {
         epoch: Epoch,
         digest: Digest,
     },
+    /// Without a peer: an external manager.
     Veto {
         epoch: Option<Epoch>,
-        peer: usize,
+        peer: Option<usize>,
         reason: String,
     },
     Fenced {

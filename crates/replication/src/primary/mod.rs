@@ -8,16 +8,19 @@
 //! * An epoch number is never used twice in a generation, across crashes of the primary too: numbers are reserved durably before
 //!   they are used ([`Primary::reserve`]), and a restarted primary begins after all that were reserved. (With numbers from
 //!   memory, a peer's "committed 7" could be another 7 than the one in the dirty sets: seed 775 of tests/core.rs found it.)
-//! * A decision is made once: [`Send`](Output::Send) of COMMIT after every peer that takes part is prepared (C4), or an
-//!   external manager says so.
+//! * A decision is made once: [`Send`](Output::Send) of COMMIT after every peer that takes part is prepared (C4), and where an
+//!   external manager owns it, after that said so.
 //! * The peers' dead and slow ones never stop the others; no wait here has no end but the policy `suspend`.
 
 mod event;
+mod hand_over;
 mod marks;
 mod peer;
 mod settings;
 
 pub use event::{Event, Input, Output, Standing};
+pub use hand_over::Readiness;
+pub use marks::MarkState;
 pub use peer::{Peer, PeerState};
 pub use settings::{Config, LinkPolicy};
 
@@ -27,7 +30,7 @@ use crate::digest::Digest;
 use crate::dirty::Dirty;
 use crate::history::{History, Relation};
 use crate::types::{Epoch, Generation, GroupId, Seq};
-use crate::wire::{Body, Frame, Hello, Reject, VolumeInfo};
+use crate::wire::{Body, Doubt, Frame, Hello, Reject, VolumeInfo, Welcome};
 use bitmap::Bitmap;
 use block::{Result, Span};
 use marks::Pending;
@@ -173,6 +176,11 @@ impl Primary {
         self.dirty.any_since(self.peers.get(peer).and_then(|p| p.committed).unwrap_or(self.dirty.floor()))
     }
 
+    /// Everything written since then is known.
+    pub fn dirty_floor(&self) -> Epoch {
+        self.dirty.floor()
+    }
+
     /// Everything written since checkpoint `c`; see [`Dirty::since`].
     ///
     /// # Errors
@@ -287,8 +295,9 @@ impl Primary {
                     out.push(Output::WantCheckpoint);
                 }
             }
-            Input::Mark => self.mark(out),
-            Input::Decide(epoch, commit) => self.decide_by_hand(epoch, commit, out),
+            Input::Mark { external } => self.mark(external, out),
+            Input::Decide(epoch, decision) => self.decide_by_hand(epoch, decision, out),
+            Input::Fence(by) => self.fence(by, out),
             Input::Retry(peer) => {
                 if self.peers.get(peer).is_some_and(|p| p.state == PeerState::Refused) {
                     self.set_state(peer, PeerState::Down, "to be tried again", out);
@@ -349,7 +358,7 @@ impl Primary {
             return Ok(());
         }
         match &frame.body {
-            Body::Welcome(w) => return self.welcome(peer, &w.history, w.limit, out),
+            Body::Welcome(w) => return self.welcome(peer, w, out),
             Body::Reject { why, text } => {
                 match why {
                     Reject::Fenced(by) => self.fence(*by, out),
@@ -404,7 +413,7 @@ impl Primary {
 
     /// What a peer holds of the open epoch is not what was sent: it begins anew, from its checkpoint.
     fn refuses(&mut self, peer: usize, epoch: Option<Epoch>, why: &str, out: &mut Vec<Output>) {
-        out.push(Output::Event(Event::Veto { epoch, peer, reason: why.to_owned() }));
+        out.push(Output::Event(Event::Veto { epoch, peer: Some(peer), reason: why.to_owned() }));
         self.down(peer, why, out);
         out.push(Output::Close(peer));
     }
@@ -417,7 +426,19 @@ impl Primary {
         }
     }
 
-    fn welcome(&mut self, peer: usize, theirs: &History, limit: u64, out: &mut Vec<Output>) -> Result<()> {
+    /// The newest checkpoint that disks given up by a former owner hold, apart from the places that it names.
+    fn holds_still(&self, doubt: &Doubt) -> Option<Epoch> {
+        let (theirs, since) = doubt.former.as_ref()?;
+        let fork = match self.history.compare(theirs) {
+            Relation::Same => theirs.epoch(),
+            Relation::Behind(c) | Relation::Ahead(c) | Relation::Outdated(c) | Relation::SplitBrain(c) => c,
+            Relation::Fresh | Relation::Unrelated => return None,
+        };
+        (*since <= fork).then_some(fork)
+    }
+
+    fn welcome(&mut self, peer: usize, w: &Welcome, out: &mut Vec<Output>) -> Result<()> {
+        let (theirs, limit) = (&w.history, w.limit);
         if self.peers.get(peer).is_none_or(|p| p.state != PeerState::Connecting) {
             return Ok(());
         }
@@ -443,10 +464,22 @@ impl Primary {
                 return Ok(());
             }
         };
-        let known = match from {
+        let mut known = match from.or_else(|| self.holds_still(&w.doubt).filter(|_| theirs.now().is_none())) {
             Some(c) => self.dirty.since(c)?,
             None => None,
         };
+        match (&mut known, &w.doubt.places) {
+            _ if planted(Bug::DoubtForgotten) => {}
+            (Some(known), Some(places)) => {
+                for (volume, at) in places {
+                    if let Some(bits) = known.get_mut(usize::from(*volume)) {
+                        bits.set(at.intersect(&Span::new(0, bits.len())));
+                    }
+                }
+            }
+            (known, None) => *known = None,
+            (None, _) => {}
+        }
         let work = match known {
             Some(work) => work,
             None => {
@@ -479,11 +512,13 @@ impl Primary {
         if p.state == PeerState::Synced {
             self.set_state(peer, PeerState::Running, "the catch-up is committed", out);
         }
+        self.history.advance(epoch);
+        self.decided_elsewhere(epoch);
         for m in self.marks.iter_mut().filter(|m| m.epoch <= epoch) {
             m.committed.push(peer);
         }
         self.clean(out);
-        self.finish_marks(out);
+        self.advance_marks(out);
     }
 
     /// Forgets what every peer has.

@@ -30,7 +30,7 @@ pub struct Config {
     pub quorum: Quorum,
     /// When too few are there.
     pub policy: LinkPolicy,
-    /// The decision about a prepared epoch is an external manager's.
+    /// Checkpoints are an external manager's: none is made without its word, and it decides about those that are prepared.
     pub external_decision: bool,
 }
 

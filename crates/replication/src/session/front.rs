@@ -2,7 +2,7 @@
 
 use super::primary::PrimaryGroup;
 use super::secondary::SecondaryGroup;
-use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Span};
+use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -26,12 +26,48 @@ pub struct Front {
     mode: RefCell<Mode>,
     /// Whether nobody else may write to the disk even while nobody uses this node.
     pinned: Cell<bool>,
+    /// Something was written that nobody remembers.
+    untracked: Cell<bool>,
+    /// Why nothing is served, if so.
+    closed: RefCell<Option<String>>,
 }
 
 impl Front {
     /// Above the child of `disk` (an edge of role `Filtered`), which is number `volume` of its group.
     pub fn new(disk: Rc<Edge>, volume: u16) -> Rc<Front> {
-        Rc::new(Front { disk, volume, mode: RefCell::new(Mode::Unprotected), pinned: Cell::new(false) })
+        Rc::new(Front {
+            disk,
+            volume,
+            mode: RefCell::new(Mode::Unprotected),
+            pinned: Cell::new(false),
+            untracked: Cell::new(false),
+            closed: RefCell::default(),
+        })
+    }
+
+    /// Whether something was written to the disk here while the group had no role.
+    pub fn is_untracked(&self) -> bool {
+        self.untracked.get()
+    }
+
+    /// From now on what is written is remembered.
+    pub fn begin_tracking(&self) {
+        self.untracked.set(false);
+    }
+
+    /// While it has no role nothing is served, for this reason; or all is.
+    pub fn close_with(&self, why: Option<String>) {
+        *self.closed.borrow_mut() = why;
+    }
+
+    fn unprotected(&self, writes: bool) -> Result<()> {
+        if let Some(why) = &*self.closed.borrow() {
+            return Err(BlockError::new(block::ErrorKind::Io, why.clone()));
+        }
+        if writes {
+            self.untracked.set(true);
+        }
+        Ok(())
     }
 
     /// The edge to the disk.
@@ -80,14 +116,20 @@ impl Node for Front {
         match self.mode() {
             Mode::Secondary(s) => Box::pin(async move { s.read(self.volume, at).await }),
             Mode::Primary(p) => Box::pin(async move { p.read(self.volume, at).await }),
-            Mode::Unprotected => Box::pin(self.disk.read(at)),
+            Mode::Unprotected => match self.unprotected(false) {
+                Ok(()) => Box::pin(self.disk.read(at)),
+                Err(e) => Box::pin(async { Err(e) }),
+            },
         }
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         match self.mode() {
             Mode::Secondary(s) => Box::pin(async move { s.write(self.volume, at, data, flags.fua).await }),
             Mode::Primary(p) => Box::pin(async move { p.write(self.volume, at, Some(data), flags).await }),
-            Mode::Unprotected => Box::pin(self.disk.write(at.start, data, flags)),
+            Mode::Unprotected => match self.unprotected(true) {
+                Ok(()) => Box::pin(self.disk.write(at.start, data, flags)),
+                Err(e) => Box::pin(async { Err(e) }),
+            },
         }
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
@@ -99,13 +141,19 @@ impl Node for Front {
                 // a fast-or-fail request may not become a slow write on this side
                 Box::pin(async move { p.write(self.volume, at, None, flags).await })
             }
-            Mode::Unprotected => Box::pin(self.disk.zero(at, flags)),
+            Mode::Unprotected => match self.unprotected(true) {
+                Ok(()) => Box::pin(self.disk.zero(at, flags)),
+                Err(e) => Box::pin(async { Err(e) }),
+            },
         }
     }
     /// Rule D2: all replicas or none. A discard of a replicated disk does nothing, on both sides.
     fn discard(&self, at: Span) -> Io<'_> {
         match self.mode() {
-            Mode::Unprotected => Box::pin(self.disk.discard(at)),
+            Mode::Unprotected => match self.unprotected(true) {
+                Ok(()) => Box::pin(self.disk.discard(at)),
+                Err(e) => Box::pin(async { Err(e) }),
+            },
             _ => Box::pin(async { Ok(()) }),
         }
     }

@@ -6,6 +6,8 @@
 //! in which it was told.
 
 mod activity;
+mod clone;
+mod former;
 mod front;
 mod group;
 mod link;
@@ -13,9 +15,11 @@ mod primary;
 mod secondary;
 
 pub use activity::Activity;
+pub use clone::CloneNode;
+pub use former::Former;
 pub use front::{Front, Mode};
-pub use group::{Acting, Group, NewGroup, SwitchedOver};
-pub use primary::{CheckpointDone, PeerFacts, PrimaryGroup, Verdict, Verify};
+pub use group::{Acting, Group, NewGroup, SwitchedOver, Test};
+pub use primary::{CheckpointDone, PeerFacts, Prepared, PrimaryGroup, Verdict, Verify};
 pub use secondary::{Failover, SecondaryGroup};
 
 use std::time::Duration;

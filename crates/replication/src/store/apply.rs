@@ -3,9 +3,10 @@
 use super::map::{Place, RangeMap};
 use super::record::{Kind, Record};
 use super::recover::role_number;
+use super::retain::through;
 use super::{Engine, Layer, PIECE, Role, Store};
 use crate::bugs::{Bug, planted};
-use crate::types::Generation;
+use crate::types::{Epoch, Generation};
 use block::{BlockError, ErrorKind, Result, Span};
 use std::rc::Rc;
 
@@ -30,7 +31,16 @@ impl Store {
         match self.engine {
             Engine::Redo => self.apply_committed().await,
             Engine::Undo => {
-                let needless = self.state.borrow_mut().needless.take();
+                let keep = match planted(Bug::RetainedForgotten) {
+                    true => self.history().epoch(),
+                    false => self.keep_from(),
+                };
+                self.give_up_holds(keep);
+                let needless = {
+                    let mut s = self.state.borrow_mut();
+                    s.forget_before(keep);
+                    s.needless.take()
+                };
                 if let Some((end, history)) = needless {
                     // a new session may have moved the tail further meanwhile
                     let further = |a: &mut super::log::Anchor| {
@@ -45,32 +55,35 @@ impl Store {
         }
     }
 
-    /// Redo: the layers that are committed now, each byte once.
+    /// Redo: the layers that are committed now and need not wait, each byte once.
     async fn apply_committed(&self) -> Result<()> {
-        let (count, end, merged) = {
+        let keep = self.keep_from();
+        let (count, last, merged) = {
             let s = self.state.borrow();
-            let committed: Vec<&Layer> = s.layers.iter().take_while(|l| l.committed).collect();
-            let merged = self.merged(committed.iter().rev().copied());
-            (committed.len(), committed.last().map_or(0, |l| l.end), merged)
+            let committed = s.layers.iter().take_while(|l| l.committed).count();
+            let count = through(s.layers.range(..committed), keep);
+            let last = s.layers.range(..count).next_back().map(|l| (l.end, l.sealed.clone()));
+            (count, last, self.merged(s.layers.range(..count).rev()))
         };
-        if count == 0 {
-            return Ok(());
+        let Some((end, Some((reached, _, history)))) = last else { return Ok(()) };
+        self.give_up_holds(reached);
+        let kept = {
+            let mut s = self.state.borrow_mut();
+            s.oldest = s.oldest.max(reached);
+            s.retain > 0
+        };
+        if kept && !planted(Bug::OldestNotDurable) {
+            // from here on the disks are no older checkpoint than this one
+            self.log.write_anchor(|a| a.oldest = a.oldest.max(reached)).await?;
         }
         self.bring(&merged).await?;
         if !planted(Bug::DataNotFlushedBeforeTrim) {
             self.flush_volumes().await?;
         }
         // What stands in the log after `end` is not older than this checkpoint: see docs/durability.md.
-        let history = self.state.borrow().layers.get(count - 1).and_then(|l| l.sealed.clone()).map(|s| s.2);
-        self.log
-            .write_anchor(|a| {
-                a.tail = end;
-                if let Some(h) = history {
-                    a.history = h;
-                }
-            })
-            .await?;
+        self.log.write_anchor(|a| (a.tail, a.history) = (end, history.clone())).await?;
         let mut s = self.state.borrow_mut();
+        s.base = history;
         for _ in 0..count {
             if let Some(l) = s.layers.pop_front() {
                 s.garbage.extend(l.maps);
@@ -118,12 +131,20 @@ impl Store {
         Ok(())
     }
 
-    /// This side takes over at its checkpoint (X3): durable when done. From then on nothing of an older generation is kept, and
-    /// the owner's writes stay. Repeating it changes nothing.
+    /// This side takes over at its checkpoint: see [`Store::promote_at`].
     ///
     /// # Errors
-    /// A generation that is not newer than all seen; of the log.
+    /// As there.
     pub async fn promote(&self, generation: Generation, keep_own: bool) -> Result<()> {
+        self.promote_at(generation, keep_own, None).await
+    }
+
+    /// This side takes over (X3), at its checkpoint or an older one that is kept: durable when done. From then on nothing of an older
+    /// generation is kept, and the owner's writes stay, unless the checkpoint is an older one. Repeating it changes nothing.
+    ///
+    /// # Errors
+    /// A generation that is not newer than all seen; a checkpoint that is not kept; of the log.
+    pub async fn promote_at(&self, generation: Generation, keep_own: bool, at: Option<Epoch>) -> Result<()> {
         let _intake = self.intake.acquire(1).await;
         let _one = self.applying.acquire(1).await;
         let turn = self.log.turn().await;
@@ -142,12 +163,16 @@ impl Store {
                 "the disks have never been synchronized with a primary",
             ));
         }
-        let intent = Record::control(Kind::Intent, generation.0, vec![u8::from(keep_own)]);
-        self.log.append(&turn, &[intent], 0).await?;
+        let at = self.choose(at)?;
+        let keep_own = keep_own && at == self.history().epoch();
+        let mut payload = vec![u8::from(keep_own)];
+        payload.extend_from_slice(&at.0.to_le_bytes());
+        self.log.append(&turn, &[Record::control(Kind::Intent, generation.0, payload)], 0).await?;
         if !planted(Bug::IntentNotDurable) {
             self.log.barrier().await?;
         }
-        self.state.borrow_mut().promote(generation, keep_own, self.engine, self.volumes.len());
+        self.give_up_holds(Epoch(u64::MAX));
+        self.state.borrow_mut().promote(generation, keep_own, at, self.engine, self.volumes.len());
         Ok(())
     }
 
@@ -200,6 +225,7 @@ impl Store {
                 let gone: Vec<Layer> =
                     s.merging.take().into_iter().chain(std::mem::take(&mut s.layers)).collect();
                 gone.into_iter().for_each(|l| s.garbage.extend(l.maps));
+                s.base = s.history.clone();
                 let volumes = self.volumes.len();
                 s.layers.push_back(Layer::new(volumes));
                 s.role = role;

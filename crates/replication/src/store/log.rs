@@ -9,7 +9,7 @@
 
 use super::record::{self, HEADER, Header, Kind, Record};
 use crate::history::History;
-use crate::types::Generation;
+use crate::types::{Epoch, Generation};
 use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::sync::{Notify, Permit, Semaphore};
 use std::cell::{Cell, RefCell};
@@ -20,7 +20,9 @@ use std::rc::Rc;
 const SLOT: u64 = 128 * 1024;
 /// Where the ring begins.
 pub(crate) const RING_START: u64 = 2 * SLOT;
-const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore1");
+const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore2");
+/// Slots of the time before checkpoints were retained: without the last two numbers.
+const SLOT_MAGIC_1: u64 = u64::from_le_bytes(*b"lbStore1");
 /// Bytes read at once when the log is read through.
 const READ_AHEAD: u64 = 4 << 20;
 /// How far behind the end of the log a record is looked for that proves damage: more than is ever written between two barriers.
@@ -42,6 +44,10 @@ pub(crate) struct Anchor {
     pub(crate) group: [u8; 16],
     pub(crate) highest: Generation,
     pub(crate) history: History,
+    /// Checkpoints older than the newest that are kept.
+    pub(crate) retain: u64,
+    /// While any are kept: of those before this one parts may be overwritten on the disks.
+    pub(crate) oldest: Epoch,
 }
 
 impl Anchor {
@@ -64,6 +70,8 @@ impl Anchor {
         let history = record::history_bytes(&self.history, &crate::digest::Digest::default());
         b.extend_from_slice(&(history.len() as u64).to_le_bytes());
         b.extend_from_slice(&history);
+        b.extend_from_slice(&self.retain.to_le_bytes());
+        b.extend_from_slice(&self.oldest.0.to_le_bytes());
         b.extend_from_slice(&u64::from(crc32c::crc32c(&b)).to_le_bytes());
         Data::from(b)
     }
@@ -71,11 +79,19 @@ impl Anchor {
     fn parse(b: &[u8]) -> Option<Anchor> {
         let n64 = |at: usize| b.get(at..at + 8).and_then(|x| x.try_into().ok()).map(u64::from_le_bytes);
         let history_len = usize::try_from(n64(88)?).ok()?;
-        let end = 96usize.checked_add(history_len)?;
-        if n64(0)? != SLOT_MAGIC || u64::from(crc32c::crc32c(b.get(..end)?)) != n64(end)? {
+        let more = 96usize.checked_add(history_len)?;
+        let end = match n64(0)? {
+            SLOT_MAGIC => more.checked_add(16)?,
+            SLOT_MAGIC_1 => more,
+            _ => return None,
+        };
+        if u64::from(crc32c::crc32c(b.get(..end)?)) != n64(end)? {
             return None;
         }
+        let (retain, oldest) = if end > more { (n64(more)?, n64(more + 8)?) } else { (0, 0) };
         Some(Anchor {
+            retain,
+            oldest: Epoch(oldest),
             sequence: n64(8)?,
             incarnation: n64(16)?,
             ring: n64(24)?,
@@ -85,7 +101,7 @@ impl Anchor {
             engine: n64(56)?,
             highest: Generation(n64(64)?),
             group: b.get(72..88)?.try_into().ok()?,
-            history: record::parse_history(b.get(96..end)?)?.0,
+            history: record::parse_history(b.get(96..more)?)?.0,
         })
     }
 }

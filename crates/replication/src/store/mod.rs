@@ -11,15 +11,18 @@
 //! * The index says where bytes are before the place they were at is overwritten; a reader that read the disk looks again
 //!   afterwards and begins anew if the index changed. So no reader waits for a writer and no writer for a reader (S1, S3).
 //! * The switch at a commit is O(1): layers change their state, what they held is freed later, piece by piece.
+//! * Older checkpoints that are kept are layers that wait: redo brings them to the disk later, undo forgets what they overwrote later.
 
 mod apply;
 mod log;
-mod map;
+pub(crate) mod map;
 mod record;
 mod recover;
+mod retain;
 mod volume;
 
 pub(crate) use record::{history_bytes, parse_history};
+pub use retain::{Hold, MAX_RETAIN};
 pub use volume::{EdgeVolume, FileVolume, Volume};
 
 use crate::bugs::{Bug, planted};
@@ -33,7 +36,7 @@ use log::Log;
 use map::{Place, RangeMap, resolve};
 use record::{Kind, Record};
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -103,7 +106,7 @@ pub struct Usage {
     pub used: u64,
     /// Bytes of own writes in the log.
     pub own: u64,
-    /// Bytes of committed changes that are not yet on the disk.
+    /// Bytes of committed changes that are not yet on the disk (redo), or of what committed changes overwrote (undo).
     pub pending: u64,
     /// Bytes of undecided changes (redo) or preserved content (undo).
     pub open: u64,
@@ -142,6 +145,14 @@ struct State {
     merging: Option<Layer>,
     /// Grows with every change of the views that is not an addition.
     switches: u64,
+    /// Where the image comes from before the first of the layers that are committed: redo, what the disks hold at least.
+    base: History,
+    /// Undo: what committed epochs overwrote, oldest first, for as long as the checkpoint before them is kept.
+    retained: VecDeque<Layer>,
+    /// Checkpoints older than the newest that are to be kept.
+    retain: u64,
+    /// Redo: no older one can be had.
+    oldest: Epoch,
     /// Undo: up to where the log is not needed any more, and the history there.
     needless: Option<(u64, History)>,
     garbage: Vec<RangeMap>,
@@ -154,6 +165,8 @@ enum View {
     Owner,
     /// The primary's, as far as it has come.
     Kept,
+    /// A checkpoint that is held.
+    At(Epoch),
 }
 
 /// See above.
@@ -172,6 +185,10 @@ pub struct Store {
     pub(crate) work: Notify,
     /// Reads and writes that go straight to the disk: they may, once the merge is done.
     direct: Cell<bool>,
+    /// Checkpoints that somebody looks at, and how many do.
+    held: RefCell<BTreeMap<Epoch, usize>>,
+    /// What was held before this checkpoint had to be given up.
+    given_up: Cell<Option<Epoch>>,
 }
 
 impl Store {
@@ -215,15 +232,30 @@ impl Store {
         let s = self.state.borrow();
         let sum = |committed| s.layers.iter().filter(|l| l.committed == committed).map(|l| l.bytes).sum();
         let own = s.own.bytes + s.merging.as_ref().map_or(0, |m| m.bytes);
-        Usage { size: self.log.ring(), used: self.log.used(), own, pending: sum(true), open: sum(false) }
+        let kept: u64 = s.retained.iter().map(|l| l.bytes).sum();
+        Usage {
+            size: self.log.ring(),
+            used: self.log.used(),
+            own,
+            pending: sum(true) + kept,
+            open: sum(false),
+        }
+    }
+
+    /// Bytes of the log that changes may take in all: the rest is for control records and own writes.
+    fn for_changes(&self) -> u64 {
+        self.log.ring().saturating_sub(RESERVE + self.log.ring() / 4)
+    }
+
+    fn ranges(&self) -> usize {
+        let s = self.state.borrow();
+        s.layers.iter().chain(&s.retained).flat_map(|l| &l.maps).map(RangeMap::len).sum()
     }
 
     /// Bytes of changes that fit now.
     pub fn room(&self) -> u64 {
-        let free =
-            self.log.ring().saturating_sub(self.log.used()).saturating_sub(RESERVE + self.log.ring() / 4);
-        let ranges: usize = self.state.borrow().layers.iter().flat_map(|l| &l.maps).map(RangeMap::len).sum();
-        if ranges >= MAX_RANGES {
+        let free = self.for_changes().saturating_sub(self.log.used());
+        if self.ranges() >= MAX_RANGES {
             return 0;
         }
         match self.engine {
@@ -250,7 +282,8 @@ impl Store {
             let mut s = self.state.borrow_mut();
             s.reset(self.engine, self.volumes.len());
             let nothing_open = self.engine == Engine::Redo || s.layers.iter().all(Layer::is_empty);
-            nothing_open && s.own.is_empty() && !s.layers.iter().any(|l| l.committed)
+            let nothing_kept = s.retained.is_empty() && !s.layers.iter().any(|l| l.committed);
+            nothing_open && nothing_kept && s.own.is_empty()
         };
         if idle {
             // Sessions that broke off before their first checkpoint must not fill the log.
@@ -267,10 +300,15 @@ impl Store {
     pub async fn keep(&self, changes: &[Change]) -> Result<()> {
         let _one = self.intake.acquire(1).await;
         self.still_secondary()?;
-        match self.engine {
+        let kept = match self.engine {
             Engine::Redo => self.keep_redo(changes).await,
             Engine::Undo => self.keep_undo(changes).await,
+        };
+        if self.is_tight() {
+            // older checkpoints make room
+            self.work.notify_all();
         }
+        kept
     }
 
     fn still_secondary(&self) -> Result<()> {
@@ -362,6 +400,19 @@ impl Store {
         Ok(())
     }
 
+    /// Where the disks hold something else than the checkpoint, until the changes kept there are decided: (volume, range).
+    pub fn left_on_disk(&self) -> Vec<(u16, Span)> {
+        if self.engine == Engine::Redo {
+            return Vec::new();
+        }
+        let s = self.state.borrow();
+        let of = |(v, map): (usize, &RangeMap)| {
+            let v = u16::try_from(v).unwrap_or(u16::MAX);
+            map.iter().map(|(span, _)| (v, span)).collect::<Vec<_>>()
+        };
+        s.layers.iter().flat_map(|l| l.maps.iter().enumerate().flat_map(of)).collect()
+    }
+
     /// What this side's owner has written since the checkpoint and the disk does not hold yet: (volume, range).
     pub fn own_ranges(&self) -> Vec<(u16, Span)> {
         let s = self.state.borrow();
@@ -423,6 +474,13 @@ impl Store {
         Ok(())
     }
 
+    /// Epochs that are prepared and not decided, with where the image comes from if they are.
+    pub fn prepared(&self) -> Vec<(Epoch, History)> {
+        let s = self.state.borrow();
+        let open = s.layers.iter().filter(|l| !l.committed);
+        open.filter_map(|l| l.sealed.as_ref().map(|x| (x.0, x.2.clone()))).collect()
+    }
+
     /// The epoch goes on as part of the next.
     ///
     /// # Errors
@@ -465,6 +523,7 @@ impl Store {
                 });
             }
             let mut on_disk = pieces.iter().filter(|p| p.1 == Place::Disk).peekable();
+            self.still_held(view)?;
             if on_disk.peek().is_none() || self.direct.get() || planted(Bug::NoRecheck) {
                 return Ok(data);
             }
@@ -491,6 +550,9 @@ impl Store {
                 Engine::Undo => Vec::new(),
             };
             return (resolve(layers.iter().filter_map(|l| l.maps.get(i)), at), s.switches);
+        }
+        if let View::At(epoch) = view {
+            return (s.resolve_at(self.engine, i, at, epoch), s.switches);
         }
         let own = [Some(&s.own), s.merging.as_ref()].into_iter().flatten().filter_map(|l| l.maps.get(i));
         let pieces = match self.engine {

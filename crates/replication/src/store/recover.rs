@@ -63,13 +63,8 @@ impl State {
         }
         match engine {
             Engine::Redo => self.layers.iter_mut().take(at + 1).for_each(|l| l.committed = true),
-            Engine::Undo => {
-                self.needless = self.layers.get(at).map(|l| (l.end, self.history.clone()));
-                for mut old in self.layers.drain(..=at).collect::<Vec<_>>() {
-                    let maps = std::mem::take(&mut old.maps);
-                    self.garbage.extend(maps);
-                }
-            }
+            // forgotten behind the reader's back, unless the checkpoint before it is kept
+            Engine::Undo => self.retained.extend(self.layers.drain(..=at)),
         }
         self.switches += 1;
     }
@@ -89,12 +84,20 @@ impl State {
         }
     }
 
-    pub(super) fn promote(&mut self, generation: Generation, keep_own: bool, engine: Engine, volumes: usize) {
+    pub(super) fn promote(
+        &mut self,
+        generation: Generation,
+        keep_own: bool,
+        at: Epoch,
+        engine: Engine,
+        volumes: usize,
+    ) {
         self.reset(engine, volumes);
+        self.rewind(engine, at);
         if !keep_own {
             self.clear_own();
         }
-        let at = self.history.epoch();
+        self.switches += 1;
         self.history.promote(generation, at);
         self.highest = self.highest.max(generation);
         self.role = Role::Promoted;
@@ -121,6 +124,8 @@ impl Store {
             group: new.group.0,
             highest: history.generation(),
             history,
+            retain: 0,
+            oldest: Epoch(0),
         };
         Log::create(file, &anchor).await
     }
@@ -150,6 +155,10 @@ impl Store {
             layers: [Layer::new(count)].into(),
             own: Layer::new(count),
             merging: None,
+            base: anchor.history.clone(),
+            retained: Default::default(),
+            retain: anchor.retain,
+            oldest: anchor.oldest,
             switches: 0,
             needless: None,
             garbage: Vec::new(),
@@ -170,6 +179,8 @@ impl Store {
             applying: Semaphore::new(1),
             work: Notify::new(),
             direct,
+            held: RefCell::default(),
+            given_up: Cell::new(None),
         };
         // the new incarnation is durable before its first record
         store.log.write_anchor(|_| {}).await?;
@@ -198,8 +209,12 @@ impl State {
                 self.reset(engine, volumes);
             }
             Kind::Intent => {
-                let keep = r.payload.contiguous().first().is_some_and(|b| *b != 0);
-                self.promote(Generation(r.number), keep, engine, volumes);
+                let payload = r.payload.contiguous();
+                let keep = payload.first().is_some_and(|b| *b != 0);
+                // without a number: at the newest
+                let at = payload.get(1..9).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
+                let at = at.map_or(self.history.epoch(), Epoch);
+                self.promote(Generation(r.number), keep, at, engine, volumes);
             }
             Kind::Pad => {}
         }

@@ -1,7 +1,9 @@
 //! The payload of each type of frame.
 
 use super::frame::{CATCH_UP, FUA, Fields, Kind, UNMAP, crc_of};
-use super::message::{Ack, Body, HandOver, Hello, MAX_TEXT, MAX_VOLUMES, Reject, VolumeInfo, Welcome};
+use super::message::{
+    Ack, Body, Doubt, HandOver, Hello, MAX_DOUBT, MAX_TEXT, MAX_VOLUMES, Reject, VolumeInfo, Welcome,
+};
 use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::history::{History, MAX_HISTORY};
@@ -35,6 +37,20 @@ impl Writer {
         self = self.n16(h.past().len()).bytes(&[u8::from(h.now().is_some())]);
         for (g, e) in h.past().iter().copied().chain(h.now()) {
             self = self.n64(g.0).n64(e.0);
+        }
+        self
+    }
+    fn doubt(mut self, d: &Doubt) -> Writer {
+        self = self.bytes(&[u8::from(d.former.is_some())]);
+        if let Some((history, since)) = &d.former {
+            self = self.history(history).n64(since.0);
+        }
+        let Some(places) = d.places.as_ref().filter(|p| p.len() <= MAX_DOUBT) else {
+            return self.n32(u32::MAX);
+        };
+        self = self.n32(u32::try_from(places.len()).unwrap_or(u32::MAX));
+        for (volume, at) in places {
+            self = self.n16(usize::from(*volume)).n64(at.start).n64(at.len);
         }
         self
     }
@@ -99,6 +115,21 @@ impl<'a> Reader<'a> {
         let now = if has_now != 0 { Some(pair()?) } else { None };
         History::from_parts(past, now).ok_or_else(|| self.wrong("history is out of order"))
     }
+    fn doubt(&mut self) -> Result<Doubt> {
+        let former = if self.n8()? != 0 { Some((self.history()?, Epoch(self.n64()?))) } else { None };
+        let count = match self.n32()? {
+            u32::MAX => return Ok(Doubt { former, places: None }),
+            n => usize::try_from(n).ok().filter(|n| *n <= MAX_DOUBT),
+        };
+        let count = count.ok_or_else(|| self.wrong("too many places"))?;
+        let mut places = Vec::new();
+        for _ in 0..count {
+            let volume = u16::from_le_bytes(self.array()?);
+            let at = Span::checked(self.n64()?, self.n64()?);
+            places.push((volume, at.ok_or_else(|| self.wrong("a range wraps around"))?));
+        }
+        Ok(Doubt { former, places: Some(places) })
+    }
     fn text(&mut self) -> Result<String> {
         let len = self.n16()?;
         if len > MAX_TEXT {
@@ -156,7 +187,9 @@ pub(super) fn fields(body: &Body) -> Fields {
             }
             plain(Kind::Hello, w)
         }
-        Body::Welcome(x) => plain(Kind::Welcome, Writer::new().history(&x.history).n64(x.limit)),
+        Body::Welcome(x) => {
+            plain(Kind::Welcome, Writer::new().history(&x.history).n64(x.limit).doubt(&x.doubt))
+        }
         Body::Reject { why, text } => {
             let (code, generation) = reject_parts(*why);
             plain(Kind::Reject, Writer::new().bytes(&[code]).n64(generation).text(text))
@@ -262,7 +295,10 @@ pub(super) fn parse(f: &Fields) -> Result<Body> {
             }
             Body::Hello(Box::new(Hello { group, history, volumes }))
         }
-        Kind::Welcome => Body::Welcome(Box::new(Welcome { history: r.history()?, limit: r.n64()? })),
+        Kind::Welcome => {
+            let (history, limit) = (r.history()?, r.n64()?);
+            Body::Welcome(Box::new(Welcome { history, limit, doubt: r.doubt()? }))
+        }
         Kind::Reject => {
             let (code, generation) = (r.n8()?, Generation(r.n64()?));
             let why = match code {

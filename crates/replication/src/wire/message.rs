@@ -4,7 +4,7 @@ use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::history::History;
 use crate::primary::LinkPolicy;
-use crate::types::{Generation, GroupId, Seq};
+use crate::types::{Epoch, Generation, GroupId, Seq};
 use block::{Data, Span};
 
 /// Disks in a group: more than any machine has, and few enough for a HELLO of one frame.
@@ -37,6 +37,28 @@ pub struct Welcome {
     pub history: History,
     /// Bytes of frames with changes that it takes in this session so far (see [`Ack::limit`]).
     pub limit: u64,
+    /// Where its disks may hold something else.
+    pub doubt: Doubt,
+}
+
+/// Places in doubt that a WELCOME names; with more, everything is. 20 bytes each, beside the longest history, in one payload.
+pub const MAX_DOUBT: usize = 40_000;
+
+/// Where disks may hold something else than the history beside this says. Who brings them up to date sends these places as well.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Doubt {
+    /// Disks that were an owner's until they were given up: where their image comes from, as far as it can have come. Apart from
+    /// `places` they hold *each* checkpoint on this path from the second member on.
+    pub former: Option<(History, Epoch)>,
+    /// Volumes and ranges; nothing: everywhere.
+    pub places: Option<Vec<(u16, Span)>>,
+}
+
+impl Doubt {
+    /// None.
+    pub const fn none() -> Doubt {
+        Doubt { former: None, places: Some(Vec::new()) }
+    }
 }
 
 /// What a primary gives to the secondary that takes its place.

@@ -29,4 +29,6 @@ mod message;
 
 pub use decoder::Decoder;
 pub use frame::{Frame, HEADER, Kind, MAX_PAYLOAD, crc_of};
-pub use message::{Ack, Body, HandOver, Hello, MAX_TEXT, MAX_VOLUMES, Reject, VolumeInfo, Welcome};
+pub use message::{
+    Ack, Body, Doubt, HandOver, Hello, MAX_DOUBT, MAX_TEXT, MAX_VOLUMES, Reject, VolumeInfo, Welcome,
+};

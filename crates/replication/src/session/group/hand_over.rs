@@ -136,6 +136,14 @@ impl Group {
         if let (Ok(()), Acting::Primary(primary)) = (&begun, self.acting()) {
             let every = Some(hand.interval_ms).filter(|ms| *ms > 0);
             primary.set_interval(every.map(Duration::from_millis));
+            (self.tell)(
+                "REPLICATION_STATE_CHANGE",
+                vec![
+                    ("old", "secondary".into()),
+                    ("new", "primary".into()),
+                    ("reason", "handed over".into()),
+                ],
+            );
         }
         if let Err(e) = begun {
             (self.tell)(

@@ -4,11 +4,14 @@
 //! one; a disk's own content is given up (by becoming a secondary) only where that was asked for.
 
 mod hand_over;
+mod test;
 
 pub use hand_over::SwitchedOver;
+pub use test::Test;
 
 use super::Tell;
 use super::activity::Activity;
+use super::former::Former;
 use super::front::{Front, Mode};
 use super::primary::PrimaryGroup;
 use super::secondary::SecondaryGroup;
@@ -16,9 +19,9 @@ use crate::history::History;
 use crate::primary::Config;
 use crate::store::{EdgeVolume, Engine, MIN_SIZE, NewStore, Role, Store, Volume};
 use crate::types::{Generation, GroupId};
-use block::{BlockError, ErrorKind, Result};
+use block::{BlockError, ErrorKind, Result, Span};
 use drivers::filters::replication::Stage;
-use env::{Address, Existing, OpenMode};
+use env::{Address, Existing, Listener, OpenMode};
 use graph::{Demand, Graph, NodeCell, NodeOptions, Parent, Plan, Role as EdgeRole, Step};
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -38,6 +41,8 @@ pub struct NewGroup {
     pub size: u64,
     /// A secondary's engine.
     pub engine: Engine,
+    /// Checkpoints that a secondary keeps beside the newest.
+    pub retain: u64,
     /// Whether a promotion needs somebody's word that the old primary cannot write any more.
     pub manual_fencing: bool,
 }
@@ -53,6 +58,19 @@ pub enum Acting {
     Secondary(Rc<SecondaryGroup>),
 }
 
+/// How long requests of users may take to end when their side is given up.
+const GIVING_UP: Duration = Duration::from_secs(30);
+
+/// How a secondary begins.
+struct Begin {
+    /// What the disks hold may be given up.
+    demote: bool,
+    /// What they are, where this process knows.
+    former: Option<Former>,
+    /// It was one before a restart.
+    again: bool,
+}
+
 /// See above.
 pub struct Group {
     new: NewGroup,
@@ -62,6 +80,7 @@ pub struct Group {
     acting: RefCell<Acting>,
     peers: RefCell<Vec<(String, Address)>>,
     listening: RefCell<Option<Address>>,
+    closed: RefCell<Option<String>>,
     tell: Tell,
 }
 
@@ -120,6 +139,7 @@ impl Group {
             acting: RefCell::new(Acting::Unprotected),
             peers: RefCell::default(),
             listening: RefCell::default(),
+            closed: RefCell::default(),
             tell,
         }))
     }
@@ -180,6 +200,17 @@ impl Group {
         self.listening.borrow().clone()
     }
 
+    /// Nothing is served as long as the group has no role, for this reason: it could not be given back the one it had.
+    pub fn close_with(&self, why: Option<&str>) {
+        *self.closed.borrow_mut() = why.map(str::to_owned);
+        self.fronts.iter().for_each(|(f, _)| f.close_with(why.map(str::to_owned)));
+    }
+
+    /// Why nothing is served, if so.
+    pub fn closed(&self) -> Option<String> {
+        self.closed.borrow().clone()
+    }
+
     /// The peers given so far.
     pub fn peers(&self) -> Vec<(String, Address)> {
         self.peers.borrow().clone()
@@ -195,6 +226,10 @@ impl Group {
         }
         if !matches!(acting, Acting::Secondary(_)) {
             self.listening.take();
+        }
+        if !matches!(acting, Acting::Unprotected) {
+            self.fronts.iter().for_each(|(front, _)| front.begin_tracking());
+            self.close_with(None);
         }
         *self.acting.borrow_mut() = acting;
     }
@@ -292,7 +327,16 @@ impl Group {
         let known =
             known.filter(|a| followed.as_ref().is_none_or(|h| h.generation() <= a.history().generation()));
         let activity = match known {
-            Some(known) => known,
+            Some(known) => {
+                if self.fronts.iter().any(|(f, _)| f.is_untracked()) {
+                    // written to without a role: where, nobody knows
+                    for (volume, len) in lens.iter().enumerate() {
+                        let volume = u16::try_from(volume).unwrap_or(u16::MAX);
+                        known.cover(volume, Span::new(0, *len)).await?;
+                    }
+                }
+                known
+            }
             None => {
                 // A new line of images takes a number that no other has: two hosts that begin under one name are unrelated.
                 let fresh = || History::begin(Generation((1 << 32) | (env.random() & 0xffff_ffff)));
@@ -339,12 +383,52 @@ impl Group {
     }
 
     /// Begins as secondary. The disks' own content is given up with the first checkpoint; where they have been a primary's or have
-    /// been promoted, `demote` must say that this is meant.
+    /// been promoted, `demote` must say that this is meant. They need not be sent everything then: see [`Former`].
     ///
     /// # Errors
-    /// The group has a role; `demote` is missing; of the files; the address cannot be used.
+    /// The group has a role, and `demote` is missing or it is a secondary's that has not taken over; `demote` is missing; of the files;
+    /// the address cannot be used.
     pub async fn start_secondary(self: &Rc<Self>, listen: &Address, demote: bool) -> Result<Address> {
+        let acting = self.acting();
+        let done = |s: &SecondaryGroup| s.stage() == Stage::Done;
+        match &acting {
+            Acting::Unprotected => {}
+            Acting::Primary(_) if demote => {}
+            Acting::Secondary(s) if demote && done(s) => {}
+            _ => self.idle()?,
+        }
+        if let Acting::Secondary(s) = &acting {
+            // where it listens is free then; its disks are served on
+            s.stop_listening().await;
+        }
+        // before anything is given up
+        let listener = self.graph.env().listen(listen).await?;
+        if let Acting::Primary(p) = &acting {
+            // nobody waits for a secondary any more
+            p.stop();
+        }
+        let still = self.graph.env().timeout(GIVING_UP, self.graph.freeze(&self.cells())).await;
+        let _still = still.ok_or_else(|| refused("requests under way do not end"))?;
+        let former = match &acting {
+            Acting::Unprotected => None,
+            Acting::Primary(p) => p.former()?,
+            Acting::Secondary(s) => s.activity().map(|a| Former::recorded(&a)),
+        };
+        self.begin_secondary(listener, Begin { demote, former, again: false }).await
+    }
+
+    /// Begins again as the secondary that it was before a restart, taken over or not.
+    ///
+    /// # Errors
+    /// As [`Group::start_secondary`]; its store is gone.
+    pub async fn resume_secondary(self: &Rc<Self>, listen: &Address) -> Result<Address> {
         self.idle()?;
+        let listener = self.graph.env().listen(listen).await?;
+        let _still = self.graph.freeze(&self.cells()).await;
+        self.begin_secondary(listener, Begin { demote: false, former: None, again: true }).await
+    }
+
+    async fn begin_secondary(self: &Rc<Self>, listener: Rc<dyn Listener>, begin: Begin) -> Result<Address> {
         let env = self.graph.env().clone();
         let lens: Vec<u64> = self.fronts.iter().map(|(f, _)| f.disk().len()).collect();
         let known = match env.open(&self.record_path(), OpenMode { write: true, ..OpenMode::default() }).await
@@ -364,11 +448,15 @@ impl Group {
                 self.new.store.display()
             )));
         }
+        if begin.again && there.is_none() {
+            return Err(BlockError::invalid(format!("{} is gone", self.new.store.display())));
+        }
         let owner = match &there {
-            Some(store) => store.role() == Role::Done,
+            _ if begin.again => false,
+            Some(store) => store.role() == Role::Done || begin.former.is_some(),
             None => known.is_some(),
         };
-        if owner && !demote {
+        if owner && !begin.demote {
             return Err(refused(format!(
                 "the disks of group '{}' were a primary's; what they hold will be overwritten: give 'demote': true",
                 self.new.id
@@ -378,16 +466,23 @@ impl Group {
             Some(store) => store,
             None => self.new_store(History::none()).await?,
         };
-        // Of a promotion that never came about, or of the time before this one.
-        let promoted = store.role() == Role::Promoted;
-        if !promoted && known.is_some() {
+        store.set_retain(self.new.retain).await.map_err(|e| self.of_store(e))?;
+        let promoted = store.role() != Role::Secondary;
+        let recorded = known.as_ref().map(|k| Former::recorded(k));
+        let former = begin.former.or(recorded).filter(|_| !promoted && store.history().now().is_none());
+        let untracked = self.fronts.iter().any(|(f, _)| f.is_untracked());
+        let former = former.filter(|_| !untracked);
+        // Of a promotion that never came about, or of the time before this one; else it is needed until the first checkpoint.
+        if !promoted && known.is_some() && former.is_none() {
             let _ = env.remove(&self.record_path()).await;
         }
         let secondary = SecondaryGroup::new(&env, store, self.record_path(), self.tell.clone());
-        let address = secondary.listen(listen).await.inspect_err(|_| secondary.stop())?;
+        former.into_iter().for_each(|f| secondary.follows(f));
         if promoted {
             secondary.resume_promoted(known).await.inspect_err(|_| secondary.stop())?;
         }
+        let address = listener.address();
+        secondary.serve(listener);
         self.follow(&secondary, address.clone()).await;
         Ok(address)
     }
@@ -397,7 +492,10 @@ impl Group {
         let file = self.file(&self.new.store).await?.0;
         let settings = NewStore { group: self.group, engine: self.new.engine, size: self.new.size };
         Store::create(&file, &settings, history).await.map_err(|e| self.of_store(e))?;
-        Store::open(self.graph.env(), file, self.volumes()).await.map_err(|e| self.of_store(e))
+        let store =
+            Store::open(self.graph.env(), file, self.volumes()).await.map_err(|e| self.of_store(e))?;
+        store.set_retain(self.new.retain).await.map_err(|e| self.of_store(e))?;
+        Ok(store)
     }
 
     /// The group is `secondary` from now on, and a primary when it is handed over.
@@ -449,15 +547,9 @@ impl Group {
     /// # Errors
     /// It is a secondary already; as [`Group::start_secondary`].
     pub async fn give_up(self: &Rc<Self>, listen: &Address) -> Result<Address> {
-        match self.acting() {
-            Acting::Primary(p) => p.stop(),
-            Acting::Secondary(s) if s.stage() == Stage::Done => s.stop(),
-            Acting::Secondary(_) => return self.idle().map(|()| listen.clone()),
-            Acting::Unprotected => {}
-        }
-        self.act(Acting::Unprotected);
+        let address = self.start_secondary(listen, true).await?;
         self.peers.borrow_mut().clear();
-        self.start_secondary(listen, true).await
+        Ok(address)
     }
 
     /// Removes the nodes of a group without a role. Their users go on with the disks themselves.

@@ -50,7 +50,7 @@ impl PrimaryGroup {
                 due = self.env.now();
                 continue;
             }
-            if self.look(Primary::wants_checkpoint) {
+            if self.look(|c| c.wants_checkpoint() && !c.config().external_decision) {
                 // its failure is told by events
                 let _ = self.checkpoint(Duration::MAX).await;
             }
@@ -74,6 +74,12 @@ impl PrimaryGroup {
     /// Nobody is there, a secondary refuses, or `timeout` passes (the checkpoint may still come).
     pub async fn checkpoint(self: &Rc<Self>, timeout: Duration) -> Result<CheckpointDone> {
         let began = self.env.now();
+        let epoch = self.mark(false).await?;
+        self.until_committed(epoch, began, timeout).await
+    }
+
+    /// Ends the open epoch; its number.
+    pub(super) async fn mark(self: &Rc<Self>, external: bool) -> Result<Epoch> {
         let (open, reserved) = self.look(|c| (c.open_epoch(), c.reserved()));
         if open.0 + RESERVE / 2 > reserved.0 {
             let upto = Epoch(open.0 + RESERVE);
@@ -86,12 +92,29 @@ impl PrimaryGroup {
         let epoch = self.look(Primary::open_epoch);
         {
             let mut marked = self.marked.borrow_mut();
-            marked.insert(epoch, began);
+            marked.insert(epoch, self.env.now());
             if marked.len() > MAX_MARKED {
                 marked.pop_first();
             }
         }
-        self.step(Input::Mark);
+        self.step(Input::Mark { external });
+        Ok(epoch)
+    }
+
+    /// Why an epoch that was marked is gone.
+    pub(super) fn refusal(&self, epoch: Epoch) -> BlockError {
+        let why = self.failed.borrow().get(&epoch).cloned();
+        let why = why.unwrap_or_else(|| "the secondaries are gone".to_owned());
+        BlockError::new(ErrorKind::Io, format!("checkpoint {epoch} was refused: {why}"))
+    }
+
+    /// Waits until all parties have committed.
+    pub(super) async fn until_committed(
+        self: &Rc<Self>,
+        epoch: Epoch,
+        began: Duration,
+        timeout: Duration,
+    ) -> Result<CheckpointDone> {
         let wait = async {
             loop {
                 let progress = self.progress.wait();
@@ -99,14 +122,7 @@ impl PrimaryGroup {
                     (Some((_, digest)), _) => {
                         return Ok(CheckpointDone { epoch, digest, duration: self.env.now() - began });
                     }
-                    (None, false) => {
-                        let why = self.failed.borrow().get(&epoch).cloned();
-                        let why = why.unwrap_or_else(|| "the secondaries are gone".to_owned());
-                        return Err(BlockError::new(
-                            ErrorKind::Io,
-                            format!("checkpoint {epoch} was refused: {why}"),
-                        ));
-                    }
+                    (None, false) => return Err(self.refusal(epoch)),
                     (None, true) => progress.await,
                 }
             }

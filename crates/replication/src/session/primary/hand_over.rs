@@ -6,7 +6,7 @@
 //! side in a new session, which it does only if it did not.
 
 use super::PrimaryGroup;
-use crate::primary::{PeerState, Primary};
+use crate::primary::{Primary, Readiness};
 use crate::types::Generation;
 use crate::wire::{Body, HandOver};
 use block::{BlockError, ErrorKind, Result};
@@ -38,29 +38,27 @@ impl PrimaryGroup {
         for disk in &self.disks {
             disk.flush().await?;
         }
-        let is_copy = |c: &Primary| c.peers().get(peer).is_some_and(|p| p.state == PeerState::Running);
-        if !self.look(is_copy) {
+        if self.look(|c| c.readiness(peer)) == Readiness::NotACopy {
             return Err(busy("that secondary is not in sync"));
         }
-        // A checkpoint may be under way; what came after its mark is in the next.
         let begun = self.env.now();
-        let behind = |c: &Primary| {
-            c.lacks(peer) || c.peers().get(peer).and_then(|p| p.committed) != Some(c.history().epoch())
-        };
-        while self.look(behind) {
-            let left = limit.saturating_sub(self.env.now().saturating_sub(begun));
-            if left.is_zero() || !self.look(is_copy) {
-                return Err(busy("the last checkpoint was not committed"));
-            }
+        let session = loop {
             let progress = self.progress.wait();
-            if self.look(Primary::wants_checkpoint) {
-                self.checkpoint(left).await?;
-            } else {
-                self.env.timeout(left, progress).await;
+            let left = limit.saturating_sub(self.env.now().saturating_sub(begun));
+            match self.look(|c| c.readiness(peer)) {
+                Readiness::Ready => match self.session(peer) {
+                    Some(session) => break session,
+                    None => return Err(busy("the secondary is gone")),
+                },
+                Readiness::NotACopy => return Err(busy("the last checkpoint was not committed")),
+                _ if left.is_zero() => return Err(busy("the last checkpoint was not committed")),
+                Readiness::NeedsCheckpoint => {
+                    self.checkpoint(left).await?;
+                }
+                Readiness::Waits => {
+                    self.env.timeout(left, progress).await;
+                }
             }
-        }
-        let Some(session) = self.session(peer).filter(|_| self.look(is_copy)) else {
-            return Err(busy("the secondary is gone"));
         };
         let body = Body::HandOver(Box::new(hand));
         session.push(&self.look(|c| c.frame(c.last(), c.history().epoch(), body)));
@@ -69,9 +67,8 @@ impl PrimaryGroup {
             if let Some(by) = self.look(Primary::fenced) {
                 return Ok(by);
             }
-            let other = self.session(peer).is_none_or(|s| !Rc::ptr_eq(&s, &session));
-            let welcomed = self.look(|c| c.peers().get(peer).is_some_and(|p| p.state.gets_changes()));
-            if self.stopped.get() || (other && welcomed) {
+            let same = self.session(peer).is_some_and(|s| Rc::ptr_eq(&s, &session));
+            if self.stopped.get() || self.look(|c| c.was_not_taken(peer, same)) {
                 let why = self.last_error().unwrap_or_default();
                 return Err(busy(format!("the secondary did not take over: {why}")));
             }

@@ -7,19 +7,22 @@
 mod catch_up;
 mod checkpoints;
 mod connection;
+mod external;
 mod hand_over;
 mod verify;
 
+pub use external::Prepared;
 pub use verify::{Verdict, Verify};
 
 use super::Tell;
 use super::activity::Activity;
+use super::former::{Former, ranges};
 use super::link::{MAX_QUEUED, Outgoing};
 use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::dirty::Dirty;
 use crate::primary::{Config, Event, Input, Output, PeerState, Primary, Standing};
-use crate::types::{Epoch, GroupId, Seq};
+use crate::types::{Epoch, Generation, GroupId, Seq};
 use crate::wire::{Body, MAX_PAYLOAD, VolumeInfo, crc_of};
 use block::{BlockError, Data, ErrorKind, ReqFlags, Result, Span};
 use copy::{Owner, RangeLocks};
@@ -250,6 +253,25 @@ impl PrimaryGroup {
         self.timeout.set(timeout);
     }
 
+    /// Another was promoted before a restart of this side: it serves nobody.
+    pub fn fence(self: &Rc<Self>, by: Generation) {
+        self.step(Input::Fence(by));
+    }
+
+    /// What these disks are to one who is to overwrite them. Nothing may be written from now on.
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn former(&self) -> Result<Option<Former>> {
+        self.look(|c| {
+            let mut history = c.history().clone();
+            history.advance(c.open_epoch());
+            let since = c.dirty_floor();
+            let places = c.dirty_since(since)?.map(|bits| ranges(&bits));
+            Ok(places.map(|places| Former { history, since, places }))
+        })
+    }
+
     /// Ends all sessions; the disks go on unprotected.
     pub fn stop(self: &Rc<Self>) {
         self.stopped.set(true);
@@ -301,6 +323,9 @@ impl PrimaryGroup {
                 });
             }
             Output::Progress => self.progress.notify_all(),
+            Output::WantCheckpoint if self.look(|c| c.config().external_decision) => {
+                (self.tell)("REPLICATION_CHECKPOINT_WANTED", Vec::new());
+            }
             Output::WantCheckpoint => {
                 let group = self.clone();
                 self.env.spawn("replication checkpoint", async move {
@@ -351,7 +376,10 @@ impl PrimaryGroup {
                 ],
             ),
             Event::Veto { epoch, peer, reason } => {
-                let mut facts = vec![("peer", name(peer).into()), ("reason", reason.clone().into())];
+                let mut facts = vec![("reason", reason.clone().into())];
+                if let Some(peer) = peer {
+                    facts.insert(0, ("peer", name(peer).into()));
+                }
                 if let Some(e) = epoch {
                     facts.insert(0, ("epoch", e.0.into()));
                     let mut failed = self.failed.borrow_mut();

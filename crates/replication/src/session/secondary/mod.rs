@@ -8,12 +8,13 @@ mod promotion;
 pub use promotion::Failover;
 
 use super::activity::Activity;
+use super::former::{Former, doubt};
 use super::{DEFAULT_TIMEOUT, RECV, Tell};
 use crate::history::History;
 use crate::secondary::{Input, Output, Secondary, SessionId};
-use crate::store::{Change, Engine, Role, Store, Usage};
+use crate::store::{Change, Engine, Hold, Role, Store, Usage};
 use crate::types::{Epoch, Generation};
-use crate::wire::{Body, Decoder, Frame, HandOver, VolumeInfo};
+use crate::wire::{Body, Decoder, Doubt, Frame, HandOver, VolumeInfo};
 use block::{BlockError, Data, Result, Span};
 use drivers::filters::replication::Stage;
 use env::sync::{Notify, Queue, Semaphore, race};
@@ -50,6 +51,7 @@ pub struct SecondaryGroup {
     line: Semaphore,
     stopped: Cell<bool>,
     stop: Notify,
+    listening: Cell<bool>,
     stage: Cell<Stage>,
     last_error: RefCell<Option<String>>,
     failover: RefCell<Option<Failover>>,
@@ -61,6 +63,8 @@ pub struct SecondaryGroup {
     activity: RefCell<Option<Rc<Activity>>>,
     /// Own writes fail with this.
     refuses_own: RefCell<Option<String>>,
+    /// Until the first checkpoint: what the disks were.
+    former: RefCell<Option<Former>>,
     /// What the primary gave when it handed the group over to this side.
     handed: RefCell<Option<HandOver>>,
     tell: Tell,
@@ -80,6 +84,7 @@ impl SecondaryGroup {
             line: Semaphore::new(1),
             stopped: Cell::new(false),
             stop: Notify::new(),
+            listening: Cell::new(false),
             stage: Cell::new(match store.role() {
                 Role::Secondary => Stage::Running,
                 Role::Promoted => Stage::Failover,
@@ -92,6 +97,7 @@ impl SecondaryGroup {
             record,
             activity: RefCell::default(),
             refuses_own: RefCell::default(),
+            former: RefCell::default(),
             handed: RefCell::default(),
             tell,
             store,
@@ -104,25 +110,46 @@ impl SecondaryGroup {
     /// Takes connections until the group is stopped.
     pub fn serve(self: &Rc<Self>, listener: Rc<dyn Listener>) {
         let group = self.clone();
+        self.listening.set(true);
         self.env.spawn("replication listener", async move {
-            loop {
-                let stop = group.stop.wait();
-                if group.stopped.get() {
-                    return;
-                }
-                match race(listener.accept(), stop).await {
-                    Some(Ok(stream)) if group.connections.borrow().len() < MAX_CONNECTIONS => {
-                        group.connected(stream)
-                    }
-                    Some(Ok(stream)) => stream.shutdown(),
-                    Some(Err(e)) => {
-                        *group.last_error.borrow_mut() = Some(format!("accepting a primary: {e}"));
-                        group.env.sleep(RETRY).await;
-                    }
-                    None => return,
-                }
-            }
+            group.accept_all(listener).await;
+            // whoever waits to listen at the same place
+            group.listening.set(false);
+            group.stop.notify_all();
         });
+    }
+
+    async fn accept_all(self: &Rc<Self>, listener: Rc<dyn Listener>) {
+        let group = self;
+        loop {
+            let stop = group.stop.wait();
+            if group.stopped.get() {
+                return;
+            }
+            match race(listener.accept(), stop).await {
+                Some(Ok(stream)) if group.connections.borrow().len() < MAX_CONNECTIONS => {
+                    group.connected(stream)
+                }
+                Some(Ok(stream)) => stream.shutdown(),
+                Some(Err(e)) => {
+                    *group.last_error.borrow_mut() = Some(format!("accepting a primary: {e}"));
+                    group.env.sleep(RETRY).await;
+                }
+                None => return,
+            }
+        }
+    }
+
+    /// No more connections, and others may listen where this did.
+    pub async fn stop_listening(&self) {
+        self.stop();
+        loop {
+            let changed = self.stop.wait();
+            if !self.listening.get() {
+                return;
+            }
+            changed.await;
+        }
     }
 
     /// Listens at `at`.
@@ -177,6 +204,22 @@ impl SecondaryGroup {
         self.store.usage()
     }
 
+    /// The checkpoints that can be failed over to, oldest first.
+    pub fn checkpoints(&self) -> Vec<Epoch> {
+        match self.store.role() {
+            Role::Secondary => self.store.checkpoints(),
+            Role::Promoted | Role::Done => Vec::new(),
+        }
+    }
+
+    /// Keeps a checkpoint readable; see [`Store::hold`].
+    ///
+    /// # Errors
+    /// There is no such checkpoint here; this side has taken over.
+    pub fn hold(&self, epoch: Option<Epoch>) -> Result<Hold> {
+        self.store.hold(epoch)
+    }
+
     /// The engine.
     pub fn engine(&self) -> Engine {
         self.store.engine()
@@ -200,6 +243,16 @@ impl SecondaryGroup {
     /// Own writes fail from now on: who still writes here has not noticed that the group was handed over.
     pub fn refuse_own_writes(&self, why: &str) {
         *self.refuses_own.borrow_mut() = Some(why.to_owned());
+    }
+
+    /// The disks were an owner's, and hold no checkpoint of another yet. To be said before anybody is let in.
+    pub fn follows(&self, former: Former) {
+        *self.former.borrow_mut() = Some(former);
+    }
+
+    /// Why own writes fail, if they do.
+    pub fn refuses_own(&self) -> Option<String> {
+        self.refuses_own.borrow().clone()
     }
 
     /// What a promoted side remembers of what was written since.
@@ -412,7 +465,15 @@ impl SecondaryGroup {
                 Ok(()) => {
                     self.state("detached", "connected");
                     let limit = self.store.room();
-                    Box::pin(self.step(Input::Begun { session, limit })).await;
+                    let former = self.former.borrow().clone();
+                    let left = self.store.left_on_disk();
+                    let everywhere = Doubt { former: None, places: None };
+                    let doubt = doubt(&self.store.lens(), former.as_ref(), &left).unwrap_or(everywhere);
+                    if former.is_some() && self.store.engine() == Engine::Undo {
+                        // what comes now overwrites the disks in places that the record does not name
+                        let _ = self.env.remove(&self.record).await;
+                    }
+                    Box::pin(self.step(Input::Begun { session, limit, doubt })).await;
                 }
                 Err(e) => {
                     *self.last_error.borrow_mut() = Some(e.to_string());
@@ -432,29 +493,7 @@ impl SecondaryGroup {
                 let result = self.store.prepare(epoch, digest, history).await.map_err(|e| e.to_string());
                 Box::pin(self.step(Input::Prepared(epoch, result))).await;
             }
-            Output::Commit(epoch) => match self.store.commit(epoch).await {
-                Ok(()) => {
-                    let digest = self.store.digest();
-                    self.committed.set(Some(self.env.now()));
-                    Box::pin(self.step(Input::Decided(epoch))).await;
-                    (self.tell)(
-                        "REPLICATION_CHECKPOINT",
-                        vec![
-                            ("epoch", epoch.0.into()),
-                            ("bytes", digest.bytes.into()),
-                            ("digest", digest.to_string().into()),
-                        ],
-                    );
-                }
-                Err(e) => {
-                    // what was decided is known after the next start
-                    *self.last_error.borrow_mut() = Some(format!("commit of {epoch}: {e}"));
-                    let sessions: Vec<SessionId> = self.connections.borrow().keys().copied().collect();
-                    for id in sessions {
-                        Box::pin(self.carry_out(Output::Close(id))).await;
-                    }
-                }
-            },
+            Output::Commit(epoch) => drop(Box::pin(self.commit(epoch)).await),
             Output::Abort(epoch) => {
                 if let Err(e) = self.store.abort(epoch).await {
                     *self.last_error.borrow_mut() = Some(e.to_string());
@@ -490,7 +529,7 @@ impl SecondaryGroup {
             },
             Output::TakeOver(hand) => {
                 let began = self.env.now();
-                match Box::pin(self.promote(true, began)).await {
+                match Box::pin(self.promote(true, None, began)).await {
                     Ok(_) => {
                         *self.handed.borrow_mut() = Some(*hand);
                         self.start_merge();
@@ -500,6 +539,65 @@ impl SecondaryGroup {
             }
             Output::SplitBrain(_) => (self.tell)("REPLICATION_SPLIT_BRAIN", Vec::new()),
         }
+    }
+
+    /// Carries out a decision. The caller has the line.
+    async fn commit(self: &Rc<Self>, epoch: Epoch) -> Result<()> {
+        match self.store.commit(epoch).await {
+            Ok(()) => {
+                let digest = self.store.digest();
+                self.committed.set(Some(self.env.now()));
+                if self.former.take().is_some() {
+                    // from here on its history tells
+                    let _ = self.env.remove(&self.record).await;
+                }
+                Box::pin(self.step(Input::Decided(epoch))).await;
+                (self.tell)(
+                    "REPLICATION_CHECKPOINT",
+                    vec![
+                        ("epoch", epoch.0.into()),
+                        ("bytes", digest.bytes.into()),
+                        ("digest", digest.to_string().into()),
+                    ],
+                );
+                Ok(())
+            }
+            Err(e) => {
+                // what was decided is known after the next start
+                *self.last_error.borrow_mut() = Some(format!("commit of {epoch}: {e}"));
+                let sessions: Vec<SessionId> = self.connections.borrow().keys().copied().collect();
+                for id in sessions {
+                    Box::pin(self.carry_out(Output::Close(id))).await;
+                }
+                Err(e)
+            }
+        }
+    }
+
+    /// Epochs that are prepared here and not decided.
+    pub fn prepared(&self) -> Vec<Epoch> {
+        self.store.prepared().into_iter().map(|p| p.0).collect()
+    }
+
+    /// An external manager decides here that a prepared epoch is committed, whether the primary is there or not. Repeating it changes
+    /// nothing.
+    ///
+    /// # Errors
+    /// It is not prepared; this side has taken over; of the store.
+    pub async fn decide(self: &Rc<Self>, epoch: Epoch) -> Result<()> {
+        let _turn = self.line.acquire(1).await;
+        if self.store.role() == Role::Secondary && self.history().epoch() == epoch {
+            return Ok(());
+        }
+        let prepared = self.store.prepared().into_iter().find(|p| p.0 == epoch);
+        let Some((_, history)) = prepared.filter(|_| self.store.role() == Role::Secondary) else {
+            return Err(BlockError::new(
+                block::ErrorKind::Busy,
+                format!("checkpoint {epoch} is not prepared here"),
+            ));
+        };
+        self.core.borrow_mut().agree(history);
+        self.commit(epoch).await
     }
 
     /// Applies what is committed, frees what is not needed, gives the primary the space.

@@ -31,16 +31,17 @@ pub struct Failover {
 }
 
 impl SecondaryGroup {
-    /// Takes over (X1-X3, X7): durable, served, and no older generation accepted when done; the merge follows in the background. After
-    /// a failed merge, tries that again.
+    /// Takes over (X1-X3, X7), at the newest checkpoint or an older one that is kept (X8; own writes stood on the newest, so they go):
+    /// durable, served, and no older generation accepted when done; the merge follows in the background. After a failed merge, tries
+    /// that again.
     ///
     /// # Errors
-    /// Never synchronized; of the store.
-    pub async fn failover(self: &Rc<Self>, keep_own: bool) -> Result<Failover> {
+    /// Never synchronized; no such checkpoint; of the store.
+    pub async fn failover(self: &Rc<Self>, keep_own: bool, at: Option<Epoch>) -> Result<Failover> {
         let began = self.env.now();
         let _turn = self.line.acquire(1).await;
         if self.store.role() == Role::Secondary {
-            self.promote(keep_own, began).await?;
+            self.promote(keep_own, at, began).await?;
         }
         if matches!(self.stage.get(), Stage::Failover | Stage::FailoverFailed)
             && self.store.role() == Role::Promoted
@@ -59,14 +60,20 @@ impl SecondaryGroup {
     }
 
     /// The caller has the line.
-    pub(super) async fn promote(self: &Rc<Self>, keep_own: bool, began: Duration) -> Result<Failover> {
+    pub(super) async fn promote(
+        self: &Rc<Self>,
+        keep_own: bool,
+        at: Option<Epoch>,
+        began: Duration,
+    ) -> Result<Failover> {
         self.synchronized()?;
+        let epoch = self.store.choose(at)?;
+        let keep_own = keep_own && epoch == self.store.history().epoch();
         // Higher than all seen, and not what another secondary promoted at the same time takes: then both are told apart as a
         // split brain when they meet, instead of being taken for one.
         let highest = self.core.borrow().highest().0.max(self.store.highest().0);
         let generation = Generation(((highest >> 16) + 1) << 16 | (self.env.random() & 0xffff));
-        let mut history = self.store.history();
-        let epoch = history.epoch();
+        let mut history = self.store.history_at(epoch);
         history.promote(generation, epoch);
         // The record is there before the promotion is: a record without one is known by its generation, and dropped.
         let own = if keep_own { self.store.own_ranges() } else { Vec::new() };
@@ -75,7 +82,7 @@ impl SecondaryGroup {
         let activity =
             Activity::create(file, self.store.group(), &self.store.lens(), history, Some(&own)).await?;
         *self.activity.borrow_mut() = Some(activity);
-        if let Err(e) = self.store.promote(generation, keep_own).await {
+        if let Err(e) = self.store.promote_at(generation, keep_own, Some(epoch)).await {
             self.activity.take();
             return Err(e);
         }
