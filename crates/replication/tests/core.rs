@@ -685,7 +685,7 @@ fn run(seed: u64) -> Result<[u64; 4], String> {
 
 fn seeds() -> (u64, u64) {
     let one = std::env::var("SEED").ok().and_then(|s| s.parse().ok());
-    let many = std::env::var("SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(1000);
+    let many = std::env::var("SEEDS").ok().and_then(|s| s.parse().ok()).unwrap_or(10_000);
     one.map_or((1, many), |s| (s, 1))
 }
 

@@ -14,6 +14,11 @@ use std::rc::Rc;
 const LAST_PASS: u64 = 1 << 20;
 /// Ranges freed at a time.
 const FREE_AT_ONCE: usize = 256;
+/// Ranges gathered at a time: some 50 µs.
+const GATHER_AT_ONCE: usize = 256;
+/// Bytes brought to a disk between two looks at what has come from outside: where disk and log are in memory nothing else gives the
+/// requests of the view, and the answers to the primary, their turn.
+const TURN: u64 = 256 << 10;
 
 impl Store {
     /// Does what there is to do, until nothing is left: frees, applies, moves the tail.
@@ -23,7 +28,7 @@ impl Store {
     pub async fn tidy(&self) -> Result<()> {
         let _one = self.applying.acquire(1).await;
         while self.state.borrow_mut().free_some(FREE_AT_ONCE) {
-            self.env.yield_now().await;
+            self.env.next_turn().await;
         }
         if self.role() != Role::Secondary {
             return Ok(());
@@ -58,12 +63,11 @@ impl Store {
     /// Redo: the layers that are committed now and need not wait, each byte once.
     async fn apply_committed(&self) -> Result<()> {
         let keep = self.keep_from();
-        let (count, last, merged) = {
+        let (count, last) = {
             let s = self.state.borrow();
             let committed = s.layers.iter().take_while(|l| l.committed).count();
             let count = through(s.layers.range(..committed), keep);
-            let last = s.layers.range(..count).next_back().map(|l| (l.end, l.sealed.clone()));
-            (count, last, self.merged(s.layers.range(..count).rev()))
+            (count, s.layers.range(..count).next_back().map(|l| (l.end, l.sealed.clone())))
         };
         let Some((end, Some((reached, _, history)))) = last else { return Ok(()) };
         self.give_up_holds(reached);
@@ -76,7 +80,10 @@ impl Store {
             // from here on the disks are no older checkpoint than this one
             self.log.write_anchor(|a| a.oldest = a.oldest.max(reached)).await?;
         }
-        self.bring(&merged).await?;
+        let merged = self.gathered(0..count).await;
+        let brought = self.bring(&merged).await;
+        self.state.borrow_mut().garbage.extend(merged);
+        brought?;
         if !planted(Bug::DataNotFlushedBeforeTrim) {
             self.flush_volumes().await?;
         }
@@ -107,17 +114,45 @@ impl Store {
         (0..self.volumes.len()).map(one).collect()
     }
 
+    /// As [`Store::merged`] of layers that change no more, in this order, what is later decides; a piece at a time, so that nobody
+    /// waits for it.
+    async fn gathered(&self, layers: impl Iterator<Item = usize>) -> Vec<RangeMap> {
+        let mut out: Vec<RangeMap> = self.volumes.iter().map(|_| RangeMap::default()).collect();
+        for layer in layers {
+            for (volume, into) in out.iter_mut().enumerate() {
+                let mut from = 0;
+                loop {
+                    let some = {
+                        let s = self.state.borrow();
+                        let map = s.layers.get(layer).and_then(|l| l.maps.get(volume));
+                        map.map_or_else(Vec::new, |m| m.some_from(from, GATHER_AT_ONCE))
+                    };
+                    let Some((last, _)) = some.last() else { break };
+                    from = last.end();
+                    some.iter().for_each(|(span, place)| into.insert(*span, *place));
+                    self.env.next_turn().await;
+                }
+            }
+        }
+        out
+    }
+
     async fn bring(&self, maps: &[RangeMap]) -> Result<()> {
+        let mut left = TURN;
         for (map, v) in maps.iter().zip(&self.volumes) {
             for (span, place) in map.iter() {
-                match place {
-                    Place::Log(from) => {
-                        for p in span.pieces(PIECE) {
-                            let data = self.log.read(Span::new(from + (p.start - span.start), p.len)).await?;
-                            v.write(p.start, data).await?;
-                        }
+                let Place::Log(from) = place else {
+                    v.zero(span).await?;
+                    continue;
+                };
+                for p in span.pieces(PIECE) {
+                    let data = self.log.read(Span::new(from + (p.start - span.start), p.len)).await?;
+                    v.write(p.start, data).await?;
+                    left = left.saturating_sub(p.len);
+                    if left == 0 {
+                        left = TURN;
+                        self.env.next_turn().await;
                     }
-                    _ => v.zero(span).await?,
                 }
             }
         }
@@ -187,14 +222,17 @@ impl Store {
             return Ok(());
         }
         // Committed layers (redo) or the way back to the checkpoint (undo): they do not change any more.
-        let base = {
+        let (committed, all) = {
             let s = self.state.borrow();
-            match self.engine {
-                Engine::Redo => self.merged(s.layers.iter().filter(|l| l.committed).rev()),
-                Engine::Undo => self.merged(s.layers.iter()),
-            }
+            (s.layers.iter().take_while(|l| l.committed).count(), s.layers.len())
         };
-        self.bring(&base).await?;
+        let base = match self.engine {
+            Engine::Redo => self.gathered(0..committed).await,
+            Engine::Undo => self.gathered((0..all).rev()).await,
+        };
+        let brought = self.bring(&base).await;
+        self.state.borrow_mut().garbage.extend(base);
+        brought?;
         loop {
             let last = self.usage().own <= LAST_PASS;
             let turn = self.log.turn().await;

@@ -91,6 +91,11 @@ impl RangeMap {
         self.map.iter().map(|(s, (len, p))| (Span::new(*s, *len), *p))
     }
 
+    /// Up to `n` ranges that begin at `from` or behind it.
+    pub(crate) fn some_from(&self, from: u64, n: usize) -> Vec<(Span, Place)> {
+        self.map.range(from..).take(n).map(|(s, (len, p))| (Span::new(*s, *len), *p)).collect()
+    }
+
     /// Frees up to `n` ranges; whether any are left.
     pub(crate) fn free_some(&mut self, n: usize) -> bool {
         (0..n).all(|_| self.map.pop_first().is_some())

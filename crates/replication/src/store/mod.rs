@@ -265,6 +265,21 @@ impl Store {
         }
     }
 
+    /// Whether every change that was kept is on the disks themselves, or in a checkpoint that is to stay beside them.
+    pub fn is_applied(&self) -> bool {
+        let s = self.state.borrow();
+        let done = |l: &Layer| l.is_empty() || (l.committed && s.retain > 0);
+        self.engine == Engine::Undo || s.layers.iter().all(done)
+    }
+
+    /// How much is used up of what [`Store::room`] is the rest of, in percent. Of the whole log it would not do: a small one would be out of
+    /// room before it counts as full enough for a checkpoint, which alone makes room (found by tests/replication).
+    pub fn fill(&self) -> u8 {
+        let bytes = self.log.used().saturating_mul(100) / self.for_changes().max(1);
+        let ranges = self.ranges() as u64 * 100 / MAX_RANGES as u64;
+        u8::try_from(bytes.max(ranges).min(100)).unwrap_or(100)
+    }
+
     /// A new session begins: the generation is durable, what was open and undecided is void.
     ///
     /// # Errors

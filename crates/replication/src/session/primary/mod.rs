@@ -100,6 +100,8 @@ pub struct PrimaryGroup {
     /// Between checkpoints by the clock, if they are wanted.
     interval: Cell<Option<Duration>>,
     retimed: Notify,
+    /// A checkpoint is under way for changes that wait to be on a peer's disk.
+    asking: Cell<bool>,
     verified: RefCell<Option<Verify>>,
     last_error: RefCell<Option<String>>,
     timeout: Cell<Duration>,
@@ -147,6 +149,7 @@ impl PrimaryGroup {
             began: env.now(),
             interval: Cell::new(None),
             retimed: Notify::new(),
+            asking: Cell::new(false),
             verified: RefCell::default(),
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
@@ -526,7 +529,7 @@ impl PrimaryGroup {
         Ok(last)
     }
 
-    async fn done(&self, seq: Seq, level: AckLevel) -> Result<()> {
+    async fn done(self: &Rc<Self>, seq: Seq, level: AckLevel) -> Result<()> {
         loop {
             let progress = self.progress.wait();
             if self.stopped.get() {
@@ -534,7 +537,12 @@ impl PrimaryGroup {
             }
             match self.look(|c| c.standing(seq, level)) {
                 Standing::Done => return Ok(()),
-                Standing::Wait => progress.await,
+                Standing::Wait => {
+                    if level == AckLevel::RemoteApplied {
+                        self.ask_applied(seq);
+                    }
+                    progress.await;
+                }
                 Standing::Fail => {
                     self.unfenced()?;
                     let why = "too few secondaries are connected and the policy is io-error";
@@ -542,6 +550,25 @@ impl PrimaryGroup {
                 }
             }
         }
+    }
+
+    /// Under the engine redo a change reaches the peer's disk behind a checkpoint: one is made if a change that got there waits for that.
+    fn ask_applied(self: &Rc<Self>, seq: Seq) {
+        let only_applied = |c: &Primary| {
+            c.wants_checkpoint()
+                && c.peers().iter().any(|p| p.progress.written >= seq && p.progress.applied < seq)
+        };
+        if self.asking.get() || !self.look(only_applied) {
+            return;
+        }
+        self.asking.set(true);
+        let group = self.clone();
+        self.env.spawn("replication checkpoint", async move {
+            // its failure is told by events
+            let _ = group.checkpoint(Duration::MAX).await;
+            group.asking.set(false);
+            group.progress.notify_all();
+        });
     }
 
     fn break_sessions(self: &Rc<Self>, why: &str) {

@@ -432,10 +432,9 @@ impl SecondaryGroup {
     async fn kept(self: &Rc<Self>, session: SessionId, durable: bool) {
         let received = self.connections.borrow().get(&session).map(|c| c.received.get());
         let Some(received) = received else { return };
-        let usage = self.store.usage();
-        let fill = u8::try_from(usage.used.saturating_mul(100) / usage.size.max(1)).unwrap_or(100);
+        let fill = self.store.fill();
         let limit = received + self.store.room();
-        let applied = self.store.engine() == Engine::Undo;
+        let applied = self.store.is_applied();
         self.step(Input::Kept { session, durable, applied, limit, fill }).await;
     }
 
