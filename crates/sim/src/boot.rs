@@ -3,7 +3,7 @@
 //! It is made as `liveblkd` makes it from its command line: a character device, a monitor on it, and everything else by QMP.
 
 use crate::history::History;
-use crate::{Manager, Process, Refusal, World};
+use crate::{Host, Manager, Process, Refusal, World};
 use control::{ChardevSpec, Daemon};
 use env::{Address, Env};
 use state::Store;
@@ -40,21 +40,26 @@ pub(crate) fn nbd() -> Address {
 impl Booted {
     /// Starts a daemon with a monitor.
     pub async fn start(world: &World) -> Option<Booted> {
-        Booted::start_at(world, MONITOR, false).await
+        Booted::start_at(world, world.host(), MONITOR, false).await
+    }
+
+    /// Starts one on another host.
+    pub async fn start_on(world: &World, host: &Host) -> Option<Booted> {
+        Booted::start_at(world, host, MONITOR, false).await
     }
 
     /// Starts a daemon that keeps its state, with what the last one that did kept.
     pub async fn start_again(world: &World) -> Option<Booted> {
-        Booted::start_at(world, MONITOR, true).await
+        Booted::start_at(world, world.host(), MONITOR, true).await
     }
 
     /// Starts a second daemon beside it, for what is far away.
     pub async fn start_far(world: &World) -> Option<Booted> {
-        Booted::start_at(world, FAR_MONITOR, false).await
+        Booted::start_at(world, world.host(), FAR_MONITOR, false).await
     }
 
-    async fn start_at(world: &World, monitor: &'static str, state: bool) -> Option<Booted> {
-        let (env, process) = world.start();
+    async fn start_at(world: &World, host: &Host, monitor: &'static str, state: bool) -> Option<Booted> {
+        let (env, process) = host.start(world.executor());
         let daemon = Daemon::new(&env, "sim");
         let ready = async {
             if state {

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
 use sim::runner::{Options, Report, run, run_one};
-use sim::scenario::{again, chain, find, live, nth};
+use sim::scenario::{again, chain, find, live, nth, replica};
 
 /// Seeds of each scenario in the tests; `cargo xtask sim` runs more.
 const SHARE: u64 = 150;
@@ -54,6 +54,23 @@ fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
     );
     clean(&report);
     for what in ["kills", "power losses", "pivots", "snapshots", "jobs resumed", "disks checked"] {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
+fn two_and_three_hosts_that_replicate_are_at_a_checkpoint_whatever_happens() {
+    let report = run(
+        replica::replica,
+        start()..start() + SHARE / 2,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    let wanted =
+        ["checkpoints", "views checked", "failovers", "crashes while merging", "old primaries fenced"];
+    for what in
+        wanted.into_iter().chain(["third hosts that follow", "kills of the primary", "disks compared"])
+    {
         assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
     }
 }

@@ -6,12 +6,13 @@ pub mod live;
 pub mod nth;
 mod nth_table;
 pub mod plan;
+pub mod replica;
 pub mod storage;
 
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 8] = [
+pub const SCENARIOS: [(&str, Scenario); 9] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
@@ -20,6 +21,7 @@ pub const SCENARIOS: [(&str, Scenario); 8] = [
     ("remote", chain::remote),
     ("again", again::again),
     ("nth", nth::case),
+    ("replica", replica::replica),
 ];
 
 /// The scenario of that name.
