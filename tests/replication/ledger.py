@@ -67,7 +67,9 @@ def write(path):
             n += 1
             if n % 100 == 0:
                 disk.request(3, 0, 0)
-    except (OSError, ConnectionError) as e:
+    except ConnectionError:
+        print(f"ledger: the server went away; {n} entries were acknowledged", flush=True)
+    except OSError as e:
         print(f"ledger: {e}; {n} entries were acknowledged", flush=True)
 
 

@@ -33,6 +33,7 @@ cargo xtask COMMAND
   scale     disks of 64 TiB, 256 layers, 1,000 nodes, 64 exports, large bitmaps: are they as cheap as small ones? [--reference QSD] [--rounds N]
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
   kills     kill -9 at random instants under five verifying clients and jobs: [--kills N] [--seed S]
+  replication  the same random histories on pairs of QEMU, of liveblkd, and mixed, against one oracle: [--ops N] [--seed S] [--pair NAME]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
 ";
 
@@ -60,6 +61,7 @@ fn main() {
         "scale" => scale(&rest),
         "guest" => script("vhost/guest.py", &rest),
         "kills" => script("kills.py", &rest),
+        "replication" => script("replication/differential.py", &rest),
         "bench" => bench::run(&rest),
         "help" | "--help" | "-h" => {
             print!("{HELP}");

@@ -7,6 +7,7 @@ mod chains;
 mod cmdline;
 mod colo;
 mod common;
+mod differential;
 mod dirty;
 mod disk;
 mod fuse;
