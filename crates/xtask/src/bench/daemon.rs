@@ -42,7 +42,7 @@ impl Daemon {
     }
 
     /// Starts a server and waits until the socket `ready` is there.
-    fn run(side: Side, mut command: Command, ready: PathBuf) -> Outcome<Daemon> {
+    pub(super) fn run(side: Side, mut command: Command, ready: PathBuf) -> Outcome<Daemon> {
         let child = command
             .stdin(Stdio::null())
             .spawn()
@@ -74,6 +74,11 @@ impl Daemon {
                 Err(e) => return Err(format!("{side:?}: {e}")),
             }
         }
+    }
+
+    /// Its process.
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Seconds of processor time used so far (all threads, user and system). In nanoseconds for the threads that live, where the

@@ -12,6 +12,7 @@ mod jobs;
 mod limit;
 mod mirror;
 mod nbd;
+mod replication;
 mod table;
 mod verify;
 mod vhost;
@@ -140,5 +141,6 @@ fn measure(options: &Options) -> Outcome {
     dirty::measure(options)?;
     mirror::measure(options)?;
     jobs::measure(options)?;
-    verify::measure(options)
+    verify::measure(options)?;
+    replication::measure(options)
 }

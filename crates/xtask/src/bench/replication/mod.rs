@@ -1,0 +1,265 @@
+//! Continuous replication: a pair of liveblkd, with either engine, beside a pair of QEMU with its replication driver.
+//!
+//! What must stay true: all pairs have the same disk, full of data, and the same load; bytes are those of the secondary's system calls, and
+//! our secondary then does all file I/O by system calls, so that the kernel counts what it does; what a client waits for during a
+//! checkpoint is measured beside the same client's longest wait without one, as that is what the machine itself does.
+
+mod pair;
+mod wire;
+
+use super::Options;
+use super::nbd::{Load, finish, number};
+use super::table::{Better, Figures, row};
+use crate::shell::Outcome;
+use pair::{KINDS, Kind, Make, Pair};
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use wire::{Disk, Watch, longest, random, scattered};
+
+/// MiB of the disks where nothing else is said.
+const DISK: u64 = 256;
+/// MiB of the disks whose secondary's bytes are counted: as large as the one of the reference's figures.
+const COUNTED: u64 = 64;
+/// Pieces that a large buffer is filled with: few enough for the index of the store.
+const PIECE: u64 = 64 << 10;
+/// How long clients are watched before and after a checkpoint.
+const WINDOW: Duration = Duration::from_millis(300);
+/// Free space that is left alone where a large buffer is made.
+const SPARE: u64 = 8 << 30;
+
+pub(super) fn measure(options: &Options) -> Outcome {
+    if !options.wants("replication") {
+        return Ok(());
+    }
+    println!("\nContinuous replication");
+    amplification(options)?;
+    heading("write latency and rate by level of acknowledgement");
+    levels(options)?;
+    heading("longest wait of a client during a checkpoint, milliseconds");
+    let no_buffer = hold(options, 0, None)?;
+    let one = hold(options, 1024, None)?;
+    no_buffer.print();
+    one.print();
+    match room_for_ten() {
+        _ if options.only.is_none() => {}
+        Some(dir) => hold(options, 10 * 1024, Some(&dir))?.print(),
+        None => println!("10 GiB: not measured, /var/tmp has not the room"),
+    }
+    heading("failover, milliseconds");
+    failover(options)
+}
+
+fn heading(what: &str) {
+    println!("\n{what}");
+    println!(
+        "{:<46} {:<12} {:>24} {:>24} {:>8} {:>24}",
+        "case", "figure", "QEMU pair", "liveblk redo", "ratio", "liveblk undo"
+    );
+}
+
+fn mb(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+/// 1,000 random writes of 4 KiB: what the secondary writes and reads for them, and again with the checkpoint after them.
+fn amplification(options: &Options) -> Outcome {
+    heading("bytes of the secondary for 4.1 MB of random 4 KiB writes, MB");
+    let mut figures: [Figures; 4] = Default::default();
+    for round in 0..options.rounds {
+        for i in 0..KINDS.len() {
+            let kind = KINDS[(i + round) % KINDS.len()];
+            let mut pair = Pair::start(options, &Make { counted: true, ..Make::new(kind, COUNTED) })?;
+            pair.settle()?;
+            let mut disk = Disk::open(&pair.primary.socket(), "d")?;
+            let before = pair.secondary.io();
+            disk.fill(random(1000, 4096, COUNTED << 20), &[7; 4096])?;
+            disk.flush()?;
+            let open = pair.secondary.io();
+            pair.checkpoint()?;
+            pair.settle()?;
+            let after = pair.secondary.io();
+            let column = kind.column();
+            for (f, (to, from)) in figures.iter_mut().zip([
+                (open.0, before.0),
+                (open.1, before.1),
+                (after.0, before.0),
+                (after.1, before.1),
+            ]) {
+                f.add(column, mb(to - from));
+            }
+        }
+    }
+    row("until the flush", "written", Better::Lower, &figures[0]);
+    row("", "read", Better::Lower, &figures[1]);
+    row("with the checkpoint, applied", "written", Better::Lower, &figures[2]);
+    row("", "read", Better::Lower, &figures[3]);
+    Ok(())
+}
+
+const LEVELS: [&str; 7] = [
+    "local",
+    "queued",
+    "remote-received",
+    "remote-written",
+    "remote-durable",
+    "remote-applied",
+    "checkpoint",
+];
+
+/// Random 4 KiB writes at each level; QEMU has one, which is the level `remote-written`.
+fn levels(options: &Options) -> Outcome {
+    for depth in [1, 16] {
+        for level in LEVELS {
+            let (mut iops, mut p50, mut p99) = <(Figures, Figures, Figures)>::default();
+            for round in 0..options.rounds {
+                for i in 0..KINDS.len() {
+                    let kind = KINDS[(i + round) % KINDS.len()];
+                    if kind == Kind::Qemu && level != "remote-written"
+                        || kind == Kind::Redo && level == "remote-applied"
+                    {
+                        continue;
+                    }
+                    let mut make = Make::new(kind, DISK);
+                    make.more = json!({"write-level": level, "checkpoint-interval-ms": 100});
+                    let pair = Pair::start(options, &make)?;
+                    let load = Load {
+                        op: "randwrite",
+                        block: 4096,
+                        depth,
+                        connections: 1,
+                        seconds: options.seconds,
+                    };
+                    let result = finish(load.start(&pair.primary.socket())?)?;
+                    iops.add(kind.column(), number(&result, "iops"));
+                    p50.add(kind.column(), number(&result, "p50_us"));
+                    p99.add(kind.column(), number(&result, "p99_us"));
+                }
+            }
+            row(&format!("{level}, depth {depth}"), "IOPS", Better::Higher, &iops);
+            row("", "p50 us", Better::Lower, &p50);
+            row("", "p99 us", Better::Lower, &p99);
+        }
+    }
+    Ok(())
+}
+
+/// Where 10 GiB of buffer fit on a disk, if anywhere.
+fn room_for_ten() -> Option<PathBuf> {
+    let dir = PathBuf::from("/var/tmp");
+    let line =
+        crate::shell::output(std::process::Command::new("df").args(["--output=avail", "-B1", "/var/tmp"]))
+            .ok()?;
+    let free: u64 = line.lines().nth(1)?.trim().parse().ok()?;
+    (free > (14 << 30) + SPARE).then_some(dir)
+}
+
+/// What clients of both sides waited for at most.
+#[derive(Default)]
+struct Hold {
+    name: String,
+    view: Figures,
+    calm: Figures,
+    guest: Figures,
+    guest_calm: Figures,
+    whole: Figures,
+}
+
+impl Hold {
+    fn print(&self) {
+        row(&self.name, "secondary", Better::Lower, &self.view);
+        row("", "without", Better::Lower, &self.calm);
+        row("", "primary", Better::Lower, &self.guest);
+        row("", "without", Better::Lower, &self.guest_calm);
+        row("", "the command", Better::Lower, &self.whole);
+    }
+}
+
+/// A checkpoint with `mib` buffered, under a client that reads on the secondary and one that writes on the primary.
+fn hold(options: &Options, mib: u64, hollow: Option<&PathBuf>) -> Outcome<Hold> {
+    let mut hold = Hold { name: format!("{} GiB buffered", mib / 1024), ..Hold::default() };
+    let rounds = if hollow.is_some() { 1 } else { options.rounds };
+    for round in 0..rounds {
+        for i in 0..KINDS.len() {
+            let kind = KINDS[(i + round) % KINDS.len()];
+            if hollow.is_some() && kind != Kind::Redo {
+                continue;
+            }
+            let place = hollow.map(|d| d.join(format!("liveblk-bench-{}", std::process::id())));
+            if let Some(dir) = &place {
+                std::fs::create_dir_all(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+            }
+            let measured = one_hold(options, kind, mib, place.as_ref(), &mut hold);
+            if let Some(dir) = &place {
+                let _ = std::fs::remove_dir_all(dir);
+            }
+            measured?;
+        }
+    }
+    Ok(hold)
+}
+
+fn one_hold(options: &Options, kind: Kind, mib: u64, place: Option<&PathBuf>, hold: &mut Hold) -> Outcome {
+    let mut make = Make::new(kind, if mib == 0 { DISK } else { mib * 5 / 4 });
+    make.full = place.is_none();
+    make.hollow = place.is_some();
+    // a full disk is brought over in one epoch at first
+    make.store = ((mib << 20) * 3 / 2 + (512 << 20)) * if kind == Kind::Undo { 2 } else { 1 };
+    make.store_dir = place.cloned();
+    let mut pair = Pair::start(options, &make)?;
+    let mut filler = Disk::open(&pair.primary.socket(), "d")?;
+    filler.fill(scattered((mib << 20) / PIECE, PIECE, make.mib << 20), &vec![7; PIECE as usize])?;
+    filler.flush()?;
+    let size = make.mib << 20;
+    let client = |socket: String| Disk::open(&socket, "d");
+    let (mut reader, mut writer) = (client(pair.secondary.socket())?, client(pair.primary.socket())?);
+    let (mut a, mut b) = (0u64, 0u64);
+    let reads = Watch::start(move || {
+        a += 1;
+        reader.read(a.wrapping_mul(0x9e37_79b1) % (size / 4096) * 4096, 4096).map(drop)
+    });
+    let writes = Watch::start(move || {
+        b += 1;
+        writer.write(b % 64 * 4096, &[9; 4096])
+    });
+    std::thread::sleep(WINDOW);
+    let begin = Instant::now();
+    pair.checkpoint()?;
+    let took = begin.elapsed();
+    std::thread::sleep(WINDOW);
+    let (end, column) = (Instant::now(), kind.column());
+    let (reads, writes) = (reads.end()?, writes.end()?);
+    hold.view.add(column, longest(&reads, begin, end));
+    hold.calm.add(column, longest(&reads, begin - WINDOW, begin));
+    hold.guest.add(column, longest(&writes, begin, end));
+    hold.guest_calm.add(column, longest(&writes, begin - WINDOW, begin));
+    hold.whole.add(column, took.as_secs_f64() * 1e3);
+    Ok(())
+}
+
+/// From the command to the first write and read served, by a client that was connected before.
+fn failover(options: &Options) -> Outcome {
+    let (mut first, mut command) = <(Figures, Figures)>::default();
+    for round in 0..options.rounds {
+        for i in 0..KINDS.len() {
+            let kind = KINDS[(i + round) % KINDS.len()];
+            let Pair { kind, primary, secondary } = Pair::start(options, &Make::new(kind, DISK))?;
+            let mut pair = Pair { kind, primary, secondary };
+            let mut disk = Disk::open(&pair.primary.socket(), "d")?;
+            disk.fill(scattered(512, PIECE, DISK << 20), &vec![7; PIECE as usize])?;
+            pair.checkpoint()?;
+            disk.fill(scattered(1000, 4096, DISK << 20), &[8; 4096])?;
+            let mut own = Disk::open(&pair.secondary.socket(), "d")?;
+            own.fill(scattered(100, 4096, DISK << 20), &[9; 4096])?;
+            let begin = Instant::now();
+            pair.fail_over()?;
+            command.add(kind.column(), begin.elapsed().as_secs_f64() * 1e3);
+            own.write(0, &[1; 4096])?;
+            own.read(4096, 4096)?;
+            first.add(kind.column(), begin.elapsed().as_secs_f64() * 1e3);
+        }
+    }
+    row("4 MiB open, 32 MiB behind", "the command", Better::Lower, &command);
+    row("", "first service", Better::Lower, &first);
+    Ok(())
+}
