@@ -19,7 +19,7 @@ mod protocol;
 mod query;
 mod record;
 mod reopen;
-mod replication;
+pub(crate) mod replication;
 mod replication_checkpoints;
 mod snapshot;
 mod state;

@@ -4,12 +4,16 @@ use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::address::SocketAddress;
 use crate::error::{QmpError, Reply};
+use block::{BlockError, ErrorKind};
 use drivers::filters::replication::Stage;
+use env::Stream;
 use qapi::{Map, Value, json};
 use replication::Epoch;
 use replication::ack::{AckLevel, Quorum};
 use replication::primary::{Config, LinkPolicy, Primary};
-use replication::session::{Acting, DEFAULT_TIMEOUT, Fact, Group, NewGroup, PrimaryGroup, SecondaryGroup};
+use replication::session::{
+    Accept, Acting, Connect, DEFAULT_TIMEOUT, Fact, Group, NewGroup, PrimaryGroup, SecondaryGroup, Secure,
+};
 use replication::store::{Engine, MAX_RETAIN};
 use serde::Deserialize;
 use std::rc::Rc;
@@ -57,7 +61,58 @@ struct GroupAdd {
     store: StoreArg,
     engine: Option<String>,
     retain: Option<u64>,
+    tls: Option<TlsArg>,
     fencing: Option<FencingArg>,
+}
+
+/// TLS between the sides: credentials by their names.
+#[derive(Deserialize, Default)]
+pub(crate) struct TlsArg {
+    connect: Option<String>,
+    hostname: Option<String>,
+    listen: Option<String>,
+    authz: Option<String>,
+}
+
+impl TlsArg {
+    /// The ways that the names stand for.
+    ///
+    /// # Errors
+    /// There are no such credentials, or they are for the other end.
+    pub(crate) fn secure(self, daemon: &Daemon) -> Result<Secure, QmpError> {
+        let named = [
+            ("connect", &self.connect),
+            ("hostname", &self.hostname),
+            ("listen", &self.listen),
+            ("authz", &self.authz),
+        ];
+        let named = named.into_iter().filter_map(|(key, v)| Some((key, v.clone()?))).collect();
+        let objects = daemon.objects();
+        let connect = match &self.connect {
+            None => None,
+            Some(id) => {
+                let (credentials, fixed) = (objects.tls(id, tls::Endpoint::Client)?, self.hostname);
+                let connect: Connect = Rc::new(move |stream, host| {
+                    let (credentials, host) = (credentials.clone(), fixed.clone().or(host));
+                    Box::pin(async move {
+                        let protected = credentials.connect(stream, host.as_deref()).await?;
+                        Ok(protected as Rc<dyn Stream>)
+                    })
+                });
+                Some(connect)
+            }
+        };
+        let accept = objects.server_tls(self.listen.as_deref(), self.authz)?.map(|server| -> Accept {
+            Rc::new(move |stream| {
+                let server = server.clone();
+                Box::pin(async move {
+                    let why = "somebody without the right certificate tried to connect";
+                    server.protect(stream).await.ok_or_else(|| BlockError::new(ErrorKind::Io, why))
+                })
+            })
+        });
+        Ok(Secure { connect, accept, named })
+    }
 }
 
 #[derive(Deserialize)]
@@ -83,6 +138,7 @@ impl Command for GroupAdd {
         let new = NewGroup {
             id: self.id.clone(),
             retain,
+            secure: self.tls.unwrap_or_default().secure(&daemon)?,
             volumes: self.volumes.into_iter().map(front).collect(),
             store: self.store.path.into(),
             size: self.store.size.unwrap_or(DEFAULT_SIZE),
@@ -532,6 +588,8 @@ fn describe(id: &str, group: &Group) -> Value {
         out.insert("state".into(), json!("closed"));
         out.insert("last-error".into(), json!(why));
     }
+    let secure = &group.settings().secure;
+    out.insert("tls".into(), json!(secure.connect.is_some() || secure.accept.is_some()));
     let volume = |v: &(String, String)| json!({"node-name": v.0, "front": v.1});
     out.insert("volumes".into(), group.settings().volumes.iter().map(volume).collect());
     if let Some(address) = group.listening() {

@@ -9,6 +9,7 @@ use super::describe::address;
 use super::restore::Record;
 use crate::Daemon;
 use crate::address::SocketAddress;
+use crate::commands::replication::TlsArg;
 use crate::error::QmpError;
 use env::Address;
 use qapi::{Map, Value, json};
@@ -49,6 +50,7 @@ fn describe(daemon: &Daemon, group: &Group) -> Value {
         "volumes": new.volumes.iter().map(volume).collect::<Vec<_>>(),
         "store": store.to_string_lossy(), "size": new.size, "retain": new.retain,
         "undo": new.engine == Engine::Undo, "fenced-by-hand": new.manual_fencing,
+        "tls": new.secure.named.iter().map(|(key, v)| ((*key).to_owned(), json!(v))).collect::<Map<_, _>>(),
         "peers": group.peers().iter().map(peer).collect::<Vec<_>>(),
     });
     match group.acting() {
@@ -87,6 +89,7 @@ struct Saved {
     retain: u64,
     undo: bool,
     fenced_by_hand: bool,
+    tls: TlsArg,
     peers: Vec<SavedPeer>,
     primary: Option<SavedPrimary>,
     secondary: Option<SavedSecondary>,
@@ -150,6 +153,7 @@ impl Daemon {
                     engine: if saved.undo { Engine::Undo } else { Engine::Redo },
                     retain: saved.retain,
                     manual_fencing: saved.fenced_by_hand,
+                    secure: saved.tls.secure(self)?,
                 };
                 let group = self.add_group(new).await?;
                 group.close_with(Some("the replication group has not its role again yet"));

@@ -948,3 +948,68 @@ fn a_group_that_does_not_come_back_serves_nothing() {
     p.until_running(1);
     s.io(0, "read -P 2 0 64k").unwrap();
 }
+
+/// A pair under TLS: whoever has not the right certificate is not let in, on neither side, and does not disturb the others; the sides can
+/// be changed, and come back after a restart.
+#[test]
+fn a_pair_proves_who_it_is() {
+    let dir = Dir::new();
+    let pki = crate::tls::pki(&dir);
+    let secured = |mut h: Host, authority: &str, tls: &Value| {
+        h.c.command("block-export-del", json!({"id": "e0"})).unwrap();
+        h.c.event("BLOCK_EXPORT_DELETED");
+        h.c.command("replication-group-remove", json!({"id": "g"})).unwrap();
+        for (id, endpoint) in [("in", "server"), ("out", "client")] {
+            let creds = json!({"qom-type": "tls-creds-x509", "id": id, "dir": format!("{pki}/{authority}"), "endpoint": endpoint,
+                "verify-peer": true});
+            h.c.command("object-add", creds).unwrap();
+        }
+        let group = json!({"id": "g", "volumes": [{"node-name": "d0", "front": "f0"}], "store": {"path": h.dir.path("store"), "size": 32 << 20},
+            "tls": tls});
+        h.c.command("replication-group-add", group).unwrap();
+        let export = json!({"type": "nbd", "id": "e0", "node-name": "f0", "name": "disk0", "writable": true});
+        h.c.command("block-export-add", export).unwrap();
+        h
+    };
+    let both = json!({"connect": "out", "listen": "in"});
+    let mut s = secured(Host::recorded("redo"), "ours", &both);
+    s.secondary();
+    // in the clear, and with the certificate of another authority
+    let mut clear = Host::new("redo", 1);
+    clear.primary(&[&s], &json!({}));
+    let mut other = secured(Host::new("redo", 1), "other", &both);
+    other.primary(&[&s], &json!({}));
+    let mut p = secured(
+        Host::new("redo", 1),
+        "ours",
+        &json!({"connect": "out", "listen": "in", "hostname": "localhost"}),
+    );
+    p.primary(&[&s], &json!({}));
+    p.until_running(1);
+    for h in [&mut clear, &mut other] {
+        let info = h.info();
+        assert!(info["state"] == "degraded" && info["last-error"].is_string(), "{info}");
+    }
+    assert_eq!((&p.info()["tls"], &clear.info()["tls"]), (&json!(true), &json!(false)));
+    p.io(0, "write -P 1 0 1M").unwrap();
+    p.checkpoint();
+    s.io(0, "read -P 1 0 1M").unwrap();
+    // one that expects TLS does not talk to one that does not
+    let mut bare = Host::new("redo", 1);
+    bare.secondary();
+    let addr = unix(&bare.dir.path("repl.sock"));
+    p.c.command("replication-peer-add", json!({"group": "g", "peer": "bare", "addr": addr})).unwrap();
+    let mut s = s.back();
+    p.until_running(1);
+    assert!(bare.io(0, "read 0 4k").is_err(), "nothing has come");
+    p.c.command("replication-peer-remove", json!({"group": "g", "peer": "bare"})).unwrap();
+    let over = json!({"group": "g", "to": "p0", "listen": unix(&p.dir.path("back.sock"))});
+    p.c.command("replication-switchover", over).unwrap();
+    s.until_running(1);
+    s.io(0, "write -P 2 0 64k").unwrap();
+    s.checkpoint();
+    p.io(0, "read -P 2 0 64k").unwrap();
+    let wrong = json!({"id": "h", "volumes": [], "store": {"path": "x"}, "tls": {"connect": "in"}});
+    let e = p.c.command("replication-group-add", wrong).unwrap_err();
+    assert!(e.contains("client endpoint"), "{e}");
+}

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::process::Command;
 
 /// A directory with certificates of two authorities (`crates/tls/tests/pki.sh` says what is in it).
-fn pki(dir: &Dir) -> String {
+pub(crate) fn pki(dir: &Dir) -> String {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../tls/tests/pki.sh");
     let out = Command::new("sh").arg(script).arg(dir.path("pki")).output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));

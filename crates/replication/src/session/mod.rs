@@ -13,6 +13,7 @@ mod group;
 mod link;
 mod primary;
 mod secondary;
+mod secure;
 
 pub use activity::Activity;
 pub use clone::CloneNode;
@@ -21,6 +22,7 @@ pub use front::{Front, Mode};
 pub use group::{Acting, Group, NewGroup, SwitchedOver, Test};
 pub use primary::{CheckpointDone, PeerFacts, Prepared, PrimaryGroup, Verdict, Verify};
 pub use secondary::{Failover, SecondaryGroup};
+pub use secure::{Accept, Connect, Secure};
 
 use std::time::Duration;
 

@@ -268,7 +268,8 @@ impl Store {
     /// Whether every change that was kept is on the disks themselves, or in a checkpoint that is to stay beside them.
     pub fn is_applied(&self) -> bool {
         let s = self.state.borrow();
-        let done = |l: &Layer| l.is_empty() || (l.committed && s.retain > 0);
+        let stays = s.retain > 0 || !self.held.borrow().is_empty();
+        let done = |l: &Layer| l.is_empty() || (l.committed && stays);
         self.engine == Engine::Undo || s.layers.iter().all(done)
     }
 

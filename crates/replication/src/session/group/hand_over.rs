@@ -103,6 +103,7 @@ impl Group {
         let env = self.graph.env();
         let _ = env.remove(&self.record_path()).await;
         let secondary = SecondaryGroup::new(env, store, self.record_path(), self.tell.clone());
+        secondary.protect(self.new.secure.accept.clone());
         secondary.refuse_own_writes(HANDED_OVER);
         let address = listener.address();
         secondary.serve(listener);

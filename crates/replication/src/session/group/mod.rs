@@ -15,6 +15,7 @@ use super::former::Former;
 use super::front::{Front, Mode};
 use super::primary::PrimaryGroup;
 use super::secondary::SecondaryGroup;
+use super::secure::Secure;
 use crate::history::History;
 use crate::primary::Config;
 use crate::store::{EdgeVolume, Engine, MIN_SIZE, NewStore, Role, Store, Volume};
@@ -43,6 +44,8 @@ pub struct NewGroup {
     pub engine: Engine,
     /// Checkpoints that a secondary keeps beside the newest.
     pub retain: u64,
+    /// TLS between the sides.
+    pub secure: Secure,
     /// Whether a promotion needs somebody's word that the old primary cannot write any more.
     pub manual_fencing: bool,
 }
@@ -347,6 +350,7 @@ impl Group {
         };
         let tell = self.tell.clone();
         let primary = PrimaryGroup::new(&env, self.group, disks, activity, config, timeout, tell)?;
+        primary.protect(self.new.secure.connect.clone());
         if let Some(s) = from {
             s.stop();
         }
@@ -477,6 +481,7 @@ impl Group {
             let _ = env.remove(&self.record_path()).await;
         }
         let secondary = SecondaryGroup::new(&env, store, self.record_path(), self.tell.clone());
+        secondary.protect(self.new.secure.accept.clone());
         former.into_iter().for_each(|f| secondary.follows(f));
         if promoted {
             secondary.resume_promoted(known).await.inspect_err(|_| secondary.stop())?;

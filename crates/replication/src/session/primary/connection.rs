@@ -9,8 +9,8 @@ use super::{Peer, PrimaryGroup};
 use crate::primary::Input;
 use crate::wire::{Body, Decoder};
 use block::{BlockError, Result};
-use env::Stream;
 use env::sync::race;
+use env::{Address, Stream};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,7 +23,7 @@ impl PrimaryGroup {
         let mut pause = BACKOFF.0;
         while !self.stopped.get() && self.look(|c| c.peers().get(number).is_some_and(|p| !p.state.is_final()))
         {
-            let why = match self.env.timeout(self.timeout.get(), self.env.connect(&peer.address)).await {
+            let why = match self.env.timeout(self.timeout.get(), self.reach(&peer.address)).await {
                 Some(Ok(stream)) => {
                     pause = BACKOFF.0;
                     let why = self.talk(number, peer, &stream).await;
@@ -45,6 +45,18 @@ impl PrimaryGroup {
             race(self.env.sleep(pause), stop).await;
             pause = (pause * 2).min(BACKOFF.1);
         }
+    }
+
+    /// A connection, protected if that is wanted.
+    async fn reach(&self, address: &Address) -> Result<Rc<dyn Stream>> {
+        let stream = self.env.connect(address).await?;
+        let secure = self.secure.borrow().clone();
+        let Some(secure) = secure else { return Ok(stream) };
+        let host = match address {
+            Address::Tcp { host, .. } => Some(host.clone()),
+            _ => None,
+        };
+        secure(stream, host).await.map_err(|e| e.context("TLS"))
     }
 
     /// One session, to its end; why it ended.

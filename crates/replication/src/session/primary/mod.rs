@@ -18,6 +18,7 @@ use super::Tell;
 use super::activity::Activity;
 use super::former::{Former, ranges};
 use super::link::{MAX_QUEUED, Outgoing};
+use super::secure::Connect;
 use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::dirty::Dirty;
@@ -102,7 +103,10 @@ pub struct PrimaryGroup {
     retimed: Notify,
     /// A checkpoint is under way for changes that wait to be on a peer's disk.
     asking: Cell<bool>,
+    /// The epoch for whose end a manager was asked on behalf of such changes.
+    wanted: Cell<Epoch>,
     verified: RefCell<Option<Verify>>,
+    secure: RefCell<Option<Connect>>,
     last_error: RefCell<Option<String>>,
     timeout: Cell<Duration>,
     stopped: Cell<bool>,
@@ -150,7 +154,9 @@ impl PrimaryGroup {
             interval: Cell::new(None),
             retimed: Notify::new(),
             asking: Cell::new(false),
+            wanted: Cell::new(Epoch(0)),
             verified: RefCell::default(),
+            secure: RefCell::default(),
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
             stopped: Cell::new(false),
@@ -254,6 +260,11 @@ impl PrimaryGroup {
     /// A peer that says nothing for so long is taken for dead from now on.
     pub fn set_timeout(&self, timeout: Duration) {
         self.timeout.set(timeout);
+    }
+
+    /// Sessions that begin from now on are protected so, or not.
+    pub fn protect(&self, connect: Option<Connect>) {
+        *self.secure.borrow_mut() = connect;
     }
 
     /// Another was promoted before a restart of this side: it serves nobody.
@@ -559,6 +570,13 @@ impl PrimaryGroup {
                 && c.peers().iter().any(|p| p.progress.written >= seq && p.progress.applied < seq)
         };
         if self.asking.get() || !self.look(only_applied) {
+            return;
+        }
+        if self.look(|c| c.config().external_decision) {
+            let open = self.look(Primary::open_epoch);
+            if self.wanted.replace(open) != open {
+                self.carry_out(Output::WantCheckpoint);
+            }
             return;
         }
         self.asking.set(true);

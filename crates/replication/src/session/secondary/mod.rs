@@ -9,6 +9,7 @@ pub use promotion::Failover;
 
 use super::activity::Activity;
 use super::former::{Former, doubt};
+use super::secure::Accept;
 use super::{DEFAULT_TIMEOUT, RECV, Tell};
 use crate::history::History;
 use crate::secondary::{Input, Output, Secondary, SessionId};
@@ -52,6 +53,9 @@ pub struct SecondaryGroup {
     stopped: Cell<bool>,
     stop: Notify,
     listening: Cell<bool>,
+    secure: RefCell<Option<Accept>>,
+    /// Connections that have not proved yet who they are.
+    entering: Cell<usize>,
     stage: Cell<Stage>,
     last_error: RefCell<Option<String>>,
     failover: RefCell<Option<Failover>>,
@@ -85,6 +89,8 @@ impl SecondaryGroup {
             stopped: Cell::new(false),
             stop: Notify::new(),
             listening: Cell::new(false),
+            secure: RefCell::default(),
+            entering: Cell::new(0),
             stage: Cell::new(match store.role() {
                 Role::Secondary => Stage::Running,
                 Role::Promoted => Stage::Failover,
@@ -127,8 +133,10 @@ impl SecondaryGroup {
                 return;
             }
             match race(listener.accept(), stop).await {
-                Some(Ok(stream)) if group.connections.borrow().len() < MAX_CONNECTIONS => {
-                    group.connected(stream)
+                Some(Ok(stream))
+                    if group.connections.borrow().len() + group.entering.get() < MAX_CONNECTIONS =>
+                {
+                    group.enters(stream);
                 }
                 Some(Ok(stream)) => stream.shutdown(),
                 Some(Err(e)) => {
@@ -306,6 +314,30 @@ impl SecondaryGroup {
     }
 
     // ---- connections
+
+    /// Connections that begin from now on are protected so, or not.
+    pub fn protect(&self, accept: Option<Accept>) {
+        *self.secure.borrow_mut() = accept;
+    }
+
+    /// Lets a connection in, after it has proved who it is if that is wanted.
+    fn enters(self: &Rc<Self>, stream: Rc<dyn Stream>) {
+        let Some(secure) = self.secure.borrow().clone() else { return self.connected(stream) };
+        self.entering.set(self.entering.get() + 1);
+        let group = self.clone();
+        self.env.spawn("replication entry", async move {
+            let plain = stream.clone();
+            match group.env.timeout(DEFAULT_TIMEOUT, secure(stream)).await {
+                Some(Ok(stream)) if !group.stopped.get() => group.connected(stream),
+                Some(Err(e)) => {
+                    *group.last_error.borrow_mut() = Some(format!("TLS: {e}"));
+                    plain.shutdown();
+                }
+                _ => plain.shutdown(),
+            }
+            group.entering.set(group.entering.get() - 1);
+        });
+    }
 
     fn connected(self: &Rc<Self>, stream: Rc<dyn Stream>) {
         let id = self.next.get();
