@@ -3,13 +3,14 @@
 
     scale.py --daemon PATH --load NBDLOAD [--reference qemu-storage-daemon] [--rounds N] [NAME...]
 
-For each shape, the small and the large one take turns: seconds until the daemon answers its first command, memory (Pss), and
+For each shape, the small and the large one take turns: milliseconds until the daemon answers its first command, memory (Pss), and
 microseconds of its processor per 4 KiB random read at depth 16, checked by the load client. The table is Markdown.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -86,7 +87,11 @@ def chain(layers):
         top = f"driver=qcow2,node-name=n0,file.driver=file,file.filename={path}/0"
         options = ["--blockdev", top]
         for n in range(1, layers):
-            image("create", "-q", "-f", "qcow2", "-u", "-b", f"{path}/{n - 1}", "-F", "qcow2", f"{path}/{n}", GIB)
+            # what lies behind a layer is said below, so they may all name the same
+            if n == 1:
+                image("create", "-q", "-f", "qcow2", "-u", "-b", f"{path}/0", "-F", "qcow2", f"{path}/1", GIB)
+            else:
+                shutil.copy(f"{path}/1", f"{path}/{n}")
             options += ["--blockdev", f"driver=qcow2,node-name=n{n},backing=n{n - 1},file.driver=file,file.filename={path}/{n}"]
         options += ["--blockdev", f"driver=raw,node-name=w,file=n{layers - 1},offset=0,size={WINDOW}"]
         return options + serve(path, ["w"])
@@ -97,7 +102,7 @@ def many(nodes, exports):
     def make(path):
         options = window(path, "raw", GIB, 0)
         for n in range(nodes - 3):
-            options += ["--blockdev", f"driver=null-co,node-name=x{n},size=1G,read-zeroes=on"]
+            options += ["--blockdev", f"driver=null-co,node-name=x{n},size={GIB},read-zeroes=on"]
         for n in range(1, exports):
             options += ["--export", f"type=nbd,id=y{n},node-name={'x%d' % n if nodes > exports + 3 else 'w'},name=y{n}"]
         return options
@@ -117,7 +122,7 @@ def measure(binary, load, make):
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="scale-") as path:
         options = make(path)
         d = Daemon(binary, path, options)
-        memory = d.memory()
+        memory, start_cpu = d.memory(), d.cpu()
         run = lambda seconds: json.loads(subprocess.run(
             [load, "--socket", f"{path}/nbd", "--export", "e0", "--depth", "16", "--seconds", str(seconds), "--verify"],
             check=True, capture_output=True, text=True).stdout)
@@ -127,13 +132,13 @@ def measure(binary, load, make):
         us = (d.cpu() - before) / requests * 1e6
         grown = d.memory()
         d.end()
-        return d.started * 1000, memory, grown, us
+        return d.started * 1000, start_cpu * 1000, memory, grown, us
 
 
 def shapes(binary, load, rounds, names):
     name = os.path.basename(binary)
-    print(f"\n| {name} | start ms small | large | MiB small | large | MiB after the load small | large | µs/request small | large | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"\n| {name} | start ms small | large | of that CPU ms small | large | MiB small | large | MiB after the load small | large | µs/request small | large | ratio |")
+    print("|---" * 12 + "|")
     for shape, pair in SHAPES.items():
         if names and not any(n in shape for n in names):
             continue
@@ -147,7 +152,7 @@ def shapes(binary, load, rounds, names):
             continue
         small, large = [[statistics.median(v) for v in zip(*side)] for side in got]
         cells = [f"{v:.1f}" for both in zip(small, large) for v in both]
-        print(f"| {shape} | {' | '.join(cells)} | {large[3] / small[3]:.2f} |", flush=True)
+        print(f"| {shape} | {' | '.join(cells)} | {large[-1] / small[-1]:.2f} |", flush=True)
 
 
 def bitmaps(binary, rounds):

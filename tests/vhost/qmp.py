@@ -8,7 +8,50 @@ import subprocess
 import time
 
 
-class Daemon:
+class Talk:
+    """A QMP conversation, with liveblkd or with QEMU."""
+
+    def __init__(self, path):
+        self.monitor = socket.socket(socket.AF_UNIX)
+        self.monitor.settimeout(60)
+        self.monitor.connect(path)
+        self.lines = self.monitor.makefile("rw")
+        self.events = []
+        self.next()
+        self.qmp("qmp_capabilities")
+
+    def next(self):
+        return json.loads(self.lines.readline())
+
+    def ask(self, command, /, **arguments):
+        """A command's whole answer."""
+        text = {"execute": command, "arguments": {k.replace("_", "-"): a for k, a in arguments.items()}}
+        self.lines.write(json.dumps(text) + "\n")
+        self.lines.flush()
+        while True:
+            got = self.next()
+            if "event" not in got:
+                return got
+            self.events.append(got)
+
+    def qmp(self, command, /, **arguments):
+        got = self.ask(command, **arguments)
+        assert "return" in got, got
+        return got["return"]
+
+    def event(self, name, **data):
+        """Waits for an event with this data."""
+        while True:
+            for e in self.events:
+                if e["event"] == name and all(e["data"].get(k) == d for k, d in data.items()):
+                    self.events.remove(e)
+                    return e
+            got = self.next()
+            assert "event" in got, got
+            self.events.append(got)
+
+
+class Daemon(Talk):
     """A running daemon; `options` are its command line without the monitor. Its files are in the directory `path`."""
 
     def __init__(self, binary, path, options):
@@ -28,47 +71,11 @@ class Daemon:
         while not os.path.exists(os.path.join(path, "pid")):
             assert self.process.poll() is None and time.monotonic() < until, self.said()
             time.sleep(0.005)
-        self.monitor = socket.socket(socket.AF_UNIX)
-        self.monitor.settimeout(60)
-        self.monitor.connect(qmp)
-        self.lines = self.monitor.makefile("rw")
-        self.events = []
-        self.next()
-        self.qmp("qmp_capabilities")
+        super().__init__(qmp)
 
     def said(self):
         with open(os.path.join(self.path, "log"), "rb") as f:
             return f.read().decode(errors="replace")
-
-    def next(self):
-        return json.loads(self.lines.readline())
-
-    def ask(self, name, **arguments):
-        """A command's whole answer."""
-        text = {"execute": name, "arguments": {k.replace("_", "-"): a for k, a in arguments.items()}}
-        self.lines.write(json.dumps(text) + "\n")
-        self.lines.flush()
-        while True:
-            got = self.next()
-            if "event" not in got:
-                return got
-            self.events.append(got)
-
-    def qmp(self, command, **arguments):
-        got = self.ask(command, **arguments)
-        assert "return" in got, got
-        return got["return"]
-
-    def event(self, name, **data):
-        """Waits for an event with this data."""
-        while True:
-            for e in self.events:
-                if e["event"] == name and all(e["data"].get(k) == d for k, d in data.items()):
-                    self.events.remove(e)
-                    return e
-            got = self.next()
-            assert "event" in got, got
-            self.events.append(got)
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
