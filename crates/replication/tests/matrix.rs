@@ -8,6 +8,7 @@
 use block::{BlockError, Data, Span};
 use env::{Env, Existing, OpenMode};
 use replication::ack::{AckLevel, Quorum};
+use replication::bugs::{Bug, plant};
 use replication::digest::Digest;
 use replication::dirty::{Dirty, GRANULE};
 use replication::history::History;
@@ -513,5 +514,24 @@ fn the_crash_matrix_row_by_row() {
     for (name, row) in rows {
         println!("{name}");
         row();
+    }
+}
+
+/// The test of the test: without the rule that a row is about, the row fails.
+#[test]
+fn a_row_fails_without_its_rule() {
+    let rows: [(Bug, fn()); 6] = [
+        (Bug::PreimageNotDurable, || both_engines(nothing, write_twos, same_checkpoint)),
+        (Bug::EmptiedOnRestart, || both_engines(nothing, write_twos, same_checkpoint)),
+        (Bug::CommitNotDurable, || both_engines(write_and_get_prepared, decide, decided_or_not)),
+        (Bug::DataNotFlushedBeforeTrim, || both_engines(write_and_decide, tidy, applied_again)),
+        (Bug::MergeNotFlushed, || both_engines(write_and_promote, merge, merged_again)),
+        (Bug::IntentNotDurable, || both_engines(write_twos, promote, promoted_or_not)),
+    ];
+    for (bug, row) in rows {
+        plant(Some(bug));
+        let ended = std::panic::catch_unwind(row);
+        plant(None);
+        assert!(ended.is_err(), "{bug:?} was not noticed");
     }
 }

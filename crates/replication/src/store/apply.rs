@@ -20,6 +20,24 @@ const GATHER_AT_ONCE: usize = 256;
 /// requests of the view, and the answers to the primary, their turn.
 const TURN: u64 = 256 << 10;
 
+/// While there is one, what is being brought to the disk stops.
+struct Stopping<'a>(&'a Store);
+
+impl<'a> Stopping<'a> {
+    fn new(store: &'a Store) -> Stopping<'a> {
+        store.stopping.set(true);
+        Stopping(store)
+    }
+}
+
+impl Drop for Stopping<'_> {
+    fn drop(&mut self) {
+        self.0.stopping.set(false);
+        // should the promotion fail, it goes on
+        self.0.work.notify_all();
+    }
+}
+
 impl Store {
     /// Does what there is to do, until nothing is left: frees, applies, moves the tail.
     ///
@@ -80,10 +98,12 @@ impl Store {
             // from here on the disks are no older checkpoint than this one
             self.log.write_anchor(|a| a.oldest = a.oldest.max(reached)).await?;
         }
-        let merged = self.gathered(0..count).await;
+        let Some(merged) = self.gathered(0..count).await else { return Ok(()) };
         let brought = self.bring(&merged).await;
         self.state.borrow_mut().garbage.extend(merged);
-        brought?;
+        if !brought? {
+            return Ok(());
+        }
         if !planted(Bug::DataNotFlushedBeforeTrim) {
             self.flush_volumes().await?;
         }
@@ -115,8 +135,8 @@ impl Store {
     }
 
     /// As [`Store::merged`] of layers that change no more, in this order, what is later decides; a piece at a time, so that nobody
-    /// waits for it.
-    async fn gathered(&self, layers: impl Iterator<Item = usize>) -> Vec<RangeMap> {
+    /// waits for it. Nothing if it was stopped.
+    async fn gathered(&self, layers: impl Iterator<Item = usize>) -> Option<Vec<RangeMap>> {
         let mut out: Vec<RangeMap> = self.volumes.iter().map(|_| RangeMap::default()).collect();
         for layer in layers {
             for (volume, into) in out.iter_mut().enumerate() {
@@ -127,6 +147,9 @@ impl Store {
                         let map = s.layers.get(layer).and_then(|l| l.maps.get(volume));
                         map.map_or_else(Vec::new, |m| m.some_from(from, GATHER_AT_ONCE))
                     };
+                    if self.stopping.get() {
+                        return None;
+                    }
                     let Some((last, _)) = some.last() else { break };
                     from = last.end();
                     some.iter().for_each(|(span, place)| into.insert(*span, *place));
@@ -134,10 +157,11 @@ impl Store {
                 }
             }
         }
-        out
+        Some(out)
     }
 
-    async fn bring(&self, maps: &[RangeMap]) -> Result<()> {
+    /// Whether all was brought, and not stopped before.
+    async fn bring(&self, maps: &[RangeMap]) -> Result<bool> {
         let mut left = TURN;
         for (map, v) in maps.iter().zip(&self.volumes) {
             for (span, place) in map.iter() {
@@ -146,6 +170,9 @@ impl Store {
                     continue;
                 };
                 for p in span.pieces(PIECE) {
+                    if self.stopping.get() {
+                        return Ok(false);
+                    }
                     let data = self.log.read(Span::new(from + (p.start - span.start), p.len)).await?;
                     v.write(p.start, data).await?;
                     left = left.saturating_sub(p.len);
@@ -156,7 +183,7 @@ impl Store {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     pub(super) async fn flush_volumes(&self) -> Result<()> {
@@ -181,11 +208,14 @@ impl Store {
     /// A generation that is not newer than all seen; a checkpoint that is not kept; of the log.
     pub async fn promote_at(&self, generation: Generation, keep_own: bool, at: Option<Epoch>) -> Result<()> {
         let _intake = self.intake.acquire(1).await;
-        let _one = self.applying.acquire(1).await;
-        let turn = self.log.turn().await;
         if self.role() != Role::Secondary {
             return Ok(());
         }
+        // What is being brought to the disk stops where it is (X2): the merge begins again, and reads find it in the log until then.
+        let stopping = Stopping::new(self);
+        let _one = self.applying.acquire(1).await;
+        drop(stopping);
+        let turn = self.log.turn().await;
         if generation <= self.highest() {
             return Err(BlockError::new(
                 ErrorKind::Invalid,
@@ -230,6 +260,8 @@ impl Store {
             Engine::Redo => self.gathered(0..committed).await,
             Engine::Undo => self.gathered((0..all).rev()).await,
         };
+        // only a promotion stops anything, and that has been
+        let base = base.unwrap_or_default();
         let brought = self.bring(&base).await;
         self.state.borrow_mut().garbage.extend(base);
         brought?;

@@ -181,6 +181,8 @@ pub struct Store {
     intake: env::sync::Semaphore,
     /// One background pass or merge at a time.
     applying: env::sync::Semaphore,
+    /// A promotion waits for the background pass, which gives up.
+    stopping: Cell<bool>,
     /// Something for the background to do.
     pub(crate) work: Notify,
     /// Reads and writes that go straight to the disk: they may, once the merge is done.

@@ -177,6 +177,7 @@ impl Store {
             state: RefCell::new(state),
             intake: Semaphore::new(1),
             applying: Semaphore::new(1),
+            stopping: Cell::new(false),
             work: Notify::new(),
             direct,
             held: RefCell::default(),
