@@ -121,7 +121,7 @@ class Qmp:
                 self.events.append(m)
             elif "error" in m:
                 raise Refused(m["error"]["desc"])
-            else:
+            elif "return" in m:
                 return m["return"]
 
     def do(self, command, **arguments):

@@ -169,10 +169,11 @@ class Oracle:
                 side, more = (self.p, writes["P"]) if op.side == "P" else (self.s, seen_s)
                 self.check(side, op.disk, op.at, found, more[op.disk])
         self.settle(self.p, writes["P"])
-        self.settle(self.s, writes["S"])
         if during:
             self.figures["of them under load"] += 1
             self.switched(before, writes)
+        else:
+            self.settle(self.s, writes["S"])
         if batch.checkpoint:
             self.figures["checkpoints"] += 1
             if not during:

@@ -257,8 +257,7 @@ impl NodeCell {
         self.lent.get()
     }
 
-    /// Whether it turns read-write by itself for those who want to write to it.
-    pub fn may_turn(&self) -> bool {
+    pub(crate) fn may_turn(&self) -> bool {
         self.options.borrow().may_turn
     }
 

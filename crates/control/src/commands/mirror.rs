@@ -214,15 +214,8 @@ impl Command for BlockJobChange {
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let job = daemon.jobs().find_block_job(&self.id)?;
         let Some(mode) = self.copy_mode else {
-            return Err(match self.kind == job.kind().name() {
-                true => QmpError::generic("Job type does not support change"),
-                false => QmpError::generic(format!(
-                    "Job '{}' is of type '{}', not '{}'",
-                    self.id,
-                    job.kind().name(),
-                    self.kind
-                )),
-            });
+            let desc = format!("Job '{}' is of type '{}', not '{}'", self.id, job.kind().name(), self.kind);
+            return Err(QmpError::generic(desc));
         };
         mirror::change(&job, mode.into())?;
         Ok(json!({}))

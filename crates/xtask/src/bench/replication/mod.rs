@@ -28,43 +28,46 @@ const WINDOW: Duration = Duration::from_millis(300);
 /// Free space that is left alone where a large buffer is made.
 const SPARE: u64 = 8 << 30;
 
+/// A name to choose it by, and what measures it.
+type Part = (&'static str, fn(&Options) -> Outcome);
+
 pub(super) fn measure(options: &Options) -> Outcome {
-    if !options.wants("replication") {
-        return Ok(());
+    let parts: [Part; 4] = [
+        ("replication: bytes of the secondary", amplification),
+        ("replication: levels of acknowledgement", levels),
+        ("replication: hold during a checkpoint", holds),
+        ("replication: failover", failover),
+    ];
+    for (name, part) in parts.into_iter().filter(|p| options.wants(p.0)) {
+        println!("\n{name}");
+        println!(
+            "{:<46} {:<12} {:>24} {:>24} {:>8} {:>24}",
+            "case", "figure", "QEMU pair", "liveblk redo", "ratio", "liveblk undo"
+        );
+        part(options)?;
     }
-    println!("\nContinuous replication");
-    amplification(options)?;
-    heading("write latency and rate by level of acknowledgement");
-    levels(options)?;
-    heading("longest wait of a client during a checkpoint, milliseconds");
-    let no_buffer = hold(options, 0, None)?;
-    let one = hold(options, 1024, None)?;
-    no_buffer.print();
-    one.print();
+    Ok(())
+}
+
+/// The longest wait of a client during a checkpoint, in milliseconds, by what is buffered.
+fn holds(options: &Options) -> Outcome {
+    hold(options, 0, None)?.print();
+    hold(options, 1024, None)?.print();
     match room_for_ten() {
+        // it takes a disk, and minutes
         _ if options.only.is_none() => {}
         Some(dir) => hold(options, 10 * 1024, Some(&dir))?.print(),
         None => println!("10 GiB: not measured, /var/tmp has not the room"),
     }
-    heading("failover, milliseconds");
-    failover(options)
-}
-
-fn heading(what: &str) {
-    println!("\n{what}");
-    println!(
-        "{:<46} {:<12} {:>24} {:>24} {:>8} {:>24}",
-        "case", "figure", "QEMU pair", "liveblk redo", "ratio", "liveblk undo"
-    );
+    Ok(())
 }
 
 fn mb(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// 1,000 random writes of 4 KiB: what the secondary writes and reads for them, and again with the checkpoint after them.
+/// 1,000 random writes of 4 KiB (4.1 MB): what the secondary writes and reads for them, in MB, and again with the checkpoint after them.
 fn amplification(options: &Options) -> Outcome {
-    heading("bytes of the secondary for 4.1 MB of random 4 KiB writes, MB");
     let mut figures: [Figures; 4] = Default::default();
     for round in 0..options.rounds {
         for i in 0..KINDS.len() {
@@ -237,7 +240,7 @@ fn one_hold(options: &Options, kind: Kind, mib: u64, place: Option<&PathBuf>, ho
     Ok(())
 }
 
-/// From the command to the first write and read served, by a client that was connected before.
+/// Milliseconds from the command to the first write and read served, by a client that was connected before.
 fn failover(options: &Options) -> Outcome {
     let (mut first, mut command) = <(Figures, Figures)>::default();
     for round in 0..options.rounds {
