@@ -29,6 +29,16 @@ SCENES = {
         'block-dirty-bitmap-add {"node":"d","name":"x"}',
         'block-dirty-bitmap-merge {"node":"d","target":"x","bitmaps":[]} => {"return": {}}',
     ],
+    "a transaction enables a bitmap that is not there": DISKS + [
+        'transaction {"actions":[{"type":"block-dirty-bitmap-enable","data":{"node":"d","name":"zz"}}]} => Dirty bitmap \'zz\' not found',
+        'transaction {"actions":[{"type":"block-dirty-bitmap-enable","data":{"node":"zz","name":"zz"}}]} => nor node-name=\'zz\'',
+    ],
+    "a null disk of a negative size": [
+        'blockdev-add {"driver":"null-co","node-name":"n","size":-1} => Value \'-1\' is out of range',
+    ],
+    "a ring of a negative size": [
+        'chardev-add {"id":"r","backend":{"type":"ringbuf","data":{"size":-9223372036854775808}}} => size of ringbuf chardev must be',
+    ],
     "an empty list of nodes to reopen": ['blockdev-reopen {"options":[]} => {"return": {}}'],
     "an iothread that a node was given is deleted": DISKS + [
         'object-add {"qom-type":"iothread","id":"io"}',

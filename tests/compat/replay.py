@@ -95,7 +95,7 @@ KNOWN = [
     ("mirror-error-source", "events of m0[6].", "the same"),
     ("mirror-error-source", "events of m0[7].", "the same"),
     ("mirror-error-source", 'BLOCK_JOB_ERROR", got', "the same"),
-    ("export-error-events", "driver-specific: missing", "discards are not counted for files"),
+    ("replication-qsd", "reply 9.error", "replication can be started: the commands of qemu-system are there"),
     ("export-error-events", "stats.wr_", "nodes count what is written; in the reference only guest devices count"),
     ("transaction-rollback", "image.virtual-size: want", "an open image file grows in larger steps"),
     ("transaction-rollback", ".ro: want true, got false", "the file of an image that is closed for writing may still be written"),
@@ -234,6 +234,10 @@ def killed(replay):
     replay.connections = {}
 
 
+def several(*helpers):
+    return lambda replay: [h(replay) for h in helpers]
+
+
 # At a note of the transcript.
 AT_NOTE = {
     "mirror-error-flush-and-ready": {"guest write result (0, b'')": guest("src", "1M", "64k")},
@@ -247,12 +251,13 @@ AT_NOTE = {
         "no majority (5, b'')": client("quo", "h.pread(512, 3 << 20)", works=False, before=scribble("q1.raw", 3 << 20, b"y" * 512)),
     },
     "bitmap-persistent": {"crash (SIGKILL) while the bitmap is in use => inconsistent": killed},
+    "replication-qsd": {
+        "before start: read (5, b'') write 5": client(
+            "top", "try: h.pread(512, 0)\nexcept nbd.Error: h.pwrite(bytes(512), 0)", works=False
+        )
+    },
     "export-error-events": {"write errno 28 read errno 5": guest("a", 0, "512", works=False)},
 }
-
-def several(*helpers):
-    return lambda replay: [h(replay) for h in helpers]
-
 
 HELPERS = {
     "bitmap-basic": {

@@ -2,11 +2,14 @@
 """Compares query-qmp-schema and query-commands with QSD's: schema.py --daemon PATH
 
 Everything that QSD's schema has must be in ours, with the same members, values, variants and features, but for what stands in
-MISSING with its reason (docs/compat.md names it); nothing may stand there that is not missing. What ours has besides is ours.
+MISSING with its reason; nothing may stand there that is not missing. What ours has besides is ours. Every command, event, driver and kind
+of export, object, chardev and transaction's action of QSD must be named by docs/compat.md (in `quotes`; a `-part` stands for a name
+with the beginning of one before it in the same line).
 """
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 
@@ -23,7 +26,7 @@ CUT = "".join(line for line in """
 # exports of nobody
 vduse-blk
 # drivers of steps C and later, and of nobody
-replication blkreplay bochs cloop dmg ftp ftps gluster host_cdrom http https iscsi luks nfs null-aio nvme parallels qcow qed rbd ssh vdi vhdx vmdk vpc vvfat
+replication blkreplay bochs cloop dmg ftp ftps gluster host_cdrom http https iscsi luks nfs nvme parallels qcow qed rbd ssh vdi vhdx vmdk vpc vvfat
 # chardevs that nothing in a storage daemon reads
 braille dbus file hub msmouse mux parallel pipe pty qemu-vdagent serial spiceport spicevmc testdev udp vc wctablet
 # objects: of machines that are emulated (QSD's schema names them, it has none), and those that docs/compat.md names
@@ -90,6 +93,51 @@ def compare(ours, theirs, a, b, path, seen, out):
             out.append(f"{path}: another tag")
 
 
+# Enumerations of which docs/compat.md names every value: where they stand.
+KINDS = {
+    "driver": ("blockdev-add", "driver"),
+    "export": ("block-export-add", "type"),
+    "object": ("object-add", "qom-type"),
+    "chardev": ("chardev-add", "backend", "type"),
+    "action": ("transaction", "actions", "type"),
+}
+
+
+def values(schema, command, *path):
+    """The values of the enumeration at a path of a command's arguments."""
+    of = schema.by_name[schema.by_name[command]["arg-type"]]
+    for name in path:
+        while of["meta-type"] == "array":
+            of = schema.by_name[of["element-type"]]
+        of = schema.by_name[next(m["type"] for m in of["members"] if m["name"] == name)]
+    return of["values"]
+
+
+def told(text):
+    """The names that a text has in quotes, with those it shortens."""
+    names = set()
+    for line in text.splitlines():
+        here = re.findall(r"`([^`]+)`", line)
+        names.update(here)
+        for short in (n for n in here if n.startswith("-")):
+            for full in (n for n in here if not n.startswith("-")):
+                names.update(full[:i] + short for i, c in enumerate(full) if c == "-")
+    return names
+
+
+def compat():
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../docs/compat.md")) as f:
+        return f.read()
+
+
+def untold(theirs):
+    """What of QSD's docs/compat.md does not name."""
+    names = told(compat())
+    all_of = [("command", c) for c in theirs.entries("command")] + [("event", e) for e in theirs.entries("event")]
+    all_of += [(kind, v) for kind, path in KINDS.items() for v in values(theirs, *path)]
+    return [f"docs/compat.md does not name the {kind} {name}" for kind, name in all_of if name not in names]
+
+
 def ask(daemon):
     with tempfile.TemporaryDirectory(prefix="schema-") as directory:
         talk = Talk(daemon, directory)
@@ -105,7 +153,7 @@ def main():
     parser.add_argument("--daemon", default=os.environ.get("LIVEBLKD", "liveblkd"))
     options = parser.parse_args()
     (ours, commands), (theirs, their_commands) = ask(options.daemon), ask("qemu-storage-daemon")
-    out = [f"command {c} in one of schema and query-commands" for c in commands ^ ours.entries("command")]
+    out = untold(theirs) + [f"command {c} in one of schema and query-commands" for c in commands ^ ours.entries("command")]
     for kind in ("command", "event"):
         lost = {f"{kind} {n}" for n in theirs.entries(kind) - ours.entries(kind)}
         known = {m for m in MISSING if m.startswith(kind)}

@@ -5,7 +5,8 @@
 
 A scene has one step a line: `COMMAND {arguments}` is sent by QMP, `! WORDS` is run by a shell in the scene's directory (clients of
 the daemon's NBD server, mostly), `@ ID WORD` waits for the next event WORD, or the next status WORD, of the job (export, node) ID, `? REASON` says that and why the next step may differ, `?? WORDS | REASON` that differences with these words
-may be, `# TEXT` is for the reader. DIR is the
+may be, `# TEXT` is for the reader. `> TEXT` sends TEXT as it is, and `>> TEXT` without waiting for a reply. `=== NAME` begins another scene
+of the same file, with daemons of its own; what `??` says holds until there. DIR is the
 directory, SRC that of this file. Compared are replies, exit status and output of clients (without figures of speed), and the events of each job, export and
 node in their order (without pauses that nobody asked for: the reference drains by pausing).
 Exit status 0: nothing differs.
@@ -24,6 +25,7 @@ from replay import Connection, clean, differences, key  # noqa: E402
 
 # nbdsh takes the first python3 there is, and the system's alone knows libnbd
 ENV = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
+QUIET = 0.3  # seconds without a reply after which none is expected: some lines have none, some have several
 EVENT_LIMIT = 3.0  # seconds for an event that the twin emitted
 
 
@@ -32,6 +34,14 @@ def grown(said):
     for node in said["return"] if isinstance(said, dict) and isinstance(said.get("return"), list) else []:
         if isinstance(node, dict) and node.get("drv") == "file":
             node["image"].pop("virtual-size")
+    return said
+
+
+def in_order(said):
+    """Properties of objects, which QSD has in the order of a hash table, by their names."""
+    listed = said["return"] if isinstance(said, dict) and isinstance(said.get("return"), list) else []
+    if listed and all(isinstance(p, dict) and {"name", "type"} <= set(p) for p in listed):
+        listed.sort(key=lambda p: p["name"])
     return said
 
 
@@ -45,7 +55,7 @@ class Side:
         self.log = open(os.path.join(self.dir, "stderr"), "w+")
         self.process = subprocess.Popen(words, cwd=self.dir, stderr=self.log)
         self.connection = Connection(socket)
-        self.connection.wait(lambda: self.connection.replies, 10)
+        self.connection.wait(lambda: self.connection.replies, 60)
         self.ask("qmp_capabilities", {})
         self.mark = 0  # events before the last command
         self.asked = []  # jobs that the scene paused, with the number of events before
@@ -58,7 +68,16 @@ class Side:
 
     def step(self, line):
         line = line.replace("DIR", self.dir).replace("SRC", os.path.dirname(os.path.abspath(__file__)))
-        if line.startswith("!"):
+        if line.startswith(">"):
+            seen = len(self.connection.replies)
+            self.connection.send((line.lstrip(">").strip() + "\n").encode())
+            waits = not line.startswith(">>")
+            if waits:
+                self.connection.wait(lambda: len(self.connection.replies) > seen or self.connection.closed, QUIET)
+                while self.connection.poll(QUIET):
+                    pass
+            said = self.connection.replies[seen:] + (["closed"] if self.connection.closed else []) if waits else []
+        elif line.startswith("!"):
             # what it runs must not outlive a hanging daemon
             ran = subprocess.run(line[1:], shell=True, cwd=self.dir, capture_output=True, text=True, timeout=60, env=ENV)
             out = re.sub(r"\n?.*(ops/sec|ops; ).*", "", ran.stdout + ran.stderr)
@@ -76,7 +95,7 @@ class Side:
             said = self.ask(name, arguments)
             if name in ("job-pause", "block-job-pause") and "return" in said:
                 self.asked.append((arguments.get("id") or arguments.get("device"), self.mark))
-        return grown(clean(said, [(self.dir, "DIR")]))
+        return in_order(grown(clean(said, [(self.dir, "DIR")])))
 
     def events(self):
         """The events of each job, export and node."""
@@ -109,15 +128,24 @@ class Side:
         return code, log
 
 
-def play(path, daemon, verbose):
+def scenes(path):
+    """The scenes of a file: their names and their lines, with their numbers."""
+    found = [(os.path.basename(path), [])]
+    for number, line in enumerate(open(path), 1):
+        line = line.strip()
+        if line.startswith("==="):
+            found.append((f"{os.path.basename(path)}: {line.strip('= ')}", []))
+        elif line and not line.startswith("#"):
+            found[-1][1].append((number, line))
+    return [(name, lines) for name, lines in found if lines]
+
+
+def play(lines, daemon, verbose):
     """The differences in a scene."""
     problems, reason, known = [], None, []
     theirs, ours = Side("qemu-storage-daemon"), Side(daemon)
     try:
-        for number, line in enumerate(open(path), 1):
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
+        for number, line in lines:
             if line.startswith("??"):
                 known.append(line[2:].partition("|")[0].strip())
                 continue
@@ -152,13 +180,14 @@ def main():
     parser.add_argument("scenes", nargs="+")
     options = parser.parse_args()
     failed = 0
-    for path in options.scenes:
-        problems = play(path, options.daemon, options.verbose)
-        print(f"{'differs' if problems else 'same':8}{os.path.basename(path)}")
+    every = [scene for path in options.scenes for scene in scenes(path)]
+    for name, lines in every:
+        problems = play(lines, options.daemon, options.verbose)
+        print(f"{'differs' if problems else 'same':8}{name}")
         for p in problems[:200]:
             print("        ", p)
         failed += bool(problems)
-    print(f"{len(options.scenes) - failed} of {len(options.scenes)} the same")
+    print(f"{len(every) - failed} of {len(every)} the same")
     return 1 if failed else 0
 
 

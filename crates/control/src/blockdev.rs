@@ -33,6 +33,10 @@ impl<'a> Fields<'a> {
     pub(crate) fn signed(&self, key: &str) -> Option<i64> {
         self.0.get(key)?.as_i64()
     }
+    /// A number of one of the schema's types without a sign.
+    pub(crate) fn unsigned(&self, key: &str) -> Option<u64> {
+        self.0.get(key)?.as_u64()
+    }
     pub(crate) fn object(&self, key: &str) -> Option<Fields<'a>> {
         self.0.get(key)?.as_object().map(Fields)
     }
@@ -44,7 +48,10 @@ impl<'a> Fields<'a> {
     pub(crate) fn size(&self, key: &str) -> Result<Option<u64>, QmpError> {
         let out_of_range =
             |n: i64| QmpError::generic(format!("Value '{n}' is out of range for parameter '{key}'"));
-        self.signed(key).map(|n| u64::try_from(n).map_err(|_| out_of_range(n))).transpose()
+        match self.unsigned(key) {
+            Some(n) => Ok(Some(n)),
+            None => self.signed(key).map_or(Ok(None), |n| Err(out_of_range(n))),
+        }
     }
 
     /// Fails if the member is there: it asks for something that we cannot do.
@@ -73,7 +80,8 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
             offset: f.size("offset")?.unwrap_or(0),
             size: f.size("size")?,
         },
-        "null-co" => DriverSpec::NullCo(null(f)?),
+        "null-co" => DriverSpec::NullCo(null(f, "null-co")?),
+        "null-aio" => DriverSpec::NullCo(null(f, "null-aio")?),
         "copy-before-write" => blockdev_backup::copy_before_write(f, depth)?,
         "snapshot-access" => DriverSpec::SnapshotAccess { file: child(f, "file", depth)? },
         "blkdebug" | "blklogwrites" | "blkverify" | "compress" | "copy-on-read" | "preallocate"
@@ -119,12 +127,17 @@ fn file(f: &Fields<'_>) -> Result<FileSpec, QmpError> {
     })
 }
 
-fn null(f: &Fields<'_>) -> Result<NullOptions, QmpError> {
+fn null(f: &Fields<'_>, driver: &'static str) -> Result<NullOptions, QmpError> {
     let default = NullOptions::default();
+    let latency = f.unsigned("latency-ns").unwrap_or(0);
+    if i64::try_from(latency).is_err() {
+        return Err(QmpError::generic("latency-ns is invalid"));
+    }
     Ok(NullOptions {
+        driver,
         size: f.size("size")?.unwrap_or(default.size),
         read_zeroes: f.flag("read-zeroes").unwrap_or(default.read_zeroes),
-        latency: Duration::from_nanos(f.size("latency-ns")?.unwrap_or(0)),
+        latency: Duration::from_nanos(latency),
     })
 }
 
@@ -132,7 +145,7 @@ fn nbd(f: &Fields<'_>) -> Result<NbdSpec, QmpError> {
     let server = f.0.get("server").cloned().unwrap_or_default();
     let server: SocketAddress = qapi::from_value(server).map_err(|e| QmpError::generic(e.to_string()))?;
     let seconds = |key: &str| f.signed(key).and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
-    let default = NbdOptions::new(server.read()?, f.text("export").unwrap_or_default());
+    let default = NbdOptions::new(server.read_to_connect()?, f.text("export").unwrap_or_default());
     let options = NbdOptions {
         reconnect_delay: seconds("reconnect-delay"),
         open_timeout: seconds("open-timeout"),

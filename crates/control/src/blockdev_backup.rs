@@ -23,15 +23,6 @@ pub(crate) fn copy_before_write(f: &Fields<'_>, depth: usize) -> Result<DriverSp
         target: child(f, "target", depth)?,
         bitmap,
         rules,
-        min_cluster_size: min_cluster_size(f.signed("min-cluster-size"))?,
+        min_cluster_size: f.unsigned("min-cluster-size").unwrap_or(0),
     })))
-}
-
-/// A size in bytes; QSD reads it without its sign.
-pub(crate) fn min_cluster_size(given: Option<i64>) -> Result<u64, QmpError> {
-    let given = given.unwrap_or(0);
-    u64::try_from(given).map_err(|_| {
-        let (read, most) = (given.cast_unsigned(), i64::MAX);
-        QmpError::generic(format!("min-cluster-size too large: {read} > {most}"))
-    })
 }

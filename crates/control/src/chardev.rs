@@ -57,7 +57,7 @@ pub(crate) struct Chardevs(RefCell<Vec<Rc<Chardev>>>);
 fn shown(address: &Address, server: bool) -> String {
     let what = match address {
         Address::Unix(p) => format!("unix:{}", p.display()),
-        Address::Tcp { host, port } => format!("tcp:{host}:{port}"),
+        Address::Tcp { host, port, .. } => format!("tcp:{host}:{port}"),
         Address::Fd(n) => format!("fd:{n}"),
         Address::Stdio => "stdio".to_owned(),
     };
@@ -69,7 +69,7 @@ fn failed(what: &str, address: &Address, e: BlockError) -> QmpError {
         Address::Unix(p) if what == "bind socket" => {
             e.context(format!("Failed to bind socket to {}", p.display()))
         }
-        Address::Tcp { host, port } if what == "bind socket" => {
+        Address::Tcp { host, port, .. } if what == "bind socket" => {
             e.context(format!("Failed to bind socket to {host}:{port}"))
         }
         address => e.context(format!("Failed to {what} '{address}'")),
@@ -166,23 +166,28 @@ impl Chardevs {
         Ok(())
     }
 
+    /// The device `id`, if it is there and nobody uses it.
+    pub(crate) fn unused(&self, id: &str) -> Result<Rc<Chardev>, QmpError> {
+        match self.find(id) {
+            None => Err(QmpError::generic(format!("Chardev '{id}' does not exist"))),
+            Some(c) if c.used.get() => {
+                Err(QmpError::generic("Chardev user does not support chardev hotswap"))
+            }
+            Some(c) => Ok(c),
+        }
+    }
+
     /// Makes a device anew as something else; nobody must be using it.
     pub(crate) async fn change(
         &self,
         env: &Env,
         objects: &Rc<Objects>,
         spec: ChardevSpec,
+        failed: impl Fn(QmpError) -> QmpError,
     ) -> Result<(), QmpError> {
-        let unused = |id: &str| match self.find(id) {
-            None => Err(QmpError::generic(format!("Chardev '{id}' does not exist"))),
-            Some(c) if c.used.get() => {
-                Err(QmpError::generic("Chardev user does not support chardev hotswap"))
-            }
-            Some(c) => Ok(c),
-        };
-        unused(&spec.id)?;
-        let device = make(env, objects, spec).await?;
-        let old = unused(&device.id)?;
+        self.unused(&spec.id)?;
+        let device = make(env, objects, spec).await.map_err(failed)?;
+        let old = self.unused(&device.id)?;
         let device = Rc::new(device);
         if let Some(place) = self.0.borrow_mut().iter_mut().find(|c| Rc::ptr_eq(c, &old)) {
             *place = device.clone();

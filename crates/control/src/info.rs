@@ -2,6 +2,7 @@
 
 use crate::error::QmpError;
 use bitmap::DirtyBitmap;
+use drivers::file::FileNode;
 use drivers::names;
 use graph::{CopyRecord, DetectZeroes, Fact, NodeCell, NodeDetails, SnapshotDetails};
 use qapi::{Map, Value, json};
@@ -31,7 +32,7 @@ pub(crate) async fn node(cell: &Rc<NodeCell>, flat: bool) -> Result<Value, QmpEr
     let names = names::exact_chain(cell).await?;
     out.insert("image".into(), image(cell, &details, &names, if flat { 0 } else { MAX_LAYERS }).await?);
     // a node that turns read-write on demand counts as read-write
-    out.insert("ro".into(), json!(!cell.is_writable() && !options.auto_read_only));
+    out.insert("ro".into(), json!(!cell.is_writable() && !options.may_turn));
     out.insert("node-name".into(), json!(cell.name()));
     out.insert("backing_file_depth".into(), json!(depth));
     out.insert("drv".into(), json!(cell.node().driver()));
@@ -134,7 +135,7 @@ fn has_dirty_flag(cell: &Rc<NodeCell>) -> bool {
     let mut at = cell.clone();
     loop {
         let below = match at.node().driver() {
-            "null-co" | "nbd" | "quorum" => return false,
+            "null-co" | "null-aio" | "nbd" | "quorum" => return false,
             "raw" => at.node().primary(),
             _ => at.node().filtered(),
         };
@@ -237,6 +238,14 @@ pub(crate) fn stats(cell: &Rc<NodeCell>) -> Value {
     let mut out = Map::new();
     out.insert("stats".into(), Value::Object(stats));
     out.insert("node-name".into(), json!(cell.name()));
+    let node = cell.node();
+    if let Some(file) = node.as_any().downcast_ref::<FileNode>() {
+        let d = file.discard_stats();
+        let specific = json!({
+            "driver": node.driver(), "discard-nb-ok": d.done, "discard-nb-failed": d.failed, "discard-bytes-ok": d.bytes
+        });
+        out.insert("driver-specific".into(), specific);
+    }
     if let Some(edge) = cell.node().primary() {
         out.insert("parent".into(), self::stats(&edge.child()));
     }

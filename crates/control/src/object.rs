@@ -114,7 +114,7 @@ impl Objects {
     async fn make(
         &self,
         env: &Env,
-        kind: &Type,
+        kind: &'static Type,
         properties: &Map<String, Value>,
     ) -> Result<Content, QmpError> {
         if kind.name == "throttle-group" {
@@ -125,6 +125,15 @@ impl Objects {
                 let desc = format!("{name} value must be in range [0, {}]", i64::MAX);
                 return Err(QmpError::generic(desc));
             }
+        }
+        let number = |name: &str| match properties.get(name).and_then(Value::as_i64) {
+            Some(n) => Some(n),
+            None => types::property(kind, name).ok()?.default.value().as_i64(),
+        };
+        let most = number("thread-pool-max");
+        let threads = 1..=i64::from(i32::MAX);
+        if number("thread-pool-min") > most || most.is_some_and(|n| !threads.contains(&n)) {
+            return Err(QmpError::generic("bad thread-pool-min/thread-pool-max values"));
         }
         match kind.name {
             "secret" => Ok(Content::Secret(secret::read(env, self, properties).await?)),
@@ -158,9 +167,12 @@ impl Objects {
     pub(crate) fn remove(&self, id: &str) -> Result<(), QmpError> {
         let at = self.0.borrow().iter().position(|o| o.id == id);
         let at = at.ok_or_else(|| QmpError::generic(format!("object '{id}' not found")))?;
-        if let Content::Throttle(group) = &self.0.borrow()[at].content
-            && group.members() > 0
-        {
+        let in_use = match &self.0.borrow()[at] {
+            Object { content: Content::Throttle(group), .. } => group.members() > 0,
+            // the process's own
+            Object { kind, .. } => kind.alone,
+        };
+        if in_use {
             return Err(QmpError::generic(format!("object '{id}' is in use, can not be deleted")));
         }
         self.0.borrow_mut().remove(at);
@@ -241,32 +253,57 @@ impl Objects {
         Ok(Some(ServerTls { credentials, authorize }))
     }
 
-    /// Runs `read` on the object at a path such as `/objects/ID`.
-    fn at<T>(&self, path: &str, read: impl FnOnce(&mut Object) -> T) -> Result<T, QmpError> {
-        let below = path.trim_start_matches('/');
-        let id = below.strip_prefix("objects/").unwrap_or(below);
+    /// What is at a path such as `/objects/ID`, of which a part at the end is enough.
+    fn place(&self, path: &str) -> Result<Place, QmpError> {
+        let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+        let has = |id: &str| self.0.borrow().iter().any(|o| o.id == id);
+        match (path.starts_with('/'), parts.as_slice()) {
+            (true, []) => Ok(Place::Root),
+            (_, ["objects"]) => Ok(Place::Objects),
+            (_, ["objects", id]) | (false, [id]) if has(id) => Ok(Place::Object((*id).to_owned())),
+            _ => Err(QmpError::of(Class::DeviceNotFound, format!("Device '{path}' not found"))),
+        }
+    }
+
+    /// Runs `read` on the object `id`, which is there.
+    fn at<T>(&self, id: &str, read: impl FnOnce(&mut Object) -> T) -> Result<T, QmpError> {
         let mut all = self.0.borrow_mut();
         let found = all.iter_mut().find(|o| o.id == id);
-        found
-            .map(read)
-            .ok_or_else(|| QmpError::of(Class::DeviceNotFound, format!("Device '{path}' not found")))
+        found.map(read).ok_or_else(|| QmpError::of(Class::DeviceNotFound, format!("Device '{id}' not found")))
     }
 
     /// `qom-list`.
     pub(crate) fn list(&self, path: &str) -> Reply {
         let child = |name: &str, of: &str| json!({"name": name, "type": format!("child<{of}>")});
         let mut out = vec![json!({"name": "type", "type": "string"})];
-        match path.trim_start_matches('/') {
-            "" => out.push(child("objects", "container")),
-            "objects" => out.extend(self.0.borrow().iter().map(|o| child(&o.id, o.kind.name))),
-            _ => return self.at(path, |o| Value::Array(types::list(o.kind))),
+        if path.is_empty() {
+            return Err(QmpError::generic("Path '' is ambiguous"));
+        }
+        match self.place(path)? {
+            Place::Root => out.push(child("objects", "container")),
+            Place::Objects => out.extend(self.0.borrow().iter().map(|o| child(&o.id, o.kind.name))),
+            Place::Object(id) => return self.at(&id, |o| Value::Array(types::list(o.kind))),
         }
         Ok(Value::Array(out))
     }
 
+    /// A property of one of the containers: its type, or the path of what is in it.
+    fn of_container(&self, place: &Place, property: &str) -> Reply {
+        match (place, property) {
+            (_, "type") => Ok(json!("container")),
+            (Place::Root, "objects") => Ok(json!("/objects")),
+            (Place::Objects, id) if self.find(id).is_some() => Ok(json!(format!("/objects/{id}"))),
+            _ => Err(QmpError::generic(format!("Property 'container.{property}' not found"))),
+        }
+    }
+
     /// `qom-get`: as the user gave it, or its default.
     pub(crate) fn get(&self, path: &str, property: &str) -> Reply {
-        self.at(path, |o| {
+        let id = match self.place(path)? {
+            Place::Object(id) => id,
+            container => return self.of_container(&container, property),
+        };
+        self.at(&id, |o| {
             if property == "type" {
                 return Ok(json!(o.kind.name));
             }
@@ -280,16 +317,31 @@ impl Objects {
 
     /// `qom-set`: the object is made anew with the property changed; if that fails it stays as it was.
     pub(crate) async fn set(&self, env: &Env, path: &str, property: &str, value: Value) -> Reply {
-        let (kind, mut properties) = self.at(path, |o| (o.kind, o.properties.clone()))?;
+        let fixed = |of: &str| QmpError::generic(format!("Property '{of}.{property}' is not writable"));
+        let id = match self.place(path)? {
+            Place::Object(id) => id,
+            container => return self.of_container(&container, property).and(Err(fixed("container"))),
+        };
+        let (kind, mut properties) = self.at(&id, |o| (o.kind, o.properties.clone()))?;
+        if property == "type" {
+            return Err(fixed(kind.name));
+        }
         types::property(kind, property)?.check(property, &value)?;
-        if let Content::Throttle(group) = self.at(path, |o| o.content.clone())? {
+        if let Content::Throttle(group) = self.at(&id, |o| o.content.clone())? {
             group.configure(throttle::changed(group.config(), property, &value)?);
             return Ok(json!({}));
         }
         properties.insert(property.to_owned(), value);
         let content = self.make(env, kind, &properties).await?;
         let lasting = lasting(env, &properties);
-        self.at(path, |o| (o.properties, o.lasting, o.content) = (properties, lasting, content))?;
+        self.at(&id, |o| (o.properties, o.lasting, o.content) = (properties, lasting, content))?;
         Ok(json!({}))
     }
+}
+
+/// What a path of the object model leads to.
+enum Place {
+    Root,
+    Objects,
+    Object(String),
 }

@@ -170,7 +170,9 @@ impl Session {
                 let desc = "Expecting capabilities negotiation with 'qmp_capabilities'";
                 return Err(QmpError::of(Class::CommandNotFound, desc));
             }
-        } else if call.name == "qmp_capabilities" {
+        } else if call.name == "qmp_capabilities" && !call.oob {
+            let checked = daemon.schema().check_json("qmp_capabilities", call.arguments);
+            checked.map_err(QmpError::generic)?;
             let desc = "Capabilities negotiation is already complete, command ignored";
             return Err(QmpError::of(Class::CommandNotFound, desc));
         }

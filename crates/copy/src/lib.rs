@@ -25,7 +25,7 @@ mod verify;
 mod window;
 mod work;
 
-pub use cluster::cluster_size;
+pub use cluster::{check_min_cluster, cluster_size};
 pub use engine::Engine;
 pub use instant::{KeepRules, OnSaveError, PointInTime, Still};
 pub use outage::{Links, OnLinkLoss, Outage};

@@ -49,6 +49,17 @@ pub struct FileOptions {
     pub locking: Locking,
 }
 
+/// What became of discards.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct DiscardStats {
+    /// Requests that succeeded.
+    pub done: u64,
+    /// Requests that failed, also for lack of support.
+    pub failed: u64,
+    /// Bytes of those that succeeded.
+    pub bytes: u64,
+}
+
 /// An open file or device.
 pub struct FileNode {
     env: Env,
@@ -59,6 +70,7 @@ pub struct FileNode {
     facts: FileInfo,
     locks: Option<ImageLocks>,
     len: Cell<u64>,
+    discards: Cell<DiscardStats>,
 }
 
 impl FileNode {
@@ -96,6 +108,7 @@ impl FileNode {
             driver: if options.device { "host_device" } else { "file" },
             mode: Cell::new(mode),
             len: Cell::new(facts.len),
+            discards: Cell::default(),
             file: RefCell::new(file),
             facts,
             locks,
@@ -122,6 +135,22 @@ impl FileNode {
             file.write(now.start, Data::zeroes(now.len as usize)).await?;
         }
         Ok(())
+    }
+
+    /// What became of discards.
+    pub fn discard_stats(&self) -> DiscardStats {
+        self.discards.get()
+    }
+
+    fn count_discard(&self, at: Span, done: &Result<()>) {
+        let mut d = self.discards.get();
+        if done.is_ok() {
+            d.done += 1;
+            d.bytes = d.bytes.saturating_add(at.len);
+        } else {
+            d.failed += 1;
+        }
+        self.discards.set(d);
     }
 
     async fn zero_now(&self, at: Span, flags: ReqFlags) -> Result<()> {
@@ -269,7 +298,9 @@ impl Node for FileNode {
     }
     fn discard(&self, at: Span) -> Io<'_> {
         Box::pin(async move {
-            match self.file().discard(at).await {
+            let done = self.file().discard(at).await;
+            self.count_discard(at, &done);
+            match done {
                 // A hint that the file system does not take is no error.
                 Err(e) if e.kind() == ErrorKind::Unsupported => Ok(()),
                 other => other,

@@ -1,4 +1,4 @@
-//! `null-co`: a disk that holds nothing. Writes vanish; reads give zeroes.
+//! `null-co` and `null-aio`: a disk that holds nothing. Writes vanish; reads give zeroes.
 //!
 //! QSD leaves the buffer of a read as it is unless `read-zeroes=on`. Here there is no old buffer to leak, so reads are
 //! zeroes either way; the option decides only what block status says.
@@ -14,6 +14,8 @@ use std::time::Duration;
 /// How a null disk behaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NullOptions {
+    /// Under which of its two names it was asked for: `null-co` or `null-aio`.
+    pub driver: &'static str,
     /// Bytes (default 1 GiB).
     pub size: u64,
     /// Block status says zero instead of data.
@@ -24,7 +26,7 @@ pub struct NullOptions {
 
 impl Default for NullOptions {
     fn default() -> NullOptions {
-        NullOptions { size: 1 << 30, read_zeroes: false, latency: Duration::ZERO }
+        NullOptions { driver: "null-co", size: 1 << 30, read_zeroes: false, latency: Duration::ZERO }
     }
 }
 
@@ -57,7 +59,7 @@ impl NullNode {
 
 impl Node for NullNode {
     fn driver(&self) -> &'static str {
-        "null-co"
+        self.options.driver
     }
     fn len(&self) -> u64 {
         self.len.get()
@@ -105,12 +107,12 @@ impl Node for NullNode {
     }
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
-            let size = self.options.size;
+            let NullOptions { driver, size, .. } = self.options;
             let zeroes = if self.options.read_zeroes { "\"read-zeroes\": true, " } else { "" };
             let filename = match size == 1 << 30 {
-                true if zeroes.is_empty() => "null-co://".to_owned(),
-                true => format!("json:{{{zeroes}\"driver\": \"null-co\"}}"),
-                false => format!("json:{{{zeroes}\"driver\": \"null-co\", \"size\": {size}}}"),
+                true if zeroes.is_empty() => format!("{driver}://"),
+                true => format!("json:{{{zeroes}\"driver\": \"{driver}\"}}"),
+                false => format!("json:{{{zeroes}\"driver\": \"{driver}\", \"size\": {size}}}"),
             };
             Ok(NodeDetails { filename, actual_size: Some(0), ..NodeDetails::default() })
         })

@@ -3,49 +3,59 @@
 use block::{BlockError, Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
 use graph::{DebugEvent, Demand, Edge, HostBytes, Node, NodeCell, NodeDetails, Perms};
 use std::any::Any;
+use std::cell::Cell;
 use std::rc::Rc;
 
 /// A raw disk.
 pub struct RawNode {
     file: Rc<Edge>,
-    offset: u64,
-    size: Option<u64>,
+    offset: Cell<u64>,
+    size: Cell<Option<u64>>,
 }
 
 impl RawNode {
     /// A window of `size` bytes (default: to the end) at `offset` of the child behind `file`.
     pub fn open(file: Rc<Edge>, offset: u64, size: Option<u64>) -> block::Result<Rc<RawNode>> {
-        let node = RawNode { file, offset, size };
-        node.check_window()?;
-        Ok(Rc::new(node))
+        check_window(file.len(), offset, size)?;
+        Ok(Rc::new(RawNode { file, offset: Cell::new(offset), size: Cell::new(size) }))
     }
 
-    /// That the file is long enough.
-    fn check_window(&self) -> block::Result<()> {
-        let (len, offset, size) = (self.file.len(), self.offset, self.size);
-        if offset > len {
-            return Err(BlockError::invalid(format!(
-                "Offset ({offset}) cannot be greater than size of the containing file ({len})"
-            )));
-        }
-        if size.is_some_and(|s| s > len - offset) {
-            return Err(BlockError::invalid(format!(
-                "The sum of offset ({offset}) and size ({}) has to be smaller or equal to the actual size of the \
-                 containing file ({len})",
-                size.unwrap_or_default()
-            )));
-        }
-        Ok(())
+    /// Moves the window. Nobody may use the node meanwhile, and the window must fit the file ([`check_window`]).
+    pub fn set_window(&self, offset: u64, size: Option<u64>) {
+        self.offset.set(offset);
+        self.size.set(size);
+    }
+
+    /// `offset` and `size` as they are.
+    pub fn get_window(&self) -> (u64, Option<u64>) {
+        (self.offset.get(), self.size.get())
     }
 
     fn window(&self) -> bool {
-        self.offset > 0 || self.size.is_some()
+        self.offset.get() > 0 || self.size.get().is_some()
     }
+}
+
+/// That a file of `len` bytes is long enough for a window.
+pub fn check_window(len: u64, offset: u64, size: Option<u64>) -> block::Result<()> {
+    if offset > len {
+        return Err(BlockError::invalid(format!(
+            "Offset ({offset}) cannot be greater than size of the containing file ({len})"
+        )));
+    }
+    if size.is_some_and(|s| s > len - offset) {
+        return Err(BlockError::invalid(format!(
+            "The sum of offset ({offset}) and size ({}) has to be smaller or equal to the  actual size of the \
+             containing file ({len})",
+            size.unwrap_or_default()
+        )));
+    }
+    Ok(())
 }
 
 /// Where the window of a raw disk begins in the node below; 0 for other nodes.
 pub fn offset_of(node: &dyn Node) -> u64 {
-    node.as_any().downcast_ref::<RawNode>().map_or(0, |raw| raw.offset)
+    node.as_any().downcast_ref::<RawNode>().map_or(0, |raw| raw.offset.get())
 }
 
 impl Node for RawNode {
@@ -53,7 +63,7 @@ impl Node for RawNode {
         "raw"
     }
     fn len(&self) -> u64 {
-        self.size.unwrap_or_else(|| self.file.len().saturating_sub(self.offset))
+        self.size.get().unwrap_or_else(|| self.file.len().saturating_sub(self.offset.get()))
     }
     fn limits(&self) -> Limits {
         // Unaligned requests are reshaped below, by the edge to the file: here every byte can be addressed.
@@ -71,24 +81,26 @@ impl Node for RawNode {
     }
     fn read(&self, at: Span) -> Io<'_, Data> {
         self.file.announce(DebugEvent::ReadAio);
-        Box::pin(self.file.read(at.shifted(self.offset)))
+        Box::pin(self.file.read(at.shifted(self.offset.get())))
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         self.file.announce(DebugEvent::WriteAio);
-        Box::pin(self.file.write(at.start + self.offset, data, flags))
+        Box::pin(self.file.write(at.start + self.offset.get(), data, flags))
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
-        Box::pin(self.file.zero(at.shifted(self.offset), flags))
+        Box::pin(self.file.zero(at.shifted(self.offset.get()), flags))
     }
     fn discard(&self, at: Span) -> Io<'_> {
-        Box::pin(self.file.discard(at.shifted(self.offset)))
+        Box::pin(self.file.discard(at.shifted(self.offset.get())))
     }
     fn leaf_hashes(&self, at: Span) -> Io<'_, Option<Vec<[u8; 32]>>> {
-        Box::pin(async move { if self.offset == 0 { self.file.leaf_hashes(at).await } else { Ok(None) } })
+        Box::pin(
+            async move { if self.offset.get() == 0 { self.file.leaf_hashes(at).await } else { Ok(None) } },
+        )
     }
     fn extents(&self, at: Span) -> Io<'_, Vec<Extent>> {
         Box::pin(async move {
-            let inside = at.shifted(self.offset);
+            let inside = at.shifted(self.offset.get());
             // what lies behind a filter, or in layers below, is part of these bytes too
             let mut found: Vec<Extent> = match self.file.child().below() {
                 None => self.file.extents(inside).await?,
@@ -98,7 +110,7 @@ impl Node for RawNode {
                 }
             };
             for e in &mut found {
-                e.span.start -= self.offset;
+                e.span.start -= self.offset.get();
             }
             Ok(found)
         })
@@ -108,17 +120,17 @@ impl Node for RawNode {
     }
     fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
         Box::pin(async move {
-            if self.size.is_some() {
+            if self.size.get().is_some() {
                 return Err(BlockError::unsupported("Cannot resize fixed-size raw disks"));
             }
             let whole = len
-                .checked_add(self.offset)
+                .checked_add(self.offset.get())
                 .ok_or_else(|| BlockError::invalid("Disk size too large for the chosen offset"))?;
             self.file.resize(whole, prealloc).await
         })
     }
     fn set_active(&self, _: bool) -> Io<'_> {
-        Box::pin(async { self.check_window() })
+        Box::pin(async { check_window(self.file.len(), self.offset.get(), self.size.get()) })
     }
     fn set_writable(&self, _: bool) -> Io<'_> {
         Box::pin(async { Ok(()) })
@@ -131,12 +143,15 @@ impl Node for RawNode {
             let below = self.file.child().node().details().await?;
             let nested = below.filename.strip_prefix("json:");
             let filename = if self.window() {
-                let size = self.size.map(|s| format!(", \"size\": {s}")).unwrap_or_default();
+                let size = self.size.get().map(|s| format!(", \"size\": {s}")).unwrap_or_default();
                 let file = match nested {
                     Some(file) => file.to_owned(),
                     None => format!("{{\"driver\": \"file\", \"filename\": {:?}}}", below.filename),
                 };
-                format!("json:{{\"driver\": \"raw\", \"offset\": {}{size}, \"file\": {file}}}", self.offset)
+                format!(
+                    "json:{{\"driver\": \"raw\", \"offset\": {}{size}, \"file\": {file}}}",
+                    self.offset.get()
+                )
             } else if let Some(file) = nested {
                 format!("json:{{\"driver\": \"raw\", \"file\": {file}}}")
             } else {
@@ -149,10 +164,10 @@ impl Node for RawNode {
         Some(self.file.clone())
     }
     fn copy_to<'a>(&'a self, at: Span, to: &'a NodeCell, to_offset: u64) -> Io<'a, u64> {
-        Box::pin(self.file.copy_onto(at.shifted(self.offset), to, to_offset))
+        Box::pin(self.file.copy_onto(at.shifted(self.offset.get()), to, to_offset))
     }
     fn write_from(&self, offset: u64, from: HostBytes) -> Io<'_> {
-        Box::pin(self.file.write_from(offset + self.offset, from))
+        Box::pin(self.file.write_from(offset + self.offset.get(), from))
     }
     fn as_any(&self) -> &dyn Any {
         self

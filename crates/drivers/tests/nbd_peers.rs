@@ -254,7 +254,7 @@ fn what_cannot_be_opened_says_why() {
         };
         let e = open(&|o| o.server = Address::Unix(socket.clone().into())).await.unwrap_err();
         assert_eq!(e, format!("Failed to connect to '{socket}': No such file or directory"));
-        let e = open(&|o| o.server = Address::Tcp { host: "127.0.0.1".into(), port: 1 }).await.unwrap_err();
+        let e = open(&|o| o.server = Address::tcp("127.0.0.1", 1)).await.unwrap_err();
         assert_eq!(e, "Failed to connect to '127.0.0.1:1': Connection refused");
         let e = open(&|o| o.export = "zz".into()).await.unwrap_err();
         assert_eq!(e, "Requested export not available");

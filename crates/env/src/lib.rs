@@ -22,7 +22,7 @@ pub mod sync;
 pub use backend::{Backend, Turn};
 pub use executor::{Executor, Mailbox, MailboxSender, Stuck, TaskGroup, TaskHandle};
 pub use file::{Existing, File, FileInfo, FileKind, LockRange, OpenMode, Punch};
-pub use net::{Address, Credentials, Listener, Stream};
+pub use net::{Address, Credentials, Family, Listener, Stream};
 
 pub use block::Io;
 use block::Result;

@@ -7,6 +7,29 @@ use std::fmt;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+/// Kinds of addresses of a host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Family {
+    /// IPv4 and IPv6.
+    #[default]
+    Any,
+    /// IPv4 alone.
+    V4,
+    /// IPv6 alone.
+    V6,
+}
+
+impl Family {
+    /// Whether an address is of this kind.
+    pub fn has(self, ip: std::net::IpAddr) -> bool {
+        match self {
+            Family::Any => true,
+            Family::V4 => ip.is_ipv4(),
+            Family::V6 => ip.is_ipv6(),
+        }
+    }
+}
+
 /// Where to listen or connect.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Address {
@@ -18,6 +41,8 @@ pub enum Address {
         host: String,
         /// Port number; 0 to listen means "pick one".
         port: u16,
+        /// Which of the host's addresses.
+        family: Family,
     },
     /// An already open socket, named by its descriptor number (inherited). Listening or connected as the use asks.
     Fd(i32),
@@ -25,11 +50,18 @@ pub enum Address {
     Stdio,
 }
 
+impl Address {
+    /// TCP, any kind of address.
+    pub fn tcp(host: &str, port: u16) -> Address {
+        Address::Tcp { host: host.to_owned(), port, family: Family::Any }
+    }
+}
+
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address::Unix(p) => write!(f, "{}", p.display()),
-            Address::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Address::Tcp { host, port, .. } => write!(f, "{host}:{port}"),
             Address::Fd(n) => write!(f, "fd {n}"),
             Address::Stdio => f.write_str("stdio"),
         }

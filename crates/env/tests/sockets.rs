@@ -43,7 +43,7 @@ async fn recv_all(s: &Rc<dyn Stream>, len: usize) -> Vec<u8> {
 #[test]
 fn both_kinds_carry_bytes_both_ways() {
     each(|env, dir| async move {
-        let tcp = |host: &str| Address::Tcp { host: host.to_owned(), port: 0 };
+        let tcp = |host: &str| Address::tcp(host, 0);
         for at in [Address::Unix(dir.path("s")), tcp("127.0.0.1"), tcp("localhost"), tcp("[::1]")] {
             let (listener, a, b) = pair(&env, &at).await;
             if let Address::Tcp { port, .. } = listener.address() {
@@ -92,7 +92,7 @@ fn bytes_of_a_file_are_sent_from_where_they_lie() {
         let content = pattern(9, (5 << 20) + 77);
         std::fs::write(dir.path("f"), &content).unwrap();
         let file = env.open(&dir.path("f"), OpenMode::default()).await.unwrap();
-        for at in [Address::Unix(dir.path("s")), Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 }] {
+        for at in [Address::Unix(dir.path("s")), Address::tcp("127.0.0.1", 0)] {
             let (_l, a, b) = pair(&env, &at).await;
             assert!(a.sends_from(&file));
             let (from, out) = (file.clone(), a.clone());
@@ -216,7 +216,7 @@ fn a_stale_socket_is_replaced_a_live_one_is_not() {
         assert_eq!(env.listen(&long).await.err().unwrap().errno(), BlockError::ENAMETOOLONG);
         let none = Address::Unix(dir.path("none"));
         assert_eq!(env.connect(&none).await.err().unwrap().kind(), ErrorKind::NotFound);
-        let name = Address::Tcp { host: "no.such.host.invalid".to_owned(), port: 1 };
+        let name = Address::tcp("no.such.host.invalid", 1);
         assert_eq!(env.connect(&name).await.err().unwrap().kind(), ErrorKind::NotFound);
     });
 }
@@ -224,7 +224,7 @@ fn a_stale_socket_is_replaced_a_live_one_is_not() {
 #[test]
 fn what_is_dropped_while_it_waits_is_closed_at_once() {
     each(|env, dir| async move {
-        let tcp = Address::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
+        let tcp = Address::tcp("127.0.0.1", 0);
         for at in [Address::Unix(dir.path("s")), tcp] {
             let listener = env.listen(&at).await.unwrap();
             let address = listener.address();

@@ -232,7 +232,7 @@ assert h.pread(5, 3) == b"hello"
 fn tcp_works_too() {
     let dir = Dir::new();
     let content = dir.image("disk", SIZE, 42);
-    let o = ServerOptions::at(Address::Tcp { host: "127.0.0.1".into(), port: 0 });
+    let o = ServerOptions::at(Address::tcp("127.0.0.1", 0));
     let s = Server::start(&dir.path("disk"), o, options("e", "d"));
     let Some(Address::Tcp { port, .. }) = s.call(|s| async move { s.registry.server_address() }) else {
         panic!("no address");

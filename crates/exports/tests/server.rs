@@ -418,10 +418,7 @@ fn a_server_that_cannot_listen_says_so_as_qsd() {
                 Address::Unix("/nonexistent/x".into()),
                 "Failed to bind socket to /nonexistent/x: No such file or directory",
             ),
-            (
-                Address::Tcp { host: "127.0.0.1".into(), port },
-                "Failed to find an available port: Address already in use",
-            ),
+            (Address::tcp("127.0.0.1", port), "Failed to find an available port: Address already in use"),
         ] {
             let e = s.registry.start_server(&ServerOptions::at(address)).await.unwrap_err();
             assert_eq!(e.message(), message);

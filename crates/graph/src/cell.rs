@@ -257,7 +257,8 @@ impl NodeCell {
         self.lent.get()
     }
 
-    pub(crate) fn may_turn(&self) -> bool {
+    /// Whether it turns read-write by itself for those who want to write to it.
+    pub fn may_turn(&self) -> bool {
         self.options.borrow().may_turn
     }
 

@@ -5,7 +5,7 @@ use crate::mirror_args::{Sync, check_link_loss};
 use crate::verify_args::{Verify, VerifyMode};
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
-use copy::{OnError, OnLinkLoss, OnSaveError, cluster_size};
+use copy::{OnError, OnLinkLoss, OnSaveError, check_min_cluster, cluster_size};
 use graph::bitmaps::check_usable;
 use graph::{Graph, NodeCell, walk};
 use std::rc::Rc;
@@ -187,9 +187,12 @@ impl BackupArgs {
             active.map_err(|e| e.context("Could not create node"))?;
         }
         let buffer = self.check_buffer(graph, &source, &target)?;
-        let mut cluster = cluster_size(&target, self.min_cluster_size)
-            .await
-            .map_err(|e| e.context("Could not create node"))?;
+        check_min_cluster(self.min_cluster_size)?;
+        let made = |e: BlockError| e.context("Could not create node");
+        if !target.is_writable() && !target.may_turn() {
+            return Err(made(BlockError::new(ErrorKind::ReadOnly, "Block node is read-only")));
+        }
+        let mut cluster = cluster_size(&target, self.min_cluster_size).await.map_err(made)?;
         if let Some(buffer) = &buffer {
             cluster = cluster.max(cluster_size(buffer, self.min_cluster_size).await?);
         }

@@ -5,7 +5,7 @@ use crate::chain;
 use crate::job::{Options, rate_limit};
 use crate::mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
 use crate::verify_args::Verify;
-use block::Result;
+use block::{ErrorKind, Result};
 use copy::{OnError, OnLinkLoss};
 use graph::{Graph, NodeCell, walk};
 use std::rc::Rc;
@@ -181,7 +181,12 @@ impl ChainEnd {
                 Err(JobError::refused(format!("'{what}-node' and '{what}' are mutually exclusive")))
             }
             (Some(node), None) => Ok(Some(chain::find_node(graph, node)?)),
-            (None, Some(file)) => Ok(Some(chain::find_file(from, file, with_from).await?)),
+            (None, Some(file)) => match chain::find_file(from, file, with_from).await {
+                Err(e) if what == "top" && e.kind() == ErrorKind::NotFound => {
+                    Err(JobError::refused(format!("Top image file {file} not found")))
+                }
+                found => Ok(Some(found?)),
+            },
             (None, None) => Ok(None),
         }
     }

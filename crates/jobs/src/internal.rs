@@ -103,7 +103,13 @@ pub async fn delete(
     if id.is_none() && name.is_none() {
         return Err(JobError::refused("Name or id must be provided"));
     }
-    let qcow2 = image(&cell, device)?;
+    // in other words than the command that takes them
+    let qcow2 = cell.node().clone();
+    let qcow2 = qcow2
+        .as_any()
+        .downcast_ref::<Qcow2>()
+        .filter(|_| cell.is_active())
+        .ok_or_else(|| JobError::refused("Failed to get a snapshot list: Operation not supported"))?;
     let fits = |s: &qcow2::Snapshot| id.is_none_or(|i| s.id == i) && name.is_none_or(|n| s.name == n);
     let Some(at) = qcow2.snapshots().iter().position(fits) else {
         let (id, name) = (id.unwrap_or("null"), name.unwrap_or("null"));

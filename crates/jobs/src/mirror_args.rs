@@ -3,6 +3,7 @@
 use crate::backup_args::BitmapMode;
 use crate::chain::{self, find_device};
 use crate::job::{Options, rate_limit};
+use crate::snapshot::check_not_backing;
 use crate::verify_args::Verify;
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Result};
@@ -184,6 +185,7 @@ impl MirrorArgs {
         }
         source.check_not_blocked()?;
         target.check_not_blocked()?;
+        check_not_backing(&target)?;
         graph.check_active(&source, "backing", self.filter_node_name.as_deref())?;
         if walk::contains(&walk::skip_filters(&source), &target) && source_filters(&source, &target) {
             return Err(BlockError::invalid("Can't mirror node into itself"));
@@ -304,6 +306,7 @@ fn find_replaced(graph: &Graph, name: &str, source: &Rc<NodeCell>) -> Result<Rc<
     let replaced = graph.find(name).ok_or_else(|| {
         BlockError::new(ErrorKind::NotFound, format!("Failed to find node with node-name='{name}'"))
     })?;
+    check_not_backing(&replaced)?;
     let mut todo = vec![source.clone()];
     while let Some(cell) = todo.pop() {
         if cell.id() == replaced.id() {

@@ -239,12 +239,17 @@ impl Action for Snapshot {
 /// That no job and no overlay keeps the node where it is.
 fn check_free(node: &Rc<NodeCell>) -> std::result::Result<(), JobError> {
     node.check_not_blocked()?;
+    Ok(check_not_backing(node)?)
+}
+
+/// That no overlay needs the node below it.
+pub(crate) fn check_not_backing(node: &Rc<NodeCell>) -> Result<()> {
     match node.parents().iter().find(|e| e.role() == Role::Backing) {
         None => Ok(()),
         Some(edge) => {
             let above = edge.parent_node().unwrap_or_default();
             let message = format!("Node '{}' is busy: node is used as backing hd of '{above}'", node.name());
-            Err(JobError::refused(message))
+            Err(BlockError::new(ErrorKind::Busy, message))
         }
     }
 }
@@ -254,6 +259,9 @@ fn check_overlay(overlay: &Rc<NodeCell>) -> std::result::Result<(), JobError> {
         return Err(JobError::refused("The overlay is already in use"));
     }
     check_free(overlay)?;
+    if !overlay.parents().is_empty() {
+        return Err(JobError::refused("The overlay is already in use"));
+    }
     if overlay.node().backing().is_some() {
         return Err(JobError::refused("The overlay already has a backing image"));
     }

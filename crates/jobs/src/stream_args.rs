@@ -124,7 +124,9 @@ impl StreamArgs {
             return Err(JobError::refused("backing file specified, but streaming the entire chain"));
         }
         if let Some(name) = &self.bottom {
-            let bottom = chain::find_device(graph, name)?;
+            let bottom = graph
+                .find(name)
+                .ok_or_else(|| JobError::refused(format!("Cannot find device='' nor node-name='{name}'")))?;
             if bottom.node().filtered().is_some() {
                 return Err(JobError::refused(format!(
                     "Node '{name}' is a filter, use a non-filter node as 'bottom'"

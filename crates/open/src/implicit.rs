@@ -44,7 +44,7 @@ impl ImplicitOpenGate for DefaultGate {
             let port = port.parse().map_err(|_| {
                 BlockError::invalid(format!("image '{image}' names '{name}' with a bad port"))
             })?;
-            return Ok(nbd(Address::Tcp { host: host.to_owned(), port }, export));
+            return Ok(nbd(Address::tcp(host, port), export));
         }
         let plain = name.strip_prefix("file:").unwrap_or(name);
         if let Some((protocol, _)) = plain.split_once(':').filter(|(p, _)| is_protocol(p)) {

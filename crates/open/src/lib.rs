@@ -181,6 +181,9 @@ impl Opener {
     fn node<'a>(&'a self, spec: &'a NodeSpec, from: Inherited, trail: &'a Trail) -> Opening<'a> {
         Box::pin(async move {
             let c = &spec.common;
+            if !from.again {
+                zeroes_may_unmap(spec, from.with(c))?;
+            }
             match &c.node_name {
                 Some(name) if from.again => self.graph.check_old_name(name)?,
                 Some(name) => self.graph.check_name(name)?,
@@ -270,6 +273,9 @@ impl Opener {
     }
 
     async fn file(&self, spec: &FileSpec, device: bool, now: &mut Inherited) -> Result<Rc<FileNode>> {
+        if device && spec.filename.is_empty() {
+            return Err(BlockError::invalid("The 'host_device' block driver requires a file name"));
+        }
         let options = FileOptions {
             filename: spec.filename.clone(),
             device,
@@ -385,7 +391,10 @@ impl Opener {
             Backing::Child(Child::Reference(name)) => {
                 Some(self.find(name).map_err(|e| e.context("Could not open backing file"))?)
             }
-            Backing::Child(Child::Inline(inner)) => Some(self.node(inner, below(now), trail).await?),
+            Backing::Child(Child::Inline(inner)) => {
+                let opened = self.node(inner, below(now), trail).await;
+                Some(opened.map_err(|e| e.context("Could not open backing file"))?)
+            }
             Backing::Implicit => match node.backing_name() {
                 (None, _) => None,
                 (Some(file), format) => {
@@ -513,6 +522,16 @@ fn storing(now: &Inherited) -> Demand {
     let shares =
         if now.force_share { Perms::ALL } else { Perms::CONSISTENT_READ.with(Perms::WRITE_UNCHANGED) };
     Demand { needs, shares }
+}
+
+/// Zeroes can be found and unmapped only where unmapping is allowed.
+fn zeroes_may_unmap(spec: &NodeSpec, now: Inherited) -> Result<()> {
+    if spec.common.detect_zeroes == graph::DetectZeroes::Unmap && !now.discard {
+        return Err(BlockError::invalid(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+        ));
+    }
+    Ok(())
 }
 
 fn reading() -> Demand {

@@ -4,9 +4,13 @@
 //! whole list takes effect at one instant, or nothing of it does. A description is complete: what it leaves out is as it would be
 //! had the node just been opened so.
 
-use crate::{Backing, Child, DriverSpec, FileSpec, FilterSpec, Inherited, NodeSpec, Opener, Qcow2Spec};
+use crate::{
+    Backing, Child, DriverSpec, FileSpec, FilterSpec, Inherited, NodeSpec, Opener, Qcow2Spec,
+    zeroes_may_unmap,
+};
 use block::{BlockError, ErrorKind, Result};
 use drivers::filters::throttle::Throttle;
+use drivers::raw::{RawNode, check_window};
 use graph::{Demand, Edge, NodeCell, NodeOptions, Parent, Plan, Role, Step};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -93,6 +97,7 @@ impl Opener {
         Box::pin(async move {
             let old = self.given(cell)?;
             let now = from.with(&spec.common);
+            zeroes_may_unmap(spec, now)?;
             if let DriverSpec::Qcow2(q) = &spec.driver
                 && matches!(q.backing, Backing::Implicit)
                 && has_backing(cell).await?
@@ -121,7 +126,10 @@ impl Opener {
         change: &mut Change,
     ) -> Result<()> {
         match &spec.driver {
-            DriverSpec::Raw { file, .. } => self.main_child(cell, file, now, change).await,
+            DriverSpec::Raw { file, offset, size } => {
+                self.main_child(cell, file, now, change).await?;
+                self.window(cell, file, *offset, *size, &mut change.plan)
+            }
             DriverSpec::Filter(filter) => match filter.as_ref() {
                 FilterSpec::Throttle { file, group } => {
                     self.other_group(cell, group, &mut change.plan)?;
@@ -136,6 +144,50 @@ impl Opener {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Shows another part of the file. Users would find other bytes where theirs were, so there must be none.
+    fn window(
+        &self,
+        cell: &Rc<NodeCell>,
+        file: &Child,
+        offset: u64,
+        size: Option<u64>,
+        plan: &mut Plan,
+    ) -> Result<()> {
+        let node = cell.node();
+        let (Some(raw), Some(edge)) = (node.as_any().downcast_ref::<RawNode>(), node.primary()) else {
+            return Ok(());
+        };
+        let was = raw.get_window();
+        let file = match file {
+            Child::Reference(name) => self.find_child(name)?,
+            Child::Inline(_) => edge.child(),
+        };
+        check_window(file.node().len(), offset, size)?;
+        if was == (offset, size) {
+            return Ok(());
+        }
+        let in_use = |why: &str| {
+            let message = format!("Node '{}' is busy: {why}", cell.name());
+            Err(BlockError::new(ErrorKind::Busy, message))
+        };
+        if !cell.parents().is_empty() {
+            return in_use("its offset and size can be changed while nobody uses it");
+        }
+        if !cell.bitmaps().is_empty() {
+            return in_use("it has dirty bitmaps");
+        }
+        let to = |(offset, size): (u64, Option<u64>)| -> Rc<dyn Fn()> {
+            let cell = cell.clone();
+            Rc::new(move || {
+                if let Some(raw) = cell.node().as_any().downcast_ref::<RawNode>() {
+                    raw.set_window(offset, size);
+                }
+            })
+        };
+        plan.steps.push(Step::At { what: to((offset, size)), undo: Some(to(was)) });
+        Ok(())
     }
 
     /// Lets a throttled disk join another group, when the rest of the list takes effect.
@@ -343,10 +395,7 @@ fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
     match (&old.spec.driver, &spec.driver) {
         (DriverSpec::File(a), DriverSpec::File(b))
         | (DriverSpec::HostDevice(a), DriverSpec::HostDevice(b)) => fixed_file(a, b),
-        (DriverSpec::Raw { offset: a, size: c, .. }, DriverSpec::Raw { offset: b, size: d, .. }) => {
-            same("offset", a, b)?;
-            same("size", c, d)
-        }
+        (DriverSpec::Raw { .. }, DriverSpec::Raw { .. }) => Ok(()),
         (DriverSpec::Qcow2(a), DriverSpec::Qcow2(b)) => fixed_qcow2(&a.options, &b.options),
         (DriverSpec::Filter(a), DriverSpec::Filter(b))
             if matches!(
@@ -357,8 +406,18 @@ fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
             Ok(())
         }
         (a, b) if format!("{a:?}") == format!("{b:?}") => Ok(()),
-        _ => Err(BlockError::unsupported("The options of this driver cannot be changed")),
+        _ => Err(match differing(&old.spec, spec) {
+            Some(option) => cannot_change(&option),
+            None => BlockError::unsupported("The options of this driver cannot be changed"),
+        }),
     }
+}
+
+/// The first option of the driver's own that two descriptions have differently.
+fn differing(old: &NodeSpec, new: &NodeSpec) -> Option<String> {
+    let (a, b) = (old.common.given.0.as_ref()?, new.common.given.0.as_ref()?);
+    let common = ["node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "cache", "active"];
+    a.keys().chain(b.keys()).find(|k| !common.contains(&k.as_str()) && a.get(*k) != b.get(*k)).cloned()
 }
 
 fn fixed_file(a: &FileSpec, b: &FileSpec) -> Result<()> {

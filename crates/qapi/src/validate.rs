@@ -42,19 +42,41 @@ impl Path<'_> {
     }
 }
 
-/// Members whose integers are narrower than 64 bits. The introspection answer says only "int".
-fn width(member: &str) -> Option<(u64, &'static str)> {
-    Some(match member {
+/// How QSD keeps an integer. The introspection answer says only "int".
+#[derive(Clone, Copy)]
+enum Width {
+    /// 64 bits with a sign.
+    Signed,
+    /// The same, of which it takes 32.
+    Narrow,
+    /// Without a sign, up to a greatest number; what is negative is taken as its two's complement in 64 bits. With the
+    /// type's name.
+    Unsigned(u64, &'static str),
+}
+
+fn width(path: &Path<'_>) -> Width {
+    match path.leaf() {
         "granularity"
         | "max-connections"
         | "handshake-max-seconds"
         | "reconnect-delay"
         | "open-timeout"
         | "log-sector-size"
-        | "cbw-timeout" => (u64::from(u32::MAX), "uint32_t"),
-        "num-queues" | "queue-size" | "to" => (u64::from(u16::MAX), "uint16_t"),
-        _ => return None,
-    })
+        | "cbw-timeout" => Width::Unsigned(u64::from(u32::MAX), "uint32_t"),
+        "num-queues" | "queue-size" | "to" => Width::Unsigned(u64::from(u16::MAX), "uint16_t"),
+        "latency-ns"
+        | "log-super-update-interval"
+        | "min-cluster-size"
+        | "write-threshold"
+        | "cluster-size"
+        | "logical-block-size" => Width::Unsigned(u64::MAX, "uint64"),
+        // of `blockdev-create`; the others have a sign
+        "size" if matches!(path, Path::Key(Path::Key(Path::Root, "options"), _)) => {
+            Width::Unsigned(u64::MAX, "uint64")
+        }
+        "max-transfer" | "opt-write-zero" | "max-write-zero" | "opt-discard" | "max-discard" => Width::Narrow,
+        _ => Width::Signed,
+    }
 }
 
 impl Schema {
@@ -121,7 +143,8 @@ impl Walk<'_> {
             (Some(Type::Enum(_)), _) => Err(self.wrong(path, "string")),
             (Some(Type::Alternate(of, name)), value) => match of.iter().find(|t| self.fits(t, &value)) {
                 Some(of) => self.value(of, value, path),
-                None => Err(self.wrong(path, name)),
+                // these are named without the way to them
+                None => Err(format!("Invalid parameter type for '{}', expected: {name}", path.leaf())),
             },
             (Some(Type::Builtin(json)), value) => self.scalar(json, value, path),
             (None, _) => Err(format!("type {of} is not in the schema")),
@@ -228,23 +251,36 @@ impl Walk<'_> {
     }
 
     fn integer(&self, value: &Value, path: &Path<'_>) -> Result<Value, String> {
+        let width = width(path);
         let n = match (value, self.form) {
-            (Value::Number(n), Form::Json) => n.as_i64(),
-            (Value::String(s), Form::Keyval) => {
-                let n = c_integer(s);
-                if n.is_none() {
-                    return Err(format!("Parameter '{}' expects integer", path.full(self.form)));
-                }
-                n
-            }
+            (Value::Number(n), Form::Json) => n.as_i64().map(i128::from).or(n.as_u64().map(i128::from)),
+            (Value::String(s), Form::Keyval) => match c_integer(s) {
+                Some(n) => Some(n),
+                None => return Err(format!("Parameter '{}' expects integer", path.full(self.form))),
+            },
             _ => None,
         };
-        let Some(n) = n else { return Err(self.wrong(path, "integer")) };
-        match width(path.leaf()) {
-            Some((max, name)) if !u64::try_from(n).is_ok_and(|n| n <= max) => {
-                Err(format!("Parameter '{}' expects {name}", path.leaf()))
+        match (n, width) {
+            (Some(n), Width::Signed | Width::Narrow) => match i64::try_from(n) {
+                Ok(n) if matches!(width, Width::Narrow) && i32::try_from(n).is_err() => {
+                    Err(format!("Parameter '{}' expects int32_t", path.leaf()))
+                }
+                Ok(n) => Ok(n.into()),
+                Err(_) if self.form == Form::Keyval => {
+                    Err(format!("Parameter '{}' expects integer", path.full(self.form)))
+                }
+                Err(_) => Err(self.wrong(path, "integer")),
+            },
+            (None, Width::Signed | Width::Narrow) => Err(self.wrong(path, "integer")),
+            (Some(n), Width::Unsigned(most, name)) => {
+                match u64::try_from(n).or_else(|_| i64::try_from(n).map(|n| n as u64)) {
+                    Ok(n) if n <= most => Ok(n.into()),
+                    _ => Err(format!("Parameter '{}' expects {name}", path.leaf())),
+                }
             }
-            _ => Ok(n.into()),
+            (None, Width::Unsigned(..)) => {
+                Err(format!("Parameter '{}' expects uint64", path.full(self.form)))
+            }
         }
     }
 
@@ -262,8 +298,8 @@ impl Walk<'_> {
     }
 }
 
-/// An integer as C's `strtoll` with base 0 takes it: decimal, `0x` hexadecimal or `0` octal, with a sign.
-fn c_integer(s: &str) -> Option<i64> {
+/// An integer as C's `strtoll` or `strtoull` with base 0 takes it: decimal, `0x` hexadecimal or `0` octal, with a sign.
+fn c_integer(s: &str) -> Option<i128> {
     let (negative, digits) = match s.strip_prefix('-') {
         Some(rest) => (true, rest),
         None => (false, s.strip_prefix('+').unwrap_or(s)),
@@ -277,5 +313,5 @@ fn c_integer(s: &str) -> Option<i64> {
         return None;
     }
     let n = i128::from(u64::from_str_radix(digits, radix).ok()?);
-    i64::try_from(if negative { -n } else { n }).ok()
+    Some(if negative { -n } else { n })
 }

@@ -83,6 +83,22 @@ fn json_arguments() {
             json!({"flat": "yes"}),
             "Invalid parameter type for 'flat', expected: boolean",
         ),
+        ("blockdev-mirror", mirror(json!({"granularity": "1"})), "Parameter 'granularity' expects uint64"),
+        (
+            "blockdev-create",
+            json!({"job-id": "a", "options": {"driver": "file", "filename": "x", "size": "1"}}),
+            "Parameter 'options.size' expects uint64",
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "blkdebug", "image": "x", "max-transfer": i64::MIN}),
+            "Parameter 'max-transfer' expects int32_t",
+        ),
+        (
+            "block-dirty-bitmap-merge",
+            json!({"node": "a", "target": "b", "bitmaps": [5]}),
+            "Invalid parameter type for 'null', expected: BlockDirtyBitmapOrStr",
+        ),
         ("blockdev-create", json!({"options": {}}), "Parameter 'job-id' is missing"),
         (
             "blockdev-create",

@@ -26,12 +26,12 @@ impl Core {
     pub(crate) async fn resize(self: &Rc<Self>, len: u64, prealloc: Prealloc) -> Result<()> {
         self.check_writable()?;
         let old = self.size.get();
-        if !len.is_multiple_of(512) {
-            return Err(BlockError::invalid("The new size must be a multiple of 512"));
-        }
         if len > MAX_LENGTH {
             let text = format!("offset({len}) exceeds maximum({MAX_LENGTH})");
             return Err(BlockError::from_errno(BlockError::EFBIG).with_message(text));
+        }
+        if !len.is_multiple_of(512) {
+            return Err(BlockError::invalid("The new size must be a multiple of 512"));
         }
         if self.geo.version() < 3 && self.header.borrow().snapshot_count > 0 {
             return Err(BlockError::unsupported("Can't resize a v2 image which has snapshots"));

@@ -202,10 +202,10 @@ impl Net {
         let owner = process.owner();
         let (key, address) = match at {
             Address::Unix(p) => (unix_key(&owner.host, p), at.clone()),
-            Address::Tcp { host, port } => {
+            Address::Tcp { host, port, family } => {
                 let port = if *port == 0 { self.0.next_port.get() } else { *port };
                 self.0.next_port.set(self.0.next_port.get().wrapping_add(1).max(FIRST_PORT));
-                (tcp_key(&owner.host, host, port), Address::Tcp { host: host.clone(), port })
+                (tcp_key(&owner.host, host, port), Address::Tcp { host: host.clone(), port, family: *family })
             }
             Address::Fd(_) | Address::Stdio => {
                 return Err(BlockError::unsupported(format!(
@@ -235,7 +235,7 @@ impl Net {
         let mine = process.owner();
         let key = match to {
             Address::Unix(p) => unix_key(&mine.host, p),
-            Address::Tcp { host, port } => tcp_key(&mine.host, host, *port),
+            Address::Tcp { host, port, .. } => tcp_key(&mine.host, host, *port),
             Address::Fd(_) | Address::Stdio => {
                 return Err(BlockError::unsupported(format!(
                     "{to}: a simulated process inherits no sockets"

@@ -340,7 +340,7 @@ fn connections_are_cut_refused_or_go_silent() {
         });
         let (server, _p) = b.start();
         let (client, _p2) = b.start();
-        let at = Address::Tcp { host: "localhost".into(), port: 10809 };
+        let at = Address::tcp("localhost", 10809);
         echo_server(&server, at.clone());
         let outcome = b.executor.run(async move {
             client.sleep(Duration::from_millis(1)).await;

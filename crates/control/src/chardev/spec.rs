@@ -131,7 +131,7 @@ impl ChardevSpec {
                     (None, host, None, Some(port)) => {
                         let host = host.unwrap_or("localhost").to_owned();
                         match port.parse() {
-                            Ok(port) => Address::Tcp { host, port },
+                            Ok(port) => Address::tcp(&host, port),
                             Err(_) => return fail(format!("chardev: socket: bad port '{port}'")),
                         }
                     }
@@ -192,10 +192,14 @@ impl ChardevSpec {
                 if flag("wait").is_some() && !server {
                     return Err(QmpError::generic(WAIT_OF_CLIENT));
                 }
+                if data.contains_key("tls-authz") && !data.contains_key("tls-creds") {
+                    return Err(QmpError::generic("'tls_authz' option requires 'tls_creds' option"));
+                }
                 Kind::Socket(Socket {
                     address: address.read()?,
                     server,
-                    wait: flag("wait").unwrap_or(true),
+                    // other than on the command line: who adds one by command would wait for the reply
+                    wait: flag("wait").unwrap_or(false),
                     tls_creds: text("tls-creds"),
                     tls_authz: text("tls-authz"),
                 })

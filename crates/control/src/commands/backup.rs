@@ -5,7 +5,6 @@ use super::transaction::{Act, Read, carry_out};
 use super::verify::Verify;
 use super::{Command, Entry, entry};
 use crate::Daemon;
-use crate::blockdev_backup::min_cluster_size;
 use crate::error::{QmpError, Reply};
 use copy::OnSaveError;
 use jobs::drive::BackupAction;
@@ -57,7 +56,7 @@ pub(super) struct Perf {
     _use_copy_range: Option<bool>,
     max_workers: Option<i64>,
     max_chunk: Option<i64>,
-    min_cluster_size: Option<i64>,
+    min_cluster_size: Option<u64>,
 }
 
 /// What `blockdev-backup` and `drive-backup` have in common.
@@ -109,7 +108,7 @@ impl Common {
             discard_source: self.discard_source.unwrap_or(default.discard_source),
             max_workers: perf.max_workers.unwrap_or(default.max_workers),
             max_chunk: perf.max_chunk.unwrap_or(default.max_chunk),
-            min_cluster_size: min_cluster_size(perf.min_cluster_size)?,
+            min_cluster_size: perf.min_cluster_size.unwrap_or(default.min_cluster_size),
             verify: self.verify.into(),
             on_link_loss: LinkLossPolicy::rule(self.on_link_loss)?,
             ..default

@@ -115,6 +115,9 @@ impl ChangesBitmap for BitmapAdd {
         &self.node
     }
     async fn change(&self, daemon: &Daemon) -> Result<BitmapChange, QmpError> {
+        if self.name.is_empty() {
+            return Err(QmpError::generic("Bitmap name cannot be empty"));
+        }
         let cell = daemon.find_node(Some(&self.node), Some(&self.node))?;
         let new = NewBitmap {
             name: self.name.clone(),
@@ -286,7 +289,7 @@ impl Command for BitmapMerge {
 }
 
 /// A hash of a bitmap's bits, to compare bitmaps in tests: over the bits in order, least significant first, padded with
-/// zeroes to whole 64-bit words, as QEMU does.
+/// zeroes to whole 64-bit words, at least one, as QEMU does.
 #[derive(Deserialize)]
 #[serde(transparent)]
 struct BitmapSha256(Named);
@@ -297,7 +300,7 @@ impl Command for BitmapSha256 {
         let cell = node(&daemon, &self.0.node)?;
         let bitmap = bitmaps::find_bitmap(&cell, &self.0.name)?;
         let (len, granularity) = (bitmap.bits().len(), bitmap.bits().granularity());
-        let bytes = len.div_ceil(granularity).div_ceil(64) * 8;
+        let bytes = len.div_ceil(granularity).div_ceil(64).max(1) * 8;
         let (mut hash, mut at) = (Sha256::new(), 0);
         let mut buffer = vec![0; HASH_STEP];
         while at < bytes {

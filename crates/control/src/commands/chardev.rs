@@ -76,8 +76,9 @@ struct ChardevChange {
 impl Command for ChardevChange {
     const NAME: &'static str = "chardev-change";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
-        let spec = ChardevSpec::from_backend(&self.id, &self.backend)?;
-        daemon.chardevs().change(daemon.env(), daemon.objects(), spec).await?;
+        daemon.chardevs().unused(&self.id)?;
+        let spec = ChardevSpec::from_backend(&self.id, &self.backend).map_err(named(&self.id))?;
+        daemon.chardevs().change(daemon.env(), daemon.objects(), spec, named(&self.id)).await?;
         Ok(json!({}))
     }
 }

@@ -49,7 +49,7 @@ impl From<Preallocation> for Prealloc {
 #[serde(rename_all = "kebab-case")]
 struct FileImage {
     filename: String,
-    size: i64,
+    size: u64,
     preallocation: Option<Preallocation>,
 }
 
@@ -71,13 +71,13 @@ enum CompressionType {
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Qcow2Image {
-    size: i64,
+    size: u64,
     version: Option<Version>,
     backing_file: Option<String>,
     backing_fmt: Option<String>,
     data_file_raw: Option<bool>,
     encrypt: Option<Map<String, Value>>,
-    cluster_size: Option<i64>,
+    cluster_size: Option<u64>,
     preallocation: Option<Preallocation>,
     lazy_refcounts: Option<bool>,
     refcount_bits: Option<i64>,
@@ -85,14 +85,9 @@ struct Qcow2Image {
     extended_l2: Option<bool>,
 }
 
-/// A number of the schema's 64-bit unsigned types: QMP takes negative ones as very large.
-fn unsigned(n: i64) -> u64 {
-    n.cast_unsigned()
-}
-
 impl Qcow2Image {
     fn options(self, data_file: Option<String>) -> Qcow2Options {
-        let default = Qcow2Options::new(unsigned(self.size));
+        let default = Qcow2Options::new(self.size);
         Qcow2Options {
             version: match self.version {
                 Some(Version::V2) => 2,
@@ -103,10 +98,10 @@ impl Qcow2Image {
             data_file,
             data_file_raw: self.data_file_raw.unwrap_or(false),
             encrypt: self.encrypt.map(|e| e["format"].as_str().unwrap_or_default().to_owned()),
-            cluster_size: self.cluster_size.map_or(default.cluster_size, unsigned),
+            cluster_size: self.cluster_size.unwrap_or(default.cluster_size),
             preallocation: self.preallocation.map_or(default.preallocation, Prealloc::from),
             lazy_refcounts: self.lazy_refcounts.unwrap_or(false),
-            refcount_bits: self.refcount_bits.map_or(default.refcount_bits, unsigned),
+            refcount_bits: self.refcount_bits.map_or(default.refcount_bits, i64::cast_unsigned),
             compression_type: match self.compression_type {
                 Some(CompressionType::Zstd) => Compression::Zstd,
                 Some(CompressionType::Zlib) | None => Compression::Zlib,
@@ -180,7 +175,7 @@ impl Command for BlockdevAmend {
 
 async fn file(opener: &Opener, o: FileImage) -> Result<()> {
     let prealloc = o.preallocation.map_or(Prealloc::Off, Prealloc::from);
-    opener.create_file(&o.filename, unsigned(o.size), prealloc).await
+    opener.create_file(&o.filename, o.size, prealloc).await
 }
 
 async fn qcow2(opener: &Opener, file: Option<Child>, data: Option<Child>, o: Qcow2Image) -> Result<()> {

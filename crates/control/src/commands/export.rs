@@ -4,6 +4,7 @@ use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::address::{LegacyAddress, SocketAddress};
 use crate::error::{QmpError, Reply};
+use block::BlockError;
 use env::Address;
 use exports::{
     AllowOther, DEFAULT_BLOCK_SIZE, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, DeleteMode, Export,
@@ -43,14 +44,23 @@ impl Command for NbdServerStart {
         if daemon.exports().server_address().is_some() {
             return Err(QmpError::generic("NBD server already running"));
         }
-        let options = ServerOptions {
-            address: self.addr.read()?,
+        let (address, last) = self.addr.read_range()?;
+        let mut options = ServerOptions {
+            address,
             max_connections: self.max_connections.unwrap_or(DEFAULT_MAX_CONNECTIONS),
             handshake_max_seconds: self.handshake_max_seconds.unwrap_or(DEFAULT_HANDSHAKE_SECONDS),
             tls: daemon.objects().server_tls(self.tls_creds.as_deref(), self.tls_authz)?,
         };
-        daemon.exports().start_server(&options).await?;
-        Ok(json!({}))
+        loop {
+            match (daemon.exports().start_server(&options).await, &mut options.address) {
+                (Err(e), Address::Tcp { port, .. })
+                    if e.errno() == BlockError::EADDRINUSE && last.is_some_and(|last| *port < last) =>
+                {
+                    *port += 1;
+                }
+                (started, _) => return Ok(started.map(|()| json!({}))?),
+            }
+        }
     }
 }
 

@@ -214,8 +214,15 @@ impl Command for BlockJobChange {
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let job = daemon.jobs().find_block_job(&self.id)?;
         let Some(mode) = self.copy_mode else {
-            let desc = format!("Job '{}' is of type '{}', not '{}'", self.id, job.kind().name(), self.kind);
-            return Err(QmpError::generic(desc));
+            return Err(match self.kind == job.kind().name() {
+                true => QmpError::generic("Job type does not support change"),
+                false => QmpError::generic(format!(
+                    "Job '{}' is of type '{}', not '{}'",
+                    self.id,
+                    job.kind().name(),
+                    self.kind
+                )),
+            });
         };
         mirror::change(&job, mode.into())?;
         Ok(json!({}))

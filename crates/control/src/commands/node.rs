@@ -5,7 +5,7 @@ use crate::Daemon;
 use crate::blockdev;
 use crate::error::{QmpError, Reply};
 use block::Prealloc;
-use graph::{NodeCell, Parent, Role};
+use graph::{NodeCell, Parent, Role, bitmaps};
 use qapi::{Map, Value, json};
 use serde::Deserialize;
 use std::rc::Rc;
@@ -128,6 +128,12 @@ struct BlockResize {
     size: i64,
 }
 
+/// That nobody needs the node's length, and that its bitmaps are known well enough to be given another.
+fn check_resizable(cell: &Rc<NodeCell>) -> Result<(), QmpError> {
+    check_free(cell)?;
+    Ok(cell.bitmaps().iter().try_for_each(|b| bitmaps::check_consistent(b))?)
+}
+
 impl Command for BlockResize {
     const NAME: &'static str = "block_resize";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
@@ -140,7 +146,7 @@ impl Command for BlockResize {
         let Ok(size) = u64::try_from(self.size) else {
             return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
         };
-        daemon.graph().resize(&cell, size, Prealloc::Off, |c| check_free(c)).await?;
+        daemon.graph().resize(&cell, size, Prealloc::Off, |c| check_resizable(c)).await?;
         Ok(json!({}))
     }
 }

@@ -50,6 +50,16 @@ const fn choice(name: &'static str, kind: &'static str, default: &'static str) -
 }
 
 impl Property {
+    /// The values of an enumeration.
+    fn choices(&self) -> Option<&'static [&'static str]> {
+        match self.kind {
+            "QAuthZListPolicy" => Some(&["deny", "allow"]),
+            "QCryptoSecretFormat" => Some(&["raw", "base64"]),
+            "QCryptoTLSCredsEndpoint" => Some(&["client", "server"]),
+            _ => None,
+        }
+    }
+
     /// Whether the property takes this value.
     pub(super) fn check(&self, name: &str, value: &Value) -> Result<(), QmpError> {
         let (fits, expected) = match self.default {
@@ -59,6 +69,11 @@ impl Property {
             Default::List => (value.is_array(), "array"),
             Default::Object => (value.is_object(), "object"),
         };
+        if let (Value::String(s), Some(choices)) = (value, self.choices())
+            && !choices.contains(&s.as_str())
+        {
+            return Err(QmpError::generic(format!("Parameter '{name}' does not accept value '{s}'")));
+        }
         if fits {
             return Ok(());
         }
@@ -188,6 +203,10 @@ pub fn object_types() -> impl Iterator<Item = (&'static str, Vec<(&'static str, 
 
 /// `qom-list-properties`.
 pub(crate) fn list_properties(name: &str) -> Reply {
+    // what everything else is made of
+    if matches!(name, "container" | "object") {
+        return Ok(json!([{"name": "type", "type": "string"}]));
+    }
     let found =
         find(name).ok_or_else(|| QmpError::of(Class::DeviceNotFound, format!("Class '{name}' not found")))?;
     Ok(Value::Array(list(found)))

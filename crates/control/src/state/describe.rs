@@ -8,7 +8,7 @@ use super::{Recorder, Said};
 use crate::Daemon;
 use ::state::Tables;
 use drivers::file::Locking;
-use env::Address;
+use env::{Address, Family};
 use graph::{DetectZeroes, Edge, NodeCell, Parent};
 use open::{Description, DriverSpec, NodeSpec};
 use qapi::{Map, Value, json};
@@ -245,7 +245,15 @@ fn written(spec: &NodeSpec) -> Map<String, Value> {
 
 pub(super) fn address(at: &Address) -> Value {
     match at {
-        Address::Tcp { host, port } => json!({"type": "inet", "host": host, "port": port.to_string()}),
+        Address::Tcp { host, port, family } => {
+            let mut inet = json!({"type": "inet", "host": host, "port": port.to_string()});
+            match family {
+                Family::Any => {}
+                Family::V4 => inet["ipv4"] = json!(true),
+                Family::V6 => inet["ipv6"] = json!(true),
+            }
+            inet
+        }
         Address::Unix(path) => json!({"type": "unix", "path": path.to_string_lossy()}),
         Address::Fd(n) => json!({"type": "fd", "str": n.to_string()}),
         _ => Value::Null,

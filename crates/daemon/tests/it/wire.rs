@@ -92,6 +92,27 @@ fn jobs_and_transactions_as_the_reference() {
     compare("twins.py", &["job-verbs", "transactions"].map(|s| format!("../twins/{s}.txt")));
 }
 
+/// Scenes that are in no recorded conversation: names, types and numbers at the edges, odd orders, nodes that are busy, bitmaps in
+/// every state, transactions that fail at each place, objects, chardevs, and lines that are no commands.
+#[test]
+fn scenes_that_nobody_recorded() {
+    compare("twins.py", &["nodes", "jobs", "bitmaps", "rest"].map(|s| format!("../twins/hunt-{s}.txt")));
+}
+
+/// Every command of QSD's schema with every member odd: the same answers (tests/compat/odd.py lists what may differ).
+#[test]
+fn every_argument_odd() {
+    compare("odd.py", &[]);
+}
+
+/// What was recorded of replication: with QSD, and with `qemu-system`, whose commands we have.
+#[test]
+fn recorded_replication() {
+    replay(&["replication-qsd"]);
+    let files = ["system-replication", "system-replication-stop", "system-replication-errors"];
+    compare("system.py", &files.map(|f| format!("{f}.jsonl")));
+}
+
 /// Every row of the catalogue of QSD's errors is provoked, or has a reason why not (tests/compat/catalogue.py).
 #[test]
 fn every_error_of_the_catalogue() {

@@ -156,8 +156,8 @@ pub(crate) async fn description(cell: &Rc<NodeCell>) -> block::Result<String> {
         if let Some(json) = name.strip_prefix("json:") {
             break json.to_owned();
         }
-        if name == "null-co://" {
-            break "{\"driver\": \"null-co\"}".to_owned();
+        if let Some(driver) = name.strip_suffix("://").filter(|d| d.starts_with("null-")) {
+            break format!("{{\"driver\": \"{driver}\"}}");
         }
         match at.node().primary() {
             None => break format!("{{\"driver\": \"{driver}\", \"filename\": {name:?}}}"),

@@ -271,8 +271,10 @@ impl NbdClient {
         match &o.server {
             Address::Unix(path) if o.export.is_empty() => format!("nbd+unix://?socket={}", path.display()),
             Address::Unix(path) => format!("nbd+unix:///{}?socket={}", o.export, path.display()),
-            Address::Tcp { host, port } if o.export.is_empty() => format!("nbd://{}:{port}", bracketed(host)),
-            Address::Tcp { host, port } => format!("nbd://{}:{port}/{}", bracketed(host), o.export),
+            Address::Tcp { host, port, .. } if o.export.is_empty() => {
+                format!("nbd://{}:{port}", bracketed(host))
+            }
+            Address::Tcp { host, port, .. } => format!("nbd://{}:{port}/{}", bracketed(host), o.export),
             other => format!("nbd:{other}:exportname={}", o.export),
         }
     }

@@ -8,7 +8,7 @@ use super::Core;
 use super::op::Handle;
 use super::stream::{Pipe, Socket};
 use super::sys::{again, check, owned};
-use crate::{Address, Listener, Stream};
+use crate::{Address, Family, Listener, Stream};
 use block::{BlockError, ErrorKind, Io, Result};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
@@ -63,7 +63,25 @@ fn duplicate(fd: RawFd) -> Result<OwnedFd> {
 }
 
 /// Addresses of a host: an address itself, or a name that the host's resolver knows (asked on a helper thread).
-async fn resolve(core: &Rc<Core>, host: &str, port: u16, to_listen: bool) -> Result<Vec<SocketAddr>> {
+async fn resolve(
+    core: &Rc<Core>,
+    (host, port): (&str, u16),
+    family: Family,
+    to_listen: bool,
+) -> Result<Vec<SocketAddr>> {
+    let mut found = resolve_all(core, host, port, to_listen).await?;
+    found.retain(|a| family.has(a.ip()));
+    if found.is_empty() {
+        return Err(unresolved(host, port, "Address family for hostname not supported"));
+    }
+    Ok(found)
+}
+
+fn unresolved(host: &str, port: u16, why: &str) -> BlockError {
+    BlockError::new(ErrorKind::NotFound, format!("address resolution failed for {host}:{port}: {why}"))
+}
+
+async fn resolve_all(core: &Rc<Core>, host: &str, port: u16, to_listen: bool) -> Result<Vec<SocketAddr>> {
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']')).unwrap_or(host);
     if let Ok(ip) = bare.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(ip, port)]);
@@ -79,15 +97,17 @@ async fn resolve(core: &Rc<Core>, host: &str, port: u16, to_listen: bool) -> Res
     let name = bare.to_owned();
     let found =
         core.blocking(None, move || (name.as_str(), port).to_socket_addrs().map(|a| a.collect())).await?;
-    let unknown = |why: String| {
-        BlockError::new(ErrorKind::NotFound, format!("address resolution failed for {host}:{port}: {why}"))
-    };
     match found {
         Ok(list) => {
             let list: Vec<SocketAddr> = list;
-            if list.is_empty() { Err(unknown("no address".to_owned())) } else { Ok(list) }
+            if list.is_empty() { Err(unresolved(host, port, "no address")) } else { Ok(list) }
         }
-        Err(e) => Err(unknown(e.to_string())),
+        // the standard library puts words of its own before those of the resolver
+        Err(e) => {
+            let said = e.to_string();
+            let why = said.strip_prefix("failed to lookup address information: ").unwrap_or(&said);
+            Err(unresolved(host, port, why))
+        }
     }
 }
 
@@ -124,13 +144,13 @@ fn may_go(at: &Address) -> bool {
 async fn listen_once(core: &Rc<Core>, at: &Address) -> Result<Listening> {
     let (fd, address, tcp) = match at {
         Address::Unix(path) => (listen_unix(core, path).await?, at.clone(), false),
-        Address::Tcp { host, port } => {
+        Address::Tcp { host, port, family } => {
             let mut failure = BlockError::from_errno(libc::EADDRNOTAVAIL);
             let mut found = None;
-            for a in resolve(core, host, *port, true).await? {
+            for a in resolve(core, (host, *port), *family, true).await? {
                 match listen_tcp(&a) {
                     Ok((fd, port)) => {
-                        found = Some((fd, Address::Tcp { host: host.clone(), port }, true));
+                        found = Some((fd, Address::Tcp { host: host.clone(), port, family: *family }, true));
                         break;
                     }
                     Err(e) => failure = e,
@@ -212,9 +232,9 @@ pub(super) async fn connect(core: &Rc<Core>, to: &Address) -> Result<Rc<dyn Stre
                 }
             }
         }
-        Address::Tcp { host, port } => {
+        Address::Tcp { host, port, family } => {
             let mut failure = BlockError::from_errno(libc::EADDRNOTAVAIL);
-            for a in resolve(core, host, *port, false).await? {
+            for a in resolve(core, (host, *port), *family, false).await? {
                 match connect_tcp(core, &a).await {
                     Ok(stream) => return Ok(stream),
                     Err(e) => failure = e,
@@ -263,6 +283,8 @@ fn finish(core: &Rc<Core>, handle: Rc<Handle>, tcp: bool) -> Result<Rc<dyn Strea
     if tcp {
         // requests and replies are written whole: waiting for more only adds delay
         let _ = sockopt::set_tcp_nodelay(handle.as_fd(), true);
+        // a peer that vanished without a word is noticed some day
+        let _ = sockopt::set_socket_keepalive(handle.as_fd(), true);
     }
     Ok(Socket::stream(core, handle))
 }

@@ -789,4 +789,96 @@ pub(crate) const SCRIPTS: &[Script] = &[
             Step::Rewrite(205, 40),
         ],
     },
+    Script {
+        name: "mirror what a bitmap marks, soft cancel",
+        on: &QCOW2_TO_RAW,
+        steps: &[
+            ADD_BITMAP,
+            Step::Rewrite(20, 70),
+            job(
+                "blockdev-mirror",
+                || {
+                    json!({"job-id": "job", "device": "disk", "target": "target", "sync": "incremental",
+                           "bitmap": "b"})
+                },
+                Finish::Stop,
+            ),
+            REMOVE_BITMAP,
+        ],
+    },
+    Script {
+        name: "mirror all with a persistent bitmap that says what is left",
+        on: &QCOW2_TO_SMALL,
+        steps: &[
+            Step::Do(
+                "block-dirty-bitmap-add",
+                || json!({"node": "disk", "name": "b", "persistent": true, "all-dirty": true}),
+            ),
+            job(
+                "blockdev-mirror",
+                || {
+                    json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full",
+                           "bitmap": "b", "bitmap-mode": "always"})
+                },
+                Finish::Complete,
+            ),
+            REMOVE_BITMAP,
+        ],
+    },
+    Script {
+        name: "commit the active layer in write-blocking mode, small clusters",
+        on: &SMALL,
+        steps: &[commit(|| json!({"copy-mode": "write-blocking"}), Finish::Complete)],
+    },
+    Script {
+        name: "mirror and compare all",
+        on: &RAW_TO_QCOW2,
+        steps: &[mirror(|| json!({"verify": "full"}), Finish::Complete)],
+    },
+    Script {
+        name: "give an image with a persistent bitmap up and take it back",
+        on: &CLOSED,
+        steps: &[
+            Step::Do(
+                "blockdev-add",
+                || json!({"driver": "qcow2", "node-name": "n", "file": {"driver": "file", "filename": "/mid.img"}}),
+            ),
+            Step::Do(
+                "block-dirty-bitmap-add",
+                || json!({"node": "n", "name": "b", "persistent": true, "granularity": 4096}),
+            ),
+            Step::Do("blockdev-set-active", || json!({"node-name": "n", "active": false})),
+            Step::Do("blockdev-set-active", || json!({"node-name": "n", "active": true})),
+            Step::Do("block-dirty-bitmap-remove", || json!({"node": "n", "name": "b"})),
+            CLOSE_N,
+        ],
+    },
+    Script {
+        name: "open an image inactive, take it, give it up, close it",
+        on: &CLOSED,
+        steps: &[
+            Step::Do(
+                "blockdev-add",
+                || json!({"driver": "qcow2", "node-name": "n", "active": false, "file": {"driver": "file", "filename": "/base.img"}}),
+            ),
+            Step::Do("blockdev-set-active", || json!({"node-name": "n", "active": true})),
+            Step::Do("blockdev-set-active", || json!({"active": false, "node-name": "n"})),
+            CLOSE_N,
+        ],
+    },
+    Script {
+        name: "merge into a persistent bitmap",
+        on: &QCOW2_TO_SMALL,
+        steps: &[
+            ADD_PERSISTENT_BITMAP,
+            Step::Do(
+                "block-dirty-bitmap-add",
+                || json!({"node": "disk", "name": "c", "persistent": true, "granularity": 512}),
+            ),
+            Step::Rewrite(30, 50),
+            Step::Do("block-dirty-bitmap-merge", || json!({"node": "disk", "target": "b", "bitmaps": ["c"]})),
+            Step::Do("block-dirty-bitmap-remove", || json!({"node": "disk", "name": "c"})),
+            REMOVE_BITMAP,
+        ],
+    },
 ];

@@ -123,10 +123,9 @@ impl Group {
             external_decision: false,
         };
         let address = match hand.address.rsplit_once(':') {
-            Some((host, port)) if !hand.address.starts_with('/') => port
-                .parse()
-                .map(|port| Address::Tcp { host: host.to_owned(), port })
-                .map_err(|_| BlockError::invalid("no port")),
+            Some((host, port)) if !hand.address.starts_with('/') => {
+                port.parse().map(|port| Address::tcp(host, port)).map_err(|_| BlockError::invalid("no port"))
+            }
             _ => Ok(Address::Unix(hand.address.clone().into())),
         };
         let begun = async {
