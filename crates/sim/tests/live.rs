@@ -62,7 +62,7 @@ fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
 fn two_and_three_hosts_that_replicate_are_at_a_checkpoint_whatever_happens() {
     let report = run(
         replica::replica,
-        start()..start() + SHARE / 2,
+        start()..start() + SHARE,
         &Options { jobs: 2, twice_every: 10, ..Options::default() },
     );
     clean(&report);
@@ -71,7 +71,7 @@ fn two_and_three_hosts_that_replicate_are_at_a_checkpoint_whatever_happens() {
     for what in
         wanted.into_iter().chain(["third hosts that follow", "kills of the primary", "disks compared"])
     {
-        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
+        assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
     }
 }
 

@@ -53,11 +53,14 @@ pub(super) fn measure(options: &Options) -> Outcome {
 fn holds(options: &Options) -> Outcome {
     hold(options, 0, None)?.print();
     hold(options, 1024, None)?.print();
-    match room_for_ten() {
+    if options.only.is_none() {
         // it takes a disk, and minutes
-        _ if options.only.is_none() => {}
-        Some(dir) => hold(options, 10 * 1024, Some(&dir))?.print(),
-        None => println!("10 GiB: not measured, /var/tmp has not the room"),
+        return Ok(());
+    }
+    let dir = PathBuf::from("/var/tmp");
+    match [10, 4].into_iter().find(|gib| has_room(gib << 30)) {
+        Some(gib) => hold(options, gib * 1024, Some(&dir))?.print(),
+        None => println!("10 GiB buffered: not measured, {} has not the room", dir.display()),
     }
     Ok(())
 }
@@ -123,7 +126,7 @@ fn levels(options: &Options) -> Outcome {
                     {
                         continue;
                     }
-                    let mut make = Make::new(kind, DISK);
+                    let mut make = Make::new(kind, COUNTED);
                     make.more = json!({"write-level": level, "checkpoint-interval-ms": 100});
                     let pair = Pair::start(options, &make)?;
                     let load = Load {
@@ -147,14 +150,12 @@ fn levels(options: &Options) -> Outcome {
     Ok(())
 }
 
-/// Where 10 GiB of buffer fit on a disk, if anywhere.
-fn room_for_ten() -> Option<PathBuf> {
-    let dir = PathBuf::from("/var/tmp");
-    let line =
-        crate::shell::output(std::process::Command::new("df").args(["--output=avail", "-B1", "/var/tmp"]))
-            .ok()?;
-    let free: u64 = line.lines().nth(1)?.trim().parse().ok()?;
-    (free > (14 << 30) + SPARE).then_some(dir)
+/// Whether a buffer of so many bytes fits into /var/tmp.
+fn has_room(bytes: u64) -> bool {
+    let out =
+        crate::shell::output(std::process::Command::new("df").args(["--output=avail", "-B1", "/var/tmp"]));
+    let free = out.ok().and_then(|text| text.lines().nth(1)?.trim().parse::<u64>().ok());
+    free.is_some_and(|free| free > bytes + SPARE)
 }
 
 /// What clients of both sides waited for at most.
