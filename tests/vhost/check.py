@@ -199,6 +199,57 @@ def test_resize_is_told(path):
     d.quit()
 
 
+def test_writes_are_logged(path):
+    """While the guest moves to another host, each page of it that we write to is marked, and no other."""
+    d = Daemon(path)
+    front, [q] = v.connect(d.socket, 1, memory=v.Memory(16 << 20))
+    assert q.write(0, b"w" * 65536) == v.OK
+    log = front.log_writes((v.GUEST + (16 << 20)) // 4096 // 8)
+
+    def marked():
+        """Pages that were marked since the last look."""
+        found = {8 * n + bit for n, byte in enumerate(log[:]) for bit in range(8) if byte & 1 << bit}
+        log[:] = bytes(len(log))
+        return found
+
+    def pages(at, size):
+        return set(range(at // 4096, (at + size - 1) // 4096 + 1))
+
+    m, ring = front.memory, pages(q.used, 6 + 8 * q.size)
+    m.take(0, 4096)
+    assert marked() == set()
+    # the used ring is asked for by itself
+    head, data, status = q.submit(v.IN, 0, room=20480)
+    q.wait()
+    assert marked() == pages(data, 20480) | pages(status, 1)
+    assert q.log_used(True) == 0
+    m.take(0, 4096)
+    head, data, status = q.submit(v.IN, 0, room=4096)
+    q.wait()
+    assert q.stop() == 3 and m.read(data, 4096) == b"w" * 4096
+    assert marked() == pages(data, 4096) | pages(status, 1) | ring
+    # of a write only the status
+    assert q.start(3) == [0] * 7
+    assert q.log_used(True) == 0
+    m.take(0, 4096)
+    head, data, status = q.submit(v.OUT, 8, out=b"x" * 4096)
+    q.wait()
+    got = marked()
+    assert pages(status, 1) <= got <= pages(status, 1) | ring, got
+    # and no more when nobody wants to know
+    assert q.log_used(False) == 0
+    assert front.tell(v.SET_FEATURES, struct.pack("<Q", front.features)) == 0
+    marked()
+    assert q.read(8, 4096) == b"x" * 4096 and marked() == set()
+    # what is not in the log ends the connection, for the guest would lose it on its way
+    assert len(front.log_writes(8)) == 8
+    q.submit(v.IN, 0, room=512)
+    assert front.ended()
+    front, [q] = v.connect(d.socket, 1)
+    assert q.read(8, 512) == b"x" * 512
+    d.quit()
+
+
 def test_mirror_pivots_unseen(path):
     """The disk is mirrored and the target takes its place while requests run; both are equal to what was written."""
     target = os.path.join(path, "target")

@@ -13,13 +13,14 @@ import socket
 import struct
 import threading
 
-GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE = 1, 2, 3, 4, 5
+GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE, SET_LOG_BASE = 1, 2, 3, 4, 5, 6
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
 SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG = 21, 24, 25
 GET_INFLIGHT_FD, SET_INFLIGHT_FD, GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG = 31, 32, 36, 37, 38
 
+F_LOG_ALL = 1 << 26
 F_RO, F_EVENT_IDX, F_INDIRECT, F_PROTOCOL, F_VERSION_1 = 1 << 5, 1 << 29, 1 << 28, 1 << 30, 1 << 32
 P_REPLY_ACK, P_BACKEND_REQ, P_INFLIGHT, P_MEM_SLOTS = 1 << 3, 1 << 5, 1 << 12, 1 << 15
 
@@ -151,7 +152,8 @@ class Front:
 
     def negotiate(self, without=0):
         offered = self.number(GET_FEATURES)
-        self.features = offered & ~without
+        # nobody wants to know what is written, until the guest is to move
+        self.features = offered & ~without & ~F_LOG_ALL
         self.protocol = self.number(GET_PROTOCOL_FEATURES)
         self.send(SET_PROTOCOL_FEATURES, struct.pack("<Q", self.protocol))
         assert self.tell(SET_FEATURES, struct.pack("<Q", self.features)) == 0
@@ -162,6 +164,16 @@ class Front:
         m = self.memory
         body = struct.pack("<IIQQQQ", 1, 0, GUEST, m.size, USER, 0)
         return self.tell(SET_MEM_TABLE, body, [m.fd])
+
+    def log_writes(self, size):
+        """Lets the other side mark what it writes; the log."""
+        fd = os.memfd_create("log", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size)
+        log = mmap.mmap(fd, size)
+        self.ask(SET_LOG_BASE, struct.pack("<QQ", size, 0), [fd])
+        os.close(fd)
+        assert self.tell(SET_FEATURES, struct.pack("<Q", self.features | F_LOG_ALL)) == 0
+        return log
 
     def config(self, offset=0, size=60):
         body = self.ask(GET_CONFIG, struct.pack("<III", offset, size, 0) + bytes(size))
@@ -217,6 +229,12 @@ class Queue:
         if enable:
             results.append(f.tell(SET_VRING_ENABLE, struct.pack("<II", i, 1)))
         return results
+
+    def log_used(self, on):
+        """Turns the marking of the used ring on or off, while the queue runs."""
+        user = lambda at: at - GUEST + USER
+        body = struct.pack("<IIQQQQ", self.index, int(on), user(self.desc), user(self.used), user(self.avail), self.used)
+        return self.front.tell(SET_VRING_ADDR, body)
 
     def stop(self):
         body = self.front.ask(GET_VRING_BASE, struct.pack("<II", self.index, 0))

@@ -9,11 +9,12 @@ use super::buffers::Buf;
 use super::fault::Watch;
 use super::sys;
 use block::{BlockError, Data, Result};
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU8, Ordering};
 pub use vm_memory;
 use vm_memory::{
     AtomicAccess, Bytes, FileOffset, GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap,
@@ -281,6 +282,47 @@ impl SharedMap {
     }
 }
 
+/// Bytes of guest memory that one bit of a [`WriteLog`] stands for.
+const LOG_PAGE: u64 = 4096;
+
+/// Which pages of a guest's memory were written to: a bit for each, in memory that the machine monitor reads and clears while
+/// the guest moves to another host.
+///
+/// A page is marked after it was written: marked before, it could be copied and its bit cleared in between, and the write would
+/// be lost on the way. Layout: vhost-user specification, "Migration".
+#[derive(Debug)]
+pub struct WriteLog {
+    map: SharedMap,
+    /// Something was written that the log has no bit for.
+    short: Cell<bool>,
+}
+
+impl WriteLog {
+    /// Over `len` bytes of `file` from `offset` on.
+    pub fn new(file: OwnedFd, offset: u64, len: u64) -> Result<WriteLog> {
+        Ok(WriteLog { map: SharedMap::new(file, offset, len)?, short: Cell::new(false) })
+    }
+
+    /// Marks all pages of the `len` bytes at guest address `at`.
+    pub fn mark(&self, at: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        for page in at / LOG_PAGE..=at.saturating_add(len - 1) / LOG_PAGE {
+            let byte = usize::try_from(page / 8).unwrap_or(usize::MAX);
+            match self.map.all().get_atomic_ref::<AtomicU8>(byte) {
+                Ok(bits) => drop(bits.fetch_or(1 << (page % 8), Ordering::SeqCst)),
+                Err(_) => self.short.set(true),
+            }
+        }
+    }
+
+    /// Whether it lacks something: it is too short, or was taken away.
+    pub fn is_broken(&self) -> bool {
+        self.short.get() || self.map.is_broken()
+    }
+}
+
 /// A new file of zeroes that exists only as long as somebody has it open, and that cannot be cut short.
 pub fn anonymous_file(name: &str, len: u64) -> Result<OwnedFd> {
     use rustix::fs::{MemfdFlags, SealFlags};
@@ -301,4 +343,32 @@ pub fn duplicate(file: BorrowedFd<'_>) -> Result<OwnedFd> {
 /// The same, of one that is owned.
 pub fn again(file: &OwnedFd) -> Result<OwnedFd> {
     duplicate(file.as_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_page_of_what_was_written_is_marked() {
+        let file = anonymous_file("log", 4096).unwrap();
+        let log = WriteLog::new(again(&file).unwrap(), 0, 4).unwrap();
+        let seen = SharedMap::new(file, 0, 4).unwrap();
+        let bytes = || (0..4).map(|i| seen.load::<u8>(i, Ordering::Relaxed).unwrap()).collect::<Vec<_>>();
+        log.mark(0, 0);
+        assert_eq!(bytes(), [0; 4]);
+        log.mark(4095, 2);
+        log.mark(9 * 4096, 1);
+        log.mark(9 * 4096 + 4095, 1);
+        assert_eq!(bytes(), [0b11, 0b10, 0, 0]);
+        log.mark(23 * 4096, 2 * 4096);
+        assert_eq!(bytes(), [0b11, 0b10, 0b1000_0000, 1]);
+        assert!(!log.is_broken());
+        log.mark(31 * 4096, 4097);
+        assert_eq!(bytes()[3], 0b1000_0001);
+        assert!(log.is_broken(), "there is no bit for page 32");
+        let far = WriteLog::new(anonymous_file("log", 4096).unwrap(), 0, 4).unwrap();
+        far.mark(u64::MAX, 9);
+        assert!(far.is_broken());
+    }
 }

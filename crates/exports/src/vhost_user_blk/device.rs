@@ -8,8 +8,9 @@
 use super::request::MAX_RANGE_SECTORS;
 use block::{BlockError, ErrorKind, ReqFlags, Result, Span};
 use env::Env;
+use env::os::shared::WriteLog;
 use graph::{Demand, Edge, Perms};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 /// Bytes of a sector, the unit of all addresses, whatever the logical block size.
@@ -32,6 +33,7 @@ pub(super) mod feature {
     pub(crate) const MQ: u64 = 1 << 12;
     pub(crate) const DISCARD: u64 = 1 << 13;
     pub(crate) const WRITE_ZEROES: u64 = 1 << 14;
+    pub(crate) const LOG_ALL: u64 = 1 << 26;
     pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
     pub(crate) const EVENT_IDX: u64 = 1 << 29;
     pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -75,12 +77,40 @@ pub(super) struct Device {
     options: VhostUserBlkOptions,
     /// Whether the guest wants to flush by itself.
     write_cache: Cell<bool>,
+    /// Which pages of the guest's memory we write to, while somebody wants to know.
+    write_log: RefCell<Option<Rc<WriteLog>>>,
+    logging: Cell<bool>,
 }
 
 impl Device {
     pub(super) fn new(env: &Env, options: VhostUserBlkOptions, edge: Rc<Edge>) -> Device {
         let write_cache = Cell::new(!options.writethrough);
-        Device { env: env.clone(), edge, options, write_cache }
+        let (write_log, logging) = (RefCell::new(None), Cell::new(false));
+        Device { env: env.clone(), edge, options, write_cache, write_log, logging }
+    }
+
+    /// From now on what is written to the guest's memory is marked there.
+    pub(super) fn set_write_log(&self, log: Option<WriteLog>) {
+        *self.write_log.borrow_mut() = log.map(Rc::new);
+    }
+
+    /// Whether anybody wants to know now.
+    pub(super) fn set_logging(&self, on: bool) {
+        self.logging.set(on);
+    }
+
+    /// `len` bytes of the guest's memory at `at` have been written.
+    pub(super) fn mark_written(&self, at: u64, len: u64) {
+        if self.logging.get()
+            && let Some(log) = &*self.write_log.borrow()
+        {
+            log.mark(at, len);
+        }
+    }
+
+    /// Whether something was written that could not be marked.
+    pub(super) fn lost_marks(&self) -> bool {
+        self.logging.get() && self.write_log.borrow().as_ref().is_some_and(|l| l.is_broken())
     }
 
     pub(super) fn edge(&self) -> &Rc<Edge> {
@@ -101,7 +131,7 @@ impl Device {
     pub(super) fn features(&self) -> u64 {
         use feature::*;
         let common = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE | MQ | DISCARD | WRITE_ZEROES;
-        let ring = INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1;
+        let ring = INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1 | LOG_ALL;
         common | ring | if self.options.writable { 0 } else { RO }
     }
 

@@ -99,6 +99,8 @@ impl Request {
         };
         // the memory was checked; if it has been taken away since, the ring finds out
         let _ = memory.scatter(&[self.status], 0, &Data::copy_from(&[status]));
+        // also a read that failed may have written a part; the status is in the last of these
+        self.chain.writable.iter().for_each(|p| device.mark_written(p.at, u64::from(p.len)));
         written + 1
     }
 

@@ -36,12 +36,18 @@ const BUDGET: u64 = 16 << 20;
 const REQUEST_COST: u64 = 4096;
 /// Requests taken before other tasks of this thread get their turn.
 const REQUESTS_PER_TURN: usize = 64;
-/// Longest time to look for requests before waiting for the bell. About what a wait and a wake-up cost.
-const MAX_POLL: Duration = Duration::from_micros(32);
+/// Longest time to look for requests before waiting for the bell. About what a wait and a wake-up cost both sides, so that
+/// looking in vain costs no more than twice what waiting at once would have.
+const MAX_POLL: Duration = Duration::from_micros(16);
 /// Where looking begins once it might have paid off.
 const MIN_POLL: Duration = Duration::from_micros(4);
 /// The driver does not want to be told (flag of the available ring).
 const NO_INTERRUPT: u16 = 1;
+
+/// Bytes of the used ring beside its entries: flags, index, the event's index.
+const USED_HEADER: u64 = 6;
+/// Bytes of an entry.
+const USED_ENTRY: u64 = 8;
 
 /// Where a ring lies: guest addresses and size.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,6 +75,8 @@ pub(super) struct Ring {
     bells: RefCell<Bells>,
     kick: Rc<EventFd>,
     log: RefCell<Option<RingLog>>,
+    /// Where the used ring counts as written, if that is to be known.
+    used_logged_at: Cell<Option<u64>>,
     stop: Cell<bool>,
     /// What the guest did wrong; nothing is taken from it any more.
     broken: Cell<Option<&'static str>>,
@@ -108,6 +116,8 @@ pub(super) struct Start {
     pub(super) index: usize,
     pub(super) bells: Bells,
     pub(super) log: Option<Rc<InflightLog>>,
+    /// Guest address of the used ring, if writes to it are to be logged.
+    pub(super) used_logged_at: Option<u64>,
     pub(super) lost_memory: Box<dyn Fn()>,
 }
 
@@ -135,6 +145,7 @@ impl Ring {
             bells: RefCell::new(s.bells),
             kick: s.kick,
             log: RefCell::new(log),
+            used_logged_at: Cell::new(s.used_logged_at),
             stop: Cell::new(false),
             broken: Cell::new(None),
             lost_memory: s.lost_memory,
@@ -185,6 +196,18 @@ impl Ring {
         *queue = new;
         self.memory.replace(memory.clone());
         Ok(())
+    }
+
+    /// From now on writes to the used ring are logged as being at this guest address, or not at all.
+    pub(super) fn log_used_at(&self, at: Option<u64>) {
+        self.used_logged_at.set(at);
+    }
+
+    /// The used ring has been written. What of it: its index and one entry, or where it says what it waits for.
+    fn mark_used(&self) {
+        if let Some(at) = self.used_logged_at.get() {
+            self.device.mark_written(at, USED_HEADER + USED_ENTRY * u64::from(self.queue.borrow().size()));
+        }
     }
 
     fn fail(&self, why: &'static str) {
@@ -329,10 +352,15 @@ impl Pump {
             let taken = self.take(&memory, cx);
             if self.answers > 0 {
                 self.answers = 0;
+                self.ring.mark_used();
                 self.ring.call(&memory);
             }
             if memory.is_broken() || self.ring.log.borrow().as_ref().is_some_and(RingLog::is_broken) {
                 self.ring.fail("the guest's memory was taken away");
+                (self.ring.lost_memory)();
+            }
+            if self.ring.device.lost_marks() {
+                self.ring.fail("the log of written memory is too short or was taken away");
                 (self.ring.lost_memory)();
             }
             if self.ring.stop.get() {
@@ -419,6 +447,7 @@ impl Pump {
             return false;
         }
         let more = self.ring.queue.borrow_mut().enable_notification(memory.space());
+        self.ring.mark_used();
         match more {
             Ok(true) => return true,
             Ok(false) => {}

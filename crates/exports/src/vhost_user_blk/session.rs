@@ -14,14 +14,15 @@ use block::{BlockError, Result};
 use env::os::event::EventFd;
 use env::os::messages::MessageSocket;
 use env::os::shared::vm_memory::ByteValued;
-use env::os::shared::{self, GuestMemory, Region};
+use env::os::shared::{self, GuestMemory, Region, WriteLog};
 use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use vhost::vhost_user::message::{
-    FrontendReq as Req, VhostUserConfig, VhostUserInflight, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserMsgValidator, VhostUserProtocolFeatures as Protocol, VhostUserSingleMemoryRegion, VhostUserU64,
-    VhostUserVringAddr, VhostUserVringState,
+    FrontendReq as Req, VhostUserConfig, VhostUserInflight, VhostUserLog, VhostUserMemory,
+    VhostUserMemoryRegion, VhostUserMsgValidator, VhostUserProtocolFeatures as Protocol,
+    VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVringAddr, VhostUserVringAddrFlags,
+    VhostUserVringState,
 };
 
 /// Regions of guest memory: as many as one message names descriptors for; QSD takes 509, no machine has as many.
@@ -77,6 +78,7 @@ fn offered() -> Protocol {
         | Protocol::INFLIGHT_SHMFD
         | Protocol::RESET_DEVICE
         | Protocol::CONFIGURE_MEM_SLOTS
+        | Protocol::LOG_SHMFD
 }
 
 /// Serves a front end until it goes away or is sent away, and all its requests have ended. The error: why we ended it.
@@ -98,6 +100,8 @@ pub(super) async fn serve(device: &Rc<Device>, socket: &Rc<MessageSocket>, back:
         channel.shutdown();
     }
     session.stop_all().await;
+    device.set_logging(false);
+    device.set_write_log(None);
     result
 }
 
@@ -153,6 +157,18 @@ impl Session<'_> {
                 let memory = self.memory.without(r.guest_phys_addr, r.user_addr, r.memory_size)?;
                 self.use_memory(memory)?;
             }
+            Req::SET_LOG_BASE => {
+                if !self.protocol.contains(Protocol::LOG_SHMFD) {
+                    return Err(m.refuse("gives a log that is no file, which is not supported"));
+                }
+                let v: VhostUserLog = m.value(0)?;
+                let log = WriteLog::new(m.descriptor()?, v.mmap_offset, v.mmap_size)?;
+                self.device.set_write_log(Some(log));
+                // it waits until nothing is marked in the old one any more
+                return Ok(Answer::Number(0));
+            }
+            // to be rung at each mark: nobody waits for that
+            Req::SET_LOG_FD => {}
             Req::SET_VRING_NUM => {
                 let state: VhostUserVringState = m.value(0)?;
                 if state.num == 0 || state.num > MAX_RING || !state.num.is_power_of_two() {
@@ -223,12 +239,14 @@ impl Session<'_> {
             return Err(BlockError::invalid(format!("features {unknown:#x} were not offered")));
         }
         self.features = bits;
+        self.device.set_logging(bits & feature::LOG_ALL != 0);
         Ok(())
     }
 
     async fn reset(&mut self) {
         self.stop_all().await;
         self.features = 0;
+        self.device.set_logging(false);
         for q in &mut self.queues {
             *q = Setup::default();
         }
@@ -278,8 +296,11 @@ impl Session<'_> {
         }
         let q = self.queue(m, a.index)?;
         match (&q.ring, q.addresses) {
-            // the front end turns a log of changes on or off this way; we have none
-            (Some(_), Some(old)) if rings(&old) == rings(&a) => {}
+            // the front end turns the log of writes on or off this way
+            (Some(ring), Some(old)) if rings(&old) == rings(&a) => {
+                ring.log_used_at(used_logged_at(&a));
+                q.addresses = Some(a);
+            }
             (Some(_), _) => return Err(m.refuse("changes a queue that runs")),
             (None, _) => q.addresses = Some(a),
         }
@@ -361,6 +382,7 @@ impl Session<'_> {
             };
             let Some(layout) = layout(q, &self.memory)? else { continue };
             let socket = self.socket.clone();
+            let used_logged_at = q.addresses.as_ref().and_then(used_logged_at);
             q.ring = Some(Ring::start(
                 self.device,
                 Start {
@@ -372,6 +394,7 @@ impl Session<'_> {
                     index,
                     bells: Bells { call: q.call.clone(), error: q.error.clone() },
                     log: self.log.clone(),
+                    used_logged_at,
                     lost_memory: Box::new(move || socket.shutdown()),
                 },
             )?);
@@ -382,6 +405,11 @@ impl Session<'_> {
 
 fn rings(a: &VhostUserVringAddr) -> (u64, u64, u64) {
     (a.descriptor, a.available, a.used)
+}
+
+/// Where writes to the used ring are logged, if they are.
+fn used_logged_at(a: &VhostUserVringAddr) -> Option<u64> {
+    (a.flags & VhostUserVringAddrFlags::VHOST_VRING_F_LOG.bits() != 0).then_some(a.log)
 }
 
 /// Where a queue's ring lies in the guest's memory; `None` while that is not known.
@@ -416,7 +444,8 @@ fn has_answer(request: u32) -> bool {
             | GET_MAX_MEM_SLOTS
             | GET_VRING_BASE
             | GET_CONFIG
-            | GET_INFLIGHT_FD)
+            | GET_INFLIGHT_FD
+            | SET_LOG_BASE)
     )
 }
 
