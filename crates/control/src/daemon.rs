@@ -213,6 +213,11 @@ impl Daemon {
         self.jobs.set_bitmap_home(self.opener.bitmap_home());
     }
 
+    /// After [`Daemon::keep_bitmaps_in`]: the regions of the log of changes, for tests on small disks.
+    pub fn set_log_geometry(&self, geometry: open::Geometry) {
+        self.opener.bitmap_home().iter().for_each(|h| h.set_geometry(geometry));
+    }
+
     pub(crate) fn opener(&self) -> &Rc<Opener> {
         &self.opener
     }

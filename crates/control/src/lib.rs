@@ -27,4 +27,5 @@ pub use chardev::ChardevSpec;
 pub use daemon::Daemon;
 pub use error::{Class, QmpError, Reply};
 pub use object::object_types;
+pub use open::Geometry;
 pub use state::StartOption;

@@ -184,8 +184,11 @@ impl JobSet {
         flush: impl Future<Output = Result<()>>,
     ) -> Result<()> {
         self.marks.since.bits_mut().clear_all();
+        let whole = Span::new(0, unfinished.len());
+        if self.also(unfinished) {
+            self.log.harden(whole).await?;
+        }
         let mut settled = self.left();
-        let whole = Span::new(0, settled.len());
         unfinished.areas(whole, 0).for_each(|a| settled.clear(a.align_out(settled.granularity())));
         if settled.is_empty() {
             return Ok(());
@@ -196,6 +199,20 @@ impl JobSet {
         flush.await?;
         self.forget(&settled);
         self.log.harden(Span::default()).await
+    }
+
+    /// Marks what `unfinished` has, durably with the next change of the file; whether anything was missing. For what differs from the
+    /// target for another reason than a guest's write: a comparison that found a difference, a link that was lost.
+    pub fn also(&self, unfinished: &Bitmap) -> bool {
+        let whole = Span::new(0, unfinished.len());
+        let missing = {
+            let left = self.marks.left.bits();
+            unfinished.areas(whole, 0).any(|a| left.next_clean(a.start).is_some_and(|c| c < a.end()))
+        };
+        if missing {
+            self.marks.left.bits_mut().merge(unfinished);
+        }
+        missing
     }
 
     fn forget(&self, settled: &Bitmap) {

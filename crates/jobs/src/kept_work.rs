@@ -1,13 +1,19 @@
 //! What a mirror has still to copy, kept so that a later life of the daemon goes on with it (`--state-dir`).
 //!
-//! What can happen: the daemon is killed at any moment. What must stay true: what is kept contains all that the target may
-//! lack on its stable storage; a mirror that was started by a user and not resumed never takes what another one left.
+//! What can happen: the daemon is killed, or the power fails, at any moment; the link to the target is lost; the target is another
+//! file when the daemon comes back. What must stay true:
+//! * What is kept contains all that source and target may not both have on their stable storage. So it begins as everything: what
+//!   need not be copied is let go by the first flush of both, like what has been.
+//! * A synchronous write reaches the target only after the log of the source's writes says so ([`copy::Work`]).
+//! * A mirror that was started by a user and not resumed never takes what another one left; nor does one onto another file.
 
-use block::{BlockError, ErrorKind};
+use bitmap::Bitmap;
+use block::{BlockError, ErrorKind, Result};
 use copy::Work;
 use dirtylog::{DirtyLog, JobSet};
+use env::bugs::planted;
 use env::sync::{Notify, race};
-use env::{Env, TaskHandle};
+use env::{Env, FileKind, TaskHandle};
 use graph::{Edge, Graph, NodeCell};
 use open::BitmapHome;
 use std::cell::{Cell, RefCell};
@@ -38,28 +44,35 @@ pub(crate) struct KeptWork {
 impl KeptWork {
     /// For the mirror `id` of `source` onto `target`; nothing where nothing can be kept. What an earlier life left of it is found only
     /// while that is being restored.
+    ///
+    /// # Errors
+    /// What an earlier mirror left could not be given up: after a crash it would be taken for what this one has to do.
     pub(crate) async fn find(
         home: Option<Rc<BitmapHome>>,
         graph: &Graph,
         source: &Rc<NodeCell>,
         target: &NodeCell,
         id: &str,
-    ) -> Option<Rc<KeptWork>> {
-        let home = home?;
-        let log = home.log(graph, source).await.ok()?;
-        let key = format!("mirror:{id}:{}", target.name());
-        let set = log.take_set(&key).map(Rc::new);
-        let set = match set {
-            Some(set) if !home.is_resuming() => {
-                set.remove().await.ok()?;
-                None
+    ) -> Result<Option<Rc<KeptWork>>> {
+        let Some(home) = home else { return Ok(None) };
+        let Ok(log) = home.log(graph, source).await else { return Ok(None) };
+        let ours = format!("mirror:{id}:");
+        let key = format!("{ours}{}:{}", target.name(), identity(target).await);
+        for other in log.set_keys() {
+            let foreign = if home.is_resuming() { other != key && other.starts_with(&ours) } else { true };
+            // one that a job has taken is not given
+            let stale = if foreign { log.take_set(&other) } else { None };
+            if let Some(stale) = stale {
+                stale.remove().await?;
             }
-            set => set,
-        };
+        }
+        // also what an earlier attempt to give up left in the file
+        log.sync().await?;
+        let set = log.take_set(&key).map(Rc::new);
         let (resumed, over) = (set.is_some(), Cell::new(false));
         let env = graph.env().clone();
         let (stop, task) = (Notify::new(), RefCell::default());
-        Some(Rc::new(KeptWork { env, home, log, key, set: RefCell::new(set), resumed, over, stop, task }))
+        Ok(Some(Rc::new(KeptWork { env, home, log, key, set: RefCell::new(set), resumed, over, stop, task })))
     }
 
     /// Whether an earlier life left something.
@@ -82,40 +95,46 @@ impl KeptWork {
 
     /// From now on what `work` has still to do is kept.
     pub(crate) async fn begin(self: &Rc<Self>, work: &Rc<Work>, source: &Rc<Edge>, target: &Rc<Edge>) {
-        if self.set.borrow().is_none() {
+        let new = self.set.borrow().is_none();
+        if new {
             // What was prepared on the target, or written to both, is durable nowhere yet: all counts until the first checkpoint, which
             // comes at once.
-            let all = work.everything();
+            let all = match planted("mirror: what is not to be copied counts as flushed") {
+                true => work.unfinished(),
+                false => work.everything(),
+            };
             // The job runs without: it is only after a crash that it has to begin anew.
             let Ok(set) = self.log.add_set(&self.key, &all).await else { return };
             *self.set.borrow_mut() = Some(Rc::new(set));
         }
         let (me, work, source, target) = (self.clone(), work.clone(), source.clone(), target.clone());
-        let task = self.env.spawn("mirror-kept", async move { me.keep(&work, &source, &target).await });
+        let task = self.env.spawn("mirror-kept", async move { me.keep(&work, &source, &target, new).await });
         *self.task.borrow_mut() = Some(task);
     }
 
-    async fn keep(&self, work: &Work, source: &Edge, target: &Edge) {
+    /// With `new` all is kept so far, of which most may go as soon as both sides are flushed.
+    async fn keep(&self, work: &Work, source: &Edge, target: &Edge, mut new: bool) {
         let (mut done, mut last) = (work.done(), self.env.now());
-        let mut first = true;
+        let mut wait = if new { Duration::ZERO } else { LOOK };
         loop {
             // ends at once when the job does
-            if !first {
-                let _ended = race(self.env.sleep(LOOK), self.stop.wait()).await;
-            }
+            let _ended = race(self.env.sleep(wait), self.stop.wait()).await;
             let Some(set) = self.set.borrow().clone().filter(|_| !self.over.get()) else { return };
             let (copied, passed) = (work.done() - done, self.env.now().saturating_sub(last));
-            if !first && copied < STEP && (copied == 0 || passed < PERIOD) {
+            let due = copied >= STEP || (passed >= PERIOD && (copied > 0 || new)) || wait.is_zero();
+            wait = LOOK;
+            if !due {
                 continue;
             }
-            first = false;
             (done, last) = (work.done(), self.env.now());
             // What the target has is durable there before it is let go here, and so is what was read: a write that was copied and
             // then lost by the source would leave them different.
             work.notice_losses();
-            let (unfinished, losses) = (work.unfinished(), work.losses());
+            let (unfinished, losses) = (unfinished(work), work.losses());
             let flush = async {
-                source.flush().await?;
+                if !planted("mirror: the source is not flushed before work is forgotten") {
+                    source.flush().await?;
+                }
                 target.flush().await?;
                 match work.losses() == losses {
                     true => Ok(()),
@@ -128,12 +147,12 @@ impl KeptWork {
                 race(flush, self.stop.wait()).await.unwrap_or_else(|| Err(ended()))
             };
             // A target that cannot be flushed is the job's matter; here it is tried again.
-            let _later = set.checkpoint(&unfinished, unless_ended).await;
+            new &= set.checkpoint(&unfinished, unless_ended).await.is_err();
         }
     }
 
-    /// The job has ended.
-    pub(crate) async fn end(&self) {
+    /// The job has ended, with so much to do.
+    pub(crate) async fn end(&self, work: &Work) {
         self.over.set(true);
         self.stop.notify_all();
         let task = self.task.take();
@@ -141,10 +160,29 @@ impl KeptWork {
             // It holds the target.
             task.join().await;
         }
-        let set = self.set.take();
-        if let Some(set) = set.filter(|_| !self.home.is_resting()) {
-            // What stays is too much, and found by nobody.
+        let Some(set) = self.set.take() else { return };
+        if self.home.is_resting() {
+            // written when the source is closed
+            set.also(&work.unfinished());
+        } else {
+            // What stays is too much; the next mirror gives it up before it begins.
             let _stays = set.remove().await;
         }
+    }
+}
+
+/// What the target may lack at this instant.
+fn unfinished(work: &Work) -> Bitmap {
+    match planted("mirror: what is being copied counts as copied") {
+        true => work.with_dirty(Bitmap::clone),
+        false => work.unfinished(),
+    }
+}
+
+/// What tells the target's file from another one of its name; nothing does for devices and links.
+async fn identity(target: &NodeCell) -> String {
+    match target.node().host_file().await {
+        Ok(Some(file)) if file.kind == FileKind::Regular => format!("{:x}.{:x}", file.device, file.inode),
+        _ => "-".to_owned(),
     }
 }

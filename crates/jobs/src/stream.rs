@@ -24,6 +24,7 @@ use crate::stream_args::{Checked, StreamArgs};
 use block::{BlockError, ErrorKind, Io, Result};
 use copy::{Control, CopyTap, Engine, Proof, Report, Work, first};
 use drivers::filters::mirror_top::{MirrorTop, Purpose};
+use env::bugs::planted;
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step, walk};
 use std::any::Any;
 use std::cell::RefCell;
@@ -190,7 +191,9 @@ impl Stream {
             if let Some(error) = self.policy.left_out.borrow().clone() {
                 return Err(error);
             }
-            engine.flush_target().await?;
+            if !planted("stream: the header goes before the disk is flushed") {
+                engine.flush_target().await?;
+            }
             if !job.pause_wanted() {
                 return self.prove(&mut engine).await;
             }
@@ -231,6 +234,7 @@ impl Stream {
         let Some(bottom) = &self.bottom else {
             return self.graph.apply(self.plan_back().then(self.made.step())).await;
         };
+        Leavers::delete_too_early(&self.leavers, &self.graph).await;
         // whatever is there by now
         let base = bottom.below();
         let name = match &base {

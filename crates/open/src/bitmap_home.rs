@@ -15,7 +15,7 @@
 use crate::{Inherited, Opener};
 use bitmap::DirtyBitmap;
 use block::{BlockError, ErrorKind, Io, Result, Span};
-use dirtylog::{DirtyLog, Found, Pass, Settings};
+use dirtylog::{DirtyLog, Found, Geometry, Pass, Settings};
 use env::{Env, Existing, FileKind, OpenMode};
 use graph::{Admitted, Graph, NodeCell, WriteAhead};
 use qcow2::Qcow2;
@@ -37,6 +37,7 @@ pub struct BitmapHome {
     tell: BitmapsHook,
     resuming: Cell<bool>,
     resting: Cell<bool>,
+    geometry: Cell<Option<Geometry>>,
 }
 
 /// What is known of a disk's file.
@@ -92,6 +93,11 @@ impl BitmapHome {
     /// See [`BitmapHome::set_resuming`].
     pub fn is_resuming(&self) -> bool {
         self.resuming.get()
+    }
+
+    /// Disks that are opened from now on are cut into regions like this, whatever their length: for tests, whose disks are small.
+    pub fn set_geometry(&self, geometry: Geometry) {
+        self.geometry.set(Some(geometry));
     }
 
     /// The daemon ends: what jobs have still to do stays, for a later life.
@@ -263,7 +269,7 @@ impl BitmapHome {
             len: cell.node().len(),
             identity: identity(number, name),
             witness: Witness::of(cell).await.encode(),
-            geometry: None,
+            geometry: self.geometry.get(),
         };
         let log = DirtyLog::begin(&self.env, file, settings, cell.bitmap_list(), found).await?;
         cell.set_write_ahead(Some(Rc::new(Kept {
@@ -435,6 +441,7 @@ impl Opener {
             tell,
             resuming: Cell::new(false),
             resting: Cell::new(false),
+            geometry: Cell::new(None),
         };
         *self.home.borrow_mut() = Some(Rc::new(home));
     }

@@ -17,6 +17,7 @@ mod spec;
 
 pub use again::{Description, Inherits};
 pub use bitmap_home::{BitmapHome, BitmapsHook, log_of};
+pub use dirtylog::Geometry;
 pub use filters::{FilterSpec, ThrottleHook};
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
 pub use spec::{

@@ -4,7 +4,7 @@
 
 use crate::history::History;
 use crate::{Host, Manager, Process, Refusal, World};
-use control::{ChardevSpec, Daemon};
+use control::{ChardevSpec, Daemon, Geometry};
 use env::{Address, Env};
 use state::Store;
 use std::path::{Path, PathBuf};
@@ -40,30 +40,38 @@ pub(crate) fn nbd() -> Address {
 impl Booted {
     /// Starts a daemon with a monitor.
     pub async fn start(world: &World) -> Option<Booted> {
-        Booted::start_at(world, world.host(), MONITOR, false).await
+        Booted::start_at(world, world.host(), MONITOR, None).await
     }
 
     /// Starts one on another host.
     pub async fn start_on(world: &World, host: &Host) -> Option<Booted> {
-        Booted::start_at(world, host, MONITOR, false).await
+        Booted::start_at(world, host, MONITOR, None).await
     }
 
-    /// Starts a daemon that keeps its state, with what the last one that did kept.
-    pub async fn start_again(world: &World) -> Option<Booted> {
-        Booted::start_at(world, world.host(), MONITOR, true).await
+    /// Starts a daemon that keeps its state and its disks' changes, with what the last one that did kept. With `regions` disks are
+    /// cut into those.
+    pub async fn start_again(world: &World, regions: Option<Geometry>) -> Option<Booted> {
+        Booted::start_at(world, world.host(), MONITOR, Some(regions)).await
     }
 
     /// Starts a second daemon beside it, for what is far away.
     pub async fn start_far(world: &World) -> Option<Booted> {
-        Booted::start_at(world, world.host(), FAR_MONITOR, false).await
+        Booted::start_at(world, world.host(), FAR_MONITOR, None).await
     }
 
-    async fn start_at(world: &World, host: &Host, monitor: &'static str, state: bool) -> Option<Booted> {
+    async fn start_at(
+        world: &World,
+        host: &Host,
+        monitor: &'static str,
+        state: Option<Option<Geometry>>,
+    ) -> Option<Booted> {
         let (env, process) = host.start(world.executor());
         let daemon = Daemon::new(&env, "sim");
         let ready = async {
-            if state {
+            if let Some(regions) = state {
                 let store = Store::open(&env, Path::new(STATE)).await.map_err(|e| e.to_string())?;
+                daemon.keep_bitmaps_in(Path::new(STATE));
+                regions.into_iter().for_each(|r| daemon.set_log_geometry(r));
                 daemon.use_state(store, &[]).await.map_err(|e| e.to_string())?;
             }
             let text = format!("socket,id=monitor,path={monitor},server=on,wait=off");
@@ -74,7 +82,7 @@ impl Booted {
             Ok::<(), String>(())
         };
         match world.within(&env, PATIENCE, "starting the daemon", ready).await? {
-            Ok(()) => Some(Booted { process, daemon, monitor, again: state }),
+            Ok(()) => Some(Booted { process, daemon, monitor, again: state.is_some() }),
             Err(e) => {
                 world.verdict().violation(format!("the daemon does not start: {e}"));
                 None

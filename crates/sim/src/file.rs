@@ -293,10 +293,11 @@ impl File for SimFile {
             self.note("barrier", Span::default());
             let point = self.inode.barrier_point();
             let inode = self.inode.clone();
-            let m = self.process.host.0.machine.clone();
+            let host = self.process.host.clone();
             self.ask(Op::Barrier, move |_| {
-                m.note("durable", inode.number, 0);
+                host.0.machine.note("durable", inode.number, 0);
                 inode.make_durable(point);
+                host.names_are_durable(|_, i| i.number == inode.number);
                 Ok(())
             })
             .await

@@ -13,11 +13,12 @@ use crate::log::Log;
 use crate::machine::Machine;
 use crate::net::{Net, Owner};
 use block::{BlockError, Io};
+use env::sync::Notify;
 use env::{
     Address, Backend, Env, Executor, Existing, File, FileKind, Listener, OpenMode, Stream, TaskGroup, Turn,
 };
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::{Future, pending};
 use std::path::Path;
 use std::pin::Pin;
@@ -42,6 +43,24 @@ pub(crate) struct HostInner {
     hung: RefCell<Vec<Box<dyn FnOnce()>>>,
     requests: Cell<u64>,
     faults: Cell<u64>,
+    /// Names that a power loss may take away again, and those that it may bring back.
+    fresh: RefCell<BTreeSet<String>>,
+    removed: RefCell<BTreeMap<String, Rc<Inode>>>,
+    moments: Cell<u64>,
+    /// The moment that somebody waits for.
+    awaited: Cell<u64>,
+    come: Notify,
+}
+
+/// What a power loss leaves of what was not made durable.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Keep {
+    /// Nothing.
+    Nothing,
+    /// All that had landed.
+    All,
+    /// Any of it, torn here and there: drawn.
+    Drawn,
 }
 
 impl Host {
@@ -60,6 +79,11 @@ impl Host {
             hung: RefCell::default(),
             requests: Cell::new(0),
             faults: Cell::new(0),
+            fresh: RefCell::default(),
+            removed: RefCell::default(),
+            moments: Cell::new(0),
+            awaited: Cell::new(u64::MAX),
+            come: Notify::new(),
         }))
     }
 
@@ -71,6 +95,8 @@ impl Host {
     /// Puts a block device (its length is the image's) or another kind of file there.
     pub fn install_as(&self, path: &str, kind: FileKind, image: Image) {
         let inode = Rc::new(Inode::new(self.number(), kind, image));
+        self.0.fresh.borrow_mut().remove(path);
+        self.0.removed.borrow_mut().remove(path);
         self.0.names.borrow_mut().insert(path.to_owned(), inode);
     }
 
@@ -185,12 +211,18 @@ impl Host {
     /// The power fails: every process in `processes` (all that run on this host) ends, and of what was not made durable
     /// any subset survives. The disk is as it would be found after the reboot.
     pub fn power_loss(&self, processes: &[&Process]) {
+        self.power_loss_keeping(processes, Keep::Drawn);
+    }
+
+    /// The same, and `keep` says which subset.
+    pub fn power_loss_keeping(&self, processes: &[&Process], keep: Keep) {
         self.0.machine.note("power loss", processes.len() as u64, 0);
         self.drop_hung();
         let inodes: Vec<Rc<Inode>> = self.0.names.borrow().values().cloned().collect();
         for i in inodes {
-            self.0.machine.draw(|r| i.power_loss(r));
+            self.0.machine.draw(|r| i.power_loss(r, keep));
         }
+        self.lose_names(keep);
         for p in processes {
             p.end(true);
         }
@@ -201,9 +233,58 @@ impl Host {
     pub fn power_loss_at(&self, path: &str, process: &Process) {
         self.0.machine.note("power loss elsewhere", 0, 0);
         if let Some(inode) = self.inode(path) {
-            self.0.machine.draw(|r| inode.power_loss(r));
+            self.0.machine.draw(|r| inode.power_loss(r, Keep::Drawn));
         }
         process.end(true);
+    }
+
+    /// Of files that were made or removed since their directory was made durable (or the new file itself, which all usual file
+    /// systems count as that) nobody knows.
+    fn lose_names(&self, keep: Keep) {
+        let lost = |_: &str| match keep {
+            Keep::Nothing => true,
+            Keep::All => false,
+            Keep::Drawn => self.0.machine.draw(|r| r.chance(0.5)),
+        };
+        let (fresh, removed) = (self.0.fresh.take(), self.0.removed.take());
+        let mut names = self.0.names.borrow_mut();
+        for name in fresh.into_iter().filter(|n| lost(n)) {
+            names.remove(&name);
+        }
+        for (name, inode) in removed.into_iter().filter(|(n, _)| lost(n)) {
+            names.entry(name).or_insert(inode);
+        }
+    }
+
+    /// The names of a file are durable, or all names in a directory.
+    pub(crate) fn names_are_durable(&self, which: impl Fn(&str, &Inode) -> bool) {
+        let names = self.0.names.borrow();
+        self.0.fresh.borrow_mut().retain(|n| !names.get(n).is_some_and(|i| which(n, i)));
+        self.0.removed.borrow_mut().retain(|n, i| !which(n, i));
+    }
+
+    /// Moments so far: beginnings of requests and removals of files, at each of which a crash is another one.
+    pub fn moments(&self) -> u64 {
+        self.0.moments.get()
+    }
+
+    /// Ends when there have been so many [`Host::moments`].
+    pub async fn reach(&self, moment: u64) {
+        self.0.awaited.set(moment);
+        loop {
+            let come = self.0.come.wait();
+            if self.0.moments.get() >= moment {
+                return;
+            }
+            come.await;
+        }
+    }
+
+    fn count_moment(&self) {
+        self.0.moments.set(self.0.moments.get() + 1);
+        if self.0.moments.get() == self.0.awaited.get() {
+            self.0.come.notify_all();
+        }
     }
 
     fn drop_hung(&self) {
@@ -220,6 +301,7 @@ impl Host {
     }
 
     pub(crate) fn count_request(&self) {
+        self.count_moment();
         self.0.requests.set(self.0.requests.get() + 1);
     }
 
@@ -338,6 +420,7 @@ impl SimBackend {
             }
             (None, _) => {
                 host.install(&name, Image::new());
+                host.0.fresh.borrow_mut().insert(name.clone());
                 match host.inode(&name) {
                     Some(i) => i,
                     None => return Err(BlockError::from_errno(BlockError::ENOENT)),
@@ -409,9 +492,25 @@ impl Backend for SimBackend {
             }
             let name = path.to_string_lossy().into_owned();
             let host = &self.process.host.0;
-            let found = host.names.borrow_mut().remove(&name).is_some() || host.net.unlink(&host.name, path);
+            self.process.host.count_moment();
+            let inode = host.names.borrow_mut().remove(&name);
+            if let Some(inode) = inode {
+                // one that was never durable does not come back
+                if !host.fresh.borrow_mut().remove(&name) {
+                    host.removed.borrow_mut().insert(name, inode);
+                }
+                return Ok(());
+            }
+            let found = host.net.unlink(&host.name, path);
             if found { Ok(()) } else { Err(BlockError::from_errno(BlockError::ENOENT)) }
         })
+    }
+
+    fn sync_directory(&self, path: &Path) -> block::Result<()> {
+        if !self.process.is_dead() {
+            self.process.host.names_are_durable(|name, _| Path::new(name).parent() == Some(path));
+        }
+        Ok(())
     }
 
     fn listen<'a>(&'a self, at: &'a Address) -> Io<'a, Rc<dyn Listener>> {

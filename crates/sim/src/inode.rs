@@ -7,6 +7,7 @@
 //! * A change whose future was dropped still lands, unless it was never issued (first poll).
 
 use crate::Rng;
+use crate::host::Keep;
 use crate::image::{Effect, Image};
 use crate::log::{Entry, Log, tear};
 use env::{FileKind, LockRange};
@@ -180,18 +181,22 @@ impl Inode {
     }
 
     /// The power is gone and back.
-    pub(crate) fn power_loss(&self, rng: &mut Rng) {
+    pub(crate) fn power_loss(&self, rng: &mut Rng, keep: Keep) {
         let mut s = self.state.borrow_mut();
         let in_flight = std::mem::take(&mut s.in_flight);
         let pending = std::mem::take(&mut s.pending);
         s.first_pending += pending.len() as u64;
         // Some losses keep nearly all, some nearly nothing.
-        let keep = *rng.choose(&[0.0, 0.1, 0.5, 0.9, 1.0]);
+        let keep = match keep {
+            Keep::Drawn => *rng.choose(&[0.0, 0.1, 0.5, 0.9, 1.0]),
+            Keep::Nothing => -1.0,
+            Keep::All => 2.0,
+        };
         for effect in pending.iter().chain(in_flight.values().flat_map(|f| &f.left)) {
             let mut image = std::mem::take(&mut s.durable);
             if rng.chance(keep) {
                 image.apply(effect);
-            } else if rng.chance(0.2) {
+            } else if keep >= 0.0 && rng.chance(0.2) {
                 tear(effect, rng).0.iter().for_each(|e| image.apply(e));
             }
             s.durable = image;
@@ -296,7 +301,7 @@ mod tests {
             f.kill(1, &[], &mut Rng::new(seed));
             assert_eq!(f.with_cache(|c| sector(c, 0)), 1, "landed before the kill");
             assert!(!f.land(b), "nobody is there to land it");
-            f.power_loss(&mut Rng::new(seed));
+            f.power_loss(&mut Rng::new(seed), Keep::Drawn);
             seen.insert(f.with_cache(|c| (sector(c, 0), sector(c, 1))));
         }
         assert_eq!(seen.len(), 4, "{seen:?}");

@@ -42,7 +42,7 @@ pub use boot::Booted;
 pub use faults::{Fault, OPS, Op, Profile, Rule};
 pub use guest::{Dial, Disk, Guest, Habits, read_all};
 pub use history::{Crash, History, Moment, Record, What};
-pub use host::{Host, Process, SimBackend};
+pub use host::{Host, Keep, Process, SimBackend};
 pub use image::{BLOCK, Effect, Image, MAX_EXTENTS};
 pub use log::{CrashPoints, EXHAUSTIVE, Entry, Log};
 pub use machine::Machine;

@@ -7,6 +7,7 @@ use crate::runner::{Scenario, run_one};
 use crate::scenario::again::again;
 use crate::scenario::chain::chain;
 use crate::scenario::live::{link, whole_daemon};
+use crate::scenario::steps;
 use copy::bugs::Bug;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -28,7 +29,24 @@ pub const NAMED: &[&str] = &[
 pub const CHAINED: &[&str] = &["stream: users write where it copies"];
 
 /// Those that only a daemon shows that comes back with its state.
-pub const RETURNING: &[&str] = &["graph: guests go on before it is written down"];
+pub const RETURNING: &[&str] = &[
+    "graph: guests go on before it is written down",
+    "copy: the target before the record",
+    "mirror: what is not to be copied counts as flushed",
+    "mirror: the source is not flushed before work is forgotten",
+    "mirror: what is being copied counts as copied",
+    "dirtylog: writes go before the record",
+    "dirtylog: a region leaves too early",
+    "dirtylog: cleared before the target's flush",
+];
+
+/// Those that a crash at one certain moment of an operation shows.
+pub const MOMENTARY: &[&str] = &[
+    "leavers: deleted before the new copy is durable",
+    "commit: the header goes before the base is flushed",
+    "stream: the header goes before the disk is flushed",
+    "mirror: the pivot goes before the target is flushed",
+];
 
 /// One defect.
 #[derive(Clone, Copy, Debug)]
@@ -37,13 +55,17 @@ enum Defect {
     Named(&'static str),
     Chained(&'static str),
     Returning(&'static str),
+    Momentary(&'static str),
 }
 
 impl Defect {
     fn name(self) -> String {
         match self {
             Defect::Copy(bug) => format!("copy: {bug:?}"),
-            Defect::Named(name) | Defect::Chained(name) | Defect::Returning(name) => name.to_owned(),
+            Defect::Named(name)
+            | Defect::Chained(name)
+            | Defect::Returning(name)
+            | Defect::Momentary(name) => name.to_owned(),
         }
     }
 }
@@ -62,7 +84,12 @@ pub struct Found {
 fn plant(defect: Option<Defect>) {
     let (copy, named) = match defect {
         Some(Defect::Copy(bug)) => (Some(bug), None),
-        Some(Defect::Named(name) | Defect::Chained(name) | Defect::Returning(name)) => (None, Some(name)),
+        Some(
+            Defect::Named(name)
+            | Defect::Chained(name)
+            | Defect::Returning(name)
+            | Defect::Momentary(name),
+        ) => (None, Some(name)),
         None => (None, None),
     };
     copy::bugs::plant(copy);
@@ -75,10 +102,13 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
     let scenario: Scenario = match defect {
         Defect::Chained(_) => chain,
         Defect::Returning(_) => again,
+        Defect::Momentary(_) => steps::case,
         Defect::Copy(Bug::DoubtForgotten) => link,
         Defect::Copy(_) | Defect::Named(_) => whole_daemon,
     };
-    let hit = seeds.into_iter().find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));
+    // cases of one script that follow each other are much the same
+    let stride = if matches!(defect, Defect::Momentary(_)) { steps::STRIDE } else { 1 };
+    let hit = seeds.into_iter().map(|s| s * stride).find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));
     plant(None);
     let (seed, violation) = hit.map_or((None, String::new()), |(s, v)| (Some(s), v));
     Found { bug, seed, violation }
@@ -90,6 +120,7 @@ pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + 
     let all = named.chain(Bug::ALL.into_iter().map(Defect::Copy));
     let all = all.chain(CHAINED.iter().map(|n| Defect::Chained(n)));
     let all = all.chain(RETURNING.iter().map(|n| Defect::Returning(n)));
+    let all = all.chain(MOMENTARY.iter().map(|n| Defect::Momentary(n)));
     let all: Vec<Defect> = all.filter(|d| d.name().contains(only)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
 use sim::runner::{Options, Report, run, run_one};
-use sim::scenario::{again, chain, find, live, nth, replica};
+use sim::scenario::{again, chain, find, live, nth, replica, steps};
 
 /// Seeds of each scenario in the tests; `cargo xtask sim` runs more.
 const SHARE: u64 = 150;
@@ -53,7 +53,26 @@ fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
         &Options { jobs: 2, twice_every: 10, ..Options::default() },
     );
     clean(&report);
-    for what in ["kills", "power losses", "pivots", "snapshots", "jobs resumed", "disks checked"] {
+    let all = ["kills", "power losses", "quits", "pivots", "copies checked", "snapshots", "mirrors that go on"];
+    for what in all.into_iter().chain(["jobs begun anew", "disks checked", "links cut", "far power losses"]) {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
+    }
+}
+
+/// Crash points that are tried in the tests, of all operations; `cargo xtask crash --steps` tries all.
+const CRASHES: u64 = 300;
+
+#[test]
+fn wherever_an_operation_on_a_chain_crashes_it_is_finished_or_was_never_begun() {
+    let all = steps::cases().div_ceil(steps::STRIDE);
+    let start = start() % (all - CRASHES);
+    let report = run(
+        |s, v| steps::case(s * steps::STRIDE, v),
+        start..start + CRASHES,
+        &Options { jobs: 2, ..Options::default() },
+    );
+    clean(&report);
+    for what in ["kills", "power losses", "jobs that are there again", "done in the end", "never begun"] {
         assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
     }
 }

@@ -24,7 +24,8 @@ cargo xtask COMMAND
   layers    which crate may import which (DESIGN section 2)
   tidy      house rules that no compiler knows
   sim       the whole daemon in a simulated world: --seeds N [--start S] | --seed S | --planted
-  crash     enumerated crash states of qcow2: --states N [--seed S]; of the log of changes: --dirty
+  crash     enumerated crash states of qcow2: --states N [--seed S]; of the log of changes: --dirty;
+            of commit, stream, snapshot and pivot with --state-dir, each at every moment: --steps
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
   interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
@@ -52,6 +53,7 @@ fn main() {
             run_tool_with("sim", "simulate", &["--features", "planted-bugs"], &rest)
         }
         "sim" => run_tool("sim", "simulate", &rest),
+        "crash" if rest.iter().any(|a| a == "--steps") => run_tool("sim", "simulate", &rest),
         "crash" => run_tool("crashlab", "crashlab", &rest),
         "histories" => run_tool("crashlab", "histories", &rest),
         "interleave" => interleave(&rest),

@@ -5,23 +5,27 @@
 #![forbid(unsafe_code)]
 
 use sim::runner::{Options, Scenario, run, run_one};
-use sim::scenario::{SCENARIOS, find};
+use sim::scenario::{SCENARIOS, find, steps};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 const HELP: &str = "\
 cargo xtask sim [--seeds N] [--start S] [--jobs J] [--scenario NAME]   many seeds
 cargo xtask sim --seed S [-v] [--scenario NAME]                        one seed; -v prints all that happens
+cargo xtask crash --steps [--seeds N]                                  all crash points of commit, stream, snapshot and pivot (or N of them)
 cargo xtask sim --planted [--bug TEXT]                                 each planted bug (whose name has TEXT in it), and the seed that finds it
 ";
 
 struct Arguments {
     seeds: u64,
+    /// How many were asked for.
+    asked: Option<u64>,
     start: u64,
     jobs: usize,
     seed: Option<u64>,
     verbose: bool,
     planted: bool,
+    steps: bool,
     bug: String,
     scenario: Option<String>,
     keep: bool,
@@ -30,11 +34,13 @@ struct Arguments {
 fn arguments() -> Result<Arguments, String> {
     let mut a = Arguments {
         seeds: 1000,
+        asked: None,
         start: 0,
         jobs: std::thread::available_parallelism().map_or(1, usize::from),
         seed: None,
         verbose: false,
         planted: false,
+        steps: false,
         bug: String::new(),
         scenario: None,
         keep: true,
@@ -46,7 +52,11 @@ fn arguments() -> Result<Arguments, String> {
             text.parse().map_err(|_| format!("{what}: '{text}' is not a number"))
         };
         match arg.as_str() {
-            "--seeds" => a.seeds = number("--seeds")?,
+            "--seeds" => {
+                a.seeds = number("--seeds")?;
+                a.asked = Some(a.seeds);
+            }
+            "--steps" => a.steps = true,
             "--start" => a.start = number("--start")?,
             "--jobs" => a.jobs = number("--jobs")?.clamp(1, 1024) as usize,
             "--seed" => a.seed = Some(number("--seed")?),
@@ -84,6 +94,8 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|_| {}));
     let good = if a.planted {
         planted(&a)
+    } else if a.steps {
+        crash_points(&a)
     } else if let Some(seed) = a.seed {
         chosen.iter().all(|(name, s)| one(name, *s, seed, a.verbose))
     } else {
@@ -105,6 +117,26 @@ fn one(name: &str, scenario: Scenario, seed: u64, verbose: bool) -> bool {
         }
         None => true,
     }
+}
+
+/// All crash points of all operations, or a fair share of them.
+fn crash_points(a: &Arguments) -> bool {
+    let all = steps::cases();
+    for (name, cases) in steps::table() {
+        println!("{cases:>6} crashes: {name}");
+    }
+    let options = Options { jobs: a.jobs, ..Options::default() };
+    let report = match a.asked {
+        None => run(steps::case, 0..all, &options),
+        Some(n) => run(|s, v| steps::case(s * steps::STRIDE, v), 0..n.min(all.div_ceil(steps::STRIDE)), &options),
+    };
+    print!("steps: {report}");
+    let stride = if a.asked.is_some() { steps::STRIDE } else { 1 };
+    for (case, violation) in &report.failures {
+        println!("VIOLATION: {violation}");
+        println!("  repeat: cargo xtask sim --scenario steps --seed {} -v", case * stride);
+    }
+    report.failures.is_empty()
 }
 
 fn many(name: &str, scenario: Scenario, a: &Arguments) -> bool {

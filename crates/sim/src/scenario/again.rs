@@ -1,20 +1,23 @@
 //! A daemon with a state directory that dies again and again, under guests, mirrors and snapshots.
 //!
-//! Each life begins with what the last one left: `Daemon::use_state` over the simulated disk, with the store's own writes in
-//! flight when the process was killed or the power failed. What is checked:
+//! Each life begins with what the last one left: `Daemon::use_state` over the simulated disk, with the store's own writes and those of
+//! the logs of changes in flight when the process was killed or the power failed. What is checked:
 //! * the export is there as soon as it was acknowledged, and nothing is broken;
 //! * what guests had flushed is on the disk that is exported now, whichever image that is by then;
-//! * jobs are there again and come to their end; guest reads are linearizable in each life.
+//! * jobs are there again and come to their end; guest reads are linearizable in each life;
+//! * mirrors go on where they were, over kills, power losses, quits and lost links, and what they have made is the disk: all of it
+//!   is read after a pivot, and all of a copy of one instant is compared with the disk.
 
+use super::again_work::{Far, Mirroring, Stage};
 use crate::boot::{Booted, nbd};
 use crate::history::{Crash, History};
 use crate::runner::Outcome;
-use crate::{Disk, Guest, Habits, Image, Manager, NbdDisk, Process, Profile, Refusal, Rng, World, read_all};
-use block::SECTOR;
+use crate::{Disk, Guest, Habits, Manager, NbdDisk, Process, Profile, Refusal, Rng, World, read_all};
+use ::nbd::Mode;
 use env::Env;
-use nbd::Mode;
 use serde_json::{Value, json};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -25,44 +28,65 @@ const PATIENCE: Duration = Duration::from_secs(120);
 pub fn again(seed: u64, verbose: bool) -> Outcome {
     World::play(seed, verbose, |w| async move {
         let (mut rng, (outside, process)) = (w.rng("plan"), w.start());
-        let sectors = *rng.choose(&[64, 512, 2048]);
+        let stage = Stage::drawn(&mut rng);
+        w.machine().say(|| format!("{stage:?}"));
         let lives = Lives {
+            far: Far::new(&w, &outside),
             world: w,
             rng: RefCell::new(rng),
-            sectors,
+            stage,
             history: Rc::new(History::new()),
             outside,
             _outside: process,
             images: Cell::new(0),
+            forms: RefCell::default(),
             exported: Cell::new(false),
             formats: Cell::new(false),
+            job: RefCell::new(None),
+            fast: Cell::new(false),
         };
         Rc::new(lives).go().await;
     })
 }
 
-struct Lives {
-    world: World,
+pub(super) struct Lives {
+    pub(super) world: World,
     rng: RefCell<Rng>,
-    sectors: u64,
-    history: Rc<History>,
+    pub(super) stage: Stage,
+    pub(super) history: Rc<History>,
     /// Where guests and manager live.
-    outside: Env,
+    pub(super) outside: Env,
     _outside: Process,
+    /// The daemon that has the targets behind links.
+    pub(super) far: Rc<Far>,
     /// Images made so far.
-    images: Cell<u32>,
+    pub(super) images: Cell<u32>,
+    /// How nodes are stored.
+    pub(super) forms: RefCell<BTreeMap<String, super::again_work::Form>>,
     /// The export was acknowledged.
     exported: Cell<bool>,
     /// Some image in use is a format, which keeps metadata back until a flush.
-    formats: Cell<bool>,
+    pub(super) formats: Cell<bool>,
+    /// The mirror that was started last.
+    pub(super) job: RefCell<Option<Mirroring>>,
+    /// The last life: jobs are to end.
+    pub(super) fast: Cell<bool>,
+}
+
+/// How a life ends.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Kill,
+    PowerLoss,
+    Quit,
 }
 
 impl Lives {
-    fn draw<T>(&self, f: impl FnOnce(&mut Rng) -> T) -> T {
+    pub(super) fn draw<T>(&self, f: impl FnOnce(&mut Rng) -> T) -> T {
         f(&mut self.rng.borrow_mut())
     }
 
-    fn bad(&self, what: impl Into<String>) {
+    pub(super) fn bad(&self, what: impl Into<String>) {
         self.world.verdict().violation(what);
     }
 
@@ -72,7 +96,10 @@ impl Lives {
         let mut died = None;
         for life in 0..=lives {
             self.world.machine().say(|| format!("life {life}"));
-            let Some(daemon) = Booted::start_again(&self.world).await else { return };
+            if self.stage.far && !self.far.is_up() && !self.far.start().await {
+                return self.bad("the other daemon does not start");
+            }
+            let Some(daemon) = Booted::start_again(&self.world, Some(self.stage.geometry)).await else { return };
             let begun = self.world.within(&self.outside, PATIENCE, "coming back", self.begin(&daemon, died));
             let Some(Ok(m)) = begun.await else {
                 return self.bad(format!("life {life} does not begin"));
@@ -83,54 +110,75 @@ impl Lives {
             let guests: Vec<Guest> =
                 (0..self.draw(|r| r.between(1, 2))).map(|n| self.start_guest(n as u32)).collect();
             if life == lives {
-                let ending = async {
-                    for g in &guests {
-                        g.stop().await;
-                    }
-                    self.settle(&m).await
-                };
-                if !matches!(
-                    self.world.within(&self.outside, PATIENCE, "the end", ending).await,
-                    Some(Ok(()))
-                ) {
-                    return self.bad("the last life does not end");
-                }
-                self.world.verdict().check("guests", self.history.check());
-                drop(m);
-                daemon.quit(&self.world, &self.outside).await;
-                return Booted::all_have_quit(&self.world);
+                return self.last(daemon, &m, &guests).await;
             }
             let busy = self.clone();
             let work = self.outside.spawn("manager", async move {
                 // ends with the daemon
                 let _ = busy.work(&m).await;
             });
+            self.far.trouble(self.stage.far);
             let lasts = self.draw(|r| {
-                let most = *r.choose(&[
-                    Duration::from_millis(30),
-                    Duration::from_millis(200),
-                    Duration::from_millis(800),
-                ]);
-                r.duration(Duration::from_millis(1), most)
+                let most = *r.choose(&[30, 200, 800, 4000, 15_000]);
+                r.duration(Duration::from_millis(1), Duration::from_millis(most))
             });
             self.outside.sleep(lasts).await;
-            died = Some(self.crash(&daemon));
+            died = Some(self.crash(&daemon).await);
             work.cancel();
             guests.iter().for_each(Guest::abandon);
+            self.far.calm().await;
+            if self.world.verdict().is_bad() {
+                return;
+            }
             self.world.verdict().check("guests", self.history.check());
             self.world.count("lives", 1);
         }
     }
 
-    fn crash(&self, daemon: &Booted) -> Crash {
-        if self.draw(|r| r.chance(0.5)) {
-            self.world.count("power losses", 1);
-            self.world.host().power_loss(&[&daemon.process]);
-            return Crash::PowerLoss;
+    /// Guests and jobs come to their end, and everything is given back.
+    async fn last(&self, daemon: Booted, m: &Rc<Manager>, guests: &[Guest]) {
+        self.fast.set(true);
+        let ending = async {
+            for g in guests {
+                g.stop().await;
+            }
+            self.settle(m).await?;
+            self.read_disk().await
+        };
+        let ended = self.world.within(&self.outside, PATIENCE, "the end", ending).await;
+        if !matches!(ended, Some(Ok(()))) {
+            return self.bad("the last life does not end");
         }
-        self.world.count("kills", 1);
-        daemon.process.kill();
-        if self.formats.get() { Crash::Kill } else { Crash::KillWriteThrough }
+        self.world.verdict().check("guests", self.history.check());
+        daemon.quit(&self.world, &self.outside).await;
+        self.far.quit().await;
+        Booted::all_have_quit(&self.world);
+    }
+
+    async fn crash(&self, daemon: &Booted) -> Crash {
+        let end = self.draw(|r| *r.choose(&[End::Kill, End::Kill, End::PowerLoss, End::PowerLoss, End::Quit]));
+        match end {
+            End::PowerLoss => {
+                self.world.count("power losses", 1);
+                if self.draw(|r| r.chance(0.5)) {
+                    self.far.power_loss_here(&daemon.process);
+                } else {
+                    // of both, as if they were on one machine
+                    self.far.power_loss_everywhere(&daemon.process);
+                }
+                Crash::PowerLoss
+            }
+            End::Kill => {
+                self.world.count("kills", 1);
+                daemon.process.kill();
+                if self.formats.get() { Crash::Kill } else { Crash::KillWriteThrough }
+            }
+            End::Quit => {
+                self.world.count("quits", 1);
+                daemon.quit(&self.world, &self.outside).await;
+                Crash::KillWriteThrough
+            }
+        }
     }
 
     /// From a daemon that has come up to one that serves the disk, with all that was flushed on it.
@@ -148,48 +196,56 @@ impl Lives {
             self.set_up(&m).await?;
         }
         self.exported.set(true);
+        if let Some(job) = self.job.borrow_mut().as_mut() {
+            job.asked = None;
+        }
+        self.count_resumed(&m).await?;
         if let Some(how) = died {
-            let disk =
-                NbdDisk::connect(&self.outside, &nbd(), "disk", Mode::Structured, self.world.verdict()).await;
-            let disk = disk.map_err(|_| Refusal::Gone)?;
-            let history = History::new();
-            let found = read_all(&*disk, &history, u32::MAX).await.map_err(|_| Refusal::Gone)?;
+            let found = self.read(&History::new()).await?;
             self.world.verdict().check("after the crash", self.history.crash(&found, how));
             self.world.count("disks checked", 1);
         }
         Ok(m)
     }
 
-    /// What of the first commands a crash left undone.
-    async fn set_up(&self, m: &Manager) -> Result<(), Refusal> {
-        let nodes = m.must("query-named-block-nodes", json!({})).await?;
-        let node = match nodes[0]["node-name"].as_str() {
-            Some(there) => there.to_owned(),
-            None => self.add_image(m).await?,
-        };
-        // one that is there already says so
-        let server = json!({"addr": Booted::nbd_address(), "max-connections": 0});
-        let _ = m.execute("nbd-server-start", server).await?;
-        let export = json!({"type": "nbd", "id": "e", "node-name": node, "name": "disk", "writable": true});
-        m.must("block-export-add", export).await.map(drop)
+    async fn count_resumed(&self, m: &Manager) -> Result<(), Refusal> {
+        let jobs = m.must("query-jobs", json!({})).await?;
+        for job in jobs.as_array().into_iter().flatten() {
+            let told = job["resumed"].as_str().unwrap_or_default();
+            self.world.count(if told.starts_with("goes on") { "mirrors that go on" } else { "jobs begun anew" }, 1);
+        }
+        Ok(())
     }
 
-    /// An image of zeroes as node `dN`.
-    async fn add_image(&self, m: &Manager) -> Result<String, Refusal> {
-        let n = self.images.get() + 1;
-        let (file, node) = (format!("/d{n}.img"), format!("d{n}"));
-        // not named again, whether or not it comes to be
-        self.images.set(n);
-        self.world.host().install(&file, Image::from_bytes(&vec![0; (self.sectors * SECTOR) as usize]));
-        m.must("blockdev-add", json!({"driver": "file", "node-name": node, "filename": file})).await?;
-        Ok(node)
+    /// All of the disk, by a client of its own.
+    pub(super) async fn read(&self, history: &History) -> Result<Vec<crate::Value>, Refusal> {
+        let disk = NbdDisk::connect(&self.outside, &nbd(), "disk", Mode::Structured, self.world.verdict()).await;
+        let disk = disk.map_err(|_| Refusal::Gone)?;
+        let found = read_all(&*disk, history, u32::MAX).await.map_err(|_| Refusal::Gone);
+        disk.disconnect();
+        found
+    }
+
+    /// The same, to be judged with what guests have seen.
+    pub(super) async fn read_disk(&self) -> Result<(), Refusal> {
+        self.read(&self.history.clone()).await.map(drop)
+    }
+
+    /// What of the first commands a crash left undone.
+    async fn set_up(&self, m: &Manager) -> Result<(), Refusal> {
+        let node = self.add_first(m).await?;
+        let server = json!({"addr": Booted::nbd_address(), "max-connections": 0});
+        m.must("nbd-server-start", server).await?;
+        let export = json!({"type": "nbd", "id": "e", "node-name": node, "name": "disk", "writable": true});
+        m.must("block-export-add", export).await?;
+        self.begin_first(m, &node).await
     }
 
     fn start_guest(&self, client: u32) -> Guest {
         let habits = self.draw(|r| Habits {
-            requests: 150,
+            requests: *r.choose(&[50, 150, 400]),
             breaks_allowed: true,
-            ..Habits::drawn(r, client, self.sectors)
+            ..Habits::drawn(r, client, self.stage.sectors)
         });
         let (env, verdict) = (self.outside.clone(), self.world.verdict().clone());
         let dial = Box::new(move || {
@@ -202,49 +258,10 @@ impl Lives {
         let verdict = self.world.verdict().clone();
         Guest::start(&self.outside, habits, self.history.clone(), verdict, self.world.rng("guest"), dial)
     }
-
-    /// Mirrors and snapshots, one after another.
-    async fn work(&self, m: &Manager) -> Result<(), Refusal> {
-        loop {
-            self.settle(m).await?;
-            let pause = self.draw(|r| r.duration(Duration::ZERO, Duration::from_millis(80)));
-            self.outside.sleep(pause).await;
-            let device = exported_node(m).await?;
-            if self.draw(|r| r.chance(0.3)) {
-                // not named again, whether or not it came to be
-                let n = self.images.replace(self.images.get() + 1) + 1;
-                self.formats.set(true);
-                let a = json!({"node-name": device, "snapshot-file": format!("/s{n}.qcow2"),
-                    "snapshot-node-name": format!("s{n}")});
-                m.must("blockdev-snapshot-sync", a).await?;
-                self.world.count("snapshots", 1);
-            } else {
-                let target = self.add_image(m).await?;
-                let a = json!({"job-id": "j", "device": device, "target": target, "sync": "full"});
-                m.must("blockdev-mirror", a).await?;
-            }
-        }
-    }
-
-    /// Brings jobs to their end.
-    async fn settle(&self, m: &Manager) -> Result<(), Refusal> {
-        loop {
-            let jobs = m.must("query-jobs", json!({})).await?;
-            let Some(job) = jobs.as_array().and_then(|j| j.first()) else { return Ok(()) };
-            if job.get("resumed").is_some() {
-                self.world.count("jobs resumed", 1);
-            }
-            if job.get("error").is_some() {
-                self.bad(format!("a job failed: {job}"));
-            }
-            if job["status"] == "ready" && m.execute("job-complete", json!({"id": "j"})).await.is_ok() {
-                self.world.count("pivots", 1);
-            }
-            self.outside.sleep(Duration::from_millis(3)).await;
-        }
-    }
 }
 
-async fn exported_node(m: &Manager) -> Result<Value, Refusal> {
-    Ok(m.must("query-block-exports", json!({})).await?[0]["node-name"].clone())
+/// The node that guests write to now.
+pub(super) async fn exported_node(m: &Manager) -> Result<String, Refusal> {
+    let exports: Value = m.must("query-block-exports", json!({})).await?;
+    Ok(exports[0]["node-name"].as_str().unwrap_or_default().to_owned())
 }

@@ -1,18 +1,21 @@
 //! What is played in a simulated world, and watched.
 
 pub mod again;
+mod again_work;
 pub mod chain;
 pub mod live;
 pub mod nth;
 mod nth_table;
 pub mod plan;
 pub mod replica;
+pub mod steps;
+mod steps_table;
 pub mod storage;
 
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 9] = [
+pub const SCENARIOS: [(&str, Scenario); 10] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
@@ -22,6 +25,7 @@ pub const SCENARIOS: [(&str, Scenario); 9] = [
     ("again", again::again),
     ("nth", nth::case),
     ("replica", replica::replica),
+    ("steps", steps::case),
 ];
 
 /// The scenario of that name.

@@ -75,7 +75,7 @@ pub(crate) enum Step {
 }
 
 /// `all` and `more`, which has the last word.
-fn with(mut all: Json, more: Json) -> Json {
+pub(crate) fn with(mut all: Json, more: Json) -> Json {
     if let (Json::Object(all), Json::Object(more)) = (&mut all, more) {
         all.extend(more);
     }
@@ -184,10 +184,10 @@ fn prepared(script: usize) -> Result<Rc<Prepared>, String> {
     Ok(all)
 }
 
-type Written = (Vec<(String, Image)>, Vec<Value>);
+pub(crate) type Written = (Vec<(String, Image)>, Vec<Value>);
 
 /// Writes each layer through a daemon of its own kind; gives the images and what the disk reads as.
-fn write_layers(script: &'static Script) -> Result<Written, String> {
+pub(crate) fn write_layers(script: &'static Script) -> Result<Written, String> {
     let out = Rc::new(RefCell::new((Vec::new(), Vec::new())));
     let result = out.clone();
     let outcome = World::play(SEED, false, |w| async move {
@@ -581,7 +581,7 @@ impl Play {
 }
 
 /// `blockdev-add` arguments of a layer.
-fn node(l: &Layer) -> Json {
+pub(crate) fn node(l: &Layer) -> Json {
     let file = json!({
         "driver": "file", "node-name": format!("{}-file", l.name), "filename": format!("/{}.img", l.name)
     });

@@ -25,7 +25,7 @@ const fn closed(layer: Layer) -> Layer {
 }
 
 /// A chain of three; each layer has something that no other has, and some that the one above covers.
-const CHAIN: Stack = Stack {
+pub(super) const CHAIN: Stack = Stack {
     disk: "top",
     layers: &[
         qcow2("base", 4096, None, SPREAD),
@@ -35,7 +35,7 @@ const CHAIN: Stack = Stack {
 };
 
 /// The same with tables so small that they are made and changed all the time, over a raw base.
-const SMALL: Stack = Stack {
+pub(super) const SMALL: Stack = Stack {
     disk: "top",
     layers: &[
         raw("base", SPREAD),
@@ -55,16 +55,16 @@ const CLOSED: Stack = Stack {
 };
 
 /// A disk and an empty place to copy it to.
-const RAW_TO_QCOW2: Stack =
+pub(super) const RAW_TO_QCOW2: Stack =
     Stack { disk: "disk", layers: &[raw("disk", SPREAD), qcow2("target", 4096, None, &[])] };
-const QCOW2_TO_RAW: Stack =
+pub(super) const QCOW2_TO_RAW: Stack =
     Stack { disk: "disk", layers: &[qcow2("disk", 4096, None, SPREAD), raw("target", &[(100, 30)])] };
-const QCOW2_TO_SMALL: Stack = Stack {
+pub(super) const QCOW2_TO_SMALL: Stack = Stack {
     disk: "disk",
     layers: &[qcow2("disk", 4096, None, SPREAD), qcow2("target", 512, None, &[(100, 30)])],
 };
 /// A disk with a layer of its own, and a place beside that layer.
-const BESIDE: Stack = Stack {
+pub(super) const BESIDE: Stack = Stack {
     disk: "disk",
     layers: &[
         qcow2("base", 4096, None, SPREAD),
@@ -74,7 +74,7 @@ const BESIDE: Stack = Stack {
 };
 
 /// A disk, and an empty image that is to go on top.
-const CHAIN_AND_EMPTY: Stack = Stack {
+pub(super) const CHAIN_AND_EMPTY: Stack = Stack {
     disk: "mid",
     layers: &[
         qcow2("base", 4096, None, SPREAD),
@@ -83,7 +83,7 @@ const CHAIN_AND_EMPTY: Stack = Stack {
     ],
 };
 /// Two disks, and the images that are to go on top of them.
-const TWO_AND_EMPTY: Stack = Stack {
+pub(super) const TWO_AND_EMPTY: Stack = Stack {
     disk: "disk",
     layers: &[
         qcow2("disk", 4096, None, &[(0, 60), (200, 90)]),
@@ -92,7 +92,7 @@ const TWO_AND_EMPTY: Stack = Stack {
         closed(qcow2("newer", 512, Some("other"), &[])),
     ],
 };
-const CHAIN_OF_FOUR: Stack = Stack {
+pub(super) const CHAIN_OF_FOUR: Stack = Stack {
     disk: "top",
     layers: &[
         qcow2("base", 4096, None, SPREAD),
@@ -128,16 +128,16 @@ const TWO_PAIRS: Stack = Stack {
 };
 
 /// A job on the usual nodes, with what a script adds to its arguments.
-const fn mirror(more: fn() -> Value, finish: Finish) -> Step {
+pub(super) const fn mirror(more: fn() -> Value, finish: Finish) -> Step {
     let usual = || json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full", "granularity": 65536});
     Step::Job("blockdev-mirror", usual, more, finish)
 }
 
-const fn commit(more: fn() -> Value, finish: Finish) -> Step {
+pub(super) const fn commit(more: fn() -> Value, finish: Finish) -> Step {
     Step::Job("block-commit", || json!({"job-id": "job", "device": "top"}), more, finish)
 }
 
-const fn stream(more: fn() -> Value, finish: Finish) -> Step {
+pub(super) const fn stream(more: fn() -> Value, finish: Finish) -> Step {
     Step::Job("block-stream", || json!({"job-id": "job", "device": "top"}), more, finish)
 }
 
@@ -149,7 +149,7 @@ const fn backup(more: fn() -> Value, finish: Finish) -> Step {
     Step::Job("blockdev-backup", usual_backup, more, finish)
 }
 
-const fn job(command: &'static str, arguments: fn() -> Value, finish: Finish) -> Step {
+pub(super) const fn job(command: &'static str, arguments: fn() -> Value, finish: Finish) -> Step {
     Step::Job(command, || json!({}), arguments, finish)
 }
 
