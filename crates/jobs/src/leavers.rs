@@ -8,8 +8,8 @@ use crate::event::Event;
 use crate::job::Job;
 use block::{BlockError, ErrorKind, Result};
 use drivers::file::{FileNode, FileOptions};
-use graph::{Demand, Graph, Node, NodeCell, Perms};
 use env::bugs::planted;
+use graph::{Demand, Graph, Node, NodeCell, Perms};
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::{Rc, Weak};
@@ -42,7 +42,12 @@ impl Leavers {
 
     /// The defect that the crash enumeration has to find: the files go before what replaces them is durable.
     pub(crate) async fn delete_too_early(leavers: &RefCell<Option<Leavers>>, graph: &Graph) {
-        let images = leavers.borrow().iter().flat_map(|l| &l.images).filter_map(|i| i.file.clone()).collect::<Vec<_>>();
+        let images = leavers
+            .borrow()
+            .iter()
+            .flat_map(|l| &l.images)
+            .filter_map(|i| i.file.clone())
+            .collect::<Vec<_>>();
         if planted("leavers: deleted before the new copy is durable") {
             for (path, _) in images {
                 let _ = graph.env().remove(&path).await;

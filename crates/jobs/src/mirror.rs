@@ -447,7 +447,8 @@ impl Mirror {
         if !equal && !planted(Bug::NoDrain) {
             return Ok(false);
         }
-        let flushed = named("mirror: the pivot goes before the target is flushed") || engine.flush_target().await?;
+        let flushed =
+            named("mirror: the pivot goes before the target is flushed") || engine.flush_target().await?;
         if !flushed || job.pause_wanted() {
             return Ok(false);
         }

@@ -292,6 +292,13 @@ impl Host {
         drop(hung);
     }
 
+    /// The run is over: the disk is empty. What a killed process leaves in memory may hold this for ever.
+    pub(crate) fn forget(&self) {
+        self.drop_hung();
+        self.0.names.take();
+        self.0.removed.take();
+    }
+
     pub(crate) fn hang(&self, go_on: impl FnOnce() + 'static) {
         self.0.hung.borrow_mut().push(Box::new(go_on));
     }

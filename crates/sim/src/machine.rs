@@ -64,6 +64,16 @@ impl Machine {
         }))
     }
 
+    /// The run is over: what was due later goes, and with it all that it held, which holds this.
+    pub(crate) fn forget_events(&self) {
+        loop {
+            let events = self.0.events.take();
+            if events.is_empty() {
+                return;
+            }
+        }
+    }
+
     /// The seed of this run.
     pub fn seed(&self) -> u64 {
         self.0.seed

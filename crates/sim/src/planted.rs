@@ -85,10 +85,7 @@ fn plant(defect: Option<Defect>) {
     let (copy, named) = match defect {
         Some(Defect::Copy(bug)) => (Some(bug), None),
         Some(
-            Defect::Named(name)
-            | Defect::Chained(name)
-            | Defect::Returning(name)
-            | Defect::Momentary(name),
+            Defect::Named(name) | Defect::Chained(name) | Defect::Returning(name) | Defect::Momentary(name),
         ) => (None, Some(name)),
         None => (None, None),
     };
@@ -108,7 +105,10 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
     };
     // cases of one script that follow each other are much the same
     let stride = if matches!(defect, Defect::Momentary(_)) { steps::STRIDE } else { 1 };
-    let hit = seeds.into_iter().map(|s| s * stride).find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));
+    let hit = seeds
+        .into_iter()
+        .map(|s| s * stride)
+        .find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));
     plant(None);
     let (seed, violation) = hit.map_or((None, String::new()), |(s, v)| (Some(s), v));
     Found { bug, seed, violation }

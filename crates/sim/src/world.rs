@@ -107,13 +107,16 @@ impl World {
                 resume_unwind(payload);
             }
         }
-        Outcome {
+        let outcome = Outcome {
             violation: verdict.result().err(),
             hash: machine.hash(),
             simulated: machine.now().saturating_sub(began),
             counts: world.0.counts.take(),
             trace: machine.take_trace(),
-        }
+        };
+        machine.forget_events();
+        world.host().forget();
+        outcome
     }
 
     /// Runs `future`, but no longer than `limit` of virtual time; too long is a violation ("what" did not end).

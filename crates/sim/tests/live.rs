@@ -53,7 +53,8 @@ fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
         &Options { jobs: 2, twice_every: 10, ..Options::default() },
     );
     clean(&report);
-    let all = ["kills", "power losses", "quits", "pivots", "copies checked", "snapshots", "mirrors that go on"];
+    let all =
+        ["kills", "power losses", "quits", "pivots", "copies checked", "snapshots", "mirrors that go on"];
     for what in all.into_iter().chain(["jobs begun anew", "disks checked", "links cut", "far power losses"]) {
         assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
     }

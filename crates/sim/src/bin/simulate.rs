@@ -128,7 +128,9 @@ fn crash_points(a: &Arguments) -> bool {
     let options = Options { jobs: a.jobs, ..Options::default() };
     let report = match a.asked {
         None => run(steps::case, 0..all, &options),
-        Some(n) => run(|s, v| steps::case(s * steps::STRIDE, v), 0..n.min(all.div_ceil(steps::STRIDE)), &options),
+        Some(n) => {
+            run(|s, v| steps::case(s * steps::STRIDE, v), 0..n.min(all.div_ceil(steps::STRIDE)), &options)
+        }
     };
     print!("steps: {report}");
     let stride = if a.asked.is_some() { steps::STRIDE } else { 1 };

@@ -99,7 +99,9 @@ impl Lives {
             if self.stage.far && !self.far.is_up() && !self.far.start().await {
                 return self.bad("the other daemon does not start");
             }
-            let Some(daemon) = Booted::start_again(&self.world, Some(self.stage.geometry)).await else { return };
+            let Some(daemon) = Booted::start_again(&self.world, Some(self.stage.geometry)).await else {
+                return;
+            };
             let begun = self.world.within(&self.outside, PATIENCE, "coming back", self.begin(&daemon, died));
             let Some(Ok(m)) = begun.await else {
                 return self.bad(format!("life {life} does not begin"));
@@ -119,12 +121,13 @@ impl Lives {
             });
             self.far.trouble(self.stage.far);
             let lasts = self.draw(|r| {
-                let most = *r.choose(&[30, 200, 800, 4000, 15_000]);
+                let most = *r.choose(&[30, 200, 200, 800, 800, 4000, 12_000]);
                 r.duration(Duration::from_millis(1), Duration::from_millis(most))
             });
             self.outside.sleep(lasts).await;
-            died = Some(self.crash(&daemon).await);
+            // what it has asked for goes on
             work.cancel();
+            died = Some(self.crash(&daemon).await);
             guests.iter().for_each(Guest::abandon);
             self.far.calm().await;
             if self.world.verdict().is_bad() {
@@ -156,7 +159,8 @@ impl Lives {
     }
 
     async fn crash(&self, daemon: &Booted) -> Crash {
-        let end = self.draw(|r| *r.choose(&[End::Kill, End::Kill, End::PowerLoss, End::PowerLoss, End::Quit]));
+        let end =
+            self.draw(|r| *r.choose(&[End::Kill, End::Kill, End::PowerLoss, End::PowerLoss, End::Quit]));
         match end {
             End::PowerLoss => {
                 self.world.count("power losses", 1);
@@ -212,14 +216,16 @@ impl Lives {
         let jobs = m.must("query-jobs", json!({})).await?;
         for job in jobs.as_array().into_iter().flatten() {
             let told = job["resumed"].as_str().unwrap_or_default();
-            self.world.count(if told.starts_with("goes on") { "mirrors that go on" } else { "jobs begun anew" }, 1);
+            self.world
+                .count(if told.starts_with("goes on") { "mirrors that go on" } else { "jobs begun anew" }, 1);
         }
         Ok(())
     }
 
     /// All of the disk, by a client of its own.
     pub(super) async fn read(&self, history: &History) -> Result<Vec<crate::Value>, Refusal> {
-        let disk = NbdDisk::connect(&self.outside, &nbd(), "disk", Mode::Structured, self.world.verdict()).await;
+        let disk =
+            NbdDisk::connect(&self.outside, &nbd(), "disk", Mode::Structured, self.world.verdict()).await;
         let disk = disk.map_err(|_| Refusal::Gone)?;
         let found = read_all(&*disk, history, u32::MAX).await.map_err(|_| Refusal::Gone);
         disk.disconnect();

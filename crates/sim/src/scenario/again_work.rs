@@ -5,7 +5,9 @@ use super::again::{Lives, exported_node};
 use super::plan::empty_qcow2;
 use crate::boot::{Booted, FAR_NBD};
 use crate::history::{History, Moment, What};
-use crate::{Effect, Image, Manager, NbdDisk, Process, Refusal, Rng, Value, World, read_all, stamped, values_of};
+use crate::{
+    Effect, Image, Manager, NbdDisk, Process, Refusal, Rng, Value, World, read_all, stamped, values_of,
+};
 use ::nbd::Mode;
 use block::{SECTOR, Span};
 use control::Geometry;
@@ -17,6 +19,9 @@ use std::time::Duration;
 
 /// Longest time between two accidents of the daemon behind links.
 const CALM: Duration = Duration::from_millis(600);
+/// How often it is looked what jobs do, at first and later.
+const LOOK: Duration = Duration::from_millis(3);
+const LOOK_LATER: Duration = Duration::from_millis(60);
 /// What lies below overlays.
 const BASE: &str = "/base.img";
 
@@ -61,7 +66,13 @@ impl Stage {
             geometry: Geometry { region, most: r.between(1, 8) as usize },
             far: r.chance(0.35),
             unmap: r.chance(0.5),
-            first: *r.choose(&[Form::File, Form::Raw, Form::Qcow2(512), Form::Qcow2(4096), Form::Overlay(4096)]),
+            first: *r.choose(&[
+                Form::File,
+                Form::Raw,
+                Form::Qcow2(512),
+                Form::Qcow2(4096),
+                Form::Overlay(4096),
+            ]),
             from_nothing: r.chance(0.15),
         }
     }
@@ -193,7 +204,8 @@ impl Lives {
 
     async fn mirror(&self, m: &Manager, device: &str, sync: &str) -> Result<(), Refusal> {
         let far = self.stage.far && sync != "top";
-        let forms = [Form::File, Form::Raw, Form::Raw, Form::Qcow2(512), Form::Qcow2(4096), Form::Qcow2(65536)];
+        let forms =
+            [Form::File, Form::Raw, Form::Raw, Form::Qcow2(512), Form::Qcow2(4096), Form::Qcow2(65536)];
         let form = self.draw(|r| match sync {
             "top" => Form::Overlay(*r.choose(&[4096, 65536])),
             _ if far && r.chance(0.6) => Form::Far,
@@ -201,7 +213,8 @@ impl Lives {
         });
         let target = self.add_image(m, form, sync == "full").await?;
         let modes = ["background", "write-blocking", "write-blocking", "read-write-blocking"];
-        let (mode, verify) = self.draw(|r| (*r.choose(&modes), *r.choose(&["off", "off", "sampled", "full"])));
+        let (mode, verify) =
+            self.draw(|r| (*r.choose(&modes), *r.choose(&["off", "off", "sampled", "full"])));
         let verify = if sync == "none" { "off" } else { verify };
         let (granularity, speed) =
             self.draw(|r| (*r.choose(&[0, 512, 4096, 16384]), *r.choose(&[0, 0, 60_000, 1 << 20])));
@@ -224,6 +237,7 @@ impl Lives {
 
     /// Brings jobs to their end.
     pub(super) async fn settle(&self, m: &Manager) -> Result<(), Refusal> {
+        let mut wait = LOOK;
         loop {
             let jobs = m.must("query-jobs", json!({})).await?;
             let Some(job) = jobs.as_array().and_then(|j| j.first()) else { break };
@@ -247,7 +261,8 @@ impl Lives {
                 }
                 _ => {}
             }
-            self.outside.sleep(Duration::from_millis(3)).await;
+            self.outside.sleep(wait).await;
+            wait = (wait * 2).min(LOOK_LATER);
         }
         let ended = self.job.take();
         match ended {
@@ -263,7 +278,7 @@ impl Lives {
     async fn when_ready(&self, m: &Manager) -> Result<(), Refusal> {
         let Some(job) = self.job.borrow().clone() else { return Ok(()) };
         // some follow for a while
-        if !self.fast.get() && self.draw(|r| r.chance(0.9)) {
+        if !self.fast.get() && self.draw(|r| r.chance(0.7)) {
             return Ok(());
         }
         if job.pivots {
@@ -306,7 +321,8 @@ impl Lives {
     }
 
     async fn read_node(&self, m: &Manager, node: &str) -> Result<Vec<Value>, Refusal> {
-        m.must("block-export-add", json!({"type": "nbd", "id": "look", "node-name": node, "name": "look"})).await?;
+        m.must("block-export-add", json!({"type": "nbd", "id": "look", "node-name": node, "name": "look"}))
+            .await?;
         let at = crate::boot::nbd();
         let disk = NbdDisk::connect(&self.outside, &at, "look", Mode::Structured, self.world.verdict()).await;
         let disk = disk.map_err(|_| Refusal::Gone)?;
@@ -413,7 +429,11 @@ impl Far {
             self.world.count(if kind == 2 { "far kills" } else { "far power losses" }, 1);
             match kind {
                 2 => daemon.process.kill(),
-                _ => self.images.borrow().iter().for_each(|(_, p)| self.world.host().power_loss_at(p, &daemon.process)),
+                _ => self
+                    .images
+                    .borrow()
+                    .iter()
+                    .for_each(|(_, p)| self.world.host().power_loss_at(p, &daemon.process)),
             }
             daemon.process.kill();
         }
@@ -461,7 +481,10 @@ impl Far {
 async fn open(m: &Manager, name: &str, path: &str) -> Result<(), Refusal> {
     let node: Json = json!({"driver": "file", "node-name": name, "filename": path, "discard": "unmap"});
     m.must("blockdev-add", node).await?;
-    m.must("block-export-add", json!({"type": "nbd", "id": name, "node-name": name, "name": name, "writable": true}))
-        .await
-        .map(drop)
+    m.must(
+        "block-export-add",
+        json!({"type": "nbd", "id": name, "node-name": name, "name": name, "writable": true}),
+    )
+    .await
+    .map(drop)
 }

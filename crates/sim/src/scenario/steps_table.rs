@@ -2,8 +2,8 @@
 
 use super::nth::{Finish, Script, Step};
 use super::nth_table::{
-    BESIDE, CHAIN, CHAIN_AND_EMPTY, CHAIN_OF_FOUR, QCOW2_TO_RAW, QCOW2_TO_SMALL, RAW_TO_QCOW2, SMALL, TWO_AND_EMPTY,
-    commit, job, mirror, stream,
+    BESIDE, CHAIN, CHAIN_AND_EMPTY, CHAIN_OF_FOUR, QCOW2_TO_RAW, QCOW2_TO_SMALL, RAW_TO_QCOW2, SMALL,
+    TWO_AND_EMPTY, commit, job, mirror, stream,
 };
 use serde_json::{Value, json};
 
@@ -130,7 +130,11 @@ pub(crate) const SCRIPTS: &[Script] = &[
                 || json!({"job-id": "job", "device": "two", "top-node": "one", "delete-images": true}),
                 Finish::Itself,
             ),
-            job("block-commit", || json!({"job-id": "job", "device": "two", "delete-images": true}), Finish::Complete),
+            job(
+                "block-commit",
+                || json!({"job-id": "job", "device": "two", "delete-images": true}),
+                Finish::Complete,
+            ),
         ],
     },
 ];
