@@ -386,11 +386,14 @@ impl Daemon {
             self.phase.set(Phase::Ending);
             // One that opens a node, or starts a job, would leave it behind our back (simulation seed serve 2180).
             let _no_more = self.env.timeout(LAST_COMMANDS, self.turns.acquire(TURNS)).await;
+            // From then on nothing is written down: what clients write must not go to an image that only this life knows.
+            let _none_pivots = self.env.timeout(LAST_COMMANDS, self.jobs.finalized()).await;
             let recorder = self.recorder();
             recorder.iter().for_each(|r| r.rest());
             self.opener.bitmap_home().iter().for_each(|h| h.rest());
-            self.exports.shut_down().await;
+            // Jobs first: one that is pending holds clients' requests, which the end of their exports waits for.
             self.jobs.cancel_all().await;
+            self.exports.shut_down().await;
             self.replication.borrow().values().for_each(|g| g.shut_down());
             self.colo.shut_down().await;
             if let Err(e) = self.graph.close_all().await {

@@ -373,12 +373,27 @@ impl Registry {
         Ok(())
     }
 
-    /// For the end of the daemon: cancels all jobs, waits until they have ended, forgets them.
-    pub async fn cancel_all(&self) {
-        for job in self.list() {
-            if job.state().is_live() {
-                self.cancel_now(&job).await;
+    /// For the end of the daemon: waits until no job is changing the graph, so that what was changed is written down.
+    pub async fn finalized(&self) {
+        let finalizing = |j: &Rc<Job>| j.group.borrow().finalizing.get() && j.state() != State::Concluded;
+        loop {
+            let next = self.list().into_iter().find(finalizing);
+            match next {
+                Some(job) => job.concluded().await,
+                None => return,
             }
+        }
+    }
+
+    /// For the end of the daemon: cancels all jobs, waits until they have ended, forgets them. No job begins to change the graph
+    /// once this has been polled.
+    pub async fn cancel_all(&self) {
+        let resting = |job: &Rc<Job>| matches!(job.state(), State::Waiting | State::Pending);
+        let (done, working): (Vec<_>, Vec<_>) =
+            self.list().into_iter().filter(|j| j.state().is_live()).partition(resting);
+        working.iter().for_each(|j| j.cancel_hard());
+        for job in done {
+            self.cancel_now(&job).await;
         }
         for job in self.list() {
             job.concluded().await;
