@@ -342,7 +342,7 @@ pub(super) struct Far {
     world: World,
     outside: Env,
     rng: RefCell<Rng>,
-    daemon: RefCell<Option<Booted>>,
+    daemon: RefCell<Option<Rc<Booted>>>,
     images: RefCell<Vec<(String, String)>>,
     troubled: Cell<bool>,
     task: RefCell<Option<TaskHandle>>,
@@ -382,7 +382,7 @@ impl Far {
             Ok::<_, Refusal>(())
         };
         let ready = ready.await.is_ok();
-        *self.daemon.borrow_mut() = Some(daemon);
+        *self.daemon.borrow_mut() = Some(Rc::new(daemon));
         ready
     }
 
@@ -390,12 +390,12 @@ impl Far {
     async fn add(&self, name: &str, path: &str) {
         let _turn = self.turn.acquire(1).await;
         self.images.borrow_mut().push((name.to_owned(), path.to_owned()));
-        let Some(daemon) = self.daemon.take() else { return };
+        // not taken: whoever waits for this may go away
+        let Some(daemon) = self.daemon.borrow().clone() else { return };
         // killed meanwhile, it has the image when it starts again
         if let Ok(m) = daemon.manage(&self.world, &self.outside, &Rc::new(History::new())).await {
             let _ = open(&m, name, path).await;
         }
-        *self.daemon.borrow_mut() = Some(daemon);
     }
 
     /// From now on links are cut, and the daemon is killed or loses its power and comes back, until [`Far::calm`].
