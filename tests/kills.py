@@ -13,7 +13,7 @@ every client goes on. What is checked:
   `qemu-img check`;
 * at the end all jobs end, and everything ever written is read once more.
 
-Mirrors go on after a kill where they were. With --go-on half of the jobs are mirrors, all of them verified in full.
+With --go-on half of the jobs are mirrors, all of them verified in full, and therefore go on after a kill where they were.
 
 The instants of kills, the operations and the clients' requests come from the seed; what meets what is up to the machine.
 """

@@ -38,6 +38,7 @@ pub struct BitmapHome {
     resuming: Cell<bool>,
     resting: Cell<bool>,
     geometry: Cell<Option<Geometry>>,
+    unproven: Cell<bool>,
 }
 
 /// What is known of a disk's file.
@@ -93,6 +94,17 @@ impl BitmapHome {
     /// See [`BitmapHome::set_resuming`].
     pub fn is_resuming(&self) -> bool {
         self.resuming.get()
+    }
+
+    /// Mirrors go on where an earlier life was also if they are not compared in full in the end: for the simulator, which compares all
+    /// of them (decision 0026 says why not everywhere).
+    pub fn let_unproven_go_on(&self) {
+        self.unproven.set(true);
+    }
+
+    /// See [`BitmapHome::let_unproven_go_on`].
+    pub fn lets_unproven_go_on(&self) -> bool {
+        self.unproven.get()
     }
 
     /// Disks that are opened from now on are cut into regions like this, whatever their length: for tests, whose disks are small.
@@ -442,6 +454,7 @@ impl Opener {
             resuming: Cell::new(false),
             resting: Cell::new(false),
             geometry: Cell::new(None),
+            unproven: Cell::new(false),
         };
         *self.home.borrow_mut() = Some(Rc::new(home));
     }

@@ -46,6 +46,7 @@ pub(crate) struct HostInner {
     /// Names that a power loss may take away again, and those that it may bring back.
     fresh: RefCell<BTreeSet<String>>,
     removed: RefCell<BTreeMap<String, Rc<Inode>>>,
+    names_are_lost: Cell<bool>,
     moments: Cell<u64>,
     /// The moment that somebody waits for.
     awaited: Cell<u64>,
@@ -81,6 +82,7 @@ impl Host {
             faults: Cell::new(0),
             fresh: RefCell::default(),
             removed: RefCell::default(),
+            names_are_lost: Cell::new(false),
             moments: Cell::new(0),
             awaited: Cell::new(u64::MAX),
             come: Notify::new(),
@@ -222,7 +224,9 @@ impl Host {
         for i in inodes {
             self.0.machine.draw(|r| i.power_loss(r, keep));
         }
-        self.lose_names(keep);
+        if self.0.names_are_lost.get() {
+            self.lose_names(keep);
+        }
         for p in processes {
             p.end(true);
         }
@@ -236,6 +240,11 @@ impl Host {
             self.0.machine.draw(|r| inode.power_loss(r, Keep::Drawn));
         }
         process.end(true);
+    }
+
+    /// From now on a power loss may take new names away, and bring removed ones back.
+    pub fn let_names_be_lost(&self) {
+        self.0.names_are_lost.set(true);
     }
 
     /// Of files that were made or removed since their directory was made durable (or the new file itself, which all usual file

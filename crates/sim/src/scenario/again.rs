@@ -92,6 +92,7 @@ impl Lives {
 
     async fn go(self: Rc<Self>) {
         self.world.host().set_profile(self.draw(Profile::drawn_calm));
+        self.world.host().let_names_be_lost();
         let lives = self.draw(|r| r.between(2, 5));
         let mut died = None;
         for life in 0..=lives {

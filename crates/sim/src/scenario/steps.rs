@@ -215,6 +215,7 @@ impl Play {
         prepared: Rc<Prepared>,
         left: Rc<RefCell<Option<Left>>>,
     ) -> Play {
+        world.host().let_names_be_lost();
         for (path, image) in &prepared.images {
             world.host().install(path, image.clone());
         }
