@@ -396,9 +396,10 @@ impl Daemon {
             let recorder = self.recorder();
             recorder.iter().for_each(|r| r.rest());
             self.opener.bitmap_home().iter().for_each(|h| h.rest());
-            // Jobs first: one that is pending holds clients' requests, which the end of their exports waits for.
-            self.jobs.cancel_all().await;
+            // Those hold clients' requests, which the end of their exports waits for.
+            self.jobs.cancel_resting().await;
             self.exports.shut_down().await;
+            self.jobs.cancel_all().await;
             self.replication.borrow().values().for_each(|g| g.shut_down());
             self.colo.shut_down().await;
             if let Err(e) = self.graph.close_all().await {

@@ -385,15 +385,21 @@ impl Registry {
         }
     }
 
-    /// For the end of the daemon: cancels all jobs, waits until they have ended, forgets them. No job begins to change the graph
-    /// once this has been polled.
+    /// For the end of the daemon: cancels jobs that have done their work and wait for their end. They hold clients' requests.
+    pub async fn cancel_resting(&self) {
+        for job in self.list() {
+            if matches!(job.state(), State::Waiting | State::Pending) {
+                self.cancel_now(&job).await;
+            }
+        }
+    }
+
+    /// For the end of the daemon: cancels all jobs, waits until they have ended, forgets them.
     pub async fn cancel_all(&self) {
-        let resting = |job: &Rc<Job>| matches!(job.state(), State::Waiting | State::Pending);
-        let (done, working): (Vec<_>, Vec<_>) =
-            self.list().into_iter().filter(|j| j.state().is_live()).partition(resting);
-        working.iter().for_each(|j| j.cancel_hard());
-        for job in done {
-            self.cancel_now(&job).await;
+        for job in self.list() {
+            if job.state().is_live() {
+                self.cancel_now(&job).await;
+            }
         }
         for job in self.list() {
             job.concluded().await;
