@@ -22,6 +22,7 @@ use super::secure::Connect;
 use crate::ack::AckLevel;
 use crate::digest::Digest;
 use crate::dirty::Dirty;
+use crate::history::History;
 use crate::primary::{Config, Event, Input, Output, PeerState, Primary, Standing};
 use crate::types::{Epoch, Generation, GroupId, Seq};
 use crate::wire::{Body, MAX_PAYLOAD, VolumeInfo, crc_of};
@@ -348,12 +349,25 @@ impl PrimaryGroup {
                 });
             }
             Output::Clean(epoch) => {
-                let known = self.look(|c| (c.dirty_since(epoch), c.history().clone()));
-                if let (Ok(Some(dirty)), history) = known {
-                    self.activity.clean(epoch, &dirty, history);
-                }
+                let (group, history) = (self.clone(), self.look(|c| c.history().clone()));
+                self.env.spawn("replication clean", async move { group.clean(epoch, history).await });
             }
             Output::Event(event) => self.report(event),
+        }
+    }
+
+    /// All peers have committed `epoch`. What was written up to it is forgotten only once it is on stable storage here as well: what a
+    /// power loss takes from this disk alone must count as different (I8).
+    async fn clean(&self, epoch: Epoch, history: History) {
+        for disk in &self.disks {
+            if disk.flush().await.is_err() {
+                return;
+            }
+        }
+        if let Ok(Some(dirty)) = self.look(|c| c.dirty_since(epoch))
+            && epoch >= self.activity.floor()
+        {
+            self.activity.clean(epoch, &dirty, history);
         }
     }
 
