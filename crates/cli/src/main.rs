@@ -8,6 +8,7 @@
 
 mod convert;
 mod daemon;
+mod digest;
 mod failover;
 mod log;
 mod mirror;
@@ -39,6 +40,8 @@ enum Command {
     Convert(convert::ConvertArgs),
     /// Say whether two disks are equal, and where they differ
     Verify(verify::VerifyArgs),
+    /// Print the digest of a disk, by which copies of it can be known
+    Digest(digest::DigestArgs),
     /// Keep a copy of a disk on another host, at checkpoints; typed once on each side
     Replicate(replicate::ReplicateArgs),
     /// Let the secondary of a pair take over, at the last checkpoint
@@ -97,6 +100,7 @@ fn run(command: Command) -> Outcome {
         Command::Mirror(args) => mirror::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Digest(args) => digest::run(&args),
         Command::Replicate(args) => replicate::run(&args),
         Command::Switchover(args) => switchover::run(&args),
         Command::Failover(args) => failover::run(&args),

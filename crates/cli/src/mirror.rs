@@ -46,6 +46,19 @@ pub(crate) struct MirrorArgs {
     /// Read source and target again and compare them before the copy counts as one: a share of them, or all
     #[arg(long, value_enum, default_value = "full")]
     verify: Verify,
+    /// When the link to another server is lost, wait for it and go on; if it does not come back, let the job wait for
+    /// `job-resume` (stop), or end (report). Without this the copy fails at once
+    #[arg(long, value_enum, value_name = "THEN")]
+    on_link_loss: Option<LinkLossEnd>,
+    /// Wait so many seconds for a lost link (default: 600)
+    #[arg(long, requires = "on_link_loss", value_name = "SECONDS")]
+    link_wait: Option<u32>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LinkLossEnd {
+    Stop,
+    Report,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -95,6 +108,12 @@ pub(crate) fn run(args: &MirrorArgs) -> Outcome {
 
 /// Copies one file to another with a daemon of our own.
 fn offline(args: &MirrorArgs) -> Outcome {
+    if args.on_link_loss == Some(LinkLossEnd::Stop) {
+        return Err(
+            "--on-link-loss stop needs --socket: nobody else can tell this copy to go on; use report"
+                .to_owned(),
+        );
+    }
     let source = Path::new(&args.source);
     let format = match args.format {
         Some(f) => f,
@@ -258,6 +277,12 @@ fn start(args: &MirrorArgs, client: &mut Client, source: &str, target: &str) -> 
     }
     if !matches!(args.convergence, Convergence::None) {
         job["convergence"] = json!(name(args.convergence));
+    }
+    if let Some(then) = args.on_link_loss {
+        job["on-link-loss"] = json!({"then": name(then)});
+        if let Some(wait) = args.link_wait {
+            job["on-link-loss"]["wait"] = json!(wait);
+        }
     }
     client.execute("blockdev-mirror", &job).map(drop)
 }

@@ -68,7 +68,8 @@ pub(crate) fn run(args: &VerifyArgs) -> Outcome {
     daemon.quit(&mut client)
 }
 
-fn format(given: Option<Format>, place: &str) -> Outcome<Format> {
+/// The format that was given, or the one that the disk shows.
+pub(crate) fn format(given: Option<Format>, place: &str) -> Outcome<Format> {
     match given {
         Some(f) => Ok(f),
         // what another server exports is a disk, whatever it is stored as
@@ -90,23 +91,29 @@ fn compare(args: &VerifyArgs, client: &mut Client, first: &str, second: &str) ->
         job["seed"] = json!(seed);
     }
     client.execute("block-verify", &job)?;
+    let ended = concluded(client, &args.job, |event| tell(args, event))?;
+    verdict(args, &ended)
+}
+
+/// Waits for the end of a comparison, telling `each` of events meanwhile; what is known of it.
+pub(crate) fn concluded(client: &mut Client, job: &str, each: impl Fn(&Value)) -> Outcome<Value> {
     let mut view = View::new();
     loop {
         let all = jobs(client)?;
-        let Some(mine) = all.iter().find(|j| j["id"] == args.job) else {
-            return Err(format!("job {} was dismissed by somebody else", args.job));
+        let Some(mine) = all.iter().find(|j| j["id"] == job) else {
+            return Err(format!("job {job} was dismissed by somebody else"));
         };
         view.update(&[mine]);
         if mine["status"] == "concluded" {
             view.finish();
             while let Some(event) = client.event(AT_ONCE)? {
-                tell(args, &event);
+                each(&event);
             }
-            client.execute("job-dismiss", &json!({"id": args.job}))?;
-            return verdict(args, mine);
+            client.execute("job-dismiss", &json!({"id": job}))?;
+            return Ok(mine.clone());
         }
         if let Some(event) = client.event(EVERY)? {
-            tell(args, &event);
+            each(&event);
         }
     }
 }

@@ -41,7 +41,7 @@ fn kernel_is_here() -> bool {
     boot.into_iter().any(|f| f.file_name().to_string_lossy().starts_with("vmlinuz-"))
 }
 
-/// The interpreter that has `nbd` (libnbd) and `qemu.qmp`.
+/// The interpreter that has `nbd` (libnbd), `qemu.qmp` and `blake3`.
 pub(crate) fn python() -> PathBuf {
     environment().join("bin/python")
 }
@@ -57,7 +57,10 @@ fn environment() -> PathBuf {
 /// Installs what is missing and checks the result.
 pub(crate) fn run(_args: &[String]) -> Outcome {
     ready()?;
-    println!("everything the tests need is here; python with nbd and qemu.qmp: {}", python().display());
+    println!(
+        "everything the tests need is here; python with nbd, qemu.qmp and blake3: {}",
+        python().display()
+    );
     Ok(())
 }
 
@@ -153,7 +156,10 @@ fn codename() -> Option<String> {
 
 fn python_environment() -> Outcome {
     let works = |python: &PathBuf| {
-        Command::new(python).args(["-c", "import nbd, qemu.qmp"]).output().is_ok_and(|o| o.status.success())
+        Command::new(python)
+            .args(["-c", "import nbd, qemu.qmp, blake3"])
+            .output()
+            .is_ok_and(|o| o.status.success())
     };
     if works(&python()) {
         return Ok(());
@@ -167,10 +173,11 @@ fn python_environment() -> Outcome {
         "--quiet",
         "--disable-pip-version-check",
         "qemu.qmp",
+        "blake3",
     ]))?;
     if works(&python()) {
         Ok(())
     } else {
-        fail("python modules `nbd` and `qemu.qmp` cannot be imported after set-up")
+        fail("python modules `nbd`, `qemu.qmp` and `blake3` cannot be imported after set-up")
     }
 }
