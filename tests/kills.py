@@ -290,6 +290,8 @@ class Guest(Client):
             left -= {head for head, _ in self.queue.answers()}
             if self.front.sock.fileno() in ready and left:
                 self.connect()
+                # lives of the daemon that were too short to serve anybody do not count
+                until = time.monotonic() + PATIENCE
                 self.model.figures["reconnections"] += 1
                 # answered before the kill and not flushed: old or new
                 self.unsure |= set(self.model.doubt)
