@@ -146,7 +146,7 @@ impl Command for BlockResize {
         let Ok(size) = u64::try_from(self.size) else {
             return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
         };
-        daemon.graph().resize(&cell, size, Prealloc::Off, |c| check_resizable(c)).await?;
+        daemon.graph().resize(&cell, size, Prealloc::Off, check_resizable).await?;
         Ok(json!({}))
     }
 }
