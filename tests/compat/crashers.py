@@ -31,7 +31,7 @@ SCENES = {
     ],
     "a transaction enables a bitmap that is not there": DISKS + [
         'transaction {"actions":[{"type":"block-dirty-bitmap-enable","data":{"node":"d","name":"zz"}}]} => Dirty bitmap \'zz\' not found',
-        'transaction {"actions":[{"type":"block-dirty-bitmap-enable","data":{"node":"zz","name":"zz"}}]} => nor node-name=\'zz\'',
+        'transaction {"actions":[{"type":"block-dirty-bitmap-enable","data":{"node":"zz","name":"zz"}}]} => Node \'zz\' not found',
     ],
     "a null disk of a negative size": [
         'blockdev-add {"driver":"null-co","node-name":"n","size":-1} => Value \'-1\' is out of range',

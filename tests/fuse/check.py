@@ -310,7 +310,7 @@ def test_after_a_kill(path):
         f.write(b"before")
         os.fsync(f.fileno())
     d.kill()
-    fails(errno.ENOTCONN, lambda: os.stat(d.file))
+    fails(ENDED, lambda: os.stat(d.file))
     state = ("--state-dir", f"{path}/state")
     d = Daemon(path, extra=state)
     assert content(d.file)[:6] == b"before"

@@ -63,7 +63,7 @@ impl Inet {
         let Inet { host, port, .. } = self;
         let unresolved =
             |why: &str| Err(QmpError::generic(format!("address resolution failed for {host}:{port}: {why}")));
-        let is_address = host.trim_matches(['[', ']']).parse::<std::net::IpAddr>().is_ok();
+        let is_address = host.trim_matches(['[', ']']).parse::<core::net::IpAddr>().is_ok();
         if self.numeric == Some(true) && !is_address && !host.is_empty() {
             return unresolved("Name or service not known");
         }
