@@ -56,7 +56,7 @@ fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
     let all =
         ["kills", "power losses", "quits", "pivots", "copies checked", "snapshots", "mirrors that go on"];
     for what in all.into_iter().chain(["jobs begun anew", "disks checked", "links cut", "far power losses"]) {
-        assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
+        assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
     }
 }
 

@@ -162,7 +162,10 @@ pub(crate) async fn description(cell: &Rc<NodeCell>) -> block::Result<String> {
         match at.node().primary() {
             None => break format!("{{\"driver\": \"{driver}\", \"filename\": {name:?}}}"),
             Some(edge) => {
-                around.push((driver, edge.name().to_owned()));
+                // what has its child's name is a job's, and nobody can open it
+                if at.node().filtered().is_none() {
+                    around.push((driver, edge.name().to_owned()));
+                }
                 at = edge.child();
             }
         }

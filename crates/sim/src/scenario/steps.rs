@@ -145,6 +145,13 @@ fn prepared(script: usize) -> Result<Rc<Prepared>, String> {
 /// What a crash left: all files, and which one is the disk by the records.
 type Left = (Vec<(String, Image)>, Disk);
 
+/// The file of an image that is called `name`: where headers say another chain than the daemon has, the name says both.
+fn own_file(name: &str) -> String {
+    let said = name.strip_prefix("json:").and_then(|text| serde_json::from_str::<Json>(text).ok());
+    said.and_then(|said| said["file"]["filename"].as_str().map(str::to_owned))
+        .unwrap_or_else(|| name.to_owned())
+}
+
 /// An image that is the guest's disk.
 #[derive(Clone, Default, Debug)]
 struct Disk {
@@ -409,7 +416,7 @@ impl Play {
             });
             node = same.next().cloned().unwrap_or_default();
         }
-        let disk = Disk { driver: text(&node["drv"]), file: text(&node["file"]) };
+        let disk = Disk { driver: text(&node["drv"]), file: own_file(&text(&node["file"])) };
         let mut image = &node["image"];
         while !image.is_null() {
             chain.push(text(&image["filename"]));
