@@ -14,6 +14,24 @@ fn commit(c: &mut Client, more: &Value) -> Result<Value, String> {
     c.command("block-commit", a)
 }
 
+/// An overlay made meanwhile would be told the name, and nobody could open it afterwards.
+#[test]
+fn no_name_tells_of_what_only_a_job_can_make() {
+    let dir = Dir::new();
+    images(&dir, 4);
+    // so that the name of the top has to say what is below it
+    tool(&dir, "qemu-img|rebase|-u|-f|qcow2|-b||3.qcow2");
+    let (_daemon, mut c) = serve(&dir, 4);
+    commit(&mut c, &json!({"speed": 1})).unwrap();
+    let nodes = c.command("query-named-block-nodes", json!({"flat": true})).unwrap();
+    let nodes = nodes.as_array().unwrap();
+    assert!(nodes.iter().any(|n| n["drv"] == "commit_top"));
+    let top = nodes.iter().find(|n| n["node-name"] == "n3").unwrap()["file"].as_str().unwrap();
+    assert!(top.starts_with("json:") && top.contains("2.qcow2") && !top.contains("commit_top"), "{top}");
+    c.command("block-job-cancel", json!({"device": "j"})).unwrap();
+    until(&mut c, "j", "null");
+}
+
 /// Two images go down under a writing client, slowly at first; the chain is shorter, the header says so, the base is read-only.
 #[test]
 fn in_the_middle_of_a_chain_in_use() {
