@@ -4,7 +4,7 @@
 //! a connection that breaks ends every request in flight with `Disconnected`, and what they did is unknown.
 
 use crate::Verdict;
-use crate::guest::Disk;
+use crate::guest::{Dial, Disk};
 use block::{BlockError, Data, ErrorKind, Io, Result, Span};
 use env::sync::{Oneshot, OneshotSender, Queue, oneshot};
 use env::{Address, Env, Stream, TaskHandle};
@@ -49,6 +49,18 @@ pub struct NbdDisk {
 }
 
 impl NbdDisk {
+    /// How a guest gets at the export, again and again: see [`NbdDisk::connect`].
+    pub fn dial(env: &Env, at: Address, export: &str, mode: Mode, verdict: &Verdict) -> Dial {
+        let (env, export, verdict) = (env.clone(), export.to_owned(), verdict.clone());
+        Box::new(move || {
+            let (env, at, export, verdict) = (env.clone(), at.clone(), export.clone(), verdict.clone());
+            Box::pin(async move {
+                let disk = NbdDisk::connect(&env, &at, &export, mode, &verdict).await?;
+                Ok(disk as Rc<dyn Disk>)
+            })
+        })
+    }
+
     /// Connects and agrees on the best framing up to `mode`.
     pub async fn connect(
         env: &Env,

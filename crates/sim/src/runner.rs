@@ -25,6 +25,13 @@ pub struct Outcome {
     pub trace: Vec<String>,
 }
 
+impl Outcome {
+    /// Of a run that ended before it could count anything.
+    pub(crate) fn bad(violation: String) -> Outcome {
+        Outcome { violation: Some(violation), ..Outcome::default() }
+    }
+}
+
 /// A scenario: a function of the seed. With `verbose` it keeps a trace.
 pub type Scenario = fn(seed: u64, verbose: bool) -> Outcome;
 
@@ -88,7 +95,7 @@ pub fn run_one(scenario: Scenario, seed: u64, verbose: bool) -> Outcome {
                 .cloned()
                 .or_else(|| payload.downcast_ref::<&str>().map(|s| (*s).to_owned()))
                 .unwrap_or_else(|| "a panic without text".to_owned());
-            Outcome { violation: Some(format!("panic: {text}")), ..Outcome::default() }
+            Outcome::bad(format!("panic: {text}"))
         }
     }
 }

@@ -12,7 +12,7 @@ use super::again_work::{Far, Mirroring, Stage};
 use crate::boot::{Booted, nbd};
 use crate::history::{Crash, History};
 use crate::runner::Outcome;
-use crate::{Disk, Guest, Habits, Manager, NbdDisk, Process, Profile, Refusal, Rng, World, read_all};
+use crate::{Guest, Habits, Manager, NbdDisk, Process, Profile, Refusal, Rng, World, read_all};
 use ::nbd::Mode;
 use env::Env;
 use serde_json::{Value, json};
@@ -270,14 +270,7 @@ impl Lives {
             breaks_allowed: true,
             ..Habits::drawn(r, client, self.stage.sectors)
         });
-        let (env, verdict) = (self.outside.clone(), self.world.verdict().clone());
-        let dial = Box::new(move || {
-            let (env, verdict) = (env.clone(), verdict.clone());
-            Box::pin(async move {
-                let d = NbdDisk::connect(&env, &nbd(), "disk", Mode::Structured, &verdict).await?;
-                Ok(d as Rc<dyn Disk>)
-            }) as _
-        });
+        let dial = NbdDisk::dial(&self.outside, nbd(), "disk", Mode::Structured, self.world.verdict());
         let verdict = self.world.verdict().clone();
         Guest::start(&self.outside, habits, self.history.clone(), verdict, self.world.rng("guest"), dial)
     }

@@ -326,14 +326,7 @@ impl Run {
             breaks_allowed: self.plan.end != End::Quit,
             ..Habits::drawn(r, client, self.plan.sectors)
         });
-        let (env, verdict) = (self.outside.clone(), self.world.verdict().clone());
-        let dial = Box::new(move || {
-            let (env, verdict) = (env.clone(), verdict.clone());
-            Box::pin(async move {
-                let d = NbdDisk::connect(&env, &nbd(), "disk", Mode::Extended, &verdict).await?;
-                Ok(d as Rc<dyn Disk>)
-            }) as _
-        });
+        let dial = NbdDisk::dial(&self.outside, nbd(), "disk", Mode::Extended, self.world.verdict());
         let (rng, verdict) = (self.world.rng("guest"), self.world.verdict().clone());
         let guest = Guest::start(&self.outside, habits, self.history.clone(), verdict, rng, dial);
         self.guests.borrow_mut().push(guest);

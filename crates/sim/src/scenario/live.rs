@@ -254,15 +254,8 @@ impl Run {
             ..Habits::drawn(r, client, self.plan.sectors)
         });
         self.discards.set(self.discards.get() || habits.discards > 0 && self.plan.unmap);
-        let (env, verdict) = (self.outside.clone(), self.world.verdict().clone());
         let mode = self.draw(|r| *r.choose(&[Mode::Simple, Mode::Structured, Mode::Extended]));
-        let dial = Box::new(move || {
-            let (env, verdict) = (env.clone(), verdict.clone());
-            Box::pin(async move {
-                let d = NbdDisk::connect(&env, &nbd(), name, mode, &verdict).await?;
-                Ok(d as Rc<dyn Disk>)
-            }) as _
-        });
+        let dial = NbdDisk::dial(&self.outside, nbd(), name, mode, self.world.verdict());
         let rng = self.world.rng("guest");
         let verdict = self.world.verdict().clone();
         let guest = Guest::start(&self.outside, habits, self.history.clone(), verdict, rng, dial);

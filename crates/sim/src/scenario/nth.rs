@@ -145,7 +145,7 @@ pub fn case(seed: u64, verbose: bool) -> Outcome {
     let (kind, nth) = (KINDS[(rest % KINDS.len() as u64) as usize], rest / KINDS.len() as u64);
     let prepared = match prepared(script) {
         Ok(p) => p,
-        Err(e) => return bad(format!("{}, without a fault: {e}", SCRIPTS[script].name)),
+        Err(e) => return Outcome::bad(format!("{}, without a fault: {e}", SCRIPTS[script].name)),
     };
     if nth >= prepared.ios {
         return Outcome::default();
@@ -158,10 +158,6 @@ pub fn case(seed: u64, verbose: bool) -> Outcome {
     outcome.violation =
         outcome.violation.map(|v| format!("{}, I/O {nth} fails ({}): {v}", SCRIPTS[script].name, kind.name));
     outcome
-}
-
-fn bad(violation: String) -> Outcome {
-    Outcome { violation: Some(violation), ..Outcome::default() }
 }
 
 /// Makes the images, and plays the script once without a fault.

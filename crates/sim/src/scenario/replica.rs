@@ -269,14 +269,7 @@ impl Run {
                 ]),
                 ..Habits::drawn(r, n as u32, SECTORS)
             });
-            let (env, verdict) = (primary.outside.clone(), self.world.verdict().clone());
-            let dial = Box::new(move || {
-                let (env, verdict) = (env.clone(), verdict.clone());
-                Box::pin(async move {
-                    let disk = NbdDisk::connect(&env, &nbd(), "f", Mode::Structured, &verdict).await?;
-                    Ok(disk as Rc<dyn Disk>)
-                }) as _
-            });
+            let dial = NbdDisk::dial(&primary.outside, nbd(), "f", Mode::Structured, self.world.verdict());
             let verdict = self.world.verdict().clone();
             let guest = Guest::start(
                 &primary.outside,

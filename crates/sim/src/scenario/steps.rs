@@ -90,7 +90,7 @@ pub fn case(seed: u64, verbose: bool) -> Outcome {
     let (kind, moment) = (rest % HOW.len() as u64, rest / HOW.len() as u64);
     let prepared = match prepared(script) {
         Ok(p) => p,
-        Err(e) => return bad(format!("{}, without a crash: {e}", s.name)),
+        Err(e) => return Outcome::bad(format!("{}, without a crash: {e}", s.name)),
     };
     if moment >= prepared.moments {
         return Outcome::default();
@@ -113,10 +113,6 @@ pub fn case(seed: u64, verbose: bool) -> Outcome {
     outcome.violation =
         outcome.violation.map(|v| format!("{}, crash at {moment} of its moments ({how:?}): {v}", s.name));
     outcome
-}
-
-fn bad(violation: String) -> Outcome {
-    Outcome { violation: Some(violation), ..Outcome::default() }
 }
 
 /// Makes the images, and plays the script once without a crash.
