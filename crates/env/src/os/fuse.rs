@@ -12,7 +12,7 @@ use super::event::core_of;
 use super::op::Handle;
 use super::pool::Pool;
 use super::sys::{again, check, owned};
-use super::{Core, sys};
+use super::{Core, process, sys};
 use crate::Env;
 use block::{BlockError, Data, Result};
 use bytes::Bytes;
@@ -196,9 +196,8 @@ impl FuseMount {
             return;
         }
         // it is no loss that nobody waits for it: what ends the connection is that the descriptor goes
-        let mut helper = Command::new(HELPER);
-        helper.args(["-u", "-q", "-z", "--"]).arg(&self.at).stdin(Stdio::null());
-        drop(self.core.call(Pool::io(), None, Box::new(move || drop(helper.status()))));
+        let at = self.at.clone();
+        drop(self.core.call(Pool::io(), None, Box::new(move || drop(helper_detach(&at)))));
     }
 
     /// It is unmounted already, by somebody else.
@@ -239,12 +238,7 @@ fn detach(at: &Path) -> Result<()> {
 }
 
 fn mode_of(at: &Path) -> Result<u32> {
-    let name = c_string(at.as_os_str())?;
-    // SAFETY: stat is plain data for which all zeroes is valid.
-    let mut st: libc::stat = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers are valid for the call.
-    check(i64::from(unsafe { libc::stat(name.as_ptr(), &raw mut st) })).map_err(BlockError::from_errno)?;
-    Ok(st.st_mode)
+    rustix::fs::stat(at).map(|st| st.st_mode).map_err(|e| BlockError::from_errno(e.raw_os_error()))
 }
 
 /// The mounted connection, and whether the helper made it.
@@ -283,8 +277,7 @@ fn mount_now(at: &Path, o: FuseOptions) -> Result<OwnedFd> {
     let fd =
         again(|| i64::from(unsafe { libc::open(c"/dev/fuse".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC) }));
     let fd = fd.map(owned).map_err(BlockError::from_errno)?;
-    // SAFETY: no pointers; these cannot fail.
-    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    let (user, group) = (process::user(), process::group());
     let other = if o.allow_other { ",allow_other" } else { "" };
     let options = format!(
         "fd={},rootmode={:o},user_id={user},group_id={group},default_permissions,max_read={}{other}",
