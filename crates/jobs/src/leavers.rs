@@ -42,16 +42,13 @@ impl Leavers {
 
     /// The defect that the crash enumeration has to find: the files go before what replaces them is durable.
     pub(crate) async fn delete_too_early(leavers: &RefCell<Option<Leavers>>, graph: &Graph) {
-        let images = leavers
-            .borrow()
-            .iter()
-            .flat_map(|l| &l.images)
-            .filter_map(|i| i.file.clone())
-            .collect::<Vec<_>>();
-        if planted("leavers: deleted before the new copy is durable") {
-            for (path, _) in images {
-                let _ = graph.env().remove(&path).await;
-            }
+        if !planted("leavers: deleted before the new copy is durable") {
+            return;
+        }
+        let files = |l: &Leavers| l.images.iter().filter_map(|i| i.file.clone()).collect::<Vec<_>>();
+        let files = leavers.borrow().as_ref().map(files).unwrap_or_default();
+        for (path, _) in files {
+            let _ = graph.env().remove(&path).await;
         }
     }
 
