@@ -141,7 +141,8 @@ fn action_name(action: Action) -> &'static str {
     }
 }
 
-fn millis(time: Duration) -> u64 {
+/// As QMP tells times.
+pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -4,6 +4,7 @@ use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::address::SocketAddress;
 use crate::error::{QmpError, Reply};
+use crate::jobinfo::millis;
 use block::{BlockError, ErrorKind};
 use drivers::filters::replication::Stage;
 use env::Stream;
@@ -298,12 +299,8 @@ fn min_acks(n: u64) -> Quorum {
 }
 
 fn policy(name: Option<&str>, otherwise: LinkPolicy) -> LinkPolicy {
-    match name {
-        Some("suspend") => LinkPolicy::Suspend,
-        Some("io-error") => LinkPolicy::IoError,
-        Some(_) => LinkPolicy::Degrade,
-        None => otherwise,
-    }
+    // the schema lets no other name through
+    name.and_then(LinkPolicy::from_name).unwrap_or(otherwise)
 }
 
 fn external(decision: Option<&str>, otherwise: bool) -> bool {
@@ -408,10 +405,6 @@ impl Command for Checkpoint {
             "duration-us": micros(done.duration),
         }))
     }
-}
-
-fn millis(d: Duration) -> u64 {
-    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
 }
 
 pub(super) fn micros(d: Duration) -> u64 {

@@ -11,6 +11,7 @@ use crate::Daemon;
 use crate::address::SocketAddress;
 use crate::commands::replication::TlsArg;
 use crate::error::QmpError;
+use crate::jobinfo::millis;
 use env::Address;
 use qapi::{Map, Value, json};
 use replication::Generation;
@@ -23,14 +24,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
-
-fn policy_name(policy: LinkPolicy) -> &'static str {
-    match policy {
-        LinkPolicy::Degrade => "degrade",
-        LinkPolicy::Suspend => "suspend",
-        LinkPolicy::IoError => "io-error",
-    }
-}
 
 impl Recorder {
     pub(super) fn describe_groups(&self, daemon: &Daemon) -> BTreeMap<String, Vec<u8>> {
@@ -56,11 +49,10 @@ fn describe(daemon: &Daemon, group: &Group) -> Value {
     match group.acting() {
         Acting::Unprotected => {}
         Acting::Primary(p) => {
-            let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(u64::MAX);
             let c = p.look(|c| c.config().clone());
             out["primary"] = json!({
                 "write-level": c.write_level.name(), "flush-level": c.flush_level.name(), "min-acks": c.quorum.needed(),
-                "on-link-loss": policy_name(c.policy), "external": c.external_decision,
+                "on-link-loss": c.policy.name(), "external": c.external_decision,
                 "timeout-ms": millis(p.timeout()), "interval-ms": p.interval().map_or(0, millis),
                 "fenced": p.look(Primary::fenced).map_or(0, |g| g.0),
             });
@@ -197,7 +189,7 @@ async fn begin_primary(group: &Rc<Group>, p: &SavedPrimary) -> Result<(), QmpErr
         AckLevel::from_name(name)
             .ok_or_else(|| QmpError::generic(format!("its record names the level '{name}'")))
     };
-    let policy = LinkPolicy::ALL.into_iter().find(|l| policy_name(*l) == p.on_link_loss).unwrap_or_default();
+    let policy = LinkPolicy::from_name(&p.on_link_loss).unwrap_or_default();
     let config = Config {
         write_level: level(&p.write_level)?,
         flush_level: level(&p.flush_level)?,

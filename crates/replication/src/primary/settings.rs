@@ -17,6 +17,20 @@ pub enum LinkPolicy {
 impl LinkPolicy {
     /// All, in the order of their numbers on the wire.
     pub const ALL: [LinkPolicy; 3] = [LinkPolicy::Degrade, LinkPolicy::Suspend, LinkPolicy::IoError];
+
+    /// As in QMP.
+    pub const fn name(self) -> &'static str {
+        match self {
+            LinkPolicy::Degrade => "degrade",
+            LinkPolicy::Suspend => "suspend",
+            LinkPolicy::IoError => "io-error",
+        }
+    }
+
+    /// From QMP.
+    pub fn from_name(name: &str) -> Option<LinkPolicy> {
+        LinkPolicy::ALL.into_iter().find(|l| l.name() == name)
+    }
 }
 
 /// What is set for a group; may change at any time.
@@ -44,5 +58,15 @@ impl Default for Config {
             policy: LinkPolicy::Degrade,
             external_decision: false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::LinkPolicy;
+
+    #[test]
+    fn names_go_both_ways() {
+        LinkPolicy::ALL.into_iter().for_each(|p| assert_eq!(LinkPolicy::from_name(p.name()), Some(p)));
     }
 }

@@ -60,14 +60,20 @@ impl Front {
         *self.closed.borrow_mut() = why;
     }
 
-    fn unprotected(&self, writes: bool) -> Result<()> {
+    /// `request` to the disk below, unless the disk is closed; what writes is remembered as untracked.
+    fn unprotected<'a, T: 'a>(
+        &'a self,
+        writes: bool,
+        request: impl Future<Output = Result<T>> + 'a,
+    ) -> Io<'a, T> {
         if let Some(why) = &*self.closed.borrow() {
-            return Err(BlockError::new(block::ErrorKind::Io, why.clone()));
+            let e = BlockError::new(block::ErrorKind::Io, why.clone());
+            return Box::pin(async { Err(e) });
         }
         if writes {
             self.untracked.set(true);
         }
-        Ok(())
+        Box::pin(request)
     }
 
     /// The edge to the disk.
@@ -116,20 +122,14 @@ impl Node for Front {
         match self.mode() {
             Mode::Secondary(s) => Box::pin(async move { s.read(self.volume, at).await }),
             Mode::Primary(p) => Box::pin(async move { p.read(self.volume, at).await }),
-            Mode::Unprotected => match self.unprotected(false) {
-                Ok(()) => Box::pin(self.disk.read(at)),
-                Err(e) => Box::pin(async { Err(e) }),
-            },
+            Mode::Unprotected => self.unprotected(false, self.disk.read(at)),
         }
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         match self.mode() {
             Mode::Secondary(s) => Box::pin(async move { s.write(self.volume, at, data, flags.fua).await }),
             Mode::Primary(p) => Box::pin(async move { p.write(self.volume, at, Some(data), flags).await }),
-            Mode::Unprotected => match self.unprotected(true) {
-                Ok(()) => Box::pin(self.disk.write(at.start, data, flags)),
-                Err(e) => Box::pin(async { Err(e) }),
-            },
+            Mode::Unprotected => self.unprotected(true, self.disk.write(at.start, data, flags)),
         }
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
@@ -141,19 +141,13 @@ impl Node for Front {
                 // a fast-or-fail request may not become a slow write on this side
                 Box::pin(async move { p.write(self.volume, at, None, flags).await })
             }
-            Mode::Unprotected => match self.unprotected(true) {
-                Ok(()) => Box::pin(self.disk.zero(at, flags)),
-                Err(e) => Box::pin(async { Err(e) }),
-            },
+            Mode::Unprotected => self.unprotected(true, self.disk.zero(at, flags)),
         }
     }
     /// Rule D2: all replicas or none. A discard of a replicated disk does nothing, on both sides.
     fn discard(&self, at: Span) -> Io<'_> {
         match self.mode() {
-            Mode::Unprotected => match self.unprotected(true) {
-                Ok(()) => Box::pin(self.disk.discard(at)),
-                Err(e) => Box::pin(async { Err(e) }),
-            },
+            Mode::Unprotected => self.unprotected(true, self.disk.discard(at)),
             _ => Box::pin(async { Ok(()) }),
         }
     }

@@ -423,23 +423,13 @@ impl Store {
         if self.engine == Engine::Redo {
             return Vec::new();
         }
-        let s = self.state.borrow();
-        let of = |(v, map): (usize, &RangeMap)| {
-            let v = u16::try_from(v).unwrap_or(u16::MAX);
-            map.iter().map(|(span, _)| (v, span)).collect::<Vec<_>>()
-        };
-        s.layers.iter().flat_map(|l| l.maps.iter().enumerate().flat_map(of)).collect()
+        kept_by(&self.state.borrow().layers)
     }
 
     /// What this side's owner has written since the checkpoint and the disk does not hold yet: (volume, range).
     pub fn own_ranges(&self) -> Vec<(u16, Span)> {
         let s = self.state.borrow();
-        let layers = [Some(&s.own), s.merging.as_ref()].into_iter().flatten();
-        let of = |(v, map): (usize, &RangeMap)| {
-            let v = u16::try_from(v).unwrap_or(u16::MAX);
-            map.iter().map(|(span, _)| (v, span)).collect::<Vec<_>>()
-        };
-        layers.flat_map(|l| l.maps.iter().enumerate().flat_map(of)).collect()
+        kept_by([&s.own].into_iter().chain(&s.merging))
     }
 
     /// Everything kept so far survives a crash.
@@ -649,4 +639,13 @@ impl Store {
         }
         self.log.barrier().await
     }
+}
+
+/// Where `layers` hold something: (volume, range).
+fn kept_by<'a>(layers: impl IntoIterator<Item = &'a Layer>) -> Vec<(u16, Span)> {
+    let of = |(v, map): (usize, &'a RangeMap)| {
+        let v = u16::try_from(v).unwrap_or(u16::MAX);
+        map.iter().map(move |(span, _)| (v, span))
+    };
+    layers.into_iter().flat_map(|l| l.maps.iter().enumerate().flat_map(of)).collect()
 }

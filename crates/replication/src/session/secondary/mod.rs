@@ -19,7 +19,7 @@ use crate::wire::{Body, Decoder, Doubt, Frame, HandOver, VolumeInfo};
 use block::{BlockError, Data, Result, Span};
 use drivers::filters::replication::Stage;
 use env::sync::{Notify, Queue, Semaphore, race};
-use env::{Address, Env, Listener, Stream};
+use env::{Env, Listener, Stream};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -158,17 +158,6 @@ impl SecondaryGroup {
             }
             changed.await;
         }
-    }
-
-    /// Listens at `at`.
-    ///
-    /// # Errors
-    /// The address cannot be used.
-    pub async fn listen(self: &Rc<Self>, at: &Address) -> Result<Address> {
-        let listener = self.env.listen(at).await?;
-        let address = listener.address();
-        self.serve(listener);
-        Ok(address)
     }
 
     /// No more connections.
