@@ -693,7 +693,9 @@ fn a_pair_comes_back_by_itself() {
         s.io(0, "write -P 8 3M 64k").unwrap();
         let mut s = s.back();
         let info = s.info();
-        assert_eq!((&info["role"], &info["committed-epoch"]), (&json!("secondary"), &json!(epoch)), "{info}");
+        assert_eq!(info["role"], "secondary", "{info}");
+        // the primary, too, is fast: it may have brought it up to date already, with a checkpoint
+        assert!(info["committed-epoch"].as_u64() >= Some(epoch), "{info}");
         p.until_running(1);
         s.io(0, "read -P 3 2M 64k").unwrap();
         p.io(0, "write -P 4 5M 64k").unwrap();
