@@ -651,24 +651,33 @@ def join_io(words):
     return out
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def report(doc, what, items, play):
+    """The command of those who compare: options, each item played by `play(item, options)`, and what differed."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--daemon", default=os.environ.get("LIVEBLKD", "liveblkd"))
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("transcripts", nargs="+")
+    parser.add_argument(what, nargs="+")
     options = parser.parse_args()
-    failed = 0
-    for path in options.transcripts:
-        problems = Replay(options.daemon, path, options.verbose).run()
-        name = os.path.basename(path)
-        problems = [p for p in problems if not any(name.startswith(n) and k in p for n, k, _ in KNOWN)]
-        print(f"{'differs' if problems else 'same':8}{os.path.basename(path)}")
-        for p in problems[:40]:
+    failed = count = 0
+    for name, item in items(getattr(options, what)):
+        problems = play(item, options)
+        print(f"{'differs' if problems else 'same':8}{name}")
+        for p in problems[:200]:
             print("        ", p)
         failed += bool(problems)
-    print(f"{len(options.transcripts) - failed} of {len(options.transcripts)} the same")
+        count += 1
+    print(f"{count - failed} of {count} the same")
     return 1 if failed else 0
 
 
+def named(paths):
+    return ((os.path.basename(p), p) for p in paths)
+
+
+def play(path, options):
+    problems, name = Replay(options.daemon, path, options.verbose).run(), os.path.basename(path)
+    return [p for p in problems if not any(name.startswith(n) and k in p for n, k, _ in KNOWN)]
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, "transcripts", named, play))

@@ -7,7 +7,6 @@ Each `qemu-system` of a transcript is a daemon here. `qemu-io` by way of `human-
 for it; what it said stands in the note behind. What NBD clients did while it was recorded is not in the transcript: see CLIENTS.
 Compared are replies and what clients read, and of events those of quorums. Exit status 0: nothing differs but what KNOWN has.
 """
-import argparse
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from replay import Connection, clean, differences  # noqa: E402
+from replay import Connection, clean, differences, named, report  # noqa: E402
 
 # (transcript, what a difference contains, why it may differ: each is told in docs/compat.md)
 KNOWN = [
@@ -172,20 +171,5 @@ def play(path, daemon, verbose):
     return problems
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--daemon", default=os.environ.get("LIVEBLKD", "liveblkd"))
-    parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("transcripts", nargs="+")
-    options = parser.parse_args()
-    failed = 0
-    for path in options.transcripts:
-        problems = play(path, options.daemon, options.verbose)
-        print(f"{'differs' if problems else 'same':8}{os.path.basename(path)}")
-        print("".join(f"         {p[:400]}\n" for p in problems), end="")
-        failed += bool(problems)
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, "transcripts", named, lambda path, o: play(path, o.daemon, o.verbose)))

@@ -11,7 +11,6 @@ directory, SRC that of this file. Compared are replies, exit status and output o
 node in their order (without pauses that nobody asked for: the reference drains by pausing).
 Exit status 0: nothing differs.
 """
-import argparse
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from replay import Connection, clean, differences, key  # noqa: E402
+from replay import Connection, clean, differences, key, report  # noqa: E402
 
 # nbdsh takes the first python3 there is, and the system's alone knows libnbd
 ENV = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
@@ -173,23 +172,6 @@ def play(lines, daemon, verbose):
     return problems
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--daemon", default=os.environ.get("LIVEBLKD", "liveblkd"))
-    parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("scenes", nargs="+")
-    options = parser.parse_args()
-    failed = 0
-    every = [scene for path in options.scenes for scene in scenes(path)]
-    for name, lines in every:
-        problems = play(lines, options.daemon, options.verbose)
-        print(f"{'differs' if problems else 'same':8}{name}")
-        for p in problems[:200]:
-            print("        ", p)
-        failed += bool(problems)
-    print(f"{len(every) - failed} of {len(every)} the same")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    every = lambda paths: (scene for path in paths for scene in scenes(path))  # noqa: E731
+    sys.exit(report(__doc__, "scenes", every, lambda lines, o: play(lines, o.daemon, o.verbose)))
