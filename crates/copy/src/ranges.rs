@@ -122,9 +122,9 @@ impl RangeLocks {
             || inner.queue.iter().any(|w| whose(w.owner) && w.at.overlaps(at))
     }
 
-    /// Calls `each` with every range that is held.
-    pub fn each_held(&self, mut each: impl FnMut(Span)) {
-        self.inner.borrow().held.values().for_each(|h| each(h.0));
+    /// Calls `each` with every range that is held, and whose it is.
+    pub fn each_held(&self, mut each: impl FnMut(Span, Owner)) {
+        self.inner.borrow().held.values().for_each(|h| each(h.0, h.2));
     }
 
     /// Ranges held and requests waiting.

@@ -420,7 +420,7 @@ impl Work {
     /// What the target may lack at this instant: what is dirty, and what is being brought to it.
     pub fn unfinished(&self) -> Bitmap {
         let mut all = self.dirty.borrow().clone();
-        self.locks.each_held(|at| all.set(at));
+        self.locks.each_held(|at, _| all.set(at));
         all
     }
 

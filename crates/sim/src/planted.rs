@@ -7,6 +7,7 @@ use crate::runner::{Scenario, run_one};
 use crate::scenario::again::again;
 use crate::scenario::chain::chain;
 use crate::scenario::live::{link, whole_daemon};
+use crate::scenario::replica::replica;
 use crate::scenario::steps;
 use copy::bugs::Bug;
 use std::ops::Range;
@@ -40,6 +41,10 @@ pub const RETURNING: &[&str] = &[
     "dirtylog: cleared before the target's flush",
 ];
 
+/// Those that only hosts that replicate show.
+pub const REPLICATED: &[&str] =
+    &["replication: forgotten without a flush here", "replication: what is under way counts as written"];
+
 /// Those that a crash at one certain moment of an operation shows.
 pub const MOMENTARY: &[&str] = &[
     "leavers: deleted before the new copy is durable",
@@ -56,6 +61,7 @@ enum Defect {
     Chained(&'static str),
     Returning(&'static str),
     Momentary(&'static str),
+    Replicated(&'static str),
 }
 
 impl Defect {
@@ -65,7 +71,8 @@ impl Defect {
             Defect::Named(name)
             | Defect::Chained(name)
             | Defect::Returning(name)
-            | Defect::Momentary(name) => name.to_owned(),
+            | Defect::Momentary(name)
+            | Defect::Replicated(name) => name.to_owned(),
         }
     }
 }
@@ -85,7 +92,11 @@ fn plant(defect: Option<Defect>) {
     let (copy, named) = match defect {
         Some(Defect::Copy(bug)) => (Some(bug), None),
         Some(
-            Defect::Named(name) | Defect::Chained(name) | Defect::Returning(name) | Defect::Momentary(name),
+            Defect::Named(name)
+            | Defect::Chained(name)
+            | Defect::Returning(name)
+            | Defect::Momentary(name)
+            | Defect::Replicated(name),
         ) => (None, Some(name)),
         None => (None, None),
     };
@@ -100,6 +111,7 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
         Defect::Chained(_) => chain,
         Defect::Returning(_) => again,
         Defect::Momentary(_) => steps::case,
+        Defect::Replicated(_) => replica,
         Defect::Copy(Bug::DoubtForgotten) => link,
         Defect::Copy(_) | Defect::Named(_) => whole_daemon,
     };
@@ -121,6 +133,7 @@ pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + 
     let all = all.chain(CHAINED.iter().map(|n| Defect::Chained(n)));
     let all = all.chain(RETURNING.iter().map(|n| Defect::Returning(n)));
     let all = all.chain(MOMENTARY.iter().map(|n| Defect::Momentary(n)));
+    let all = all.chain(REPLICATED.iter().map(|n| Defect::Replicated(n)));
     let all: Vec<Defect> = all.filter(|d| d.name().contains(only)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {

@@ -415,10 +415,19 @@ impl Group {
         let _still = still.ok_or_else(|| refused("requests under way do not end"))?;
         let former = match &acting {
             Acting::Unprotected => None,
-            Acting::Primary(p) => p.former()?,
+            // what a power loss could still take from these disks alone is in no place that is named
+            Acting::Primary(p) if self.flush().await.is_ok() => p.former()?,
+            Acting::Primary(_) => None,
             Acting::Secondary(s) => s.activity().map(|a| Former::recorded(&a)),
         };
         self.begin_secondary(listener, Begin { demote, former, again: false }).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        for (front, _) in &self.fronts {
+            front.disk().flush().await?;
+        }
+        Ok(())
     }
 
     /// Begins again as the secondary that it was before a restart, taken over or not.
