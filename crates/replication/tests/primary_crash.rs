@@ -66,7 +66,7 @@ async fn secondary(env: &Env) -> Rc<SecondaryGroup> {
     let disk: Rc<dyn Volume> = Rc::new(FileVolume(env.open(Path::new("/disk"), mode).await.unwrap()));
     let store = Store::open(env, file, vec![disk]).await.unwrap();
     let s = SecondaryGroup::new(env, store, "/s.record".into(), Rc::new(|_: &'static str, _| ()));
-    s.listen(&Address::tcp("s", 7000)).await.unwrap();
+    s.serve(env.listen(&Address::tcp("s", 7000)).await.unwrap());
     s
 }
 

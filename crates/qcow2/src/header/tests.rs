@@ -1,3 +1,5 @@
+//! What a header says is what was written, and nothing wrong gets through: each field by its name, any prefix, any byte.
+
 use super::*;
 
 fn sample() -> Header {
