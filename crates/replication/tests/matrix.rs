@@ -480,6 +480,61 @@ fn torn_metadata(engine: Engine) {
     panic!("the writes never end");
 }
 
+/// The power fails while a store is made, in an empty file or over a store that was given up: afterwards there is the old one, the new one,
+/// or one that is known not to be made; and what is no store is not taken for that.
+#[test]
+fn a_store_that_was_not_completely_made_is_made_again() {
+    for again in [false, true] {
+        for at in 0..MOST {
+            let ended = Rc::new(Cell::new(false));
+            for draw in 0..DRAWS {
+                let told = ended.clone();
+                let outcome = World::play(at * DRAWS + draw, false, |w| async move {
+                    for name in ["/disk0", "/disk1", "/store"] {
+                        w.host().install(name, Image::from_bytes(&[]));
+                    }
+                    let (env, process) = w.start();
+                    let mode = OpenMode { write: true, ..OpenMode::default() };
+                    let file = env.open(Path::new("/store"), mode).await.unwrap();
+                    let size = replication::store::MIN_SIZE;
+                    let new = NewStore { group: group(), engine: Engine::Redo, size };
+                    if again {
+                        Store::create(&file, &new, history(7)).await.unwrap();
+                        // moves the slots on
+                        drop(open(&env).await);
+                    }
+                    let larger = NewStore { size: 2 * size, ..new };
+                    let step = async { Store::create(&file, &larger, history(9)).await.unwrap() };
+                    let done = until_io(&w, at, Box::pin(step)).await;
+                    told.set(done);
+                    w.host().power_loss(&[&process]);
+                    w.host().clear_faults();
+                    let (env, _process) = w.start();
+                    let file = env.open(Path::new("/store"), mode).await.unwrap();
+                    if !Store::is_made(&file).await.unwrap() {
+                        assert!(!done && !again);
+                        Store::create(&file, &larger, history(9)).await.unwrap();
+                    }
+                    let epoch = open(&env).await.history().epoch();
+                    assert!(epoch == Epoch(9) || again && !done && epoch == Epoch(7), "{epoch}");
+                });
+                assert_eq!(outcome.violation, None, "again: {again}, crash at I/O {at}, draw {draw}");
+            }
+            if ended.get() {
+                assert!(at > 4);
+                break;
+            }
+        }
+    }
+    let outcome = World::play(1, false, |w| async move {
+        w.host().install("/store", Image::from_bytes(b"somebody's notes"));
+        let (env, _process) = w.start();
+        let file = env.open(Path::new("/store"), OpenMode::default()).await.unwrap();
+        assert!(Store::is_made(&file).await.unwrap(), "it would be overwritten");
+    });
+    assert_eq!(outcome.violation, None);
+}
+
 fn both_engines(prepare: Step, step: Step, check: Check) {
     for engine in [Engine::Redo, Engine::Undo] {
         let ios = secondary_row(engine, prepare, step, check);

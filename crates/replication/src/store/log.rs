@@ -128,18 +128,43 @@ pub(crate) struct Log {
 
 impl Log {
     /// Makes a new log of `anchor.ring` bytes in `file`. If one was there, its records count as leftovers.
+    ///
+    /// A crash leaves the old one, or the new one, or a file that is none yet ([`Log::is_made`]): the length comes behind the slots,
+    /// and of two old slots the older is overwritten first.
     pub(crate) async fn create(file: &Rc<dyn env::File>, anchor: &Anchor) -> Result<()> {
-        let before = match file.len_hint() >= RING_START {
-            true => newest_anchor(file).await?.map_or(0, |a| a.incarnation),
-            false => 0,
-        };
-        file.set_len(RING_START + anchor.ring).await?;
-        for slot in 0..2 {
-            let (incarnation, floor) = (before, if before == 0 { 0 } else { before + 1 });
-            let a = Anchor { sequence: slot, incarnation, floor, ..anchor.clone() };
-            file.write(slot * SLOT, a.encode()).await?;
+        let made = Log::is_made(file).await?;
+        let old = if made { newest_anchor(file).await? } else { None };
+        let before = old.as_ref().map_or(0, |a| a.incarnation);
+        let newest = old.map_or(1, |a| a.sequence % 2);
+        let len = RING_START + anchor.ring;
+        if made && file.len_hint() < len {
+            file.set_len(len).await?;
+            file.barrier().await?;
         }
+        for (sequence, slot) in [(0, 1 - newest), (1, newest)] {
+            let (incarnation, floor) = (before, if before == 0 { 0 } else { before + 1 });
+            // where the next is written follows from the number of the last
+            let a = Anchor { sequence: sequence + (1 - newest), incarnation, floor, ..anchor.clone() };
+            file.write(slot * SLOT, a.encode()).await?;
+            file.barrier().await?;
+        }
+        file.set_len(len).await?;
         file.barrier().await
+    }
+
+    /// Whether a log was ever completely made in `file`, or it holds something else. If not, it is empty, or was begun.
+    pub(crate) async fn is_made(file: &Rc<dyn env::File>) -> Result<bool> {
+        let len = file.len_hint();
+        if len > RING_START {
+            return Ok(true);
+        }
+        for slot in Span::new(0, len).pieces(SLOT) {
+            let bytes = file.read(slot).await?;
+            if !bytes.is_zero() && !bytes.contiguous().starts_with(&SLOT_MAGIC.to_le_bytes()) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Opens a log: gives every whole record to `each`, in order, and begins a new incarnation.

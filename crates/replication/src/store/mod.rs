@@ -104,11 +104,11 @@ pub struct Usage {
     pub size: u64,
     /// Of them in use.
     pub used: u64,
-    /// Bytes of own writes in the log.
+    /// Of them by own writes.
     pub own: u64,
-    /// Bytes of committed changes that are not yet on the disk (redo), or of what committed changes overwrote (undo).
+    /// By committed changes that are not yet on the disk (redo), or by what committed changes overwrote (undo): zero only if there are none.
     pub pending: u64,
-    /// Bytes of undecided changes (redo) or preserved content (undo).
+    /// By undecided changes (redo) or preserved content (undo).
     pub open: u64,
 }
 

@@ -368,7 +368,8 @@ impl Group {
     async fn taken_over(&self) -> Result<Option<History>> {
         let env = self.graph.env();
         let file = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await {
-            Ok(file) => file,
+            Ok(file) if Store::is_made(&file).await? => file,
+            Ok(_) => return Ok(None),
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e),
         };
@@ -451,7 +452,10 @@ impl Group {
             Err(e) => return Err(e),
         };
         let there = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await {
-            Ok(file) => Some(Store::open(&env, file, self.volumes()).await.map_err(|e| self.of_store(e))?),
+            Ok(file) if Store::is_made(&file).await? => {
+                Some(Store::open(&env, file, self.volumes()).await.map_err(|e| self.of_store(e))?)
+            }
+            Ok(_) => None,
             Err(e) if e.kind() == ErrorKind::NotFound => None,
             Err(e) => return Err(e),
         };
