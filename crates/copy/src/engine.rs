@@ -381,6 +381,9 @@ impl Engine {
             // those who copy for a guest bring the same bytes to the same target, and wake us when they have
             return Err(None);
         }
+        if work.is_held_up() {
+            return compares.map_or(Err(None), |p| self.start_check(&p, now, active));
+        }
         let dirty = work.dirty_bytes();
         let most = self.window.piece(dirty, active);
         let urgent = work.urgent.take();

@@ -55,6 +55,9 @@ pub struct Work {
     pub(crate) data_of: Cell<Option<u64>>,
     /// Bytes brought to the target.
     pub(crate) done: Cell<u64>,
+    /// So many may be, see [`Work::set_ceiling`].
+    ceiling: Cell<u64>,
+    held_up: Notify,
     /// How far the first pass over the disk has come.
     pub(crate) frontier: Cell<u64>,
     pub(crate) wake: Notify,
@@ -102,6 +105,8 @@ impl Work {
             zeroed: Cell::new(0),
             data_of: Cell::new(None),
             done: Cell::new(0),
+            ceiling: Cell::new(u64::MAX),
+            held_up: Notify::new(),
             frontier: Cell::new(0),
             wake: Notify::new(),
             failure: RefCell::new(None),
@@ -241,6 +246,27 @@ impl Work {
     /// Bytes brought to the target so far.
     pub fn done(&self) -> u64 {
         self.done.get()
+    }
+
+    /// Nothing more is copied once [`Work::done`] and what is in flight come to `done` bytes, until this is raised: for whoever has to
+    /// make what was copied durable, and must not be left behind. Clients' writes go on.
+    pub fn set_ceiling(&self, done: u64) {
+        self.ceiling.set(done);
+        self.wake.notify_all();
+    }
+
+    /// Ends when the copy waits for a higher ceiling.
+    pub fn held_up(&self) -> Wait<'_> {
+        self.held_up.wait()
+    }
+
+    /// Whether the copy has to wait for a higher ceiling; tells so.
+    pub(crate) fn is_held_up(&self) -> bool {
+        let held = self.done.get().saturating_add(self.copying.get()) >= self.ceiling.get();
+        if held {
+            self.held_up.notify_all();
+        }
+        held
     }
 
     /// Whether source and target are equal but for requests that have not been answered: nothing dirty, nothing being

@@ -441,6 +441,40 @@ fn speed_is_kept_and_changes_at_once() {
 }
 
 #[test]
+fn no_more_is_copied_than_whoever_makes_it_durable_allows() {
+    simulate(8, |env, _| async move {
+        let (len, piece) = (4 << 20, 65536);
+        let (source, target) = (Mem::new(&env, len), Mem::new(&env, len));
+        (0..len / 4096).for_each(|b| source.put(b * 4096, &[1; 4096], true));
+        let work = Work::new(env.clone(), len, piece).unwrap();
+        work.mark(Span::new(0, len));
+        let (desk, policy) = (Desk::new(), Follow::new(Mode::Background));
+        let graph = Graph::new(&env);
+        let (s, t) = (edge(&graph, "s", source.clone()).await, edge(&graph, "t", target.clone()).await);
+        // more than a piece at a time is not in flight
+        let mut engine = Engine::new(work.clone(), s, t, policy, desk.clone(), piece);
+        for ceiling in [1 << 20, 3 << 20] {
+            work.set_ceiling(ceiling);
+            let told = work.clone();
+            let held = env.spawn("held", async move { told.held_up().await });
+            assert!(env.timeout(Duration::from_secs(60), engine.run()).await.is_none());
+            assert!((ceiling..ceiling + piece).contains(&work.done()), "{} of {ceiling}", work.done());
+            assert!(held.is_done(), "nobody was told");
+        }
+        let raise = work.clone();
+        let later = env.clone();
+        env.spawn("raise", async move {
+            later.sleep(Duration::from_secs(1)).await;
+            raise.set_ceiling(u64::MAX);
+        });
+        let begun = env.now();
+        engine.run().await.unwrap();
+        assert!(env.now() - begun < Duration::from_secs(5), "it is noticed at once");
+        assert_eq!(*source.bytes.borrow(), *target.bytes.borrow());
+    });
+}
+
+#[test]
 fn zero_length_and_nothing_to_do() {
     simulate(6, |env, _| async move {
         let (source, target) = (Mem::new(&env, 0), Mem::new(&env, 0));

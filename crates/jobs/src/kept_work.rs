@@ -23,6 +23,11 @@ use std::time::Duration;
 /// Bytes copied after which the target is flushed and they are let go: what is copied again after a crash, beside what was
 /// dirty.
 const STEP: u64 = 64 << 20;
+/// Bytes of copied data that may not be let go yet, at least, and as a part of the disk: then copying waits until they are. (Copies into
+/// the page cache are made many times faster than they are flushed.)
+const MOST: u64 = 2 * STEP;
+/// See [`MOST`]: 160 MiB of 10 GiB, as much as the log of changes may have in doubt.
+const MOST_SHARE: u64 = 64;
 /// The same is done after so long, if anything was copied.
 const PERIOD: Duration = Duration::from_secs(2);
 /// How often it is looked whether it is time.
@@ -116,12 +121,18 @@ impl KeptWork {
     async fn keep(&self, work: &Work, source: &Edge, target: &Edge, mut new: bool) {
         let (mut done, mut last) = (work.done(), self.env.now());
         let mut wait = if new { Duration::ZERO } else { LOOK };
+        let most = MOST.max(work.len() / MOST_SHARE);
+        work.set_ceiling(done.saturating_add(most));
         loop {
             // ends at once when the job does
-            let _ended = race(self.env.sleep(wait), self.stop.wait()).await;
-            let Some(set) = self.set.borrow().clone().filter(|_| !self.over.get()) else { return };
+            let sooner = async {
+                let _either = race(work.held_up(), self.stop.wait()).await;
+            };
+            let held = race(self.env.sleep(wait), sooner).await.is_none();
+            let Some(set) = self.set.borrow().clone().filter(|_| !self.over.get()) else { break };
             let (copied, passed) = (work.done() - done, self.env.now().saturating_sub(last));
             let due = copied >= STEP || (passed >= PERIOD && (copied > 0 || new)) || wait.is_zero();
+            let due = due || held && copied > 0;
             wait = LOOK;
             if !due {
                 continue;
@@ -146,9 +157,12 @@ impl KeptWork {
                 let ended = || BlockError::new(ErrorKind::Cancelled, "the job has ended");
                 race(flush, self.stop.wait()).await.unwrap_or_else(|| Err(ended()))
             };
-            // A target that cannot be flushed is the job's matter; here it is tried again.
-            new &= set.checkpoint(&unfinished, unless_ended).await.is_err();
+            let kept = set.checkpoint(&unfinished, unless_ended).await.is_ok();
+            new &= !kept;
+            // A target that cannot be flushed is the job's matter; here it is tried again, and what a crash costs then has no bound.
+            work.set_ceiling(if kept { done.saturating_add(most) } else { u64::MAX });
         }
+        work.set_ceiling(u64::MAX);
     }
 
     /// The job has ended, with so much to do.

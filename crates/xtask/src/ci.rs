@@ -24,6 +24,11 @@ const STEPS: &[Step] = &[
         guest.arg(shell::root().join("tests/vhost/guest.py"));
         shell::run(guest.arg("--daemon").arg(shell::target().join("debug/liveblkd")))
     }),
+    ("resume", || {
+        let mut resume = Command::new(setup::python());
+        resume.arg(shell::root().join("tests/resume.py")).args(["--mib", "512"]);
+        shell::run(resume.arg("--daemon").arg(shell::target().join("debug/liveblkd")))
+    }),
     ("kills", || {
         let mut kills = Command::new(setup::python());
         kills.arg(shell::root().join("tests/kills.py")).args(["--kills", "50"]);

@@ -30,6 +30,7 @@ cargo xtask COMMAND
   interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
   dirty     bitmaps under kill -9, beside what really changed, and a mirror killed at 90 %: [--rounds N] [--seed S]
+  resume    a mirror of 10 GiB cut at 90 % in three ways, and how much more it copies: [--mib N] [--dir DIR] [--only killed|link|target]
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]
   scale     disks of 64 TiB, 256 layers, 1,000 nodes, 64 exports, large bitmaps: are they as cheap as small ones? [--reference QSD] [--rounds N]
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
@@ -59,6 +60,7 @@ fn main() {
         "interleave" => interleave(&rest),
         "bitmaps" => script("compat/bitmaps.py", &rest),
         "dirty" => script("compat/dirty.py", &rest),
+        "resume" => script("resume.py", &rest),
         "vast" => script("vast.py", &rest),
         "scale" => scale(&rest),
         "guest" => script("vhost/guest.py", &rest),
