@@ -223,6 +223,7 @@ class Case:
         assert b and b.get("inconsistent"), f"{self.kind}: another program wrote, and the bitmap is believed: {b}"
         said = open(self.d.told).read()
         assert "another program" in said or "was changed" in said, f"nobody was told why: {said}"
+        assert b["inconsistent-reason"] in said, f"the query does not say why: {b}"
         self.d.do("block-dirty-bitmap-remove", node="n", name="b")
         self.d.do("block-dirty-bitmap-add", node="n", name="b", granularity=GRANULARITY, persistent=True)
         self.d.kill()

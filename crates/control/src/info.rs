@@ -184,6 +184,10 @@ fn bitmap(b: &Rc<DirtyBitmap>) -> Value {
     out.insert("persistent".into(), json!(b.persistent()));
     if b.inconsistent() {
         out.insert("inconsistent".into(), json!(true));
+        let why = b.why_inconsistent();
+        if !why.is_empty() {
+            out.insert("inconsistent-reason".into(), json!(why));
+        }
     }
     out.insert("busy".into(), json!(b.busy()));
     let (granularity, count) = {

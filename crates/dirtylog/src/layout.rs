@@ -39,6 +39,9 @@ pub(crate) const MAX_NAME: usize = 1023;
 /// Most hot regions that a record can name.
 pub(crate) const MAX_HOT: usize = 448;
 
+/// The sequence number of the first record of a file.
+pub(crate) const FIRST_RECORD: u64 = 1;
+
 const HEADER_MAGIC: u64 = u64::from_le_bytes(*b"lbDirty1");
 const HOT_MAGIC: u64 = u64::from_le_bytes(*b"lbDirtyH");
 /// Bytes of a header before its variable part, and of an entry before its name.
@@ -305,6 +308,11 @@ impl Hot {
         }
         let regions = (0..n).map(|i| le64(b, 40 + 8 * i)).collect::<Option<_>>()?;
         Some(Hot { sequence: le64(b, 8)?, opening: le64(b, 16)?, wall: le64(b, 24)?, regions })
+    }
+
+    /// The highest number of a whole record of any opening; 0 without one.
+    pub(crate) fn last_sequence(all: &[u8]) -> u64 {
+        all.chunks_exact(HOT_COPY as usize).filter_map(Hot::parse).map(|h| h.sequence).max().unwrap_or(0)
     }
 
     /// The newest whole record of `opening` among all slots, and the slot that it is in.

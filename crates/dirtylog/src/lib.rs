@@ -35,7 +35,7 @@ mod turn;
 pub use job_set::JobSet;
 pub use layout::{MAX_IDENTITY, MAX_KEPT};
 pub use log::{DirtyLog, Figures, Pass, Settings};
-pub use recover::{Found, FoundBitmap, read};
+pub use recover::{Found, FoundBitmap, is_unused, read};
 pub use regions::{Geometry, geometry_for};
 pub use turn::BEAT;
 

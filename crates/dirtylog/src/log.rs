@@ -5,7 +5,7 @@
 
 use crate::job_set::Recorder;
 use crate::kept::Kept;
-use crate::layout::{Header, Kind};
+use crate::layout::{FIRST_RECORD, Header, Kind};
 use crate::recover::Found;
 use crate::regions::{Geometry, Regions, geometry_for};
 use bitmap::{BitmapList, DirtyBitmap};
@@ -139,7 +139,7 @@ impl DirtyLog {
             uncertain: Cell::new(true),
             ghosts: RefCell::new(ghosts),
             hot_slot: Cell::new(found.as_ref().map_or(0, |f| f.hot_slot + 1)),
-            hot_sequence: Cell::new(found.as_ref().map_or(1, |f| f.hot_sequence + 1)),
+            hot_sequence: Cell::new(found.as_ref().map_or(FIRST_RECORD, |f| f.hot_sequence + 1)),
             crowded: Cell::new(false),
             edited: Cell::new(false),
             closed: Cell::new(false),

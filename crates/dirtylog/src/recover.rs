@@ -4,8 +4,8 @@
 //! never an error that keeps a disk from being opened.
 
 use crate::layout::{
-    Entry, GRANULES, HEADER_COPY, HOT_SPAN, Header, Hot, Kind, SECTOR, SECTOR_BITS, Sector, header_slot,
-    parse_sector,
+    Entry, FIRST_RECORD, GRANULES, HEADER_COPY, HOT_SPAN, Header, Hot, Kind, SECTOR, SECTOR_BITS, Sector,
+    header_slot, parse_sector,
 };
 use bitmap::Bitmap;
 use block::{Result, Span};
@@ -129,6 +129,21 @@ pub async fn read(file: &Rc<dyn env::File>) -> Result<Option<Found>> {
         });
     }
     Ok(Some(found))
+}
+
+/// Whether nothing was kept in `file` yet, in which [`read`] found nothing: whoever made it was killed before its first header. (With
+/// that goes at most the first record; later ones tell of a header that is gone.)
+///
+/// # Errors
+/// The file's.
+pub async fn is_unused(file: &Rc<dyn env::File>) -> Result<bool> {
+    for at in (0..2).flat_map(header_slot) {
+        let first = file.read(Span::new(at, HEADER_START)).await?.contiguous();
+        if first.iter().any(|b| *b != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(Hot::last_sequence(&file.read(HOT_SPAN).await?.contiguous()) <= FIRST_RECORD)
 }
 
 async fn read_bits(

@@ -203,12 +203,17 @@ impl BitmapHome {
             return if persistent { self.begin(cell, &name, None).await.map(drop) } else { Ok(()) };
         };
         let Some(mut found) = found else {
-            (self.tell)(&format!(
-                "node '{}': the file of its bitmaps is damaged: they are lost",
-                cell.name()
-            ));
+            let unused = dirtylog::is_unused(&file).await?;
+            if !unused {
+                let why = "the file of its bitmaps is damaged: they are lost";
+                cell.bitmaps().iter().filter(|b| b.inconsistent()).for_each(|b| b.set_reason(why));
+                (self.tell)(&format!("node '{}': {why}", cell.name()));
+            }
             return if persistent {
                 self.begin(cell, &name, Some((file, None))).await.map(drop)
+            } else if unused {
+                drop(file);
+                self.env.remove(&self.path(&name)).await
             } else {
                 Ok(())
             };

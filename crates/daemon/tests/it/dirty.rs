@@ -30,8 +30,9 @@ fn a_damaged_file_of_bitmaps_keeps_no_disk_from_being_opened() {
     // the kernel may keep the socket of a killed process for a moment
     let start = || {
         let _not_there = std::fs::remove_file(dir.path("qmp.sock"));
-        Daemon::start(&dir, &options)
+        Daemon::start_saying(&dir, &options, std::fs::File::create(dir.path("said")).unwrap().into())
     };
+    // a file without a header is what a daemon leaves that was killed when it had just made it
     let lives = [("cut to nothing", 0, 0u8), ("zeroes", sound.len(), 0), ("other bytes", sound.len(), 0xa5)];
     for (what, len, byte) in lives {
         std::fs::write(kept, vec![byte; len]).unwrap();
@@ -40,6 +41,8 @@ fn a_damaged_file_of_bitmaps_keeps_no_disk_from_being_opened() {
         let nodes = c.command("query-named-block-nodes", json!({"flat": true})).unwrap();
         let n = nodes.as_array().unwrap().iter().find(|n| n["node-name"] == "n").unwrap();
         assert!(n["dirty-bitmaps"].is_null(), "{what}: {n}");
+        let said = std::fs::read_to_string(dir.path("said")).unwrap();
+        assert_eq!(said.contains("is damaged"), byte != 0, "{what}: {said}");
         // and the next one is kept again
         c.command("block-dirty-bitmap-add", bitmap.clone()).unwrap();
         drop(c);
