@@ -418,6 +418,8 @@ impl NodeCell {
     /// From now on reads of this node are inside `exclusion`, which keeps copies of old bytes into the node away meanwhile.
     pub fn exclude_copies(&self, exclusion: Option<Rc<Exclusion>>) {
         *self.readers.borrow_mut() = exclusion;
+        // Nobody passes it over any more, or somebody may again.
+        self.parents().iter().for_each(|edge| edge.disperse());
     }
 
     /// See [`NodeCell::exclude_copies`].
@@ -441,6 +443,18 @@ impl NodeCell {
         c.reads += 1;
         c.read_bytes += at.len;
         self.counters.set(c);
+        Ok(data)
+    }
+
+    /// As [`NodeCell::read`]; what lies behind the end reads as zeroes.
+    pub(crate) async fn read_filled(&self, at: Span) -> Result<Data> {
+        let len = self.node.len();
+        if at.end() <= len {
+            return self.read(at).await;
+        }
+        let there = at.intersect(&Span::new(0, len));
+        let mut data = if there.is_empty() { Data::empty() } else { self.read(there).await? };
+        data.append(Data::zeroes((at.len - there.len) as usize));
         Ok(data)
     }
 

@@ -2,7 +2,7 @@
 
 use crate::DebugEvent;
 use crate::cell::NodeCell;
-use crate::gate::{Gate, Gated, Pass};
+use crate::gate::{Crowd, Gate, Gated, Pass};
 use crate::node::HostBytes;
 use crate::perm::{Demand, Perms};
 use block::{BlockError, Data, ErrorKind, Extent, Limits, ReqFlags, Result, Span};
@@ -154,6 +154,21 @@ impl Edge {
         self.awake.set(Some(demand));
     }
 
+    /// Whether somebody keeps its gate closed.
+    pub(crate) fn is_shut(&self) -> bool {
+        self.gate.is_closed()
+    }
+
+    /// See [`Gate::carry`].
+    pub(crate) fn carry(&self, crowd: &Rc<Crowd>, depth: usize) {
+        self.gate.carry(crowd, depth);
+    }
+
+    /// See [`Gate::disperse`].
+    pub(crate) fn disperse(&self) {
+        self.gate.disperse();
+    }
+
     /// Requests inside.
     pub fn in_flight(&self) -> usize {
         self.gate.inside()
@@ -189,6 +204,12 @@ impl Edge {
         let data = child.read(at).await?;
         debug_assert_eq!(data.len() as u64, at.len, "node {} gave another length", child.name());
         Ok(data)
+    }
+
+    /// As [`Edge::read`]; what lies behind the end of the node (as it is once the gate is open) reads as zeroes.
+    pub async fn read_filled(&self, at: Span) -> Result<Data> {
+        let _pass = self.gate.enter().await;
+        self.child().read_filled(at).await
     }
 
     /// Writes `data` at `offset`.

@@ -1,7 +1,7 @@
 //! What every layer of a disk is.
 
 use crate::perm::Demand;
-use crate::{DebugEvent, Edge, NodeCell};
+use crate::{DebugEvent, Edge, NodeCell, Skippable};
 use bitmap::BitmapList;
 use block::{Data, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
 use std::rc::Rc;
@@ -173,6 +173,15 @@ pub trait Node: 'static {
     }
     /// Whether this driver can have a layer below ([`Node::set_backing`]).
     fn supports_backing(&self) -> bool {
+        false
+    }
+    /// For a copy-on-write format that tells of its changes: reads from above may pass it over where it has nothing, without asking it.
+    /// Such reads are not in its counters.
+    fn skippable(&self) -> Option<&Skippable> {
+        None
+    }
+    /// Whether [`Node::debug_event`] does anything, here or below.
+    fn hears_events(&self) -> bool {
         false
     }
     /// For a filter: the edge whose child it is in front of.

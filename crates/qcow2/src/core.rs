@@ -21,8 +21,9 @@ use crate::types::{Compressed, Geometry};
 use block::{BlockError, ErrorKind, Result};
 use bytes::Bytes;
 use env::Env;
+use env::bugs::planted;
 use env::sync::{Notify, oneshot};
-use graph::Edge;
+use graph::{Edge, Shortcut, Skippable};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::rc::Rc;
@@ -36,6 +37,10 @@ pub(crate) struct Core {
     pub(crate) file: Rc<Child>,
     pub(crate) data_file: Option<Rc<Child>>,
     pub(crate) backing: RefCell<Option<Rc<Edge>>>,
+    /// Past layers below that have nothing.
+    pub(crate) shortcut: Shortcut,
+    /// Who passes this layer over: told in the instant in which a mapping appears here.
+    pub(crate) skippable: Skippable,
     pub(crate) geo: Geometry,
     pub(crate) header: RefCell<Header>,
     /// Bytes of the guest's disk.
@@ -86,6 +91,14 @@ impl Core {
         match self.opts.node_name.as_str() {
             "" => self.file.edge().child().name().to_owned(),
             name => name.to_owned(),
+        }
+    }
+
+    /// The disk has `len` bytes from now on.
+    pub(crate) fn set_size(&self, len: u64) {
+        self.size.set(len);
+        if !planted("qcow2: shortcuts are not told of a new length") {
+            self.skippable.changed_all();
         }
     }
 

@@ -203,19 +203,12 @@ impl Core {
     }
 
     async fn read_below(&self, at: Span) -> Result<Data> {
-        let Some(below) = self.backing.borrow().clone() else {
+        let below = self.backing.borrow().clone();
+        let Some(below) = below.filter(|b| at.start < b.len()) else {
             return Ok(Data::zeroes(at.len as usize));
         };
-        let there = at.intersect(&Span::new(0, below.len()));
-        if there.is_empty() {
-            return Ok(Data::zeroes(at.len as usize));
-        }
         self.file.tell(DebugEvent::ReadBackingAio);
-        let mut data = below.read(there).await?;
-        if there.len < at.len {
-            data.append(Data::zeroes((at.len - there.len) as usize));
-        }
-        Ok(data)
+        self.shortcut.read(&below, at).await
     }
 
     /// Whether all of `at` reads as zeroes by what the tables say, without reading data.

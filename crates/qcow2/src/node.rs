@@ -11,7 +11,7 @@ use bitmap::BitmapList;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Limits, ReqFlags, Result, Span};
 use env::Env;
 use graph::node::Fact;
-use graph::{Demand, Edge, HostBytes, Node, NodeCell, NodeDetails, Perms, Role};
+use graph::{Demand, Edge, HostBytes, Node, NodeCell, NodeDetails, Perms, Role, Skippable};
 use std::rc::Rc;
 
 /// An open qcow2 image.
@@ -282,6 +282,11 @@ impl Node for Qcow2 {
 
     fn supports_backing(&self) -> bool {
         true
+    }
+
+    fn skippable(&self) -> Option<&Skippable> {
+        // a test that wants to hear of steps hears of all
+        (!self.core.file.edge().child().node().hears_events()).then_some(&self.core.skippable)
     }
 
     fn primary(&self) -> Option<Rc<Edge>> {

@@ -55,6 +55,8 @@ pub(crate) async fn open(
         geo,
         header: RefCell::new(header),
         size: Cell::new(size),
+        shortcut: Default::default(),
+        skippable: Default::default(),
         opts,
         sizes,
         writable: Cell::new(false),
@@ -144,6 +146,7 @@ impl Core {
             self.note_meta(e.l2, cluster, Meta::ActiveL2);
         }
         *self.l1.borrow_mut() = L1 { at: h.l1_offset, entries: l1, dirty: BTreeSet::new() };
+        self.skippable.changed_all();
         *self.rt.borrow_mut() = RefTable { at: h.refcount_table_offset, entries: rt, dirty: BTreeSet::new() };
         Ok(())
     }
@@ -167,7 +170,7 @@ impl Core {
                 "it is another image: its version, cluster size, or width of refcounts is not what it was";
             return Err(BlockError::invalid(why));
         }
-        self.size.set(header.size & !511);
+        self.set_size(header.size & !511);
         *self.header.borrow_mut() = header;
         // Who used it meanwhile may have cleared the bit, and what is kept elsewhere is older than that.
         self.vouched
@@ -280,7 +283,7 @@ impl Core {
                 false => format!("image '{}' has no snapshot '{name}'", self.name()),
             }));
         };
-        self.size.set(s.disk_size & !511);
+        self.set_size(s.disk_size & !511);
         self.snapshot_l1(&s).await
     }
 

@@ -57,14 +57,14 @@ impl Core {
         if needed > self.l1.borrow().entries.len() as u64 {
             self.grow_l1(needed).await?;
         }
-        self.size.set(len);
+        self.set_size(len);
         let filled = self.fill(old, len, prealloc).await;
         let done = match filled {
             Ok(()) => self.commit().await,
             Err(e) => Err(e),
         };
         if let Err(e) = done {
-            self.size.set(old);
+            self.set_size(old);
             return Err(e);
         }
         self.write_size(old, len).await
@@ -74,7 +74,7 @@ impl Core {
         let old = self.size.get();
         self.commit().await?;
         self.write_size(old, len).await?;
-        self.size.set(len);
+        self.set_size(len);
         self.forget_behind(len).await?;
         self.commit().await?;
         self.drop_tables_behind(len)?;
@@ -101,7 +101,7 @@ impl Core {
         if let Err(e) = written {
             // The file may have either length; both are right with what is mapped now.
             self.header.borrow_mut().size = old;
-            self.size.set(old);
+            self.set_size(old);
             return Err(e.context("Failed to update the image size"));
         }
         Ok(())

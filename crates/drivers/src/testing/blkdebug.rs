@@ -186,6 +186,9 @@ impl Node for Blkdebug {
     fn debug_event(&self, event: DebugEvent) {
         self.tell(event);
     }
+    fn hears_events(&self) -> bool {
+        true
+    }
 
     fn read(&self, at: Span) -> Io<'_, Data> {
         Box::pin(async move {

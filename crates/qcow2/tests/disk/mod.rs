@@ -26,6 +26,7 @@ pub(crate) fn run<T: 'static, F: Future<Output = T> + 'static>(work: impl FnOnce
     executor.run(work(executor.env()))
 }
 
+#[allow(dead_code)] // each test binary uses its own part
 pub(crate) async fn open(env: &Env, path: &str, options: Options) -> block::Result<Rc<Qcow2>> {
     let file = FileNode::edge(env, Path::new(path), options.writable, Role::Primary).await?;
     Qcow2::open(env.clone(), file, None, options).await
