@@ -403,7 +403,7 @@ impl Engine {
         self.window.pay(at.len.min(most), now);
         // While a guest is active, short copies in turn with its requests are done sooner than those of a helper thread
         // that has to get a processor first, and hold the guest up no longer.
-        let data = !active && self.data_ahead(at);
+        let data = (!active || self.shared.shares()) && self.data_ahead(at);
         let task = PieceTask::new(self.shared.clone(), at, data, lock, self.outcomes.clone());
         self.tasks.retain(|t| !t.is_done());
         self.tasks.push(work.env.spawn("copy", task.run()));

@@ -11,8 +11,9 @@ use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, OFFLOAD_LEAST};
 use crate::work::Work;
 use bitmap::Bitmap;
 use block::{BlockError, ErrorKind, Extent, Kind, ReqFlags, Span};
+use drivers::file::FileNode;
 use env::sync::{Queue, Semaphore};
-use graph::Edge;
+use graph::{Edge, NodeCell};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
@@ -223,7 +224,24 @@ impl PieceTask {
 
 type Failure = (Side, BlockError);
 
+/// The file that what `node` stores lies in, if it is one of the host's and not one beside it.
+fn file_of(mut node: Rc<NodeCell>) -> Option<Rc<dyn env::File>> {
+    loop {
+        if let Some(file) = node.node().as_any().downcast_ref::<FileNode>() {
+            return Some(file.file());
+        }
+        let below = node.node().primary()?.child();
+        node = below;
+    }
+}
+
 impl Shared {
+    /// Whether a copy that is left to the host only shares blocks: nothing that a guest would have to wait for.
+    pub(crate) fn shares(&self) -> bool {
+        let files = || Some((file_of(self.source.child())?, file_of(self.target.child())?));
+        self.offload.get() && files().is_some_and(|(source, target)| source.shares_with(&target))
+    }
+
     async fn copy_dirty(&self, at: Span, data: bool) -> Result<(), Failure> {
         // Another piece or the guest may have cleaned some of it while this one waited for its lock.
         let areas: Vec<Span> = self.work.dirty.borrow().areas(at, 0).collect();
@@ -252,7 +270,7 @@ impl Shared {
         let look = self.policy.look(&self.source, area);
         // a look at a chain is at its tables; what they hold may be left to the host as what was found ahead may
         let known = match look {
-            Some(_) => area.len >= OFFLOAD_LEAST && !self.work.guest_active(),
+            Some(_) => area.len >= OFFLOAD_LEAST && (!self.work.guest_active() || self.shares()),
             None => data || area.len > MAX_PIECE,
         };
         if let Some(look) = look {

@@ -126,7 +126,8 @@ impl FileNode {
         &self.path
     }
 
-    fn file(&self) -> Rc<dyn File> {
+    /// The file as it is open now.
+    pub fn file(&self) -> Rc<dyn File> {
         self.file.borrow().clone()
     }
 

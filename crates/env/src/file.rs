@@ -111,9 +111,15 @@ pub trait File: 'static {
     /// (past the end: zero). May stop early after a bounded number of extents, but never returns nothing for a
     /// non-empty span.
     fn extents(&self, at: Span) -> Io<'_, Vec<Extent>>;
-    /// Copies inside the host (copy_file_range); the number of bytes copied, possibly fewer. `Unsupported` where the
-    /// file systems cannot, also when `to` belongs to another backend.
+    /// Copies inside the host, by sharing blocks where the file system does that; the number of bytes copied, possibly fewer.
+    /// `Unsupported` where the file systems cannot, also when `to` belongs to another backend; another error: not these bytes.
     fn copy_to<'a>(&'a self, at: Span, to: &'a Rc<dyn File>, to_offset: u64) -> Io<'a, u64>;
+    /// Whether copies to `to` are a matter of bookkeeping, because the file system shares blocks between the two, as far as is
+    /// known: one copy that cannot be made so ends that.
+    fn shares_with(&self, to: &Rc<dyn File>) -> bool {
+        let _ = to;
+        false
+    }
     /// Takes or converts a byte-range lock without waiting. On conflict `Busy` (errno EAGAIN).
     fn lock(&self, range: LockRange) -> Io<'_>;
     /// Gives byte-range locks back.

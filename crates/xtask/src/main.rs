@@ -32,6 +32,7 @@ cargo xtask COMMAND
   dirty     bitmaps under kill -9, beside what really changed, and a mirror killed at 90 %: [--rounds N] [--seed S]
   resume    a mirror of 10 GiB cut at 90 % in three ways, and how much more it copies: [--mib N] [--dir DIR] [--only killed|link|target]
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]
+  share     copies on a file system that shares blocks (as root, with mkfs.xfs): equal, shared, how fast: [--mib N] [--seed S]
   scale     disks of 64 TiB, 256 layers, 1,000 nodes, 64 exports, large bitmaps: are they as cheap as small ones? [--reference QSD] [--rounds N]
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
   kills     kill -9 at random instants under five verifying clients and jobs: [--kills N] [--seed S]
@@ -62,6 +63,7 @@ fn main() {
         "dirty" => script("compat/dirty.py", &rest),
         "resume" => script("resume.py", &rest),
         "vast" => script("vast.py", &rest),
+        "share" => script("share.py", &rest),
         "scale" => scale(&rest),
         "guest" => script("vhost/guest.py", &rest),
         "kills" => script("kills.py", &rest),

@@ -1,9 +1,9 @@
 //! Copying between two files on a helper thread.
 //!
-//! File systems that can share blocks between files, or have a server copy, do so for `copy_file_range`. The others (tmpfs and
-//! ext4 among them) move bytes page by page through a pipe inside the kernel for it, which is slower than reading
-//! and writing with a buffer that stays in the processor's cache. What must stay true: an error after some bytes is not
-//! told, the bytes are; the next call, from where this one stopped, meets it again.
+//! File systems that can share blocks between files do so, in no time, if they are asked for exactly that. `copy_file_range`
+//! is for those that have a server copy: where neither is possible the kernel moves bytes page by page through a pipe for it,
+//! which is slower than reading and writing with a buffer that stays in the processor's cache. What must stay true: an error
+//! after some bytes is not told, the bytes are; the next call, from where this one stopped, meets it again.
 
 use super::buffers::Buf;
 use super::sys::again;
@@ -16,6 +16,8 @@ const STEP: usize = 1 << 20;
 /// How to copy.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Way {
+    /// The two files have the same blocks from then on, until one is written to (`FICLONERANGE`): all of it or an error.
+    Share,
     /// `copy_file_range`.
     Host,
     /// Read and write. With `write_back` the kernel is asked to begin storing what was written: who copies a disk
@@ -38,9 +40,22 @@ impl Copy {
     /// Copies, waiting as long as it takes; the number of bytes, fewer where the source ends.
     pub(super) fn run(self) -> Result<i64, i32> {
         match self.way {
+            Way::Share => self.share(),
             Way::Host => self.host(),
             Way::Bytes { write_back } => self.bytes(write_back),
         }
+    }
+
+    fn share(self) -> Result<i64, i32> {
+        let range = libc::file_clone_range {
+            src_fd: self.from.into(),
+            src_offset: self.from_offset,
+            src_length: self.len.into(),
+            dest_offset: self.to_offset,
+        };
+        // SAFETY: the structure is valid for the call, which only reads it.
+        again(|| i64::from(unsafe { libc::ioctl(self.to, libc::FICLONERANGE, &raw const range) }))?;
+        Ok(self.len.into())
     }
 
     fn host(self) -> Result<i64, i32> {

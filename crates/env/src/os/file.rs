@@ -43,6 +43,10 @@ pub(super) struct Facts {
     pub(super) threads: bool,
     /// A buffered regular file of ext2/3/4: writes go to memory, but there is no RWF_NOWAIT for them.
     pub(super) write_back: bool,
+    /// The device that its file system lies on, if that may be one that shares blocks between files.
+    pub(super) sharing_on: Option<u64>,
+    /// Whether its file system is a server's, which may copy by itself.
+    pub(super) served: bool,
 }
 
 /// Whether to write to the page cache on this thread where the file system cannot promise not to wait.
@@ -139,6 +143,8 @@ pub(super) struct OsFile {
     pub(super) copies: Semaphore,
     /// The file system has no FALLOC_FL_ZERO_RANGE.
     pub(super) no_zero_range: Cell<bool>,
+    /// The host has said that this file cannot have another's blocks.
+    pub(super) no_sharing: Cell<bool>,
 }
 
 impl OsFile {
@@ -153,6 +159,7 @@ impl OsFile {
             patience: Patience::default(),
             copies: Semaphore::new(super::range::COPIES_AT_ONCE),
             no_zero_range: Cell::new(false),
+            no_sharing: Cell::new(false),
         }
     }
 
@@ -455,6 +462,10 @@ impl File for OsFile {
 
     fn copy_to<'a>(&'a self, at: Span, to: &'a Rc<dyn File>, to_offset: u64) -> Io<'a, u64> {
         Box::pin(self.copy_range(at, to, to_offset))
+    }
+
+    fn shares_with(&self, to: &Rc<dyn File>) -> bool {
+        to.as_any().downcast_ref::<OsFile>().is_some_and(|to| self.may_share(to))
     }
 
     fn lock(&self, range: LockRange) -> Io<'_> {

@@ -18,6 +18,9 @@ const EXT_MAGIC: i64 = 0xef53;
 /// `f_type` of ramfs.
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
 
+/// `f_type` of file systems whose server may copy by itself: NFS, SMB (three of its lives), Ceph, and what FUSE hides.
+const SERVED_MAGIC: [i64; 6] = [0x6969, 0x517b, 0xff53_4d42, 0xfe53_4d42, 0x00c3_6400, 0x6573_5546];
+
 /// Opens `path` on a helper thread (names may be on slow file systems).
 pub(super) async fn open(core: &Rc<Core>, path: &Path, mode: OpenMode) -> Result<Rc<dyn File>> {
     let name = CString::new(path.as_os_str().as_bytes())
@@ -57,15 +60,18 @@ fn open_now(name: &CString, mode: OpenMode) -> Result<(OwnedFd, Option<Facts>, u
     let len = if kind == FileKind::BlockDevice { sys::device_len(raw)? } else { st.st_size.max(0) as u64 };
     let magic = if kind == FileKind::Regular { file_system(raw) } else { 0 };
     let (alignment, memory) = if mode.direct { direct_alignment(raw, kind)? } else { (1, 1) };
+    let in_memory = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
     let facts = Facts {
         kind,
         writable: mode.write,
         direct: mode.direct,
         alignment,
         memory_alignment: memory,
-        in_memory: magic == TMPFS_MAGIC || magic == RAMFS_MAGIC,
+        in_memory,
         threads: mode.threads,
         write_back: magic == EXT_MAGIC && !mode.direct,
+        sharing_on: (kind == FileKind::Regular && !in_memory && magic != EXT_MAGIC).then_some(st.st_dev),
+        served: SERVED_MAGIC.contains(&magic),
     };
     Ok((fd, Some(facts), len))
 }

@@ -140,9 +140,8 @@ impl OsFile {
         self.core.blocking(Some(&self.handle), move || scan(fd, at, MAX_EXTENTS)).await
     }
 
-    /// How bytes get from this file to `to` without passing through the home thread.
+    /// How bytes get from this file to `to` without passing through the home thread, where blocks cannot be shared.
     fn way_to(&self, to: &OsFile) -> Result<Way> {
-        let plain = |f: &OsFile| f.facts.in_memory || f.facts.write_back;
         let regular = self.facts.kind == FileKind::Regular && to.facts.kind == FileKind::Regular;
         let direct = self.facts.direct || to.facts.direct;
         match () {
@@ -150,10 +149,16 @@ impl OsFile {
             () if !regular || direct => {
                 Err(BlockError::unsupported("no copies inside the host for these files"))
             }
-            () if plain(self) || plain(to) => Ok(Way::Bytes { write_back: to.facts.write_back }),
-            // the file system may share the blocks, or have a server do the work
-            () => Ok(Way::Host),
+            () if self.facts.served && to.facts.served => Ok(Way::Host),
+            () => Ok(Way::Bytes { write_back: to.facts.write_back }),
         }
+    }
+
+    /// Whether `to` may have the same blocks as this file, as far as is known.
+    pub(super) fn may_share(&self, to: &OsFile) -> bool {
+        self.facts.sharing_on.is_some()
+            && self.facts.sharing_on == to.facts.sharing_on
+            && !to.no_sharing.get()
     }
 
     pub(super) async fn copy_range(&self, at: Span, to: &Rc<dyn File>, to_offset: u64) -> Result<u64> {
@@ -165,14 +170,38 @@ impl OsFile {
             return Ok(0);
         }
         to.check_range(Span::new(to_offset, len))?;
+        let way = self.way_to(to);
+        let shares = self.may_share(to);
+        if !shares && way.is_err() {
+            return way.map(|_| 0);
+        }
         let _turn = to.copies.acquire(1).await;
+        let at = Span::new(at.start, len);
+        if shares {
+            match self.copy_by(Way::Share, at, to, to_offset).await {
+                // these bytes do not lie as blocks do, or reach past the end; others may
+                Err(e) if e.errno() == libc::EINVAL && way.is_err() => return Err(e),
+                Err(e) if e.errno() == libc::EINVAL => {}
+                Err(e) if e.errno() == libc::EOPNOTSUPP => to.no_sharing.set(true),
+                done => return done,
+            }
+        }
+        match self.copy_by(way?, at, to, to_offset).await {
+            // not regular files, or overlapping ranges of one
+            Err(e) if e.errno() == libc::EINVAL => Err(BlockError::from_errno(libc::EOPNOTSUPP)),
+            done => done,
+        }
+    }
+
+    /// Copies in this way. What the file system has no way for is EOPNOTSUPP, whatever it calls that.
+    async fn copy_by(&self, way: Way, at: Span, to: &OsFile, to_offset: u64) -> Result<u64> {
         let request = Request::Copy(Copy {
             from: self.handle.fd(),
             from_offset: at.start,
             to: to.handle.fd(),
             to_offset,
-            len: len as u32,
-            way: self.way_to(to)?,
+            len: at.len as u32,
+            way,
         });
         let (result, _) = self
             .core
@@ -186,8 +215,7 @@ impl OsFile {
             })
             .await;
         match -result {
-            // EINVAL: not regular files, or overlapping ranges of one
-            libc::EXDEV | libc::ENOSYS | libc::EOPNOTSUPP | libc::EINVAL | libc::EPERM => {
+            libc::EXDEV | libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOTTY | libc::EPERM | libc::ETXTBSY => {
                 Err(BlockError::from_errno(libc::EOPNOTSUPP))
             }
             e if e > 0 => Err(BlockError::from_errno(e)),
