@@ -17,7 +17,7 @@ use crate::chain::{self, BackingName, ChainPolicy, Headers, Made, Turned};
 use crate::commit_args::{Checked, CommitArgs};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
-use crate::leavers::Leavers;
+use crate::leavers::{Leavers, Leaving};
 use crate::mirror;
 use crate::outcome::Figures;
 use crate::registry::Registry;
@@ -53,7 +53,7 @@ pub struct Commit {
     copying: RefCell<Option<Copying>>,
     hold: RefCell<Option<Hold>>,
     /// Whose files are to go when they have left.
-    leavers: RefCell<Option<Leavers>>,
+    leavers: RefCell<Option<Rc<Leavers>>>,
     made: Made,
 }
 
@@ -84,7 +84,7 @@ pub async fn start(
         let job = registry.create(&args.job_id, Kind::Commit, mirror.job_options()?, None)?;
         let mut gone = vec![walk::skip_filters(&device)];
         gone.extend(checked.below.iter().flat_map(|b| b.between.clone()));
-        let leavers = args.delete_images.then(|| Leavers::note(&job, &gone));
+        let leavers = args.delete_images.then(|| Rc::new(Leavers::note(&job, &gone)));
         return mirror::start_checked(registry, graph, mirror, checked, job, leavers).await;
     }
     let job = registry.create(&args.job_id, Kind::Commit, args.job_options(), None)?;
@@ -144,7 +144,7 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
     };
     let turned = Turned::default();
     turned.note(closed);
-    let leavers = args.delete_images.then(|| Leavers::note(of, &between));
+    let leavers = args.delete_images.then(|| Rc::new(Leavers::note(of, &between)));
     Ok(Rc::new(Commit {
         leavers: RefCell::new(leavers),
         made: Made::default(),
@@ -262,7 +262,8 @@ impl Body for Commit {
                 let _ = proof.seal(self.graph.env()).await;
             }
             self.turned.back(&self.graph).await;
-            let leavers = self.leavers.take().filter(|_| success);
+            // recorded until it is done
+            let leavers = self.leavers.borrow().clone().filter(|_| success);
             if leavers.is_some() {
                 // held no longer than now, so that they can go
                 self.hold.take();
@@ -271,11 +272,16 @@ impl Body for Commit {
             if let Some(leavers) = leavers {
                 leavers.delete(&self.graph).await;
             }
+            self.leavers.take();
         })
     }
 
     fn has_changed(&self) -> bool {
         self.made.is_so()
+    }
+
+    fn leaving(&self) -> Vec<Leaving> {
+        if self.made.is_so() { Leavers::leaving(&self.leavers) } else { Vec::new() }
     }
 
     fn keep(&self) -> Option<Box<dyn Any>> {

@@ -6,6 +6,7 @@
 
 use crate::error::JobError;
 use crate::event::{Event, Kind, Progress};
+use crate::leavers::Leaving;
 use crate::outcome::Figures;
 use crate::registry::{Group, Shared};
 use crate::state::{State, Verb};
@@ -43,6 +44,10 @@ pub trait Body {
     /// Whether the change of the graph for success has been made: whatever happens now, the job has done its work.
     fn has_changed(&self) -> bool {
         false
+    }
+    /// Once the graph has changed: files that are to be deleted and may still be there.
+    fn leaving(&self) -> Vec<Leaving> {
+        Vec::new()
     }
     /// The last call: everything is given back. `success` says whether [`Body::prepare`] took effect.
     fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {

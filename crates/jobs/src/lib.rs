@@ -41,6 +41,7 @@ pub use commit_args::{ChainEnd, CommitArgs};
 pub use error::JobError;
 pub use event::{Event, Kind, NoSink, Progress, Sink};
 pub use job::{Body, IoStatus, Job, Options};
+pub use leavers::Leaving;
 pub use mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
 pub use outcome::{Figures, Finished, Outcome};
 pub use registry::{Group, JobKeeper, MAX_JOBS, Registry};

@@ -21,7 +21,7 @@ use crate::chain::{self, Made, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::kept_work::KeptWork;
-use crate::leavers::Leavers;
+use crate::leavers::{Leavers, Leaving};
 use crate::mirror_args::{Checked, CopyMode, MirrorArgs, Sync};
 use crate::mirror_bitmap::MirrorBitmap;
 use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
@@ -72,7 +72,7 @@ pub struct Mirror {
     /// Whether the target is an image below the source, and what was turned read-write for that.
     below: Option<Turned>,
     /// Whose files are to go when the target has taken their place.
-    leavers: RefCell<Option<Leavers>>,
+    leavers: RefCell<Option<Rc<Leavers>>>,
     /// The client is on the target, or was left on the source for good.
     made: Made,
 }
@@ -105,7 +105,7 @@ pub(crate) async fn start_checked(
     args: MirrorArgs,
     checked: Checked,
     job: Rc<Job>,
-    leavers: Option<Leavers>,
+    leavers: Option<Rc<Leavers>>,
 ) -> std::result::Result<Rc<Job>, JobError> {
     let built = build(registry, graph, args, checked, &job).await;
     registry.launch(job, built.inspect(|body| *body.leavers.borrow_mut() = leavers))
@@ -572,9 +572,12 @@ impl Body for Mirror {
             if let Some(turned) = self.below.as_ref().filter(|_| !pivoted) {
                 turned.back(&self.graph).await;
             }
-            if let Some(leavers) = self.leavers.take().filter(|_| pivoted) {
+            // recorded until it is done
+            let leavers = self.leavers.borrow().clone().filter(|_| pivoted);
+            if let Some(leavers) = leavers {
                 leavers.delete(&self.graph).await;
             }
+            self.leavers.take();
         })
     }
 
@@ -584,6 +587,11 @@ impl Body for Mirror {
 
     fn has_changed(&self) -> bool {
         self.made.is_so()
+    }
+
+    fn leaving(&self) -> Vec<Leaving> {
+        let pivoted = self.made.is_so() && self.policy.wish() == Wish::Pivot;
+        if pivoted { Leavers::leaving(&self.leavers) } else { Vec::new() }
     }
 
     fn progress(&self) -> Progress {

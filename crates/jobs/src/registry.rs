@@ -38,6 +38,11 @@ impl Shared {
         self.sink.event(event);
     }
 
+    /// Whether anything is written down for a later life.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.keeper.borrow().is_some()
+    }
+
     /// The job is over; that is written down before it is told.
     pub(crate) async fn keep_end(&self, job: &Job) {
         job.set_over();
@@ -162,7 +167,7 @@ async fn end_badly(job: &Rc<Job>) {
 /// All jobs of a home thread.
 pub struct Registry {
     env: Env,
-    shared: Rc<Shared>,
+    pub(crate) shared: Rc<Shared>,
     home: RefCell<Option<Rc<BitmapHome>>>,
 }
 

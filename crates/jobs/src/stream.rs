@@ -17,7 +17,7 @@ use crate::JobError;
 use crate::chain::{self, BackingName, ChainPolicy, Headers, Made, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
-use crate::leavers::Leavers;
+use crate::leavers::{Leavers, Leaving};
 use crate::outcome::Figures;
 use crate::registry::Registry;
 use crate::stream_args::{Checked, StreamArgs};
@@ -58,7 +58,7 @@ pub struct Stream {
     on_filter: RefCell<Vec<Rc<Edge>>>,
     hold: RefCell<Option<Hold>>,
     /// Whose files are to go when they have left.
-    leavers: RefCell<Option<Leavers>>,
+    leavers: RefCell<Option<Rc<Leavers>>>,
     made: Made,
 }
 
@@ -142,7 +142,7 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
             return Err(e);
         }
     };
-    let leavers = args.delete_images.then(|| Leavers::note(job, &between));
+    let leavers = args.delete_images.then(|| Rc::new(Leavers::note(job, &between)));
     Ok(Rc::new(Stream {
         leavers: RefCell::new(leavers),
         made: Made::default(),
@@ -284,7 +284,8 @@ impl Body for Stream {
                 let _ = self.graph.apply(self.plan_back()).await;
             }
             self.on_filter.take();
-            let leavers = self.leavers.take().filter(|_| success);
+            // recorded until it is done
+            let leavers = self.leavers.borrow().clone().filter(|_| success);
             if leavers.is_some() {
                 // held no longer than now, so that they can go
                 self.hold.take();
@@ -294,11 +295,16 @@ impl Body for Stream {
             if let Some(leavers) = leavers {
                 leavers.delete(&self.graph).await;
             }
+            self.leavers.take();
         })
     }
 
     fn has_changed(&self) -> bool {
         self.made.is_so()
+    }
+
+    fn leaving(&self) -> Vec<Leaving> {
+        if self.made.is_so() { Leavers::leaving(&self.leavers) } else { Vec::new() }
     }
 
     fn keep(&self) -> Option<Box<dyn Any>> {

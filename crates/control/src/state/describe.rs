@@ -45,6 +45,7 @@ impl Recorder {
         }
         out.insert("exports".to_owned(), self.describe_exports(daemon));
         out.insert("jobs".to_owned(), self.describe_jobs(daemon));
+        out.insert("leaving".to_owned(), self.describe_leaving(daemon));
         let options = out.entry("options".to_owned()).or_default();
         for (key, last) in &*self.options.borrow() {
             row(options, key, &json!({"last": last}));

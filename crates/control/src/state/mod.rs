@@ -13,6 +13,7 @@ mod describe;
 mod groups;
 mod history;
 mod job;
+mod leaving;
 mod restore;
 
 use crate::Daemon;
@@ -33,7 +34,7 @@ use std::pin::Pin;
 use std::rc::{Rc, Weak};
 
 /// The tables, in the order in which they are restored.
-const TABLES: [&str; 7] = ["objects", "nodes", "groups", "server", "exports", "jobs", "options"];
+const TABLES: [&str; 8] = ["objects", "nodes", "groups", "server", "exports", "jobs", "leaving", "options"];
 
 /// A command that was carried out, by which a later life makes the same again.
 #[derive(Clone, Debug)]
@@ -61,6 +62,7 @@ impl Broken {
             "groups" => "replication group",
             "server" => "server",
             "exports" => "export",
+            "leaving" => "deletion of image",
             _ => "job",
         }
     }

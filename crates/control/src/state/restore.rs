@@ -1,6 +1,6 @@
 //! A daemon made again from the records of an earlier life.
 //!
-//! Order: objects, nodes (children first), the NBD server, exports, jobs. What can happen: a file is gone, a socket cannot be
+//! Order: objects, nodes (children first), the NBD server, exports, jobs, deletions. What can happen: a file is gone, a socket cannot be
 //! listened at, a process that was killed a moment ago still holds the lock of an image (it is waited for). What must stay
 //! true: whatever cannot be made again stays recorded, is told and shown; the rest comes back all the same.
 
@@ -219,6 +219,7 @@ impl Daemon {
                         .await
                 }
                 ("jobs", _) => self.restore_job(recorder, &record.key, &record.value).await,
+                ("leaving", _) => self.restore_leaving(recorder, &record).await,
                 _ => Ok(()),
             };
             recorder.see(self, record, outcome);

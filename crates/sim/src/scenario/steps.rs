@@ -6,7 +6,7 @@
 //! reads as it always did (these operations change none of it); so does the image that the records name as the disk when it is
 //! opened by what its header says, before that daemon has mended anything. Headers and records agree, or the job is there again that
 //! makes them agree, and says so. In the end what was acknowledged is done: the disk is stored as after a run without a crash, no
-//! image is corrupt, and the disk reads the same by headers alone. A seed is one case.
+//! image is corrupt, none is left that was to be deleted, and the disk reads the same by headers alone. A seed is one case.
 
 use super::nth::{Finish, Script, Step, Written, all_of, connect, node, opened, write_layers};
 use super::plan::check_qcow2;
@@ -349,9 +349,9 @@ impl Play {
                 self.prepared.after
             ));
         }
-        let more = host.list().iter().any(|f| f.ends_with(".img") && !self.prepared.files.contains(f));
-        if done && more {
-            self.world.count("done, with files left that were to be deleted", 1);
+        let more = host.list().into_iter().find(|f| f.ends_with(".img") && !self.prepared.files.contains(f));
+        if let Some(more) = more.filter(|_| done) {
+            self.bad(format!("it is done, and {more} is left, which was to be deleted"));
         }
     }
 
