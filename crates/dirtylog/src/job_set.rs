@@ -184,6 +184,9 @@ impl JobSet {
         flush: impl Future<Output = Result<()>>,
     ) -> Result<()> {
         self.marks.since.bits_mut().clear_all();
+        // What was copied before, as far as it is so still, is settled here. Of the rest nobody knows any more what was written since.
+        self.copied.borrow_mut().clear_all();
+        self.settling.take();
         let whole = Span::new(0, unfinished.len());
         if self.also(unfinished) {
             self.log.harden(whole).await?;
