@@ -592,6 +592,236 @@ class ThrottledDaemon(Daemon):
         super().__init__(path, node="driver=throttle,throttle-group=g,file=f,node-name=n", extra=("--object", limits))
 
 
+def with_packed_rings(test):
+    """The same test, with packed rings."""
+
+    def run(path):
+        v.PACKED = True
+        try:
+            test(path)
+        finally:
+            v.PACKED = False
+    run.__doc__ = f"{test.__name__} with packed rings"
+    return run
+
+
+test_packed_reads_and_writes = with_packed_rings(test_reads_and_writes)
+test_packed_discard_and_zeroes = with_packed_rings(test_discard_and_zeroes)
+test_packed_many_at_once = with_packed_rings(test_many_at_once)
+test_packed_mirror_pivots_unseen = with_packed_rings(test_mirror_pivots_unseen)
+test_packed_memory_taken_away = with_packed_rings(test_memory_taken_away)
+
+
+def test_packed_hostile_rings(path):
+    """As test_hostile_rings, with what only a packed ring can get wrong."""
+    d = Daemon(path)
+    end = v.GUEST + (4 << 20)
+
+    def header(m):
+        at = m.take(16)
+        m.put("IIQ", at, v.IN, 0, 0)
+        return at
+
+    def hostile(do):
+        front, (q, other) = v.connect(d.socket, 2, packed=True)
+        do(q, front.memory)
+        assert q.failed(), "the queue goes on"
+        assert q.answers() == [] and other.read(0, 512) == bytes(512)
+        front.close()
+        front, [q] = v.connect(d.socket, 1, packed=True)
+        assert q.read(0, 512) == bytes(512)
+        front.close()
+
+    def buffers(make):
+        hostile(lambda q, m: q.expose(q.chain(make(m))))
+
+    room = lambda m, n=512: (m.take(n), n, v.WRITE)
+    buffers(lambda m: [(header(m), 16, 0)])  # no status
+    buffers(lambda m: [room(m)])  # no header
+    buffers(lambda m: [(header(m), 16, v.WRITE), room(m)])  # a header to write
+    buffers(lambda m: [(header(m), 16, 0), room(m), (m.take(1), 1, 0)])  # a status to read
+    buffers(lambda m: [(header(m), 16, 0), (end, 512, v.WRITE), room(m, 1)])  # outside
+    buffers(lambda m: [(header(m), 16, 0), ((1 << 64) - 256, 512, v.WRITE), room(m, 1)])  # around the end
+    buffers(lambda m: [(header(m), 16, 0), (m.take(1), 0, v.WRITE), room(m, 1)])  # empty
+    buffers(lambda m: [(end, 16, v.INDIRECT)])  # a table outside
+    buffers(lambda m: [((1 << 64) - 16, 64, v.INDIRECT)])  # one that wraps around
+    buffers(lambda m: [(m.take(32), 15, v.INDIRECT)])  # a table of no whole entries
+    buffers(lambda m: [(m.take(32), 0, v.INDIRECT)])
+    buffers(lambda m: [(m.take(16 * 60000), 16 * 60000, v.INDIRECT)])  # a long one
+    buffers(lambda m: [(header(m), 16, 0), (m.take(32), 32, v.INDIRECT)])  # a table among others
+
+    def nested(q, m):
+        table = m.take(32)
+        q.describe(table, 0, table, 32, 0, v.INDIRECT)
+        q.expose(q.chain([(table, 32, v.INDIRECT)]))
+    hostile(nested)
+
+    def endless(q, m):
+        """A chain that goes all around the ring and on."""
+        at = header(m)
+        for n in range(q.size):
+            q.describe(q.desc, n, at, 16, 0, v.NEXT | v.AVAILABLE)
+        q.kick()
+    hostile(endless)
+
+    def start(base, size=16, shift=0, lift=0):
+        front = v.Front(d.socket, packed=True)
+        front.negotiate()
+        assert front.share_memory() == 0
+        m = front.memory
+        at = m.take(16 * max(size, 1) + 64)
+        q = v.PackedQueue(front, 0, size, (at + shift + lift, m.take(4, 4), m.take(4, 4)))
+        return front, q.start(base)
+
+    for base in (16, 16 << 16, 0x7fff, 0x80100010):  # positions past the ring
+        front, results = start(base)
+        assert any(r != 0 for r in results), (hex(base), results)
+        front.close()
+    front, results = start(0x80008000, lift=(4 << 20) - 128)  # a ring across the end of memory
+    assert any(r != 0 for r in results), results
+    front.close()
+    front, [q] = v.connect(d.socket, 1, packed=True)
+    # the kind of a ring that runs
+    assert front.tell(v.SET_FEATURES, struct.pack("<Q", front.features & ~v.F_PACKED)) != 0
+    front.close()
+    # any size will do, also one that is no power of two
+    front = v.Front(d.socket, packed=True)
+    front.negotiate()
+    assert front.share_memory() == 0
+    q = v.PackedQueue(front, 0, 7)
+    assert q.start() == [0] * 7
+    for n in range(30):
+        assert q.write(n, bytes([n]) * 512, split=[None, 256, 128][n % 3]) == v.OK and q.read(n, 512) == bytes([n]) * 512
+    d.quit()
+
+
+def test_packed_random_rings(path):
+    """As test_random_rings."""
+    seed = int(os.environ.get("LIVEBLK_SEED", random.randrange(1 << 32)))
+    print(f"seed {seed}")
+    r = random.Random(seed)
+    d = Daemon(path, export="num-queues=2")
+    for _ in range(80):
+        front, (q, _) = v.connect(d.socket, 2, packed=True)
+        m = front.memory
+        for _ in range(3):
+            for n in range(q.size):
+                at = r.choice([v.GUEST + r.randrange(1 << 16), v.GUEST + (4 << 20) - r.randrange(64), r.getrandbits(64)])
+                length = r.choice([16, 16, 1, 0, 512, r.getrandbits(16), r.getrandbits(32)])
+                flags = r.choice([0, 1, 1, 2, 3, 3, 4, 5, 7]) | r.choice([v.AVAILABLE, v.AVAILABLE, v.USED, 0, v.AVAILABLE | v.USED])
+                q.describe(q.desc, n, at, length, r.getrandbits(16), flags)
+            m.put("H", q.avail, r.getrandbits(16))
+            m.put("H", q.avail + 2, r.getrandbits(16))
+            q.kick()
+        assert front.number(v.GET_QUEUE_NUM) == 2
+        if r.random() < 0.5:
+            v.Queue.stop(q)
+        front.close()
+    front, [q] = v.connect(d.socket, 1, packed=True)
+    assert q.read(0, 512) == bytes(512)
+    d.quit()
+
+
+def test_packed_kill_and_resume(path):
+    """As test_kill_and_resume: what was not answered is carried out from the log's copy of the descriptors, since answers
+    overwrite the ring."""
+    d = Daemon(path)
+    front = v.Front(d.socket, v.Memory(16 << 20), packed=True)
+    front.negotiate()
+    log, length = front.inflight(1, 16)
+    m = front.memory
+
+    def start(q):
+        assert q.front.share_memory() == 0
+        assert q.front.use_inflight(log, length, 1, 16) == 0
+        # where we are is not known to who comes: the log says it
+        assert q.start(0x80008000) == [0] * 7
+
+    q = v.PackedQueue(front)
+    start(q)
+    assert q.write(0, b"0" * 512) == v.OK
+    for round_ in range(12):
+        open_ = {}
+        for n in range(4):
+            data = bytes([round_ * 4 + n + 1]) * 4096
+            head, _, status = q.submit(v.OUT, 8 * (4 * round_ + n + 1), out=data, indirect=n % 2 == 1)
+            open_[head] = status
+        answered = q.answers() if round_ % 2 else []
+        d.kill()
+        front.close()
+        d = Daemon(path)
+        front = v.Front(d.socket, m, packed=True)
+        front.negotiate()
+        q.front = front
+        start(q)
+        got = answered + q.wait(4 - len(answered))
+        assert sorted(h for h, _ in got) == sorted(open_), (got, open_)
+        assert all(m.read(s, 1) == b"\0" for s in open_.values())
+        assert q.answers() == [], "answered twice"
+    for n in range(1, 49):
+        assert q.read(8 * n, 4096) == bytes([n]) * 4096, n
+    d.quit()
+
+
+def test_packed_open_requests_survive(path):
+    """Requests that hang in the disk when the daemon is killed, while others are answered in their places of the ring."""
+    d = ThrottledDaemon(path)
+    front = v.Front(d.socket, v.Memory(8 << 20), packed=True)
+    front.negotiate()
+    log, length = front.inflight(1, 16)
+    q = v.PackedQueue(front)
+    assert front.share_memory() == 0 and front.use_inflight(log, length, 1, 16) == 0
+    assert q.start() == [0] * 7
+    open_ = [q.submit(v.OUT, 8 * n, out=bytes([n + 1]) * 4096) for n in range(3)]
+    until = time.monotonic() + 30
+    taken = lambda: sum(1 for n in range(16) if os.pread(log, 1, 32 + 32 * n) == b"\x01")
+    answered = []
+    while taken() + len(answered) < 3:
+        answered += q.answers()
+        assert time.monotonic() < until
+    # reads are not held up: their answers go where the descriptors of those that hang were
+    for _ in range(4):
+        head, _, _ = q.submit(v.IN, 64, room=512, indirect=True)
+        found = q.wait(1)
+        answered += [f for f in found if f[0] != head]
+    assert len(answered) < 3
+    d.kill()
+    front.close()
+    d = Daemon(path)
+    again = v.Front(d.socket, front.memory, packed=True)
+    again.negotiate()
+    q.front = again
+    assert again.share_memory() == 0 and again.use_inflight(log, length, 1, 16) == 0
+    assert q.start(0x80008000) == [0] * 7
+    got = answered + q.wait(3 - len(answered))
+    assert sorted(h for h, _ in got) == sorted(h for h, _, _ in open_)
+    for n in range(3):
+        assert q.read(8 * n, 4096) == bytes([n + 1]) * 4096
+    d.quit()
+
+
+def test_packed_writes_are_logged(path):
+    """What answers write, and where, while the guest moves: the ring itself, and where the daemon says when it wants to be told."""
+    d = Daemon(path)
+    front = v.Front(d.socket, packed=True)
+    front.negotiate()
+    assert front.share_memory() == 0
+    m = front.memory
+    ring = m.take(16 * 16, 4096), m.take(4, 4096), m.take(4, 4096)
+    q = v.PackedQueue(front, ring=ring)
+    assert q.start() == [0] * 7
+    log = front.log_writes(1 << 16)
+    assert q.log_used(True) == 0
+    marked = lambda at: log[at // 4096 // 8] >> (at // 4096 % 8) & 1
+    assert q.read(0, 512) == bytes(512)
+    until = time.monotonic() + 30
+    while not (marked(ring[0]) and marked(ring[2])):
+        assert time.monotonic() < until, "not marked"
+        time.sleep(0.001)
+    assert not marked(ring[1])
+    d.quit()
+
+
 def main():
     global BINARY
     parser = argparse.ArgumentParser()

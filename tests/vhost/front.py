@@ -1,7 +1,7 @@
 """A vhost-user-blk front end and a guest's driver in one: speaks the protocol, keeps the guest's memory, fills the rings.
 
-It does what a test asks, right or wrong: the plain calls keep to the specification (vhost-user, virtio 1.2 sections 2.7 and
-5.2), and everything below them (descriptors, indices, messages) can be set to nonsense.
+It does what a test asks, right or wrong: the plain calls keep to the specification (vhost-user, virtio 1.2 sections 2.7, 2.8
+and 5.2), and everything below them (descriptors, indices, messages) can be set to nonsense.
 """
 
 import array
@@ -22,11 +22,18 @@ GET_INFLIGHT_FD, SET_INFLIGHT_FD, GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG = 
 
 F_LOG_ALL = 1 << 26
 F_RO, F_EVENT_IDX, F_INDIRECT, F_PROTOCOL, F_VERSION_1 = 1 << 5, 1 << 29, 1 << 28, 1 << 30, 1 << 32
+F_PACKED = 1 << 34
 P_REPLY_ACK, P_BACKEND_REQ, P_INFLIGHT, P_MEM_SLOTS = 1 << 3, 1 << 5, 1 << 12, 1 << 15
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
+# flags of a packed ring's descriptors, and what is said there of when to ring
+AVAILABLE, USED = 1 << 7, 1 << 15
+TELL, TELL_NOT, TELL_AT = 0, 1, 2
+
+# whether rings are packed ones where a test does not say
+PACKED = False
 
 USER = 0x7000_0000_0000  # where the front end says that it has mapped the memory itself
 GUEST = 0x10_0000  # where the guest has it
@@ -88,7 +95,8 @@ class Memory:
 class Front:
     """The connection."""
 
-    def __init__(self, path, memory=None, connect=True):
+    def __init__(self, path, memory=None, connect=True, packed=None):
+        self.packed = PACKED if packed is None else packed
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(30)
         self.memory = memory or Memory(4 << 20)
@@ -153,7 +161,7 @@ class Front:
     def negotiate(self, without=0):
         offered = self.number(GET_FEATURES)
         # nobody wants to know what is written, until the guest is to move
-        self.features = offered & ~without & ~F_LOG_ALL
+        self.features = offered & ~without & ~F_LOG_ALL & ~(0 if self.packed else F_PACKED)
         self.protocol = self.number(GET_PROTOCOL_FEATURES)
         self.send(SET_PROTOCOL_FEATURES, struct.pack("<Q", self.protocol))
         assert self.tell(SET_FEATURES, struct.pack("<Q", self.features)) == 0
@@ -343,12 +351,105 @@ class Queue:
         return self.run(OUT, sector, out=data, **more)[0]
 
 
-def connect(path, queues=1, size=16, memory=None, without=0):
+class PackedQueue(Queue):
+    """One packed virtqueue and its driver: `desc` is the ring, `avail` says when the driver is to be told, `used` when the device is."""
+
+    def __init__(self, front, index=0, size=16, ring=None):
+        if not ring:
+            m = front.memory
+            ring = m.take(16 * size), m.take(4, 4), m.take(4, 4)
+        super().__init__(front, index, size, ring)
+        self.free = list(range(size))
+        # next to fill, next to be answered; lap of each
+        self.fill, self.fill_lap, self.look, self.look_lap = 0, 1, 0, 1
+        self.room, self.next, self.pending = size, 0, None
+        self.memory.put("H", self.avail + 2, TELL_AT if self.event_idx else TELL)
+        self.memory.put("H", self.avail, self.look | self.look_lap << 15)
+
+    def bits(self):
+        return self.fill | self.fill_lap << 15, self.look | self.look_lap << 15
+
+    def start(self, base=None, enable=True):
+        fill, look = self.bits()
+        return super().start(fill | look << 16 if base is None else base, enable)
+
+    def stop(self):
+        """How many requests were made; the other side is where we are."""
+        base = super().stop()
+        assert base == self.bits()[0] | self.bits()[1] << 16 or self.answered < self.next, (base, self.bits())
+        return self.next
+
+    answered = 0
+
+    def lay(self, buffers, ident, lap_of=None):
+        """Descriptors of a chain in the ring, the first one available last: [(address, length, flags)]."""
+        m, first = self.memory, None
+        for n, (at, length, flags) in enumerate(buffers):
+            if n + 1 < len(buffers):
+                flags |= NEXT
+            flags |= AVAILABLE if self.fill_lap else USED
+            place = self.desc + 16 * self.fill
+            m.put("QIH", place, at, length & 0xffffffff, ident)
+            if first is None:
+                first = place, flags
+            else:
+                m.put("H", place + 14, flags)
+            self.fill += 1
+            if self.fill == self.size:
+                self.fill, self.fill_lap = 0, 1 - self.fill_lap
+        return first
+
+    def chain(self, buffers, head=None, indirect=False):
+        if indirect:
+            table = self.memory.take(16 * len(buffers))
+            for n, (at, length, flags) in enumerate(buffers):
+                self.describe(table, n, at, length, 0, flags)
+            buffers = [(table, 16 * len(buffers), INDIRECT)]
+        assert len(buffers) <= self.room, "the test's ring is too short"
+        ident = self.free.pop()
+        self.room -= len(buffers)
+        self.slots[ident] = len(buffers)
+        self.pending = self.lay(buffers, ident)
+        return ident
+
+    def expose(self, head, kick=True):
+        place, flags = self.pending
+        with FENCE:
+            self.memory.put("H", place + 14, flags)
+        self.next += 1
+        if kick:
+            self.kick()
+
+    def answers(self):
+        m, found = self.memory, []
+        while True:
+            place = self.desc + 16 * self.look
+            flags = m.get("H", place + 14)
+            if bool(flags & AVAILABLE) != self.look_lap or bool(flags & USED) != self.look_lap:
+                event = self.look | self.look_lap << 15
+                if not self.event_idx or m.get("H", self.avail) == event:
+                    return found
+                # and once more: what came before this was seen is not called for
+                m.put("H", self.avail, event)
+                with FENCE:
+                    continue
+            ident, written = m.get("H", place + 12), m.get("I", place + 8)
+            found.append((ident, written))
+            count = self.slots.pop(ident)
+            self.free.append(ident)
+            self.room += count
+            self.answered += 1
+            self.look += count
+            if self.look >= self.size:
+                self.look, self.look_lap = self.look - self.size, 1 - self.look_lap
+
+
+def connect(path, queues=1, size=16, memory=None, without=0, packed=None):
     """A front end that is ready, and its queues."""
-    front = Front(path, memory)
+    front = Front(path, memory, packed=packed)
     front.negotiate(without)
     assert front.share_memory() == 0
-    made = [Queue(front, i, size) for i in range(queues)]
+    made = [(PackedQueue if front.packed else Queue)(front, i, size) for i in range(queues)]
     for q in made:
         results = q.start()
         assert results == [0] * len(results), results

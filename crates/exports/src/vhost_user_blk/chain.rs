@@ -3,8 +3,9 @@
 //! What can happen: everything, since a guest may write anything into its rings: chains that loop, indices past the table,
 //! tables inside tables, buffers outside its memory, buffers to read behind buffers to write. What must stay true: each
 //! descriptor is read once, and what is returned was checked; a walk ends after [`MAX_SEGMENTS`] steps.
-//! Layout: Virtual I/O Device specification 1.2, section 2.7.
+//! Layout: Virtual I/O Device specification 1.2, sections 2.7 and 2.8.
 
+use super::{lane, packed};
 use env::os::shared::vm_memory::{Bytes, GuestAddress};
 use env::os::shared::{GuestMemory, Piece};
 use smallvec::SmallVec;
@@ -21,7 +22,7 @@ const DESCRIPTOR: u64 = 16;
 pub(super) type Pieces = SmallVec<[Piece; 4]>;
 
 /// A request's buffers.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Chain {
     /// What the guest wrote for us.
     pub(super) readable: Pieces,
@@ -36,8 +37,7 @@ pub(super) struct Chain {
 /// Reads the chain that begins at descriptor `head` of the table of `size` entries at guest address `table`. The error says
 /// what is wrong with it.
 pub(super) fn walk(memory: &GuestMemory, table: u64, size: u16, head: u16) -> Result<Chain, &'static str> {
-    let mut chain =
-        Chain { readable: Pieces::new(), writable: Pieces::new(), readable_len: 0, writable_len: 0 };
+    let mut chain = Chain::default();
     let (mut table, mut size, mut index, mut inside) = (table, u32::from(size), u32::from(head), false);
     for _ in 0..=MAX_SEGMENTS {
         if index >= size {
@@ -58,7 +58,7 @@ pub(super) fn walk(memory: &GuestMemory, table: u64, size: u16, head: u16) -> Re
             (table, size, index, inside) = (d.addr().0, d.len() / DESCRIPTOR as u32, 0, true);
             continue;
         }
-        chain.add(memory, &d)?;
+        chain.add(memory, Piece { at: d.addr().0, len: d.len() }, d.is_write_only())?;
         if !d.has_next() {
             return Ok(chain);
         }
@@ -67,16 +67,49 @@ pub(super) fn walk(memory: &GuestMemory, table: u64, size: u16, head: u16) -> Re
     Err("a descriptor chain has too many buffers or is a loop")
 }
 
+/// The buffers of a packed ring's request, which consists of these descriptors, read already. In a table that one of them
+/// names all entries count, one after the other. The error says what is wrong.
+pub(super) fn of_list(memory: &GuestMemory, list: &[lane::Descriptor]) -> Result<Chain, &'static str> {
+    let mut chain = Chain::default();
+    let add = |chain: &mut Chain, d: &lane::Descriptor| {
+        chain.add(memory, Piece { at: d.at, len: d.len }, d.flags & packed::WRITE != 0)
+    };
+    for d in list {
+        if d.flags & packed::INDIRECT == 0 {
+            add(&mut chain, d)?;
+            continue;
+        }
+        if list.len() > 1 {
+            return Err("an indirect descriptor stands where none may be");
+        }
+        if d.len == 0 || !u64::from(d.len).is_multiple_of(DESCRIPTOR) {
+            return Err("an indirect table has a bad length");
+        }
+        let entries = u64::from(d.len) / DESCRIPTOR;
+        if entries > MAX_SEGMENTS as u64 {
+            return Err("a descriptor chain has too many buffers or is a loop");
+        }
+        for n in 0..entries {
+            let at = d.at.checked_add(n * DESCRIPTOR).ok_or("a descriptor table wraps around")?;
+            let entry = packed::read(memory, at)?;
+            if entry.flags & packed::INDIRECT != 0 {
+                return Err("an indirect descriptor stands where none may be");
+            }
+            add(&mut chain, &entry)?;
+        }
+    }
+    Ok(chain)
+}
+
 impl Chain {
-    fn add(&mut self, memory: &GuestMemory, d: &Descriptor) -> Result<(), &'static str> {
-        let piece = Piece { at: d.addr().0, len: d.len() };
+    fn add(&mut self, memory: &GuestMemory, piece: Piece, is_write_only: bool) -> Result<(), &'static str> {
         if piece.len == 0 {
             return Err("a buffer is empty");
         }
         if !memory.has(piece) {
             return Err("a buffer lies outside the guest's memory");
         }
-        let (list, total) = if d.is_write_only() {
+        let (list, total) = if is_write_only {
             (&mut self.writable, &mut self.writable_len)
         } else if self.writable.is_empty() {
             (&mut self.readable, &mut self.readable_len)

@@ -38,6 +38,7 @@ pub(super) mod feature {
     pub(crate) const EVENT_IDX: u64 = 1 << 29;
     pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub(crate) const VERSION_1: u64 = 1 << 32;
+    pub(crate) const RING_PACKED: u64 = 1 << 34;
 }
 
 /// What is asked of a vhost-user-blk export; names as in QMP's `block-export-add`.
@@ -131,7 +132,7 @@ impl Device {
     pub(super) fn features(&self) -> u64 {
         use feature::*;
         let common = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | CONFIG_WCE | MQ | DISCARD | WRITE_ZEROES;
-        let ring = INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1 | LOG_ALL;
+        let ring = INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1 | RING_PACKED | LOG_ALL;
         common | ring | if self.options.writable { 0 } else { RO }
     }
 

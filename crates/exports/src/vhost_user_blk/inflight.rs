@@ -5,14 +5,16 @@
 //! like all others). What must stay true: a request is in the log from before it begins until after its answer can be
 //! seen, so that the next daemon carries out exactly what was not answered, in the order it was taken.
 //!
-//! Layout and protocol: vhost-user specification, "Inflight I/O tracking", split virtqueue.
+//! Layout and protocol: vhost-user specification, "Inflight I/O tracking", split virtqueue; for packed ones `packed_log`.
 
+use super::packed_log;
 use block::{BlockError, Result};
 use env::os::shared::SharedMap;
+use env::os::shared::vm_memory::AtomicAccess;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::fence;
+use std::sync::atomic::{Ordering, fence};
 
 /// Bytes before the entries of one queue: features, version, number of entries, last batch, used index.
 const HEADER: usize = 16;
@@ -33,8 +35,9 @@ mod at {
     pub(super) const COUNTER: usize = 8;
 }
 
-fn stride(queue_size: u16) -> usize {
-    (HEADER + ENTRY * usize::from(queue_size)).next_multiple_of(ALIGN)
+fn stride(queue_size: u16, packed: bool) -> usize {
+    let (header, entry) = if packed { (packed_log::HEADER, packed_log::ENTRY) } else { (HEADER, ENTRY) };
+    (header + entry * usize::from(queue_size)).next_multiple_of(ALIGN)
 }
 
 /// The log of all queues.
@@ -42,12 +45,14 @@ pub(super) struct InflightLog {
     map: SharedMap,
     queues: u16,
     queue_size: u16,
+    /// Its queues are packed ones.
+    packed: bool,
 }
 
 impl InflightLog {
     /// Bytes of a log.
-    pub(super) fn len(queues: u16, queue_size: u16) -> u64 {
-        (stride(queue_size) * usize::from(queues)) as u64
+    pub(super) fn len(queues: u16, queue_size: u16, packed: bool) -> u64 {
+        (stride(queue_size, packed) * usize::from(queues)) as u64
     }
 
     /// The log that the front end has kept, or a new one of zeroes.
@@ -57,12 +62,40 @@ impl InflightLog {
         len: u64,
         queues: u16,
         queue_size: u16,
+        packed: bool,
     ) -> Result<Rc<InflightLog>> {
-        if queues == 0 || queue_size == 0 || len < InflightLog::len(queues, queue_size) {
+        if queues == 0 || queue_size == 0 || len < InflightLog::len(queues, queue_size, packed) {
             return Err(BlockError::invalid("the in-flight log is too short for its queues"));
         }
         let map = SharedMap::new(file, offset, len)?;
-        Ok(Rc::new(InflightLog { map, queues, queue_size }))
+        Ok(Rc::new(InflightLog { map, queues, queue_size, packed }))
+    }
+
+    /// Where the part of queue `index` of `size` descriptors begins.
+    pub(super) fn part(&self, index: u16, size: u16, packed: bool) -> Result<usize> {
+        if packed != self.packed {
+            return Err(BlockError::invalid("the in-flight log is for rings of the other kind"));
+        }
+        if index >= self.queues || size > self.queue_size {
+            return Err(BlockError::invalid(format!(
+                "queue {index} of {size} descriptors is not in the in-flight log of {} queues of {}",
+                self.queues, self.queue_size
+            )));
+        }
+        Ok(usize::from(index) * stride(self.queue_size, packed))
+    }
+
+    pub(super) fn load<T: AtomicAccess>(&self, offset: usize, order: Ordering) -> Result<T> {
+        self.map.load(offset, order)
+    }
+
+    pub(super) fn store<T: AtomicAccess>(&self, offset: usize, value: T, order: Ordering) -> Result<()> {
+        self.map.store(offset, value, order)
+    }
+
+    /// Whether its memory was taken away.
+    pub(super) fn is_broken(&self) -> bool {
+        self.map.is_broken()
     }
 }
 
@@ -83,13 +116,7 @@ impl RingLog {
         size: u16,
         used: u16,
     ) -> Result<(RingLog, Vec<u16>)> {
-        if index >= log.queues || size > log.queue_size {
-            return Err(BlockError::invalid(format!(
-                "queue {index} of {size} descriptors is not in the in-flight log of {} queues of {}",
-                log.queues, log.queue_size
-            )));
-        }
-        let base = usize::from(index) * stride(log.queue_size);
+        let base = log.part(index, size, false)?;
         let mut ring = RingLog { log: log.clone(), base, entries: size, counter: 0 };
         let mut open: Vec<(u64, u16)> = Vec::new();
         if ring.log.map.load::<u16>(base + at::VERSION, Acquire)? != VERSION {
@@ -174,12 +201,12 @@ mod tests {
 
     fn log(file: &OwnedFd) -> Rc<InflightLog> {
         let file = shared::again(file).unwrap();
-        InflightLog::open(file, 0, InflightLog::len(2, 8), 2, 8).unwrap()
+        InflightLog::open(file, 0, InflightLog::len(2, 8, false), 2, 8, false).unwrap()
     }
 
     #[test]
     fn what_was_not_answered_is_carried_out_again_in_order() {
-        let file = shared::anonymous_file("log", InflightLog::len(2, 8)).unwrap();
+        let file = shared::anonymous_file("log", InflightLog::len(2, 8, false)).unwrap();
         let (mut ring, open) = RingLog::recover(&log(&file), 1, 8, 0).unwrap();
         assert!(open.is_empty());
         for head in [5, 2, 7, 0] {
@@ -205,8 +232,8 @@ mod tests {
 
     #[test]
     fn a_log_of_nonsense_does_no_harm() {
-        let file = shared::anonymous_file("log", InflightLog::len(2, 8)).unwrap();
-        let map = SharedMap::new(shared::again(&file).unwrap(), 0, InflightLog::len(2, 8)).unwrap();
+        let file = shared::anonymous_file("log", InflightLog::len(2, 8, false)).unwrap();
+        let map = SharedMap::new(shared::again(&file).unwrap(), 0, InflightLog::len(2, 8, false)).unwrap();
         for fill in [0u8, 1, 0x7f, 0xff] {
             for i in 0..map.len() {
                 map.store(i, fill, Relaxed).unwrap();
@@ -219,9 +246,16 @@ mod tests {
         }
         assert!(RingLog::recover(&log(&file), 2, 8, 0).is_err());
         assert!(RingLog::recover(&log(&file), 0, 16, 0).is_err());
-        let short = InflightLog::open(shared::again(&file).unwrap(), 0, 100, 2, 8);
+        let short = InflightLog::open(shared::again(&file).unwrap(), 0, 100, 2, 8, false);
         assert!(short.is_err());
-        let past = InflightLog::open(shared::again(&file).unwrap(), 4096, InflightLog::len(2, 8), 2, 8);
+        let past = InflightLog::open(
+            shared::again(&file).unwrap(),
+            4096,
+            InflightLog::len(2, 8, false),
+            2,
+            8,
+            false,
+        );
         assert!(past.is_err());
     }
 }

@@ -11,9 +11,13 @@
 mod chain;
 mod device;
 mod inflight;
+mod lane;
+mod packed;
+mod packed_log;
 mod request;
 mod ring;
 mod session;
+mod split;
 mod wire;
 
 pub use device::{DEFAULT_BLOCK_SIZE, VhostUserBlkOptions};

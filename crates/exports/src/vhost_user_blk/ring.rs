@@ -10,14 +10,12 @@
 //! What must stay true: a request, once begun, is never dropped half-way; it is answered exactly once; memory that it uses
 //! stays mapped until then.
 
-use super::chain;
 use super::device::Device;
-use super::inflight::{InflightLog, RingLog};
+use super::lane::{Basis, Lane, Layout, Opened, Token};
 use super::request::Request;
-use block::{BlockError, Io, Result};
+use block::{Io, Result};
 use env::os::event::EventFd;
 use env::os::shared::GuestMemory;
-use env::os::shared::vm_memory::{Bytes, GuestAddress};
 use env::sync::Notify;
 use futures_util::stream::{FuturesUnordered, Stream as _};
 use std::cell::{Cell, RefCell};
@@ -25,10 +23,8 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
-use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
 
 /// Bytes of buffers that one queue may hold: four of the longest pieces, or thousands of small requests.
 const BUDGET: u64 = 16 << 20;
@@ -41,23 +37,6 @@ const REQUESTS_PER_TURN: usize = 64;
 const MAX_POLL: Duration = Duration::from_micros(16);
 /// Where looking begins once it might have paid off.
 const MIN_POLL: Duration = Duration::from_micros(4);
-/// The driver does not want to be told (flag of the available ring).
-const NO_INTERRUPT: u16 = 1;
-
-/// Bytes of the used ring beside its entries: flags, index, the event's index.
-const USED_HEADER: u64 = 6;
-/// Bytes of an entry.
-const USED_ENTRY: u64 = 8;
-
-/// Where a ring lies: guest addresses and size.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Layout {
-    pub(super) size: u16,
-    pub(super) descriptors: u64,
-    pub(super) available: u64,
-    pub(super) used: u64,
-}
-
 /// What the front end may change while the queue runs.
 pub(super) struct Bells {
     /// Rung for the guest.
@@ -70,11 +49,10 @@ pub(super) struct Bells {
 pub(super) struct Ring {
     device: Rc<Device>,
     index: usize,
-    queue: RefCell<Queue>,
+    lane: RefCell<Lane>,
     memory: RefCell<Rc<GuestMemory>>,
     bells: RefCell<Bells>,
     kick: Rc<EventFd>,
-    log: RefCell<Option<RingLog>>,
     /// Where the used ring counts as written, if that is to be known.
     used_logged_at: Cell<Option<u64>>,
     stop: Cell<bool>,
@@ -87,35 +65,14 @@ pub(super) struct Ring {
     end: Notify,
 }
 
-fn bad_layout(e: impl std::fmt::Display) -> BlockError {
-    BlockError::invalid(format!("virtqueue: {e}"))
-}
-
-fn new_queue(memory: &GuestMemory, at: Layout, event_idx: bool) -> Result<Queue> {
-    let mut queue = Queue::new(at.size).map_err(bad_layout)?;
-    queue.try_set_desc_table_address(GuestAddress(at.descriptors)).map_err(bad_layout)?;
-    queue.try_set_avail_ring_address(GuestAddress(at.available)).map_err(bad_layout)?;
-    queue.try_set_used_ring_address(GuestAddress(at.used)).map_err(bad_layout)?;
-    queue.set_event_idx(event_idx);
-    queue.set_ready(true);
-    if !queue.is_valid(memory.space()) {
-        return Err(BlockError::invalid("virtqueue: a ring lies outside the guest's memory"));
-    }
-    Ok(queue)
-}
-
 /// What a queue starts with.
 pub(super) struct Start {
-    pub(super) layout: Layout,
-    /// Position of the next request in the available ring.
-    pub(super) base: u16,
-    pub(super) event_idx: bool,
+    /// Whether the ring is a packed one.
+    pub(super) packed: bool,
+    pub(super) basis: Basis,
     pub(super) memory: Rc<GuestMemory>,
     pub(super) kick: Rc<EventFd>,
-    /// Its number, for messages.
-    pub(super) index: usize,
     pub(super) bells: Bells,
-    pub(super) log: Option<Rc<InflightLog>>,
     /// Guest address of the used ring, if writes to it are to be logged.
     pub(super) used_logged_at: Option<u64>,
     pub(super) lost_memory: Box<dyn Fn()>,
@@ -124,27 +81,15 @@ pub(super) struct Start {
 impl Ring {
     /// Starts a queue. If there is a log, requests that a daemon before us left open are carried out first.
     pub(super) fn start(device: &Rc<Device>, s: Start) -> Result<Rc<Ring>> {
-        let mut queue = new_queue(&s.memory, s.layout, s.event_idx)?;
-        let used = queue.used_idx(s.memory.space(), Ordering::Acquire).map_err(bad_layout)?.0;
-        queue.set_next_used(used);
-        queue.set_next_avail(s.base);
-        let mut again = VecDeque::new();
-        let mut log = None;
-        if let Some(inflight) = s.log {
-            let (ring, open) = RingLog::recover(&inflight, s.index as u16, s.layout.size, used)?;
-            // whatever was taken was answered, up to the used index, or is open: the front end may not know how many
-            queue.set_next_avail(used.wrapping_add(open.len() as u16));
-            again.extend(open);
-            log = Some(ring);
-        }
+        let index = usize::from(s.basis.index);
+        let (lane, again) = Lane::start(&s.memory, s.packed, s.basis)?;
         let ring = Rc::new(Ring {
             device: device.clone(),
-            index: s.index,
-            queue: RefCell::new(queue),
+            index,
+            lane: RefCell::new(lane),
             memory: RefCell::new(s.memory),
             bells: RefCell::new(s.bells),
             kick: s.kick,
-            log: RefCell::new(log),
             used_logged_at: Cell::new(s.used_logged_at),
             stop: Cell::new(false),
             broken: Cell::new(None),
@@ -170,12 +115,12 @@ impl Ring {
         self.nudge.notify_all();
     }
 
-    /// Waits until a stopped queue's requests have ended; the position of the next request in the available ring.
-    pub(super) async fn ended(&self) -> u16 {
+    /// Waits until a stopped queue's requests have ended; where the guest and we are, as messages say it.
+    pub(super) async fn ended(&self) -> u32 {
         while !self.ended.get() {
             self.end.wait().await;
         }
-        self.queue.borrow().next_avail()
+        self.lane.borrow().base()
     }
 
     /// Changes what is rung from now on.
@@ -189,11 +134,7 @@ impl Ring {
 
     /// From now on the guest's memory is `memory`, and the ring lies there.
     pub(super) fn remap(&self, memory: &Rc<GuestMemory>, at: Layout) -> Result<()> {
-        let mut queue = self.queue.borrow_mut();
-        let mut new = new_queue(memory, at, queue.event_idx_enabled())?;
-        new.set_next_avail(queue.next_avail());
-        new.set_next_used(queue.next_used());
-        *queue = new;
+        self.lane.borrow_mut().remap(memory, at)?;
         self.memory.replace(memory.clone());
         Ok(())
     }
@@ -203,10 +144,11 @@ impl Ring {
         self.used_logged_at.set(at);
     }
 
-    /// The used ring has been written. What of it: its index and one entry, or where it says what it waits for.
+    /// The ring has been written: answers, or when we want to be told.
     fn mark_used(&self) {
         if let Some(at) = self.used_logged_at.get() {
-            self.device.mark_written(at, USED_HEADER + USED_ENTRY * u64::from(self.queue.borrow().size()));
+            let written = self.lane.borrow().written(at);
+            written.iter().for_each(|p| self.device.mark_written(p.at, u64::from(p.len)));
         }
     }
 
@@ -219,49 +161,30 @@ impl Ring {
         }
     }
 
-    /// The next request's number, if there is one.
-    fn take_head(&self, memory: &GuestMemory) -> Option<u16> {
-        let mut queue = self.queue.borrow_mut();
-        let Ok(mut available) = queue.iter(memory.space()) else {
-            self.fail("the available ring's index jumped");
-            return None;
-        };
-        available.next().map(|c| c.head_index())
+    /// The next request, if there is one.
+    fn next(&self, memory: &GuestMemory) -> Option<Opened> {
+        let next = self.lane.borrow_mut().take(memory);
+        next.unwrap_or_else(|why| {
+            self.fail(why);
+            None
+        })
     }
 
-    fn begin(&self, memory: &GuestMemory, head: u16) -> Option<Request> {
-        let (table, size) = {
-            let queue = self.queue.borrow();
-            (queue.desc_table(), queue.size())
-        };
-        let parsed = chain::walk(memory, table, size, head).and_then(|c| Request::parse(memory, c));
-        if self.log.borrow_mut().as_mut().is_some_and(|log| log.begin(head).is_err()) {
-            self.fail("a descriptor is past the end of the in-flight log");
-            return None;
-        }
+    fn begin(&self, memory: &GuestMemory, opened: &Opened) -> Option<(Token, Request)> {
+        let begun = self.lane.borrow_mut().begin(memory, opened);
+        let parsed = begun.and_then(|(token, chain)| Ok((token, Request::parse(memory, chain)?)));
         parsed.map_err(|why| self.fail(why)).ok()
     }
 
-    fn answer(&self, memory: &GuestMemory, head: u16, written: u32) {
-        let log = self.log.borrow();
-        let mut queue = self.queue.borrow_mut();
-        let noted = log.as_ref().is_none_or(|l| l.answer(head).is_ok());
-        let told = noted && queue.add_used(memory.space(), head, written).is_ok();
-        let noted = told && log.as_ref().is_none_or(|l| l.answered(head, queue.next_used()).is_ok());
-        if !noted {
+    fn answer(&self, memory: &GuestMemory, token: Token, written: u32) {
+        if self.lane.borrow_mut().answer(memory, token, written).is_none() {
             self.fail("the used ring cannot be written");
         }
     }
 
     /// Tells the guest of answers, if it wants to know.
     fn call(&self, memory: &GuestMemory) {
-        let mut queue = self.queue.borrow_mut();
-        let wanted = if queue.event_idx_enabled() {
-            queue.needs_notification(memory.space()).unwrap_or(true)
-        } else {
-            let flags = memory.space().load::<u16>(GuestAddress(queue.avail_ring()), Ordering::SeqCst);
-            flags.map_or(true, |f| u16::from_le(f) & NO_INTERRUPT == 0)
-        };
+        let wanted = self.lane.borrow_mut().wants_call(memory);
         if wanted && let Some(call) = &self.bells.borrow().call {
             call.ring();
         }
@@ -270,16 +193,16 @@ impl Ring {
 
 /// A request under way.
 struct Running {
-    head: u16,
+    token: Token,
     cost: u64,
     work: Pin<Box<dyn Future<Output = u32>>>,
 }
 
 impl Future for Running {
-    type Output = (u16, u64, u32);
+    type Output = (Token, u64, u32);
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (head, cost) = (self.head, self.cost);
-        self.work.as_mut().poll(cx).map(|written| (head, cost, written))
+        let (token, cost) = (self.token, self.cost);
+        self.work.as_mut().poll(cx).map(|written| (token, cost, written))
     }
 }
 
@@ -322,7 +245,7 @@ impl Looking {
 struct Pump {
     ring: Rc<Ring>,
     /// Requests that another daemon left open.
-    again: VecDeque<u16>,
+    again: VecDeque<Opened>,
     running: FuturesUnordered<Running>,
     cost: u64,
     answers: usize,
@@ -332,7 +255,7 @@ struct Pump {
 }
 
 impl Pump {
-    fn new(ring: Rc<Ring>, again: VecDeque<u16>) -> Pump {
+    fn new(ring: Rc<Ring>, again: VecDeque<Opened>) -> Pump {
         Pump {
             ring,
             again,
@@ -355,7 +278,7 @@ impl Pump {
                 self.ring.mark_used();
                 self.ring.call(&memory);
             }
-            if memory.is_broken() || self.ring.log.borrow().as_ref().is_some_and(RingLog::is_broken) {
+            if memory.is_broken() || self.ring.lane.borrow().log_is_broken() {
                 self.ring.fail("the guest's memory was taken away");
                 (self.ring.lost_memory)();
             }
@@ -378,10 +301,10 @@ impl Pump {
 
     /// Answers what has ended.
     fn collect(&mut self, memory: &GuestMemory, cx: &mut Context<'_>) {
-        while let Poll::Ready(Some((head, cost, written))) = Pin::new(&mut self.running).poll_next(cx) {
+        while let Poll::Ready(Some((token, cost, written))) = Pin::new(&mut self.running).poll_next(cx) {
             self.cost -= cost;
             self.answers += 1;
-            self.ring.answer(memory, head, written);
+            self.ring.answer(memory, token, written);
         }
     }
 
@@ -393,11 +316,11 @@ impl Pump {
     fn take(&mut self, memory: &Rc<GuestMemory>, cx: &mut Context<'_>) -> usize {
         let mut taken = 0;
         while taken < REQUESTS_PER_TURN && self.may_take() {
-            let next = self.again.pop_front().or_else(|| self.ring.take_head(memory));
-            let Some(head) = next else { break };
+            let next = self.again.pop_front().or_else(|| self.ring.next(memory));
+            let Some(opened) = next else { break };
             taken += 1;
-            let Some(request) = self.ring.begin(memory, head) else { break };
-            self.start(memory, head, request, cx);
+            let Some((token, request)) = self.ring.begin(memory, &opened) else { break };
+            self.start(memory, token, request, cx);
         }
         if taken > 0 {
             self.looking.found(self.ring.device.env.now());
@@ -405,7 +328,7 @@ impl Pump {
         taken
     }
 
-    fn start(&mut self, memory: &Rc<GuestMemory>, head: u16, request: Request, cx: &mut Context<'_>) {
+    fn start(&mut self, memory: &Rc<GuestMemory>, token: Token, request: Request, cx: &mut Context<'_>) {
         let cost = request.cost() + REQUEST_COST;
         let (device, mapped) = (self.ring.device.clone(), memory.clone());
         let mut work: Pin<Box<dyn Future<Output = u32>>> =
@@ -413,11 +336,11 @@ impl Pump {
         match work.as_mut().poll(cx) {
             Poll::Ready(written) => {
                 self.answers += 1;
-                self.ring.answer(memory, head, written);
+                self.ring.answer(memory, token, written);
             }
             Poll::Pending => {
                 self.cost += cost;
-                self.running.push(Running { head, cost, work });
+                self.running.push(Running { token, cost, work });
             }
         }
     }
@@ -446,12 +369,12 @@ impl Pump {
             cx.waker().wake_by_ref();
             return false;
         }
-        let more = self.ring.queue.borrow_mut().enable_notification(memory.space());
+        let more = self.ring.lane.borrow_mut().ask_for_bell(memory);
         self.ring.mark_used();
         match more {
-            Ok(true) => return true,
-            Ok(false) => {}
-            Err(_) => {
+            Some(true) => return true,
+            Some(false) => {}
+            None => {
                 self.ring.fail("the used ring cannot be written");
                 return false;
             }
@@ -464,7 +387,7 @@ impl Pump {
             Poll::Ready(rung) => {
                 self.kick = None;
                 // back to looking at the ring, with the bell still on: it is turned off where the driver honours that
-                let _ = self.ring.queue.borrow_mut().disable_notification(memory.space());
+                self.ring.lane.borrow_mut().no_bell(memory);
                 if rung.is_err() {
                     self.ring.fail("the queue's bell is no event descriptor");
                 }

@@ -8,7 +8,8 @@
 
 use super::device::{Device, feature};
 use super::inflight::InflightLog;
-use super::ring::{Bells, Layout, Ring, Start};
+use super::lane::{Basis, Layout};
+use super::ring::{Bells, Ring, Start};
 use super::wire::{self, Message};
 use block::{BlockError, Result};
 use env::os::event::EventFd;
@@ -42,7 +43,7 @@ struct Setup {
     size: u16,
     /// Addresses in the front end's own memory.
     addresses: Option<VhostUserVringAddr>,
-    base: u16,
+    base: u32,
     kick: Option<Rc<EventFd>>,
     call: Option<Rc<EventFd>>,
     error: Option<Rc<EventFd>>,
@@ -171,7 +172,8 @@ impl Session<'_> {
             Req::SET_LOG_FD => {}
             Req::SET_VRING_NUM => {
                 let state: VhostUserVringState = m.value(0)?;
-                if state.num == 0 || state.num > MAX_RING || !state.num.is_power_of_two() {
+                let any = self.is_packed() || state.num.is_power_of_two();
+                if state.num == 0 || state.num > MAX_RING || !any {
                     return Err(m.refuse("gives a bad ring size"));
                 }
                 self.stopped_queue(m, state.index)?.size = state.num as u16;
@@ -179,8 +181,10 @@ impl Session<'_> {
             Req::SET_VRING_ADDR => self.set_addresses(m)?,
             Req::SET_VRING_BASE => {
                 let state: VhostUserVringState = m.value(0)?;
-                let base = u16::try_from(state.num).map_err(|_| m.refuse("gives a bad ring position"))?;
-                self.stopped_queue(m, state.index)?.base = base;
+                if !self.is_packed() && state.num > u32::from(u16::MAX) {
+                    return Err(m.refuse("gives a bad ring position"));
+                }
+                self.stopped_queue(m, state.index)?.base = state.num;
             }
             Req::GET_VRING_BASE => return self.stop_queue(m).await,
             Req::SET_VRING_KICK => self.set_kick(m).await?,
@@ -217,14 +221,15 @@ impl Session<'_> {
                 let bytes = bytes.get(..c.size as usize).ok_or_else(|| m.refuse("is too short"))?;
                 self.device.set_config(c.offset, bytes)?;
             }
-            Req::GET_INFLIGHT_FD => return new_log(m),
+            Req::GET_INFLIGHT_FD => return self.new_log(m),
             Req::SET_INFLIGHT_FD => {
                 let v: VhostUserInflight = m.value(0)?;
                 if self.queues.iter().any(|q| q.ring.is_some()) {
                     return Err(m.refuse("comes while queues run"));
                 }
                 let file = m.descriptor()?;
-                let log = InflightLog::open(file, v.mmap_offset, v.mmap_size, v.num_queues, v.queue_size)?;
+                let (at, len) = (v.mmap_offset, v.mmap_size);
+                let log = InflightLog::open(file, at, len, v.num_queues, v.queue_size, self.is_packed())?;
                 self.log = Some(log);
             }
             _ => return Err(m.refuse("is not supported")),
@@ -237,6 +242,10 @@ impl Session<'_> {
         let unknown = bits & !self.device.features();
         if unknown != 0 {
             return Err(BlockError::invalid(format!("features {unknown:#x} were not offered")));
+        }
+        let changed = (bits ^ self.features) & (feature::RING_PACKED | feature::EVENT_IDX) != 0;
+        if changed && self.queues.iter().any(|q| q.ring.is_some()) {
+            return Err(BlockError::invalid("the kind of a running queue's ring cannot change"));
         }
         self.features = bits;
         self.device.set_logging(bits & feature::LOG_ALL != 0);
@@ -350,7 +359,7 @@ impl Session<'_> {
         self.pause(state.index as usize).await;
         let q = &mut self.queues[state.index as usize];
         (q.kick, q.call) = (None, None);
-        let answer = VhostUserVringState { index: state.index, num: u32::from(q.base) };
+        let answer = VhostUserVringState { index: state.index, num: q.base };
         Ok(Answer::Bytes(answer.as_slice().to_vec()))
     }
 
@@ -373,9 +382,26 @@ impl Session<'_> {
         Ok(Answer::Bytes(body))
     }
 
+    /// A new log for the front end to keep.
+    fn new_log(&self, m: &Message) -> Result<Answer> {
+        let mut v: VhostUserInflight = m.value(0)?;
+        if v.num_queues == 0 || v.queue_size == 0 || u32::from(v.queue_size) > MAX_RING {
+            return Err(m.refuse("asks for a log of nothing"));
+        }
+        v.mmap_size = InflightLog::len(v.num_queues, v.queue_size, self.is_packed());
+        v.mmap_offset = 0;
+        let file = shared::anonymous_file("vhost-inflight", v.mmap_size)?;
+        Ok(Answer::WithFile(v.as_slice().to_vec(), file))
+    }
+
+    /// Whether rings are packed ones. The front end says so before anything that depends on it.
+    fn is_packed(&self) -> bool {
+        self.features & feature::RING_PACKED != 0
+    }
+
     /// Starts each queue that has all it needs and does not run.
     fn start_ready(&mut self) -> Result<()> {
-        let protocol = self.features & feature::PROTOCOL_FEATURES != 0;
+        let (protocol, packed) = (self.features & feature::PROTOCOL_FEATURES != 0, self.is_packed());
         for (index, q) in self.queues.iter_mut().enumerate() {
             let Some(kick) = q.kick.clone().filter(|_| q.ring.is_none() && (!protocol || q.enabled)) else {
                 continue;
@@ -386,14 +412,17 @@ impl Session<'_> {
             q.ring = Some(Ring::start(
                 self.device,
                 Start {
-                    layout,
-                    base: q.base,
-                    event_idx: self.features & feature::EVENT_IDX != 0,
+                    packed,
+                    basis: Basis {
+                        layout,
+                        base: q.base,
+                        event_idx: self.features & feature::EVENT_IDX != 0,
+                        log: self.log.clone(),
+                        index: index as u16,
+                    },
                     memory: self.memory.clone(),
                     kick,
-                    index,
                     bells: Bells { call: q.call.clone(), error: q.error.clone() },
-                    log: self.log.clone(),
                     used_logged_at,
                     lost_memory: Box::new(move || socket.shutdown()),
                 },
@@ -447,15 +476,4 @@ fn has_answer(request: u32) -> bool {
             | GET_INFLIGHT_FD
             | SET_LOG_BASE)
     )
-}
-
-/// A new log for the front end to keep.
-fn new_log(m: &Message) -> Result<Answer> {
-    let mut v: VhostUserInflight = m.value(0)?;
-    if v.num_queues == 0 || v.queue_size == 0 || u32::from(v.queue_size) > MAX_RING {
-        return Err(m.refuse("asks for a log of nothing"));
-    }
-    (v.mmap_size, v.mmap_offset) = (InflightLog::len(v.num_queues, v.queue_size), 0);
-    let file = shared::anonymous_file("vhost-inflight", v.mmap_size)?;
-    Ok(Answer::WithFile(v.as_slice().to_vec(), file))
 }
