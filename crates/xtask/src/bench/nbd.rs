@@ -93,19 +93,20 @@ pub(super) fn order(round: usize) -> [Side; 2] {
 
 pub(super) fn make_image(options: &Options, format: &str, name: &str, full: bool) -> Outcome<String> {
     let file = options.path(name);
-    let size = format!("{}M", options.image_mib);
-    let _ = std::fs::remove_file(&file);
-    shell::output(Command::new("qemu-img").args(["create", "-q", "-f", format, &file, &size]))?;
-    if full {
-        shell::output(Command::new("qemu-io").args([
-            "-f",
-            format,
-            "-c",
-            &format!("write -q -P 0x5a 0 {size}"),
-            &file,
-        ]))?;
-    }
+    image_at(format, &file, options.image_mib, full)?;
     Ok(file)
+}
+
+/// A new image of `mib` MiB at `file`, full of data or empty.
+pub(super) fn image_at(format: &str, file: &str, mib: u64, full: bool) -> Outcome {
+    let size = format!("{mib}M");
+    let _ = std::fs::remove_file(file);
+    shell::output(Command::new("qemu-img").args(["create", "-q", "-f", format, file, &size]))?;
+    if full {
+        let fill = format!("write -q -P 0x5a 0 {size}");
+        shell::output(Command::new("qemu-io").args(["-f", format, "-c", &fill, file]))?;
+    }
+    Ok(())
 }
 
 pub(super) fn measure(options: &Options) -> Outcome {

@@ -1,8 +1,9 @@
 //! A pair of daemons that replicate one disk: QEMU's, or ours with either engine. The disk is export `d` on both sides.
 
 use super::super::daemon::Daemon;
+use super::super::nbd::image_at;
 use super::super::{Options, Side};
-use crate::shell::{self, Outcome};
+use crate::shell::Outcome;
 use qmpclient::Client;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -120,16 +121,7 @@ impl Process {
             return Ok(json!({"driver": "null-co", "node-name": node, "size": size, "read-zeroes": true}));
         }
         let file = self.path("disk.raw");
-        image("raw", &file, make.mib)?;
-        if make.full {
-            shell::output(Command::new("qemu-io").args([
-                "-f",
-                "raw",
-                "-c",
-                &format!("write -q -P 0x5a 0 {size}"),
-                &file,
-            ]))?;
-        }
+        image_at("raw", &file, make.mib, make.full)?;
         Ok(json!({"driver": "raw", "node-name": node, "file": {"driver": "file", "filename": file}}))
     }
 
@@ -142,11 +134,6 @@ impl Process {
         };
         (of("wchar:"), of("rchar:"))
     }
-}
-
-fn image(format: &str, file: &str, mib: u64) -> Outcome {
-    shell::output(Command::new("qemu-img").args(["create", "-q", "-f", format, file, &format!("{mib}M")]))
-        .map(drop)
 }
 
 pub(super) struct Pair {
@@ -211,7 +198,7 @@ fn until(what: &str, mut is: impl FnMut() -> Outcome<bool>) -> Outcome {
 
 fn qemu(primary: &mut Process, secondary: &mut Process, make: &Make) -> Outcome {
     for name in ["active", "hidden"] {
-        image("qcow2", &secondary.path(&format!("{name}.qcow2")), make.mib)?;
+        image_at("qcow2", &secondary.path(&format!("{name}.qcow2")), make.mib, false)?;
     }
     let s = secondary.disk(make, "s")?;
     secondary.add(&s)?;
