@@ -31,7 +31,10 @@ fn a_promotion_does_not_wait_for_what_is_being_brought_to_the_disk() {
         let file = env.open(Path::new("/store"), mode).await.unwrap();
         let size = replication::store::MIN_SIZE;
         let new = NewStore { group: GroupId::of_name("g"), engine: Engine::Redo, size };
-        Store::create(&file, &new, History::none()).await.unwrap();
+        let mut history = History::begin(Generation(1));
+        history.advance(Epoch(1));
+        // the first checkpoint would not go through the log
+        Store::create(&file, &new, history.clone()).await.unwrap();
         let disk: Rc<dyn Volume> = Rc::new(FileVolume(env.open(Path::new("/disk"), mode).await.unwrap()));
         let store = Store::open(&env, file, vec![disk]).await.unwrap();
         store.begin(Generation(1)).await.unwrap();
@@ -39,10 +42,9 @@ fn a_promotion_does_not_wait_for_what_is_being_brought_to_the_disk() {
         let all: Vec<Change> =
             (0..PIECES).map(|n| Change { volume: 0, at: place(n), data: data.clone() }).collect();
         store.keep(&all).await.unwrap();
-        let mut history = History::begin(Generation(1));
-        history.advance(Epoch(1));
-        store.prepare(Epoch(1), Digest::default(), history).await.unwrap();
-        store.commit(Epoch(1)).await.unwrap();
+        history.advance(Epoch(2));
+        store.prepare(Epoch(2), Digest::default(), history).await.unwrap();
+        store.commit(Epoch(2)).await.unwrap();
         w.host().adjust(|p| (p.inline, p.latency) = (0.0, (SLOW, SLOW)));
         let bringing = store.clone();
         let task = env.spawn("tidy", async move { bringing.tidy().await.unwrap() });

@@ -433,7 +433,8 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
         w.host().adjust(|p| p.inline = *rng.choose(&[0.0, 0.5, 0.9]));
         let model = Rc::new(RefCell::new(Model {
             primary: zero.clone(),
-            checkpoints: BTreeMap::new(),
+            // what is before the first is in tests/first.rs
+            checkpoints: [(0, zero.clone())].into(),
             acked: 0,
             trying: None,
             promoting: None,
@@ -449,7 +450,7 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
             let mode = OpenMode { write: true, ..OpenMode::default() };
             let file = env.open(Path::new("/store"), mode).await.unwrap();
             let new = NewStore { group: GroupId::of_name("g"), engine, size: replication::store::MIN_SIZE };
-            Store::create(&file, &new, History::none()).await.unwrap();
+            Store::create(&file, &new, History::begin(Generation(1))).await.unwrap();
             process.kill();
         }
         let lives = 2 + rng.below(5);

@@ -174,6 +174,16 @@ fn one_wrong_bit_anywhere_is_found() {
 }
 
 /// A header whose checksum is right and whose fields are anything: what an enemy sends who knows the protocol.
+#[test]
+fn another_version_is_refused_and_both_are_named() {
+    let mut bytes = frame(&mut Rng::new(1)).encode().to_vec();
+    bytes[4] = 1;
+    let mut decoder = Decoder::new();
+    decoder.push(bytes.into());
+    let e = decoder.next_frame().unwrap_err().to_string();
+    assert!(e.contains("speaks version 1") && e.contains("this side version 2"), "{e}");
+}
+
 fn forged(rng: &mut Rng) -> Vec<u8> {
     let mut bytes = if rng.chance(0.7) { frame(rng).encode().to_vec() } else { vec![0; HEADER] };
     for _ in 0..1 + rng.below(4) {

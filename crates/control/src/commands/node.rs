@@ -7,6 +7,7 @@ use crate::error::{QmpError, Reply};
 use block::Prealloc;
 use graph::{NodeCell, Parent, Role, bitmaps};
 use qapi::{Map, Value, json};
+use replication::session::Group;
 use serde::Deserialize;
 use std::rc::Rc;
 
@@ -134,6 +135,16 @@ fn check_resizable(cell: &Rc<NodeCell>) -> Result<(), QmpError> {
     Ok(cell.bitmaps().iter().try_for_each(|b| bitmaps::check_consistent(b))?)
 }
 
+/// That the node is no disk of a replication group, whose secondaries have its length.
+fn check_not_replicated(daemon: &Daemon, name: &str) -> Result<(), QmpError> {
+    let groups = daemon.replication().borrow();
+    let is_in = |g: &Group| g.settings().volumes.iter().any(|(disk, front)| disk == name || front == name);
+    let Some((id, _)) = groups.iter().find(|(_, g)| is_in(g)) else { return Ok(()) };
+    Err(QmpError::generic(format!(
+        "Node '{name}' is a disk of replication group '{id}': it cannot be resized while it is in a replication group"
+    )))
+}
+
 impl Command for BlockResize {
     const NAME: &'static str = "block_resize";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
@@ -146,6 +157,7 @@ impl Command for BlockResize {
         let Ok(size) = u64::try_from(self.size) else {
             return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
         };
+        check_not_replicated(&daemon, node.unwrap_or_default())?;
         daemon.graph().resize(&cell, size, Prealloc::Off, check_resizable).await?;
         Ok(json!({}))
     }

@@ -1,6 +1,8 @@
 //! Continuous replication between real daemons: two or more of the built program, real sockets, QEMU's tools as guests.
 
 mod checkpoints;
+mod first;
+mod refused;
 
 use crate::common::{Client, Daemon, Dir, until};
 use crate::disk::tool;

@@ -25,6 +25,8 @@ pub(super) struct Outgoing {
     /// Bytes of changes handed to the socket.
     used: Cell<u64>,
     closing: Cell<bool>,
+    /// Why it was ended from here.
+    given_up: RefCell<Option<String>>,
     pub(super) wake: Notify,
     pub(super) drained: Notify,
 }
@@ -51,6 +53,22 @@ impl Outgoing {
     pub(super) fn close(&self) {
         self.closing.set(true);
         self.wake.notify_all();
+    }
+
+    /// It ends now, for this reason.
+    pub(super) fn give_up(&self, why: String) {
+        *self.given_up.borrow_mut() = Some(why);
+        self.close();
+    }
+
+    /// Why it was given up, if it was.
+    pub(super) fn given_up(&self) -> Option<String> {
+        self.given_up.borrow().clone()
+    }
+
+    /// Bytes of changes handed to the socket so far.
+    pub(super) fn sent(&self) -> u64 {
+        self.used.get()
     }
 
     pub(super) fn is_closing(&self) -> bool {

@@ -262,6 +262,11 @@ impl Log {
         self.head.get()
     }
 
+    /// Everything before is on stable storage.
+    pub(crate) fn durable(&self) -> u64 {
+        self.durable.get()
+    }
+
     pub(crate) fn ring(&self) -> u64 {
         self.anchor.borrow().ring
     }

@@ -11,9 +11,11 @@
 //! * The index says where bytes are before the place they were at is overwritten; a reader that read the disk looks again
 //!   afterwards and begins anew if the index changed. So no reader waits for a writer and no writer for a reader (S1, S3).
 //! * The switch at a commit is O(1): layers change their state, what they held is freed later, piece by piece.
+//! * Before the first checkpoint there is nothing to preserve: what comes goes to the disks (`first.rs`).
 //! * Older checkpoints that are kept are layers that wait: redo brings them to the disk later, undo forgets what they overwrote later.
 
 mod apply;
+mod first;
 mod log;
 pub(crate) mod map;
 mod record;
@@ -32,6 +34,7 @@ use crate::types::{Epoch, Generation, GroupId};
 use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::Env;
 use env::sync::Notify;
+use first::Touched;
 use log::Log;
 use map::{Place, RangeMap, resolve};
 use record::{Kind, Record};
@@ -156,6 +159,8 @@ struct State {
     /// Undo: up to where the log is not needed any more, and the history there.
     needless: Option<(u64, History)>,
     garbage: Vec<RangeMap>,
+    /// Before the first checkpoint: where the primary's changes went to the disks.
+    touched: Touched,
 }
 
 /// Whose content is read.
@@ -183,6 +188,8 @@ pub struct Store {
     applying: env::sync::Semaphore,
     /// A promotion waits for the background pass, which gives up.
     stopping: Cell<bool>,
+    /// Undo: where the log ended after the last old content.
+    preserved: Cell<u64>,
     /// Something for the background to do.
     pub(crate) work: Notify,
     /// Reads and writes that go straight to the disk: they may, once the merge is done.
@@ -318,7 +325,9 @@ impl Store {
     pub async fn keep(&self, changes: &[Change]) -> Result<()> {
         let _one = self.intake.acquire(1).await;
         self.still_secondary()?;
+        self.touch(changes)?;
         let kept = match self.engine {
+            _ if self.state.borrow().is_blank() => self.to_disk(changes).await,
             Engine::Redo => self.keep_redo(changes).await,
             Engine::Undo => self.keep_undo(changes).await,
         };
@@ -385,6 +394,15 @@ impl Store {
             }
         }
         self.preserve(&missing).await?;
+        // Also what an earlier call preserved that failed before this: it is in the index, and may not be on the medium (found by `sim`,
+        // scenario `replica`, seed 1187).
+        if self.preserved.get() > self.log.durable() && !planted(Bug::PreimageNotDurable) {
+            self.log.barrier().await?;
+        }
+        self.to_disk(changes).await
+    }
+
+    async fn to_disk(&self, changes: &[Change]) -> Result<()> {
         for c in changes {
             let Some(v) = self.volumes.get(usize::from(c.volume)) else { continue };
             if c.data.is_empty() { v.zero(c.at).await? } else { v.write(c.at.start, c.data.clone()).await? }
@@ -392,7 +410,7 @@ impl Store {
         Ok(())
     }
 
-    /// Old content to the log, durably, and into the index.
+    /// Old content to the log and into the index; it is not durable yet.
     async fn preserve(&self, missing: &[(u16, Span)]) -> Result<()> {
         for group in missing.chunks(64) {
             let mut records = Vec::with_capacity(group.len());
@@ -411,19 +429,19 @@ impl Store {
                 }
             }
             self.log_open(&records).await?;
-        }
-        if !missing.is_empty() && !planted(Bug::PreimageNotDurable) {
-            self.log.barrier().await?;
+            self.preserved.set(self.log.head());
         }
         Ok(())
     }
 
     /// Where the disks hold something else than the checkpoint, until the changes kept there are decided: (volume, range).
     pub fn left_on_disk(&self) -> Vec<(u16, Span)> {
-        if self.engine == Engine::Redo {
-            return Vec::new();
+        let s = self.state.borrow();
+        let mut all = s.touched.ranges();
+        if self.engine == Engine::Undo {
+            all.extend(kept_by(&s.layers));
         }
-        kept_by(&self.state.borrow().layers)
+        all
     }
 
     /// What this side's owner has written since the checkpoint and the disk does not hold yet: (volume, range).
@@ -437,10 +455,15 @@ impl Store {
     /// # Errors
     /// Of the log or a disk.
     pub async fn flush_kept(&self) -> Result<()> {
-        if self.engine == Engine::Undo {
+        if self.is_written_through() {
             self.flush_volumes().await?;
         }
         self.log.barrier().await
+    }
+
+    /// Whether what was kept may be on the disks before it is decided.
+    fn is_written_through(&self) -> bool {
+        self.engine == Engine::Undo || self.state.borrow().history.now().is_none()
     }
 
     /// The open epoch ends and is durable; it may be decided. `history` is where the image comes from then.
@@ -448,7 +471,7 @@ impl Store {
     /// # Errors
     /// Of the log or a disk; the epoch must not be decided then.
     pub async fn prepare(&self, epoch: Epoch, digest: Digest, history: History) -> Result<()> {
-        if self.engine == Engine::Undo && !planted(Bug::DataNotFlushedBeforeCommit) {
+        if self.is_written_through() && !planted(Bug::DataNotFlushedBeforeCommit) {
             self.flush_volumes().await?;
         }
         let payload = record::history_bytes(&history, &digest);

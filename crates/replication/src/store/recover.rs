@@ -61,6 +61,7 @@ impl State {
         if let Some((_, digest, history)) = self.layers.get(at).and_then(|l| l.sealed.clone()) {
             self.digest = digest;
             self.history = history;
+            self.touched = super::first::Touched::default();
         }
         match engine {
             Engine::Redo => self.layers.iter_mut().take(at + 1).for_each(|l| l.committed = true),
@@ -73,6 +74,7 @@ impl State {
     /// A new session. Redo: undecided layers are void. Undo: what they preserved still stands between the disk and the checkpoint.
     pub(super) fn reset(&mut self, engine: Engine, volumes: usize) {
         match engine {
+            Engine::Undo if self.history.now().is_none() => self.forget_first(volumes),
             Engine::Redo => {
                 while self.layers.back().is_some_and(|l| !l.committed) {
                     if let Some(l) = self.layers.pop_back() {
@@ -171,6 +173,7 @@ impl Store {
             switches: 0,
             needless: None,
             garbage: Vec::new(),
+            touched: super::first::Touched::default(),
         });
         for (r, lsn, place) in &records {
             s.replay(r, lsn + r.size(), *place, engine, count);
@@ -187,6 +190,7 @@ impl Store {
             intake: Semaphore::new(1),
             applying: Semaphore::new(1),
             stopping: Cell::new(false),
+            preserved: Cell::new(0),
             work: Notify::new(),
             direct,
             held: RefCell::default(),

@@ -122,7 +122,10 @@ fn check_header(h: &[u8; HEADER]) -> Result<()> {
         return Err(wrong("not a replication stream (wrong magic)"));
     }
     if h[4] != VERSION {
-        return Err(wrong(format!("version {} of the protocol is unknown", h[4])));
+        return Err(wrong(format!(
+            "it speaks version {} of the replication protocol, this side version {VERSION}: both sides need the same",
+            h[4]
+        )));
     }
     let mut plain = *h;
     plain[8..12].fill(0);

@@ -495,7 +495,7 @@ impl Group {
         }
         let secondary = SecondaryGroup::new(&env, store, self.record_path(), self.tell.clone());
         secondary.protect(self.new.secure.accept.clone());
-        former.into_iter().for_each(|f| secondary.follows(f));
+        former.into_iter().for_each(|f| secondary.follows(f, known.clone()));
         if promoted {
             secondary.resume_promoted(known).await.inspect_err(|_| secondary.stop())?;
         }

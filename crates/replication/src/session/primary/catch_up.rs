@@ -9,7 +9,6 @@ use crate::wire::crc_of;
 use bitmap::Bitmap;
 use block::{Data, Kind, Result, Span};
 use copy::Owner;
-use env::sync::race;
 use graph::Edge;
 use std::rc::Rc;
 
@@ -27,13 +26,7 @@ impl PrimaryGroup {
             };
             let volume = u16::try_from(volume).unwrap_or(u16::MAX);
             for at in bits.areas(Span::new(0, disk.len()), PIECE) {
-                loop {
-                    let drained = session.drained.wait();
-                    if session.queued() <= SYNC_AHEAD || session.is_closing() {
-                        break;
-                    }
-                    race(drained, self.progress.wait()).await;
-                }
+                self.until_queued(number, &session, SYNC_AHEAD).await;
                 let mut ticket = locks.request(at, Owner::Copy { bulk: true });
                 ticket.held().await;
                 let same = self.session(number).is_some_and(|s| Rc::ptr_eq(&s, &session));

@@ -6,7 +6,7 @@
 use super::super::RECV;
 use super::super::link::Outgoing;
 use super::{Peer, PrimaryGroup};
-use crate::primary::Input;
+use crate::primary::{Input, PeerState};
 use crate::wire::{Body, Decoder};
 use block::{BlockError, Result};
 use env::sync::race;
@@ -26,8 +26,12 @@ impl PrimaryGroup {
             let why = match self.env.timeout(self.timeout.get(), self.reach(&peer.address)).await {
                 Some(Ok(stream)) => {
                     pause = BACKOFF.0;
-                    let why = self.talk(number, peer, &stream).await;
+                    let (why, given_up) = self.talk(number, peer, &stream).await;
                     stream.shutdown();
+                    if given_up {
+                        // it is there, and has to do something before it can take more
+                        pause = self.timeout.get().max(BACKOFF.1);
+                    }
                     why
                 }
                 Some(Err(e)) => e.to_string(),
@@ -59,8 +63,59 @@ impl PrimaryGroup {
         secure(stream, host).await.map_err(|e| e.context("TLS"))
     }
 
-    /// One session, to its end; why it ended.
-    async fn talk(self: &Rc<Self>, number: usize, peer: &Rc<Peer>, stream: &Rc<dyn Stream>) -> String {
+    /// Waits until no more than `most` bytes are queued for a peer, for as long as it takes anything within the time-out. A session in
+    /// which it does not is given up: its store is full, and only it knows for how long (F-1, L1).
+    pub(super) async fn until_queued(&self, number: usize, session: &Outgoing, most: u64) {
+        let (mut sent, mut since) = (session.sent(), self.env.now());
+        loop {
+            let (drained, progress) = (session.drained.wait(), self.progress.wait());
+            if session.queued() <= most || session.is_closing() {
+                return;
+            }
+            let limit = self.timeout.get();
+            if session.sent() != sent {
+                (sent, since) = (session.sent(), self.env.now());
+            } else if self.env.now() >= since + limit {
+                return self.takes_nothing(number, session);
+            }
+            let left = (since + limit).saturating_sub(self.env.now());
+            self.env.timeout(left, race(drained, progress)).await;
+        }
+    }
+
+    fn takes_nothing(&self, number: usize, session: &Outgoing) {
+        let peers = self.peers.borrow();
+        let Some(peer) = peers.get(number) else { return };
+        let syncing = self.look(|c| c.peers().get(number).is_some_and(|p| p.state == PeerState::Syncing));
+        let (operation, why) = match syncing {
+            true => {
+                ("catch-up", "what it missed does not fit into its replication store beside its checkpoint")
+            }
+            false => ("forward", "its replication store is full, and no checkpoint makes room"),
+        };
+        let why = format!("the secondary takes nothing more: {why}");
+        (self.tell)(
+            "REPLICATION_ERROR",
+            vec![
+                ("peer", peer.name.as_str().into()),
+                ("operation", operation.into()),
+                ("offset", 0.into()),
+                ("reason", why.as_str().into()),
+            ],
+        );
+        session.give_up(why);
+        if let Some(stream) = peer.stream.borrow().as_ref() {
+            stream.shutdown();
+        }
+    }
+
+    /// One session, to its end; why it ended, and whether it was given up here.
+    async fn talk(
+        self: &Rc<Self>,
+        number: usize,
+        peer: &Rc<Peer>,
+        stream: &Rc<dyn Stream>,
+    ) -> (String, bool) {
         let session = Rc::new(Outgoing::default());
         *peer.session.borrow_mut() = Some(session.clone());
         *peer.stream.borrow_mut() = Some(stream.clone());
@@ -76,7 +131,10 @@ impl PrimaryGroup {
                 result.err().map_or_else(|| "the peer closed the connection".to_owned(), |e| e.to_string());
         };
         race(receiving, sending).await;
-        why.take()
+        match session.given_up() {
+            Some(reason) => (reason, true),
+            None => (why.take(), false),
+        }
     }
 
     async fn send_all(&self, number: usize, session: &Rc<Outgoing>, stream: &Rc<dyn Stream>) -> Result<()> {

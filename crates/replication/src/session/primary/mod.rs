@@ -28,7 +28,7 @@ use crate::types::{Epoch, Generation, GroupId, Seq};
 use crate::wire::{Body, MAX_PAYLOAD, VolumeInfo, crc_of};
 use block::{BlockError, Data, ErrorKind, ReqFlags, Result, Span};
 use copy::{Owner, RangeLocks};
-use env::sync::{Notify, Queue, race};
+use env::sync::{Notify, Queue};
 use env::{Address, Env, Stream};
 use graph::Edge;
 use std::cell::{Cell, RefCell};
@@ -555,12 +555,12 @@ impl PrimaryGroup {
         loop {
             let full = {
                 let peers = self.peers.borrow();
-                let sessions = peers.iter().filter_map(|p| p.session.borrow().clone());
-                sessions.into_iter().find(|s| s.queued() > MAX_QUEUED && !s.is_closing())
+                let mut sessions =
+                    peers.iter().enumerate().filter_map(|(i, p)| Some((i, p.session.borrow().clone()?)));
+                sessions.find(|(_, s)| s.queued() > MAX_QUEUED && !s.is_closing())
             };
-            let Some(session) = full else { return };
-            let drained = session.drained.wait();
-            race(drained, self.progress.wait()).await;
+            let Some((number, session)) = full else { return };
+            self.until_queued(number, &session, MAX_QUEUED).await;
         }
     }
 

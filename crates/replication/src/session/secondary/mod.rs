@@ -69,6 +69,8 @@ pub struct SecondaryGroup {
     refuses_own: RefCell<Option<String>>,
     /// Until the first checkpoint: what the disks were.
     former: RefCell<Option<Former>>,
+    /// The record of that owner: places are in it before they are overwritten, so that it stays true across crashes.
+    owners: RefCell<Option<Rc<Activity>>>,
     /// What the primary gave when it handed the group over to this side.
     handed: RefCell<Option<HandOver>>,
     tell: Tell,
@@ -104,6 +106,7 @@ impl SecondaryGroup {
             activity: RefCell::default(),
             refuses_own: RefCell::default(),
             former: RefCell::default(),
+            owners: RefCell::default(),
             handed: RefCell::default(),
             tell,
             store,
@@ -242,9 +245,11 @@ impl SecondaryGroup {
         *self.refuses_own.borrow_mut() = Some(why.to_owned());
     }
 
-    /// The disks were an owner's, and hold no checkpoint of another yet. To be said before anybody is let in.
-    pub fn follows(&self, former: Former) {
+    /// The disks were an owner's, and hold no checkpoint of another yet; what the owner's record was, if it can be read. To be said
+    /// before anybody is let in.
+    pub fn follows(&self, former: Former, record: Option<Rc<Activity>>) {
         *self.former.borrow_mut() = Some(former);
+        *self.owners.borrow_mut() = record;
     }
 
     /// Why own writes fail, if they do.
@@ -434,7 +439,7 @@ impl SecondaryGroup {
     async fn keep(self: &Rc<Self>, pending: &mut Vec<Change>) {
         let changes = std::mem::take(pending);
         let Some(first) = changes.first() else { return };
-        if let Err(e) = self.store.keep(&changes).await {
+        if let Err(e) = self.keep_all(&changes).await {
             let (volume, offset) = (first.volume, first.at.start);
             *self.last_error.borrow_mut() = Some(e.to_string());
             (self.tell)(
@@ -448,6 +453,16 @@ impl SecondaryGroup {
             );
             self.step(Input::Refused { volume, offset, errno: e.errno(), text: e.to_string() }).await;
         }
+    }
+
+    async fn keep_all(&self, changes: &[Change]) -> Result<()> {
+        let owners = self.owners.borrow().clone();
+        if let Some(record) = owners {
+            for c in changes {
+                record.cover(c.volume, c.at).await?;
+            }
+        }
+        self.store.keep(changes).await
     }
 
     async fn kept(self: &Rc<Self>, session: SessionId, durable: bool) {
@@ -489,7 +504,7 @@ impl SecondaryGroup {
                     let left = self.store.left_on_disk();
                     let everywhere = Doubt { former: None, places: None };
                     let doubt = doubt(&self.store.lens(), former.as_ref(), &left).unwrap_or(everywhere);
-                    if former.is_some() && self.store.engine() == Engine::Undo {
+                    if former.is_some() && self.owners.borrow().is_none() {
                         // what comes now overwrites the disks in places that the record does not name
                         let _ = self.env.remove(&self.record).await;
                     }
@@ -569,6 +584,7 @@ impl SecondaryGroup {
                 self.committed.set(Some(self.env.now()));
                 if self.former.take().is_some() {
                     // from here on its history tells
+                    self.owners.take();
                     let _ = self.env.remove(&self.record).await;
                 }
                 Box::pin(self.step(Input::Decided(epoch))).await;

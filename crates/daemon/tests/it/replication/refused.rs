@@ -1,0 +1,66 @@
+//! What is refused, and how clearly.
+
+use super::*;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+/// The first bytes of a frame of another version of the protocol.
+fn other_version() -> Vec<u8> {
+    let mut frame = vec![0; 64];
+    frame[..4].copy_from_slice(b"lbR1");
+    frame[4] = 77;
+    frame
+}
+
+/// Two daemons of different versions do not understand each other: each says so, and names both.
+#[test]
+fn a_peer_of_another_version_is_named() {
+    let mut p = Host::new("redo", 1);
+    let path = p.dir.path("other.sock");
+    let other = UnixListener::bind(&path).unwrap();
+    p.c.command("replication-peer-add", json!({"group": "g", "peer": "other", "addr": unix(&path)})).unwrap();
+    p.c.command("replication-start", json!({"group": "g", "role": "primary"})).unwrap();
+    let (mut session, _) = other.accept().unwrap();
+    let mut hello = [0; 64];
+    session.read_exact(&mut hello).unwrap();
+    assert_eq!(&hello[..4], b"lbR1");
+    let ours = format!("this side version {}", hello[4]);
+    session.write_all(&other_version()).unwrap();
+    let names_both = |text: &str| text.contains("speaks version 77") && text.contains(&ours);
+    let c = std::cell::RefCell::new(&mut p.c);
+    until(|| {
+        let info = c.borrow_mut().command("query-replication", json!({"group": "g"})).unwrap();
+        info[0]["last-error"].as_str().is_some_and(names_both)
+    });
+    // the guest goes on alone
+    p.io(0, "write -P 1 0 64k").unwrap();
+
+    let mut s = Host::new("redo", 1);
+    s.secondary();
+    let mut session = UnixStream::connect(s.dir.path("repl.sock")).unwrap();
+    session.write_all(&other_version()).unwrap();
+    let mut answer = Vec::new();
+    session.read_to_end(&mut answer).unwrap();
+    assert!(names_both(&String::from_utf8_lossy(&answer)), "the other side is told as well");
+    let info = s.info();
+    assert!(info["last-error"].as_str().is_some_and(names_both), "{info}");
+}
+
+/// A replicated disk keeps its length, also where it is asked for by the name of the disk below; nothing has happened then.
+#[test]
+fn a_replicated_disk_is_not_resized() {
+    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
+    s.secondary();
+    p.primary(&[&s], &json!({}));
+    p.until_running(1);
+    for side in [&mut p, &mut s] {
+        for node in ["f0", "d0"] {
+            let e = side.c.command("block_resize", json!({"node-name": node, "size": 32 << 20})).unwrap_err();
+            assert!(e.contains("disk of replication group 'g'"), "{node}: {e}");
+        }
+        assert_eq!(side.raw(0).len(), 16 << 20);
+    }
+    p.io(0, "write -P 1 15M 1M").unwrap();
+    p.checkpoint();
+    s.io(0, "read -P 1 15M 1M").unwrap();
+}
