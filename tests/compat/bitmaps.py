@@ -35,13 +35,13 @@ class Nbd:
         self.take(10)
 
     def take(self, n):
-        out = b""
-        while len(out) < n:
-            piece = self.s.recv(n - len(out))
-            if not piece:
+        out, at = bytearray(n), 0
+        while at < n:
+            got = self.s.recv_into(memoryview(out)[at:])
+            if not got:
                 raise AssertionError("the server hung up")
-            out += piece
-        return out
+            at += got
+        return bytes(out)
 
     def ask(self, command, at, length, data=b"", flags=0):
         self.s.sendall(struct.pack(">IHHQQI", 0x25609513, flags, command, 1, at, length) + data)

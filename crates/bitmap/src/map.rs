@@ -91,6 +91,34 @@ impl Bitmap {
         g < self.granules && self.next(g, true) == Some(g)
     }
 
+    /// Bytes of `at` that are dirty.
+    pub fn count_in(&self, at: Span) -> u64 {
+        let at = at.intersect(&Span::new(0, self.len));
+        if at.is_empty() {
+            return 0;
+        }
+        let (lo, hi) = (at.start >> self.shift, ((at.end() - 1) >> self.shift) + 1);
+        let part = |i: u64| {
+            let base = i * Group::BITS;
+            let (l, h) = (lo.max(base) - base, hi.min(base + Group::BITS) - base);
+            match &self.slots[i as usize] {
+                Slot::Clean => 0,
+                Slot::Dirty => h - l,
+                Slot::Mixed(g) => g.count_in(l, h),
+            }
+        };
+        let granules: u64 = (lo / Group::BITS..hi.div_ceil(Group::BITS)).map(part).sum();
+        let outside = |first: bool| {
+            let (edge, cut) = if first {
+                (at.start, at.start & (self.granularity() - 1))
+            } else {
+                (at.end() - 1, (hi << self.shift) - at.end())
+            };
+            if cut > 0 && self.get(edge) { cut } else { 0 }
+        };
+        (granules << self.shift) - outside(true) - outside(false)
+    }
+
     /// Marks every granule that `at` touches. What is past the end is left out.
     pub fn set(&mut self, at: Span) {
         let at = at.intersect(&Span::new(0, self.len));

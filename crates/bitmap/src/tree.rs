@@ -12,6 +12,8 @@ pub(crate) trait Part: Sized + Clone {
     fn uniform(on: bool) -> Self;
     /// Set bits below.
     fn count(&self) -> u64;
+    /// Set bits in `[lo, hi)`.
+    fn count_in(&self, lo: u64, hi: u64) -> u64;
     /// Gives the bits `[lo, hi)` the value `on`.
     fn assign(&mut self, lo: u64, hi: u64, on: bool);
     /// First bit at or after `from` that has the value `on`.
@@ -55,6 +57,15 @@ impl Part for Chunk {
 
     fn count(&self) -> u64 {
         self.count
+    }
+
+    fn count_in(&self, lo: u64, hi: u64) -> u64 {
+        let words = lo / 64..hi.div_ceil(64);
+        let ones = |i: u64| {
+            let m = mask(lo.max(i * 64) - i * 64, hi.min(i * 64 + 64) - i * 64);
+            u64::from((self.words[i as usize] & m).count_ones())
+        };
+        words.map(ones).sum()
     }
 
     fn assign(&mut self, lo: u64, hi: u64, on: bool) {
@@ -157,6 +168,19 @@ impl<P: Part> Part for Inner<P> {
 
     fn count(&self) -> u64 {
         self.count
+    }
+
+    fn count_in(&self, lo: u64, hi: u64) -> u64 {
+        let part = |i: u64| {
+            let base = i * P::BITS;
+            let (l, h) = (lo.max(base) - base, hi.min(base + P::BITS) - base);
+            match (&self.kids[i as usize], self.state(i)) {
+                (Some(k), _) => k.count_in(l, h),
+                (None, Some(true)) => h - l,
+                (None, _) => 0,
+            }
+        };
+        (lo / P::BITS..hi.div_ceil(P::BITS)).map(part).sum()
     }
 
     fn assign(&mut self, lo: u64, hi: u64, on: bool) {

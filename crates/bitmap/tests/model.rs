@@ -108,6 +108,10 @@ fn check(b: &Bitmap, m: &Model) {
         let cut: Vec<Span> = b.areas(*r, r.len / 3 + 1).collect();
         assert_eq!(cut.iter().map(|c| c.len).sum::<u64>(), r.len);
         assert!(cut.iter().all(|c| c.len <= r.len / 3 + 1));
+        for at in [Span::new(r.start / 2, r.len), Span::new(r.start + 1, r.len * 3), *r] {
+            let inside: u64 = runs.iter().map(|r| r.intersect(&at).len).sum();
+            assert_eq!(b.count_in(at), inside, "{at}");
+        }
     }
 }
 

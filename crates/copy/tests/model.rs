@@ -322,7 +322,7 @@ impl WriteAhead for SlowLog {
             Ok(Admitted(0))
         })
     }
-    fn leave(&self, _: Span, _: Admitted) {}
+    fn leave(&self, _: Admitted) {}
     fn sync(&self) -> Io<'_> {
         Box::pin(async { Ok(()) })
     }

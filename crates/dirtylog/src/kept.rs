@@ -106,6 +106,15 @@ impl Kept {
                 && self.durable.next_clean(at.start).is_none_or(|c| c >= at.end())
     }
 
+    /// Bytes of `at` that it would be said of after a crash that they may have changed, if they were hot, and else not.
+    pub(crate) fn open(&self, at: Span) -> u64 {
+        if !self.bitmap.enabled() {
+            return 0;
+        }
+        let at = at.intersect(&Span::new(0, self.durable.len()));
+        at.len - self.durable.count_in(at)
+    }
+
     /// Sector `index` as it is to be written now; `inflight` are the writes that rely on durable marks. Marks that go with it are
     /// not relied on from now on.
     pub(crate) fn write(&mut self, index: u64, inflight: &[Span]) -> Option<Write> {

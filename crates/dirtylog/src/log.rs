@@ -7,10 +7,11 @@ use crate::job_set::Recorder;
 use crate::kept::Kept;
 use crate::layout::{FIRST_RECORD, Header, Kind};
 use crate::recover::Found;
-use crate::regions::{Geometry, Regions, geometry_for};
+use crate::regions::{Geometry, Marks, Regions, geometry_for};
 use bitmap::{BitmapList, DirtyBitmap};
 use block::{BlockError, ErrorKind, Result, Span};
 use env::Env;
+use env::bugs::planted;
 use env::sync::{Notify, Semaphore};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -29,14 +30,9 @@ pub struct Settings {
     pub geometry: Option<Geometry>,
 }
 
-/// Leave to write; to be given back with [`DirtyLog::leave`].
+/// Leave to write; to be given back with [`DirtyLog::leave`]. Its number is the log's matter.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Pass {
-    /// All regions are hot.
-    Hot,
-    /// All marks are durable.
-    Marked,
-}
+pub struct Pass(pub u32);
 
 /// Figures since the log was begun.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -88,6 +84,8 @@ pub struct DirtyLog {
     pub(crate) crowded: Cell<bool>,
     /// A bitmap was changed by hand.
     pub(crate) edited: Cell<bool>,
+    /// Marks may have gone, and with them the reason why so many regions are hot.
+    pub(crate) shrunk: Cell<bool>,
     pub(crate) closed: Cell<bool>,
     pub(crate) beating: Cell<bool>,
     pub(crate) turns: Cell<u64>,
@@ -142,6 +140,7 @@ impl DirtyLog {
             hot_sequence: Cell::new(found.as_ref().map_or(FIRST_RECORD, |f| f.hot_sequence + 1)),
             crowded: Cell::new(false),
             edited: Cell::new(false),
+            shrunk: Cell::new(false),
             closed: Cell::new(false),
             beating: Cell::new(false),
             turns: Cell::new(0),
@@ -166,15 +165,14 @@ impl DirtyLog {
     }
 
     pub(crate) fn admit(&self, at: Span) -> Option<Pass> {
-        if self.regions.borrow_mut().enter_hot(at) {
-            return Some(Pass::Hot);
+        if let Some(n) = self.regions.borrow_mut().enter_hot(at) {
+            return Some(Pass(n));
         }
         // While a change by a user is on its way to the file, the state before it has to be right, too: a bitmap that
         // does not record any more relies on hot regions until then.
         let settled = !self.uncertain.get() && !self.edited.get();
         if settled && self.kept.borrow().iter().all(|k| k.covers(at)) {
-            self.regions.borrow_mut().enter_marked(at);
-            return Some(Pass::Marked);
+            return Some(Pass(self.regions.borrow_mut().enter_marked(at)));
         }
         None
     }
@@ -205,11 +203,8 @@ impl DirtyLog {
     }
 
     /// A write has ended, one way or another; its marks are in the bitmaps.
-    pub fn leave(&self, at: Span, pass: Pass) {
-        match pass {
-            Pass::Hot => self.regions.borrow_mut().leave_hot(at),
-            Pass::Marked => self.regions.borrow_mut().leave_marked(at),
-        }
+    pub fn leave(&self, pass: Pass) {
+        self.regions.borrow_mut().land(pass.0);
         if !self.waiting.borrow().is_empty() {
             self.kick();
         }
@@ -273,6 +268,30 @@ impl DirtyLog {
     }
 }
 
+/// What is durable of the bitmaps that are kept.
+pub(crate) struct Durable<'a>(pub(crate) &'a [Kept]);
+
+impl Marks for Durable<'_> {
+    fn clean(&self, at: Span) -> bool {
+        planted("dirtylog: a region leaves too early") || self.0.iter().all(|k| k.is_clean(at))
+    }
+    fn open(&self, at: Span) -> u64 {
+        self.0.iter().map(|k| k.open(at)).max().unwrap_or(0)
+    }
+}
+
+impl Durable<'_> {
+    /// Bytes that may be in doubt beside the base: no bitmap becomes more than twice as large by a crash. What a job has still
+    /// to do shall not double.
+    pub(crate) fn extra(&self) -> u64 {
+        let recording = || self.0.iter().filter(|k| k.bitmap.enabled());
+        if recording().any(|k| k.entry.kind == Kind::Job) {
+            return 0;
+        }
+        recording().map(|k| k.durable.count()).min().unwrap_or(0)
+    }
+}
+
 struct Waiting<'a> {
     log: &'a DirtyLog,
     ticket: Rc<Ticket>,
@@ -282,7 +301,7 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.ticket.gone.set(true);
         if let Some(Ok(pass)) = self.ticket.answer.borrow_mut().take() {
-            self.log.leave(self.ticket.at, pass);
+            self.log.leave(pass);
         } else if self.log.crowded.get() {
             self.log.kick();
         }

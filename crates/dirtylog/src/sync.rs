@@ -90,6 +90,10 @@ impl DirtyLog {
         let Some((stores, header)) = planned? else { return Ok(()) };
         self.carry_out(&stores, &header).await?;
         self.uncertain.set(false);
+        if self.regions.borrow().count() > self.regions.borrow().geometry().most {
+            self.shrunk.set(true);
+            self.kick();
+        }
         self.ghosts.borrow_mut().clear();
         self.header_slot.set(self.header_slot.get() + 1);
         let mut kept = self.kept.borrow_mut();
@@ -141,7 +145,7 @@ impl DirtyLog {
                     break;
                 }
             };
-            let bits = k.instant(self.regions.borrow().marked());
+            let bits = k.instant(&self.regions.borrow().marked());
             k.durable = common(&k.durable, &bits);
             k.edits = bitmap.edits();
             k.lossy = BTreeSet::new();

@@ -8,7 +8,7 @@
 use crate::DirtyLog;
 use crate::kept::Write;
 use crate::layout::{Hot, hot_slot};
-use crate::log::Ticket;
+use crate::log::{Durable, Ticket};
 use block::{BlockError, Data, Result, Span};
 use env::bugs::planted;
 use std::collections::BTreeSet;
@@ -91,16 +91,18 @@ impl DirtyLog {
         }
     }
 
-    /// Whether all marks in `at` are durable.
-    pub(crate) fn is_clean(&self, at: Span) -> bool {
-        planted("dirtylog: a region leaves too early") || self.kept.borrow().iter().all(|k| k.is_clean(at))
-    }
-
     async fn one_turn(&self) -> Result<bool> {
         self.grant_first();
         let waiting: Vec<Rc<Ticket>> =
             self.waiting.borrow().iter().filter(|t| !t.gone.get()).cloned().collect();
-        let Some(first) = waiting.first() else { return Ok(false) };
+        let Some(first) = waiting.first() else {
+            let shrunk = self.shrunk.take();
+            if shrunk {
+                self.shrink().await?;
+            }
+            // whoever came meanwhile has to be looked at
+            return Ok(shrunk);
+        };
         let mut wash: Vec<Span> = Vec::new();
         if self.regions.borrow().is_wide(first.at) {
             // Marked before it is written, whatever becomes of it; then it relies on durable marks.
@@ -111,9 +113,10 @@ impl DirtyLog {
             wash.push(first.at);
         }
         let choice = {
-            let r = self.regions.borrow();
+            let (r, kept) = (self.regions.borrow(), self.kept.borrow());
             let narrow = waiting.iter().map(|t| t.at).take_while(|at| !r.is_wide(*at));
-            r.choose(narrow, |at| self.is_clean(at))
+            let durable = Durable(&kept);
+            r.choose(narrow, &durable, durable.extra())
         };
         if choice.granted == 0 && wash.is_empty() && !choice.wash {
             // a write that ends goes on from here
@@ -148,12 +151,12 @@ impl DirtyLog {
 
     /// The sectors that lack marks of `spans`, or have marks that are to go, as they are now.
     pub(crate) fn sectors(&self, spans: &[Span]) -> Vec<Write> {
-        let regions = self.regions.borrow();
+        let marked = self.regions.borrow().marked();
         let mut out = Vec::new();
         for k in self.kept.borrow_mut().iter_mut() {
             let mut all = k.lossy.clone();
             spans.iter().for_each(|s| k.stale_sectors(*s, &mut all));
-            out.extend(all.into_iter().filter_map(|i| k.write(i, regions.marked())));
+            out.extend(all.into_iter().filter_map(|i| k.write(i, &marked)));
         }
         out
     }
@@ -219,13 +222,8 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Makes everything durable that can be, so that as few regions as possible stay hot.
-    async fn cool(&self) -> Result<()> {
-        let _turn = self.turn.acquire(1).await;
-        if self.closed.get() {
-            return Ok(());
-        }
-        self.settled().await?;
+    /// Makes what is hot durable, with a turn taken.
+    async fn wash(&self) -> Result<()> {
         let all: Vec<Span> = self.hot_regions();
         let writes = self.sectors(&all);
         let written: Result<()> = async {
@@ -233,8 +231,37 @@ impl DirtyLog {
             if writes.is_empty() { Ok(()) } else { self.barrier().await }
         }
         .await;
-        self.finish(&writes, written)?;
-        let spare = self.regions.borrow().spare(|at| self.is_clean(at));
+        self.finish(&writes, written)
+    }
+
+    /// Marks have gone, by a user's hand: no more stays hot than what is left allows. With a turn taken.
+    async fn shrink(&self) -> Result<()> {
+        let few = self.regions.borrow().count() <= self.regions.borrow().geometry().most;
+        if few || self.closed.get() {
+            return Ok(());
+        }
+        self.wash().await?;
+        let surplus = {
+            let kept = self.kept.borrow();
+            let durable = Durable(&kept);
+            self.regions.borrow().surplus(&durable, durable.extra())
+        };
+        if !surplus.is_empty() {
+            self.regions.borrow_mut().retire(&surplus);
+            self.write_record(BTreeSet::new()).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes everything durable that can be, so that as few regions as possible stay hot.
+    async fn cool(&self) -> Result<()> {
+        let _turn = self.turn.acquire(1).await;
+        if self.closed.get() {
+            return Ok(());
+        }
+        self.settled().await?;
+        self.wash().await?;
+        let spare = self.regions.borrow().spare(&Durable(&self.kept.borrow()));
         if !spare.is_empty() {
             self.regions.borrow_mut().retire(&spare);
             self.write_record(BTreeSet::new()).await?;

@@ -7,7 +7,7 @@ use block::{Io, Span};
 
 /// Leave to write, as [`WriteAhead`] gave it; its number is for that to know.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Admitted(pub u8);
+pub struct Admitted(pub u32);
 
 /// A log of regions that are being written to, and the bitmaps of one node that it keeps.
 pub trait WriteAhead: 'static {
@@ -16,7 +16,7 @@ pub trait WriteAhead: 'static {
     /// Begins a write to `at`: waits until a crash would leave it marked.
     fn enter(&self, at: Span) -> Io<'_, Admitted>;
     /// The write has ended, one way or another.
-    fn leave(&self, at: Span, by: Admitted);
+    fn leave(&self, by: Admitted);
     /// Makes durable which bitmaps the node has, what is in them and whether they record.
     fn sync(&self) -> Io<'_>;
     /// The node has `len` bytes from now on. No write is under way.

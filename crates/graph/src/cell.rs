@@ -124,13 +124,12 @@ impl Drop for Blocker {
 /// A write that [`WriteAhead`] let go; tells it of the end.
 struct Inside {
     log: Rc<dyn WriteAhead>,
-    at: Span,
     by: Admitted,
 }
 
 impl Drop for Inside {
     fn drop(&mut self) {
-        self.log.leave(self.at, self.by);
+        self.log.leave(self.by);
     }
 }
 
@@ -369,15 +368,22 @@ impl NodeCell {
         }
     }
 
+    /// Lets a write to `at` begin if it need not wait.
+    fn go_now(&self, at: Span) -> Option<Inside> {
+        let log = if self.writable.get() { self.write_ahead()? } else { return None };
+        let by = log.try_enter(at)?;
+        Some(Inside { log, by })
+    }
+
     /// Waits until a crash could not make a write to `at` forgotten.
     async fn go_ahead(&self, at: Span) -> Result<Option<Inside>> {
+        if let Some(inside) = self.go_now(at) {
+            return Ok(Some(inside));
+        }
         self.check_writable()?;
         let Some(log) = self.write_ahead() else { return Ok(None) };
-        let by = match log.try_enter(at) {
-            Some(by) => by,
-            None => log.enter(at).await?,
-        };
-        Ok(Some(Inside { log, at, by }))
+        let by = log.enter(at).await?;
+        Ok(Some(Inside { log, by }))
     }
 
     /// `at` is going to change, and something that must stay equal to this node may change first: after this a crash leaves it marked
@@ -472,15 +478,18 @@ impl NodeCell {
     }
 
     pub(crate) async fn write(&self, offset: u64, data: Data, flags: ReqFlags) -> Result<()> {
-        if self.plain.get() || flags.unchanged && self.writable.get() {
-            return self.write_now(offset, data, flags).await;
-        }
-        // Apart, so that it costs those nothing who have no log.
-        Box::pin(async move {
-            let _inside = self.go_ahead(Span::new(offset, data.len() as u64)).await?;
-            self.write_now(offset, data, flags).await
-        })
-        .await
+        let plain = self.plain.get() || flags.unchanged && self.writable.get();
+        let _inside = if plain {
+            None
+        } else {
+            let at = Span::new(offset, data.len() as u64);
+            match self.go_now(at) {
+                Some(inside) => Some(inside),
+                // Apart, so that it costs those nothing who need not wait.
+                None => Box::pin(self.go_ahead(at)).await?,
+            }
+        };
+        self.write_now(offset, data, flags).await
     }
 
     async fn write_now(&self, offset: u64, data: Data, flags: ReqFlags) -> Result<()> {

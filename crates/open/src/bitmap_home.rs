@@ -407,18 +407,18 @@ struct Kept {
 
 impl WriteAhead for Kept {
     fn try_enter(&self, at: Span) -> Option<Admitted> {
-        self.log.try_enter(at).map(|p| Admitted(p as u8))
+        self.log.try_enter(at).map(|p| Admitted(p.0))
     }
     fn enter(&self, at: Span) -> Io<'_, Admitted> {
         Box::pin(async move {
             let entered = self.log.enter(at).await;
             entered
-                .map(|p| Admitted(p as u8))
+                .map(|p| Admitted(p.0))
                 .map_err(|e| e.context("what is to be changed could not be recorded"))
         })
     }
-    fn leave(&self, at: Span, by: Admitted) {
-        self.log.leave(at, if by.0 == Pass::Hot as u8 { Pass::Hot } else { Pass::Marked });
+    fn leave(&self, by: Admitted) {
+        self.log.leave(Pass(by.0));
     }
     fn sync(&self) -> Io<'_> {
         Box::pin(self.log.sync())

@@ -17,8 +17,8 @@ use std::time::Duration;
 
 /// Bytes of the disk: a bitmap of sectors needs two sectors of an area.
 pub const LEN: u64 = 9 << 18;
-/// Regions of the disk.
-pub const GEOMETRY: Geometry = Geometry { region: 64 << 10, most: 8 };
+/// Regions of the disk: few, so that they leave, and more once much is marked.
+pub const GEOMETRY: Geometry = Geometry { region: 64 << 10, most: 8, limit: 12 };
 /// Bytes a mark of the job's set stands for.
 const SET_GRANULE: u64 = 64 << 10;
 /// The job's key.
@@ -264,7 +264,7 @@ impl World {
         // as the graph does: marked before it is answered, and only then given back
         self.list.borrow().iter().for_each(|b| b.record(at));
         self.writes.borrow_mut()[number].done = self.tick();
-        self.log.leave(at, pass);
+        self.log.leave(pass);
         written
     }
 

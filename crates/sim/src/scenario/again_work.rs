@@ -60,10 +60,11 @@ impl Stage {
     pub(super) fn drawn(r: &mut Rng) -> Stage {
         let sectors = *r.choose(&[64, 512, 2048]);
         let region = *r.choose(&[4096, 16384, 65536]);
+        // few, so that they come and go all the time
+        let most = r.between(1, 8) as usize;
         Stage {
             sectors,
-            // few, so that they come and go all the time
-            geometry: Geometry { region, most: r.between(1, 8) as usize },
+            geometry: Geometry { region, most, limit: most + r.between(0, 8) as usize },
             far: r.chance(0.35),
             unmap: r.chance(0.5),
             first: *r.choose(&[
