@@ -8,6 +8,7 @@
 pub mod content;
 pub mod guest;
 pub mod latency;
+pub mod random;
 pub mod report;
 pub mod steering;
 

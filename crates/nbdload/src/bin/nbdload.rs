@@ -9,6 +9,7 @@ use nbd::Mode;
 use nbd::proto::{REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, chunk};
 use nbdload::content::Expected;
 use nbdload::latency::Histogram;
+use nbdload::random::Random;
 use nbdload::report;
 use nbdload::steering::Steering;
 use nbdload::{Socket, connect, enter, parse_uri};
@@ -97,7 +98,7 @@ struct Connection {
     /// Blocks of this connection.
     blocks: u64,
     next: u64,
-    random: u64,
+    random: Random,
     slots: Vec<Slot>,
     busy_blocks: std::collections::HashSet<u64>,
     expected: Option<Expected>,
@@ -166,7 +167,7 @@ impl Connection {
             index,
             blocks,
             next: 0,
-            random: (o.seed ^ (index + 1) << 32) | 1,
+            random: Random::new((o.seed ^ (index + 1) << 32) | 1),
             slots: (0..o.depth).map(|_| slot()).collect(),
             busy_blocks: std::collections::HashSet::new(),
             expected: o.verify.then(|| Expected::new(blocks, o.seed << 8 ^ index)),
@@ -251,10 +252,7 @@ impl Connection {
             return self.next;
         }
         loop {
-            self.random ^= self.random << 13;
-            self.random ^= self.random >> 7;
-            self.random ^= self.random << 17;
-            let block = ((u128::from(self.random) * u128::from(self.blocks)) >> 64) as u64;
+            let block = self.random.below(self.blocks);
             if !self.busy_blocks.contains(&block) {
                 return block;
             }
@@ -267,7 +265,7 @@ impl Connection {
         let write = match self.options.op {
             Op::Randwrite | Op::Seqwrite => true,
             Op::Randread | Op::Seqread => false,
-            Op::Randrw => self.random & 1 == 1,
+            Op::Randrw => self.random.coin(),
         };
         let slot = &mut self.slots[i];
         (slot.block, slot.write, slot.busy, slot.got, slot.start) = (block, write, true, 0, Instant::now());

@@ -10,6 +10,7 @@ use clap::{Parser, ValueEnum};
 use nbdload::content::Expected;
 use nbdload::guest::Guest;
 use nbdload::latency::Histogram;
+use nbdload::random::Random;
 use nbdload::report;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -65,7 +66,7 @@ struct Slot {
 struct Blocks {
     op: Op,
     bs: u64,
-    random: u64,
+    random: Random,
     busy: Vec<bool>,
     expected: Option<Expected>,
     data: Vec<u8>,
@@ -110,7 +111,7 @@ impl Blocks {
         Ok(Blocks {
             op: o.op,
             bs: u64::from(o.bs),
-            random: (o.seed << 20) | 1,
+            random: Random::new((o.seed << 20) | 1),
             busy: vec![false; count as usize],
             expected: o.verify.then(|| Expected::new(count, o.seed << 8)),
             data: vec![0; o.bs as usize],
@@ -120,19 +121,16 @@ impl Blocks {
     /// The next block that nobody uses, whether it is to be written; what, is in `data` then.
     fn pick(&mut self) -> (u64, bool) {
         let block = loop {
-            self.random ^= self.random << 13;
-            self.random ^= self.random >> 7;
-            self.random ^= self.random << 17;
-            let block = (u128::from(self.random) * self.busy.len() as u128) >> 64;
+            let block = self.random.below(self.busy.len() as u64);
             if !self.busy[block as usize] {
-                break block as u64;
+                break block;
             }
         };
         self.busy[block as usize] = true;
         let write = match self.op {
             Op::Randwrite => true,
             Op::Randread => false,
-            Op::Randrw => self.random & 1 == 1,
+            Op::Randrw => self.random.coin(),
         };
         if write && let Some(e) = &mut self.expected {
             e.stamp(block, &mut self.data);

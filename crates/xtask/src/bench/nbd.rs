@@ -44,13 +44,16 @@ impl Load {
     }
 }
 
-/// The JSON figures of a load that has ended.
+/// The JSON figures of a load (of NBD or of vhost-user) that has ended.
 pub(super) fn finish(child: std::process::Child) -> Outcome<Value> {
-    let output = child.wait_with_output().map_err(|e| format!("nbdload: {e}"))?;
+    let output = child.wait_with_output().map_err(|e| format!("the load client: {e}"))?;
     if !output.status.success() {
-        return Err(format!("nbdload ended with {}: a request failed or data was wrong", output.status));
+        return Err(format!(
+            "the load client ended with {}: a request failed or data was wrong",
+            output.status
+        ));
     }
-    serde_json::from_slice(&output.stdout).map_err(|e| format!("nbdload printed no JSON: {e}"))
+    serde_json::from_slice(&output.stdout).map_err(|e| format!("the load client printed no JSON: {e}"))
 }
 
 pub(super) fn number(v: &Value, name: &str) -> f64 {
