@@ -39,8 +39,8 @@ import front as v
 BLOCK = 4096
 SMALL, LARGE = 64 << 20, 4 << 30
 GRANULE = 64 << 10
-# A kill puts at most so much in doubt: twice the 1/64 of the disk that may be hot, for regions that cross.
-DOUBT = 2 * (LARGE // 64)
+# A kill puts at most so much in doubt, beside what is marked: twice what may be hot (`dirtylog::geometry_for`), for regions that cross.
+DOUBT = 2 * max(LARGE // 64, 128 << 20)
 PATIENCE = 60.0
 SPEED = 30 << 20
 
@@ -233,8 +233,10 @@ class NbdClient(Client):
         if lost := written - granules:
             raise Wrong(f"disk {self.model.name}: the bitmap lacks {len(lost)} granules, such as {min(lost)}, of {len(written)}")
         extra = len(granules - written) * GRANULE
-        if extra - self.extra > DOUBT:
-            raise Wrong(f"disk {self.model.name}: a kill added {extra - self.extra} bytes to the bitmap, more than {DOUBT}")
+        # as much again as was marked may have been hot
+        most = DOUBT + 2 * (len(written) * GRANULE + self.extra)
+        if extra - self.extra > most:
+            raise Wrong(f"disk {self.model.name}: a kill added {extra - self.extra} bytes to the bitmap, more than {most}")
         self.extra = extra
 
 
