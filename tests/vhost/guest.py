@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """A real Linux guest under qemu-system-x86_64 that boots from a vhost-user-blk disk of liveblkd and verifies what it writes,
-while the disk is mirrored, pivoted, snapshotted and committed, and while the daemon is killed and started again.
+while the disk is mirrored, pivoted, snapshotted and committed, and while the daemon is killed and started again; or, with --move,
+while the guest moves to another machine monitor, which finds the disk behind another export, and back.
 
-    guest.py --daemon PATH [--rounds N] [--keep]
+    guest.py --daemon PATH [--rounds N] [--move] [--packed] [--keep]
 
 The kernel and its modules are Debian's (linux-image-cloud-amd64), the programs busybox and fio, in an ext4 file system on a
 qcow2 image. `cargo xtask setup` installs them. The guest is emulated; LIVEBLK_GUEST_KVM=1 has it
@@ -22,6 +23,9 @@ import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import qmp
+
+# reads per second while the guest moves
+READS = 150
 
 MODULES = ["virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk"]
 
@@ -43,6 +47,16 @@ busybox mount -t sysfs sys /sys
 busybox mount -t devtmpfs dev /dev
 echo 0 > /proc/sys/kernel/printk
 echo "GUEST: up $(cat /sys/block/vda/size) $(cat /sys/block/vda/queue/write_cache) queues $(ls /sys/block/vda/mq | busybox wc -l)"
+# reads without end, many at a time, into memory that nobody else writes to: what the disk writes there after the guest's processors
+# stopped, and does not come along when the guest moves, is found
+reader() {{
+  while busybox [ ! -f /dev/over ]; do
+    fio --name=reader --filename=/steady --size=4M --rw=randread --bs=4k --ioengine=libaio --iodepth=32 --iodepth_batch=32 --iodepth_batch_complete_min=32 --direct=1 --loops=50 \\
+        --verify=crc32c --verify_fatal=1 --output=/dev/shm.reader --minimal \\
+        || busybox [ -f /dev/over ] || {{ echo "GUEST: FAILED reader"; cat /dev/shm.reader; break; }}
+  done
+}}
+fio --name=steady --filename=/steady --size=4M --rw=write --bs=4k --verify=crc32c --do_verify=0 --end_fsync=1 --output=/dev/shm.log --minimal
 i=0
 while :; do
   i=$((i+1))
@@ -53,8 +67,16 @@ while :; do
   busybox rm -f /gone && busybox dd if=/dev/zero of=/gone bs=1M count=4 2>/dev/null && busybox rm /gone
   busybox fstrim / 2>/dev/null
   echo "GUEST: round $i"
-  if busybox [ -n "$(busybox timeout 0.2 busybox head -n 1)" ]; then break; fi
+  said=
+  read -t 1 said
+  case "$said" in
+    stop) break;;
+    read) reader & echo "GUEST: reads";;
+  esac
 done
+echo over > /dev/over
+while busybox [ -n "$(busybox pidof fio)" ]; do busybox killall -9 fio 2>/dev/null; busybox sleep 0.1; done
+wait
 busybox cat /proc/uptime > /end
 busybox sync
 busybox mount -o remount,ro /
@@ -127,7 +149,9 @@ def prepare(path):
 
 
 class Guest:
-    def __init__(self, path, socket):
+    def __init__(self, path, socket, options="", number=0, incoming=()):
+        self.options, self.number = options, number
+        self.monitor = f"{path}/guest{number}.qmp"
         vmlinuz, _ = kernel()
         # emulated unless asked for: /dev/kvm may be there and the kernel hang in it (nested virtualisation of some clouds)
         kvm = os.environ.get("LIVEBLK_GUEST_KVM") == "1"
@@ -137,7 +161,8 @@ class Guest:
              "-object", "memory-backend-memfd,id=m,size=384M,share=on",
              "-kernel", vmlinuz, "-initrd", f"{path}/initrd", "-append", "console=ttyS0 panic=1 rdinit=/init",
              "-chardev", f"socket,id=d,path={socket},reconnect-ms=100",
-             "-device", "vhost-user-blk-pci,chardev=d,num-queues=2",
+             "-device", f"vhost-user-blk-pci,chardev=d,num-queues=2{options}",
+             "-qmp", f"unix:{self.monitor},server=on,wait=off", *incoming,
              "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
         self.lines, self.all = queue.Queue(), []
@@ -163,15 +188,41 @@ class Guest:
             if line.startswith(what):
                 return line
 
+    def move(self, path, socket, guests):
+        """Moves to another monitor, which finds the disk at `socket`, while it works on; that monitor."""
+        number = self.number + 1
+        at = f"{path}/moving{number}"
+        there = Guest(path, socket, self.options, number, ["-incoming", f"unix:{at}"])
+        guests.append(there)
+        until = time.monotonic() + 120
+        while not os.path.exists(at):
+            assert there.process.poll() is None and time.monotonic() < until, "".join(there.all)
+            time.sleep(0.05)
+        talk = qmp.Talk(self.monitor)
+        talk.qmp("migrate", uri=f"unix:{at}")
+        while (state := talk.qmp("query-migrate"))["status"] != "completed":
+            assert state["status"] != "failed" and time.monotonic() < until, state
+            time.sleep(0.05)
+        talk.qmp("quit")
+        self.process.wait(60)
+        there.all = self.all + there.all
+        return there
+
     def rounds(self, more):
         for _ in range(more):
             self.hear("round")
 
 
-def daemon(binary, path, top):
-    node = f"driver=qcow2,node-name=top,discard=unmap,file.driver=file,file.discard=unmap,file.filename={path}/{top}"
-    export = f"type=vhost-user-blk,id=e,node-name=top,writable=on,num-queues=2,addr.type=unix,addr.path={path}/s"
-    return qmp.Daemon(binary, path, ["--blockdev", node, "--export", export])
+def daemon(binary, path, top, slow=False):
+    """One that serves the image `top`; with `slow` behind limits that can be set."""
+    image = f"driver=qcow2,node-name=top,discard=unmap,file.driver=file,file.discard=unmap,file.filename={path}/{top}"
+    options = ["--blockdev", image]
+    if slow:
+        throttle = "driver=throttle,node-name=slow,throttle-group=g,file=top"
+        options += ["--object", "throttle-group,id=g", "--blockdev", throttle]
+    node = "slow" if slow else "top"
+    export = f"type=vhost-user-blk,id=e,node-name={node},writable=on,num-queues=2,addr.type=unix,addr.path={path}/s"
+    return qmp.Daemon(binary, path, [*options, "--export", export])
 
 
 def node(path, name, **more):
@@ -179,66 +230,98 @@ def node(path, name, **more):
     return {"driver": "qcow2", "node-name": name, "discard": "unmap", "file": file, **more}
 
 
+def jobs_and_kills(args, path, guest, daemons):
+    """Jobs under the guest, and a daemon that is killed and started again."""
+    d = daemons[-1]
+    # another disk takes its place
+    d.qmp("blockdev-add", **node(path, "copy"))
+    d.qmp("blockdev-mirror", **{"job-id": "m", "device": "top", "target": "copy", "sync": "full"})
+    d.event("BLOCK_JOB_READY")
+    guest.rounds(args.rounds)
+    d.qmp("job-complete", id="m")
+    d.event("BLOCK_JOB_COMPLETED")
+    guest.rounds(args.rounds)
+    # a layer on top of it, and back into it
+    d.qmp("blockdev-add", **node(path, "over", backing=None))
+    d.qmp("blockdev-snapshot", node="copy", overlay="over")
+    guest.rounds(args.rounds)
+    d.qmp("block-commit", **{"job-id": "c", "device": "over"})
+    d.event("BLOCK_JOB_READY")
+    guest.rounds(args.rounds)
+    d.qmp("job-complete", id="c")
+    d.event("BLOCK_JOB_COMPLETED")
+    print("mirrored, pivoted, snapshotted, committed", flush=True)
+    # killed in the middle of a round, again and again
+    for n in range(5):
+        time.sleep(0.3 + 0.37 * n)  # anywhere
+        d.kill()
+        d = daemon(os.path.abspath(args.daemon), path, "copy.qcow2")
+        daemons.append(d)
+        guest.rounds(1)
+    print("killed and started again", flush=True)
+
+
+def there_and_back(path, guest, guests, d):
+    """The guest goes to another machine monitor at another export of the same disk, and back to a third one at the first."""
+    where = {"type": "unix", "path": f"{path}/s2"}
+    d.qmp("block-export-add", type="vhost-user-blk", id="e2", node_name="slow", writable=True, num_queues=2, addr=where)
+    guest.process.stdin.write("read\n")
+    guest.process.stdin.flush()
+    guest.hear("reads")
+    for socket in ("s2", "s"):
+        # some are under way whenever it moves
+        d.qmp("qom-set", path="g", property="limits", value={"iops-read": READS})
+        guest = guest.move(path, f"{path}/{socket}", guests)
+        d.qmp("qom-set", path="g", property="limits", value={})
+        guest.rounds(1)
+    print("moved to another machine monitor, and back", flush=True)
+    return guest
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--daemon", required=True)
     parser.add_argument("--rounds", type=int, default=1, help="rounds of the guest between any two changes")
+    parser.add_argument("--move", action="store_true", help="the guest moves; neither jobs nor kills")
+    parser.add_argument("--packed", action="store_true", help="the guest's rings are packed ones")
     parser.add_argument("--keep", action="store_true")
     args = parser.parse_args()
     path = tempfile.mkdtemp(prefix="guest-")
-    guest = d = None
+    guests, daemons = [], []
     try:
         prepare(path)
         size = 192 << 20
         for name in ("copy", "over"):
             run("qemu-img", "create", "-q", "-f", "qcow2", f"{path}/{name}.qcow2", str(size))
-        d = daemon(os.path.abspath(args.daemon), path, "disk.qcow2")
-        guest = Guest(path, f"{path}/s")
+        daemons.append(daemon(os.path.abspath(args.daemon), path, "disk.qcow2", args.move))
+        guest = Guest(path, f"{path}/s", ",packed=on" if args.packed else "")
+        guests.append(guest)
         up = guest.hear("up")
         assert up == f"up {size // 512} write back queues 2", up
         guest.rounds(args.rounds)
-        # another disk takes its place
-        d.qmp("blockdev-add", **node(path, "copy"))
-        d.qmp("blockdev-mirror", **{"job-id": "m", "device": "top", "target": "copy", "sync": "full"})
-        d.event("BLOCK_JOB_READY")
-        guest.rounds(args.rounds)
-        d.qmp("job-complete", id="m")
-        d.event("BLOCK_JOB_COMPLETED")
-        guest.rounds(args.rounds)
-        # a layer on top of it, and back into it
-        d.qmp("blockdev-add", **node(path, "over", backing=None))
-        d.qmp("blockdev-snapshot", node="copy", overlay="over")
-        guest.rounds(args.rounds)
-        d.qmp("block-commit", **{"job-id": "c", "device": "over"})
-        d.event("BLOCK_JOB_READY")
-        guest.rounds(args.rounds)
-        d.qmp("job-complete", id="c")
-        d.event("BLOCK_JOB_COMPLETED")
-        print("mirrored, pivoted, snapshotted, committed", flush=True)
-        # killed in the middle of a round, again and again
-        for n in range(5):
-            time.sleep(0.3 + 0.37 * n)  # anywhere
-            d.kill()
-            d = daemon(os.path.abspath(args.daemon), path, "copy.qcow2")
-            guest.rounds(1)
-        print("killed and started again", flush=True)
+        if args.move:
+            name = "disk"
+            guest = there_and_back(path, guest, guests, daemons[-1])
+        else:
+            name = "copy"
+            jobs_and_kills(args, path, guest, daemons)
         guest.process.stdin.write("stop\n")
         guest.process.stdin.flush()
         done = guest.hear("done")
         assert done == "done 0", f"the guest saw errors: {done}\n{''.join(guest.all[-60:])}"
         assert guest.process.wait(60) == 0
-        d.quit()
+        daemons[-1].quit()
         # what is on the disk is a whole file system in a whole image
-        run("qemu-img", "check", "-q", f"{path}/copy.qcow2")
-        run("qemu-img", "convert", "-O", "raw", f"{path}/copy.qcow2", f"{path}/end.raw")
+        run("qemu-img", "check", "-q", f"{path}/{name}.qcow2")
+        run("qemu-img", "convert", "-O", "raw", f"{path}/{name}.qcow2", f"{path}/end.raw")
         run("e2fsck", "-f", "-n", f"{path}/end.raw")
         print(f"ok: {sum('GUEST: round' in l for l in guest.all)} rounds", flush=True)
     finally:
-        for p in (guest and guest.process, d and d.process):
-            if p and p.poll() is None:
-                p.kill()
-        if d:
-            sys.stderr.write(d.said())
+        for one in guests + daemons:
+            if one.process.poll() is None:
+                one.process.kill()
+        if daemons:
+            sys.stderr.write(daemons[-1].said())
         if not args.keep:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -34,7 +34,7 @@ cargo xtask COMMAND
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]
   share     copies on a file system that shares blocks (as root, with mkfs.xfs): equal, shared, how fast: [--mib N] [--seed S]
   scale     disks of 64 TiB, 256 layers, 1,000 nodes, 64 exports, large bitmaps: are they as cheap as small ones? [--reference QSD] [--rounds N]
-  guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon: [--rounds N]
+  guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon, or moves: [--rounds N] [--move] [--packed]
   kills     kill -9 at random instants under five verifying clients and jobs: [--kills N] [--seed S]
   replication  the same random histories on pairs of QEMU, of liveblkd, and mixed, against one oracle: [--ops N] [--seed S] [--pair NAME]
   bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
