@@ -399,6 +399,7 @@ impl Daemon {
             // Those hold clients' requests, which the end of their exports waits for.
             self.jobs.cancel_resting().await;
             self.exports.shut_down().await;
+            self.opener.bitmap_home().iter().for_each(|h| h.desert());
             self.jobs.cancel_all().await;
             self.replication.borrow().values().for_each(|g| g.shut_down());
             self.colo.shut_down().await;

@@ -35,6 +35,7 @@ fn finished(job: Finished) -> Value {
     out.insert("type".into(), json!(job.kind.name()));
     out.insert("outcome".into(), json!(job.outcome.name()));
     out.extend(job.error.map(|e| ("error".to_owned(), json!(e))));
+    out.extend(job.resumed.map(|how| ("resumed".to_owned(), json!(how))));
     out.insert("began".into(), date(job.began));
     out.insert("ended".into(), date(job.ended));
     out.insert("duration-ms".into(), json!(millis(job.took)));

@@ -43,6 +43,17 @@ pub enum OnSaveError {
     RefuseAll,
 }
 
+/// Writes down what of an instant is on its target, so that it outlives the daemon.
+pub trait Ledger {
+    /// Whether it is written down that all of `at`, whole clusters, is on the target or not wanted any more (or nothing is
+    /// written down any more).
+    fn has(&self, at: Span) -> bool;
+    /// Writes it down. It is so, and stays so.
+    fn note(&self, at: Span) -> Io<'_>;
+    /// The instant is lost: what is written down counts no more.
+    fn give_up(&self, why: &BlockError) -> Io<'_>;
+}
+
 /// How old bytes are kept.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct KeepRules {
@@ -84,6 +95,7 @@ pub struct PointInTime {
     released: Notify,
     /// Who empties the target, and is told where a client waits.
     drain: RefCell<Option<Rc<Work>>>,
+    ledger: RefCell<Option<Rc<dyn Ledger>>>,
 }
 
 /// Counts a guest's request in [`Work::saving`] until it is dropped.
@@ -130,6 +142,7 @@ impl PointInTime {
             over: Cell::new(false),
             released: Notify::new(),
             drain: RefCell::new(None),
+            ledger: RefCell::new(None),
         })
     }
 
@@ -151,6 +164,20 @@ impl PointInTime {
     pub fn begin_all(&self) {
         self.work.dirty.borrow_mut().set_all();
         self.readable.borrow_mut().set_all();
+    }
+
+    /// From now on the instant is one that an earlier life began: the whole disk, of which the target lacks `left`. Call it
+    /// when no request is inside.
+    pub fn go_on(&self, left: &Bitmap) {
+        self.begin_all();
+        let mut dirty = self.work.dirty.borrow_mut();
+        dirty.clear_all();
+        dirty.merge(left);
+    }
+
+    /// From now on changes wait until `ledger` says that their old bytes are kept.
+    pub fn written_down_by(&self, ledger: Rc<dyn Ledger>) {
+        *self.ledger.borrow_mut() = Some(ledger);
     }
 
     /// What may be read now.
@@ -231,6 +258,12 @@ impl PointInTime {
         self.released.notify_all();
     }
 
+    /// The instant is to outlive the daemon: no change is let through any more, and nobody waits for the target.
+    pub fn rest(&self) {
+        self.refuse(BlockError::new(ErrorKind::Cancelled, "the daemon is ending"));
+        self.work.give_up_target();
+    }
+
     /// Bytes on the target.
     pub fn held(&self) -> u64 {
         let readable = self.readable.borrow().dirty_bytes();
@@ -287,10 +320,14 @@ impl PointInTime {
                 return Err(why);
             }
             if self.is_settled(at) {
+                self.write_down(at).await?;
                 self.overwrite(at);
                 return Ok(());
             }
             let Err(error) = self.save_in_time(at).await else {
+                if self.is_settled(at) {
+                    self.write_down(at).await?;
+                }
                 self.overwrite(at);
                 return Ok(());
             };
@@ -310,9 +347,24 @@ impl PointInTime {
                 }
                 OnSaveError::LoseInstant => {
                     self.lose(error);
-                    return Ok(());
+                    return self.write_down(at).await;
                 }
             }
+        }
+    }
+
+    fn is_written_down(&self, at: Span) -> bool {
+        self.ledger.borrow().as_ref().is_none_or(|l| l.has(self.clusters(at)))
+    }
+
+    /// Before a change of `at`, whose old bytes are kept or wanted no more, goes on.
+    async fn write_down(&self, at: Span) -> Result<()> {
+        let ledger = self.ledger.borrow().clone();
+        let Some(ledger) = ledger.filter(|_| !self.over.get()) else { return Ok(()) };
+        match self.lost() {
+            Some(why) => ledger.give_up(&why).await,
+            None if self.is_written_down(at) => Ok(()),
+            None => ledger.note(self.clusters(at)).await,
         }
     }
 
@@ -565,7 +617,8 @@ impl Keeper for PointInTime {
         &self.gate
     }
     fn is_kept(&self, at: Span) -> bool {
-        self.over.get() || (self.refusing.borrow().is_none() && self.is_settled(at))
+        self.over.get()
+            || (self.refusing.borrow().is_none() && self.is_settled(at) && self.is_written_down(at))
     }
     fn save(&self, at: Span) -> Io<'_> {
         Box::pin(self.save_all(at))

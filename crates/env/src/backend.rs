@@ -58,6 +58,10 @@ pub trait Backend: 'static {
     fn absolute(&self, path: &Path) -> PathBuf {
         path.to_owned()
     }
+    /// See [`Env::boot_id`](crate::Env::boot_id).
+    fn boot_id(&self) -> Option<[u8; 16]> {
+        None
+    }
     /// See [`Env::is_simulated`](crate::Env::is_simulated).
     fn is_simulated(&self) -> bool {
         false

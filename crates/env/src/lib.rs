@@ -116,6 +116,12 @@ impl Env {
         self.backend.absolute(path)
     }
 
+    /// A number that another start of the host has another of, if the host says: what was given to the host's page cache before
+    /// is there as long as it is the same. Asked seldom.
+    pub fn boot_id(&self) -> Option<[u8; 16]> {
+        self.backend.boot_id()
+    }
+
     /// Starts listening. A stale unix socket file in the way is replaced. Port 0 picks one; see [`Listener::address`].
     pub fn listen<'a>(&'a self, at: &'a Address) -> Io<'a, Rc<dyn Listener>> {
         self.backend.listen(at)

@@ -10,6 +10,8 @@
 //! * However the job ends, clients are back on the source, and the bitmap is as the table in [`crate::backup_bitmap`] says.
 //! * With verification, what was read of the source is recorded by its hash when it is copied, and all of the target is read and
 //!   compared with that before the job succeeds: the source has gone on meanwhile.
+//! * With a state directory the instant outlives the daemon where that can be proven (`open/src/kept_instant.rs`), and is else the
+//!   instant of the restart, which is said.
 //! * Clients are never held: neither at the end nor while the job is pending.
 //! * Two backups of one disk stack: each keeps its own instant.
 
@@ -21,6 +23,7 @@ use crate::job::{Body, Job};
 use crate::mirror_args::Sync;
 use crate::outcome::Figures;
 use crate::registry::{Group, Registry};
+use bitmap::Bitmap;
 use block::{BlockError, ErrorKind, Io, Result};
 use copy::{
     Control, Engine, KeepRules, Links, Next, OnSaveError, OnWrite, PointInTime, Policy, Proof, Report,
@@ -29,6 +32,7 @@ use copy::{
 use drivers::filters::copy_before_write::CopyBeforeWrite;
 use drivers::filters::snapshot_access::SnapshotAccess;
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Role, Step};
+use open::{BitmapHome, KeptInstant};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -56,6 +60,8 @@ pub struct Backup {
     /// What the engine has to bring to the target.
     work: Rc<Work>,
     bitmap: Option<BitmapUse>,
+    /// What of the instant outlives the daemon.
+    kept: Option<Rc<KeptInstant>>,
     hold: RefCell<Option<Hold>>,
     workers: u32,
     chunk: u64,
@@ -105,7 +111,8 @@ pub async fn create(
     group: Option<Rc<Group>>,
 ) -> std::result::Result<Created, JobError> {
     let checked = args.check(graph).await?;
-    let body = build(graph, args, checked).await?;
+    let home = registry.bitmap_home().filter(|_| args.keeps_instant(checked.sync));
+    let body = build(graph, args, checked, home).await?;
     let job = match registry.create(&body.args.job_id, Kind::Backup, body.args.job_options(), group) {
         Ok(job) => job,
         Err(e) => {
@@ -130,7 +137,12 @@ fn outermost(node: &Rc<NodeCell>) -> Rc<NodeCell> {
     at
 }
 
-async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<Rc<Backup>> {
+async fn build(
+    graph: &Rc<Graph>,
+    args: BackupArgs,
+    checked: Checked,
+    home: Option<Rc<BitmapHome>>,
+) -> Result<Rc<Backup>> {
     let Checked { source, target, buffer, bitmap, sync, cluster, chunk, workers } = checked;
     let below = outermost(&source);
     let keeping = buffer.as_ref().unwrap_or(&target);
@@ -156,6 +168,14 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
         if sync == Sync::Top {
             point.top_only();
         }
+        let instant_kept = match home {
+            Some(home) => KeptInstant::find(home, &file, &kept, &args.job_id, &point_work).await,
+            None => None,
+        };
+        if let Some(ledger) = instant_kept.clone().filter(|k| k.is_live()) {
+            point.written_down_by(ledger);
+        }
+        let left = instant_kept.as_ref().and_then(|k| k.take_left());
         let (from, to, work) = match &buffer {
             None => (file.clone(), kept.clone(), point_work),
             Some(_) => {
@@ -175,7 +195,7 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
             work.depend_on(graph::links_below(&target, false))?;
         }
         node.set_keeper(Some(point.clone()));
-        let instant = instant(&point, &work, sync, bitmap.as_ref());
+        let instant = instant(&point, &work, sync, bitmap.as_ref(), left);
         let stay = below.parents().into_iter().filter(|e| matches!(e.parent(), Parent::Job(_))).collect();
         let mut plan = Plan::new()
             .then(Step::MoveParents { from: below.clone(), to: filter.clone(), except: stay })
@@ -188,6 +208,7 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
             bitmap.iter().for_each(BitmapUse::give_back);
             return Err(e);
         }
+        instant_kept.iter().for_each(|k| k.begin());
         // Writers have gone through the filter since; now nobody may come beside it, even while there are none.
         node.pin(true);
         if graph.ask(&main, Demand::NOTHING).await.is_err() {
@@ -195,10 +216,11 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
         }
         let nodes = [Some(&target), Some(&filter), buffer.as_ref()];
         let blockers = nodes.into_iter().flatten().map(|n| n.block(BUSY)).collect();
-        Ok((point, work, bitmap, Hold { main, _target: held, from, to, _blockers: blockers }))
+        let hold = Hold { main, _target: held, from, to, _blockers: blockers };
+        Ok((point, work, bitmap, instant_kept, hold))
     };
     match made.await {
-        Ok((point, work, bitmap, hold)) => Ok(Rc::new(Backup {
+        Ok((point, work, bitmap, kept, hold)) => Ok(Rc::new(Backup {
             graph: graph.clone(),
             args,
             sync,
@@ -207,6 +229,7 @@ async fn build(graph: &Rc<Graph>, args: BackupArgs, checked: Checked) -> Result<
             point,
             work,
             bitmap,
+            kept,
             hold: RefCell::new(Some(hold)),
             workers,
             chunk,
@@ -241,9 +264,20 @@ fn rules(args: &BackupArgs) -> KeepRules {
 }
 
 /// What happens when nobody is inside the disk: the work of the job is what it is now, and the bitmap begins anew.
-fn instant(point: &Rc<PointInTime>, work: &Rc<Work>, sync: Sync, bitmap: Option<&BitmapUse>) -> Rc<dyn Fn()> {
+fn instant(
+    point: &Rc<PointInTime>,
+    work: &Rc<Work>,
+    sync: Sync,
+    bitmap: Option<&BitmapUse>,
+    left: Option<Bitmap>,
+) -> Rc<dyn Fn()> {
     let (point, work, bitmap) = (point.clone(), work.clone(), bitmap.cloned());
     Rc::new(move || {
+        if let Some(left) = &left {
+            // an earlier life took the instant
+            point.go_on(left);
+            return;
+        }
         let bits = bitmap.as_ref().map(BitmapUse::begin);
         match bits.filter(|_| sync == Sync::Bitmap) {
             Some(bits) => point.begin(&bits),
@@ -356,7 +390,8 @@ impl Backup {
                 self.work.begin(&self.point.wanted());
             }
         }
-        if self.sync == Sync::Full && first::reads_as_zero(&self.work, target).await? {
+        let fresh = !self.is_resumed();
+        if fresh && self.sync == Sync::Full && first::reads_as_zero(&self.work, target).await? {
             self.work.assume_target_zero()?;
         }
         Ok(())
@@ -392,6 +427,11 @@ impl Backup {
 
     fn is_buffered(&self) -> bool {
         self.args.buffer.is_some()
+    }
+
+    /// Whether it goes on with the instant that it took in an earlier life of the daemon.
+    pub fn is_resumed(&self) -> bool {
+        self.kept.as_ref().is_some_and(|k| k.is_resumed())
     }
 
     /// Name of the node that it copies to.
@@ -435,12 +475,27 @@ impl Body for Backup {
 
     fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
         Box::pin(async move {
-            self.point.end();
+            // At the end of the daemon a job that has done its work ends before its clients do (it may hold their requests), one that
+            // works ends after them.
+            let outlives = self.point.lost().is_none() && self.kept.as_ref().is_some_and(|k| k.outlives());
+            let complete = self.kept.as_ref().is_some_and(|k| k.is_complete());
+            if let Some(kept) = self.kept.as_ref().filter(|_| !outlives) {
+                kept.end(false).await;
+            }
+            if outlives && !complete {
+                // a change must not pass unseen
+                self.point.rest();
+            } else {
+                self.point.end();
+            }
             self.node.pin(false);
             // Going back asks for nothing that was not granted before, so it is not refused.
             let _ = self.graph.apply(self.plan_back()).await;
             self.hold.take();
             self.work.settled().await;
+            if let Some(kept) = self.kept.as_ref().filter(|_| outlives) {
+                kept.end(true).await;
+            }
             if !success {
                 self.work.doubt_all();
             }

@@ -137,6 +137,13 @@ impl BackupArgs {
         }
     }
 
+    /// Whether a later life of the daemon can go on with its instant: with a bitmap what it had to copy is not known any more; with a
+    /// buffer part of it is in the buffer only; what was recorded of it for a comparison is gone.
+    pub(crate) fn keeps_instant(&self, sync: Sync) -> bool {
+        let plain = self.bitmap.is_none() && self.buffer.is_none() && self.verify.mode == VerifyMode::Off;
+        plain && matches!(sync, Sync::Full | Sync::None) && !self.discard_source
+    }
+
     pub(crate) fn job_options(&self) -> Options {
         Options {
             auto_finalize: self.auto_finalize,

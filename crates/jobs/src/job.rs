@@ -145,6 +145,7 @@ pub struct Job {
     given_up: RefCell<Option<(Side, BlockError)>>,
     last_progress: Cell<Progress>,
     last_verified: Cell<Option<Report>>,
+    pub(crate) resumed: Cell<Option<&'static str>>,
     /// What a concluded job still holds.
     kept: RefCell<Option<Box<dyn Any>>>,
 }
@@ -180,6 +181,7 @@ impl Job {
             given_up: RefCell::default(),
             last_progress: Cell::default(),
             last_verified: Cell::new(None),
+            resumed: Cell::new(None),
             kept: RefCell::new(None),
         })
     }
@@ -279,6 +281,11 @@ impl Job {
     /// Losses of these links are bridged from now on.
     pub(crate) fn set_links(&self, links: Option<Rc<Links>>) {
         *self.links.borrow_mut() = links;
+    }
+
+    /// It was begun by an earlier life of the daemon, and goes on in this way.
+    pub fn note_resumed(&self, how: &'static str) {
+        self.resumed.set(Some(how));
     }
 
     /// The lost link that is waited for.

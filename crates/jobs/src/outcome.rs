@@ -75,6 +75,8 @@ pub struct Finished {
     pub link_losses: Option<u64>,
     /// What the comparison of source and target came to, if one was asked for.
     pub verified: Option<Report>,
+    /// How it went on after a restart of the daemon.
+    pub resumed: Option<&'static str>,
     /// More.
     pub figures: Figures,
 }
@@ -101,6 +103,7 @@ impl Job {
             progress,
             link_losses: self.outages(),
             verified: self.verified(),
+            resumed: self.resumed.get(),
             figures: self.body().map(|b| b.figures()).unwrap_or_default(),
         }
     }

@@ -20,12 +20,13 @@ use env::{Env, Existing, FileKind, OpenMode};
 use graph::{Admitted, Graph, NodeCell, WriteAhead};
 use qcow2::Qcow2;
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 /// A record is written at least every [`dirtylog::BEAT`] while somebody writes; the rest is for a busy machine.
-const GRACE: Duration = Duration::from_secs(90);
+pub(crate) const GRACE: Duration = Duration::from_secs(90);
 
 /// Told of what became of bitmaps that were found: a sentence for people.
 pub type BitmapsHook = Rc<dyn Fn(&str)>;
@@ -39,11 +40,15 @@ pub struct BitmapHome {
     resting: Cell<bool>,
     geometry: Cell<Option<Geometry>>,
     unproven: Cell<bool>,
+    deserted: Cell<bool>,
+    /// Files as they were when the first node that uses them was opened, while an earlier life is being restored: to open an image
+    /// may change it.
+    seen: RefCell<BTreeMap<(u64, u64), Witness>>,
 }
 
 /// What is known of a disk's file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-struct Witness {
+pub(crate) struct Witness {
     device: u64,
     inode: u64,
     len: u64,
@@ -51,7 +56,7 @@ struct Witness {
 }
 
 impl Witness {
-    async fn of(cell: &NodeCell) -> Witness {
+    pub(crate) async fn of(cell: &NodeCell) -> Witness {
         // Without facts nothing is proven.
         match cell.node().host_file().await {
             Ok(Some(i)) if i.kind == FileKind::Regular => {
@@ -61,11 +66,21 @@ impl Witness {
         }
     }
 
-    fn encode(self) -> Vec<u8> {
+    /// Whether both are of one file.
+    pub(crate) fn is_same_file(self, other: Witness) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
+    /// When the file was last changed, since 1970.
+    pub(crate) fn modified(self) -> Duration {
+        Duration::from_nanos(self.modified)
+    }
+
+    pub(crate) fn encode(self) -> Vec<u8> {
         [self.device, self.inode, self.len, self.modified].iter().flat_map(|v| v.to_le_bytes()).collect()
     }
 
-    fn parse(b: &[u8]) -> Witness {
+    pub(crate) fn parse(b: &[u8]) -> Witness {
         let words: Vec<u64> = b.as_chunks::<8>().0.iter().map(|w| u64::from_le_bytes(*w)).collect();
         match words[..] {
             [device, inode, len, modified] => Witness { device, inode, len, modified },
@@ -89,6 +104,7 @@ impl BitmapHome {
     /// While an earlier life is being restored jobs that are started find what they had still to do.
     pub fn set_resuming(&self, on: bool) {
         self.resuming.set(on);
+        self.seen.borrow_mut().clear();
     }
 
     /// See [`BitmapHome::set_resuming`].
@@ -120,6 +136,46 @@ impl BitmapHome {
     /// See [`BitmapHome::rest`].
     pub fn is_resting(&self) -> bool {
         self.resting.get()
+    }
+
+    /// After [`BitmapHome::rest`]: no client writes any more, nor will one.
+    pub fn desert(&self) {
+        self.deserted.set(true);
+    }
+
+    /// See [`BitmapHome::desert`].
+    pub fn is_deserted(&self) -> bool {
+        self.deserted.get()
+    }
+
+    /// What is known of the file of `cell`, as it was before anybody opened it here.
+    pub(crate) async fn first_seen(&self, cell: &NodeCell) -> Witness {
+        let now = Witness::of(cell).await;
+        self.seen.borrow().get(&(now.device, now.inode)).copied().unwrap_or(now)
+    }
+
+    pub(crate) fn env(&self) -> &Env {
+        &self.env
+    }
+
+    /// Where it is written down how far the job `id` has come with an instant.
+    pub(crate) fn instant_path(&self, id: &str) -> PathBuf {
+        let (a, b) = (crc32c::crc32c(id.as_bytes()), crc32c::crc32c_append(!0, id.as_bytes()));
+        self.dir.join(format!("instant-{a:08x}{b:08x}-{}", id.len()))
+    }
+
+    /// What the disk of a node is called here.
+    pub(crate) async fn name_of(&self, cell: &NodeCell) -> Result<String> {
+        self.disk_name(cell).await
+    }
+
+    /// Makes durable which files there are.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.env.sync_directory(&self.dir)
+    }
+
+    pub(crate) fn say_trouble(&self, what: &str) {
+        (self.tell)(what);
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -460,6 +516,8 @@ impl Opener {
             resting: Cell::new(false),
             geometry: Cell::new(None),
             unproven: Cell::new(false),
+            deserted: Cell::new(false),
+            seen: RefCell::default(),
         };
         *self.home.borrow_mut() = Some(Rc::new(home));
     }
@@ -493,7 +551,12 @@ impl Opener {
 
     /// A node has been opened.
     pub(crate) async fn kept_bitmaps(&self, cell: &Rc<NodeCell>) {
-        if let Some(home) = self.bitmap_home().filter(|_| cell.is_active()) {
+        let Some(home) = self.bitmap_home() else { return };
+        if home.is_resuming() {
+            let now = Witness::of(cell).await;
+            home.seen.borrow_mut().entry((now.device, now.inode)).or_insert(now);
+        }
+        if cell.is_active() {
             home.opened(cell).await;
         }
     }

@@ -10,7 +10,8 @@ use graph::{Demand, Role};
 use std::rc::Rc;
 
 impl Opener {
-    /// Opens the filter; what it keeps is the disk as of now.
+    /// Opens the filter; what it keeps is the disk as of now. Of one that an earlier life of the daemon had, the instant is lost:
+    /// whoever reads it gets an error, not the disk as of another instant.
     pub(crate) async fn copy_before_write(
         &self,
         spec: &CopyBeforeWriteSpec,
@@ -43,6 +44,12 @@ impl Opener {
         match bits {
             None => point.begin_all(),
             Some(bits) => point.begin(&bits),
+        }
+        if let Some(home) = self.bitmap_home().filter(|h| h.is_resuming()) {
+            // What was overwritten before the restart is on the target, and nobody knows any more what of it is.
+            let why = "the daemon was restarted, and what the disk contained at its instant is not known any more; add the node anew";
+            point.lose(BlockError::new(ErrorKind::Permission, why));
+            home.say_trouble(&format!("node '{name}': its snapshot is lost: {why}"));
         }
         node.set_keeper(Some(point));
         Ok(node)

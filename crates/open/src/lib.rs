@@ -12,6 +12,7 @@ pub mod create;
 mod filters;
 mod implicit;
 mod keep;
+mod kept_instant;
 mod reopen;
 mod spec;
 
@@ -20,6 +21,7 @@ pub use bitmap_home::{BitmapHome, BitmapsHook, log_of};
 pub use dirtylog::Geometry;
 pub use filters::{FilterSpec, ThrottleHook};
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
+pub use kept_instant::KeptInstant;
 pub use spec::{
     AsGiven, Backing, Child, Common, CopyBeforeWriteSpec, DriverSpec, FileSpec, NbdSpec, NodeSpec, Qcow2Spec,
 };

@@ -37,6 +37,9 @@ const STARTING: [&str; 8] = [
     "block-verify",
 ];
 
+/// What is told of a backup whose instant could not be kept.
+const MOVED: &str = "started again after a restart: it is the disk as of the restart";
+
 pub(super) fn starts_job(command: &str) -> bool {
     STARTING.contains(&command)
 }
@@ -150,7 +153,7 @@ fn in_doubt(command: &str, arguments: &Map<String, Value>) -> (Map<String, Value
             }
             "started again after a restart: everything is copied again"
         }
-        "blockdev-backup" => "started again after a restart: it is the disk as of the restart",
+        "blockdev-backup" => MOVED,
         "block-verify" => "started again after a restart: everything is compared again",
         _ => "started again after a restart: what was copied is found by what is allocated",
     };
@@ -184,10 +187,18 @@ impl Daemon {
         }
         started?;
         let job = self.jobs().find(id)?;
-        let told = match jobs::mirror::with(&job, Mirror::is_resumed) {
-            Some(true) => "goes on after a restart: what the target may lack is copied, and nothing else",
-            _ => told,
+        let goes_on = |is: Option<bool>| is == Some(true);
+        let told = if goes_on(jobs::mirror::with(&job, Mirror::is_resumed)) {
+            "goes on after a restart: what the target may lack is copied, and nothing else"
+        } else if goes_on(jobs::backup::with(&job, Backup::is_resumed)) {
+            "goes on after a restart: it is the disk as of its start, as before"
+        } else {
+            told
         };
+        job.note_resumed(told);
+        if told == MOVED {
+            self.tell_trouble(&format!("job '{id}' was {told}"));
+        }
         let said = JobRecord { command: command.to_owned(), arguments, resumed: Some(told) };
         recorder.jobs.borrow_mut().insert(id.to_owned(), said);
         if record["paused"] == json!(true) {

@@ -376,6 +376,13 @@ impl Backend for Os {
         process::sync_directory(path)
     }
 
+    fn boot_id(&self) -> Option<[u8; 16]> {
+        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
+        let digits = std::str::from_utf8(&digits).ok()?;
+        u128::from_str_radix(digits, 16).ok().filter(|id| *id != 0).map(u128::to_le_bytes)
+    }
+
     fn absolute(&self, path: &Path) -> std::path::PathBuf {
         std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
     }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 /// A raw disk with content, a target of its size, and a daemon that serves the disk.
-fn served(dir: &Dir) -> Daemon {
+pub(super) fn served(dir: &Dir) -> Daemon {
     tool(dir, "qemu-img", &["create", "-q", "-f", "raw", "src.raw", "8M"]);
     tool(dir, "qemu-io", &["-f", "raw", "-c", "write -P 7 0 6M", "src.raw"]);
     tool(dir, "qemu-img", &["create", "-q", "-f", "raw", "dst.raw", "8M"]);
@@ -24,7 +24,7 @@ fn served(dir: &Dir) -> Daemon {
     daemon
 }
 
-fn killed(dir: &Dir, daemon: Daemon) -> Daemon {
+pub(super) fn killed(dir: &Dir, daemon: Daemon) -> Daemon {
     drop(daemon);
     start(dir, &[])
 }
@@ -34,7 +34,7 @@ fn job(c: &mut Client) -> Value {
 }
 
 /// Waits until the one job is in this state; `""`: until there is none.
-fn reaches(c: &mut Client, status: &str) -> Value {
+pub(super) fn reaches(c: &mut Client, status: &str) -> Value {
     let begin = Instant::now();
     loop {
         let jobs = c.command("query-jobs", json!({})).unwrap();
@@ -108,10 +108,11 @@ fn a_job_waits_for_its_manager_as_before() {
     c.command("blockdev-backup", with(MIRROR, &manual)).unwrap();
     reaches(&mut c, "pending");
     drop(c);
+    super::instants::until_kept(&dir);
     let daemon = killed(&dir, daemon);
     let mut c = daemon.client();
     let now = reaches(&mut c, "pending");
-    assert!(now["resumed"].as_str().unwrap().contains("as of the restart"), "{now}");
+    assert!(now["resumed"].as_str().unwrap().contains("as of its start"), "{now}");
     c.command("job-finalize", json!({"id": "j"})).unwrap();
     let before = reaches(&mut c, "concluded");
     drop(c);
