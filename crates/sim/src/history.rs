@@ -286,8 +286,12 @@ impl History {
             let s = sectors.get(&number).unwrap_or(&empty);
             if !self.survivors(number, s, sure).contains(value) {
                 return Err(format!(
-                    "sector {number}: after the crash ({how:?}) it holds {value:?}; sure to be there: {:?}",
-                    s.writes.iter().filter(|w| w.2 < sure).map(|w| w.0).collect::<Vec<_>>()
+                    "sector {number}: after the crash ({how:?}) it holds {value:?}; sure to be there: {:?}; written: {:?}; before: {:?}, \
+                     or {:?}; sure before {sure}",
+                    s.writes.iter().filter(|w| w.2 < sure).map(|w| w.0).collect::<Vec<_>>(),
+                    s.writes,
+                    self.initial_of(number),
+                    self.older.borrow().get(&number)
                 ));
             }
             if how != Crash::PowerLoss {

@@ -14,7 +14,7 @@ use crate::history::{Crash, History};
 use crate::runner::Outcome;
 use crate::{Guest, Habits, Manager, NbdDisk, Process, Profile, Refusal, Rng, World, read_all};
 use ::nbd::Mode;
-use env::Env;
+use env::{Env, TaskHandle};
 use serde_json::{Value, json};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -143,9 +143,11 @@ impl Lives {
     async fn last(&self, daemon: Booted, m: &Rc<Manager>, guests: &[Guest]) {
         self.fast.set(true);
         let ending = async {
+            let finalizing = self.finalizing(m);
             for g in guests {
                 g.stop().await;
             }
+            finalizing.cancel();
             self.settle(m).await?;
             self.read_disk().await
         };
@@ -211,15 +213,7 @@ impl Lives {
         }
         self.count_resumed(&m).await?;
         if let Some(how) = died {
-            // a job that is pending holds clients until it is finalized
-            let (on, env) = (m.clone(), self.outside.clone());
-            let finalizing = self.outside.spawn("finalizing", async move {
-                while on.execute("query-jobs", json!({})).await.is_ok_and(|jobs| jobs != json!([])) {
-                    // refused by one that is not pending
-                    let _ = on.execute("job-finalize", json!({"id": "j"})).await;
-                    env.sleep(Duration::from_millis(20)).await;
-                }
-            });
+            let finalizing = self.finalizing(&m);
             let found = self.read(&History::new()).await;
             finalizing.cancel();
             let found = found?;
@@ -227,6 +221,18 @@ impl Lives {
             self.world.count("disks checked", 1);
         }
         Ok(m)
+    }
+
+    /// A job that is pending holds clients until it is finalized.
+    fn finalizing(&self, m: &Rc<Manager>) -> TaskHandle {
+        let (on, env) = (m.clone(), self.outside.clone());
+        self.outside.spawn("finalizing", async move {
+            while on.execute("query-jobs", json!({})).await.is_ok_and(|jobs| jobs != json!([])) {
+                // refused by one that is not pending
+                let _ = on.execute("job-finalize", json!({"id": "j"})).await;
+                env.sleep(Duration::from_millis(20)).await;
+            }
+        })
     }
 
     async fn count_resumed(&self, m: &Manager) -> Result<(), Refusal> {
