@@ -1,13 +1,15 @@
 //! The files below: reading past the end, growing, and knowing whether a barrier is needed.
 //!
 //! What must stay true: a barrier is issued only if a write completed since the last one began, and never skipped if one did
-//! (the mark is set when a write *completes*, so that a write in flight during a barrier counts for the next); a file only
+//! or may have: the first one is for what a process that was killed may have left in the host's cache, which its guests were told is
+//! written and now flush through us (the mark is set when a write *completes*, so that a write in flight during a barrier counts for the next); a file only
 //! grows here, and a growth that was begun is carried through even if the request that asked for it is dropped (a late
 //! `ftruncate` to a shorter length would cut off data).
 
 use crate::core::Background;
 use block::{BlockError, Data, ErrorKind, Prealloc, ReqFlags, Result, Span};
 use env::Env;
+use env::bugs::planted;
 use env::sync::{Notify, oneshot};
 use graph::{DebugEvent, Edge, HostBytes};
 use std::cell::Cell;
@@ -36,7 +38,7 @@ impl Child {
             edge,
             env,
             background,
-            dirty: Cell::new(false),
+            dirty: Cell::new(!planted("qcow2: what a killed process wrote is not flushed")),
             barriers: Cell::new(0),
             growing: Cell::new(false),
             grown: Notify::new(),

@@ -11,7 +11,8 @@
 //!    leaks).
 //!
 //! So a guest flush costs two barriers if something was allocated, one if only mapped clusters were overwritten or
-//! only mappings removed, none if nothing was written. Without a power cut the same order of writes holds by
+//! only mappings removed, none if nothing was written; the first one after opening costs one at least, since a process that was killed
+//! may have written. Without a power cut the same order of writes holds by
 //! itself, since each step begins when the writes of the one before have completed.
 //!
 //! What must stay true: one commit runs at a time, as a task of its own that no request can drop half done; a step that fails

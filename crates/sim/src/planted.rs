@@ -39,6 +39,7 @@ pub const RETURNING: &[&str] = &[
     "dirtylog: writes go before the record",
     "dirtylog: a region leaves too early",
     "dirtylog: cleared before the target's flush",
+    "qcow2: what a killed process wrote is not flushed",
 ];
 
 /// Those that only hosts that replicate show.
