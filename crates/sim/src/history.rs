@@ -10,6 +10,7 @@
 //! a discard may have done nothing), and the rules after a crash: what a completed flush covers is there, unless
 //! something later replaced it.
 
+use crate::machine::Machine;
 use crate::stamp::Value;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -61,6 +62,8 @@ pub struct History {
     initial: RefCell<BTreeMap<u64, Value>>,
     /// After a kill: what else a power loss may bring back as long as nothing was flushed since.
     older: RefCell<BTreeMap<u64, BTreeSet<Value>>>,
+    /// Whose trace tells of each operation.
+    machine: Option<Machine>,
 }
 
 /// How an epoch ended.
@@ -92,6 +95,17 @@ struct Zone {
 }
 
 impl History {
+    /// As [`History::new`], and `machine`'s trace tells of each operation.
+    pub fn told_by(machine: &Machine) -> History {
+        History { machine: Some(machine.clone()), ..History::default() }
+    }
+
+    fn say(&self, line: impl FnOnce() -> String) {
+        if let Some(machine) = &self.machine {
+            machine.say(line);
+        }
+    }
+
     /// Nothing has happened; every sector reads as zero.
     pub fn new() -> History {
         let h = History::default();
@@ -109,19 +123,23 @@ impl History {
     pub fn begin(&self, client: u32, what: What, sectors: Range<u64>) -> u32 {
         let start = self.tick();
         let mut records = self.records.borrow_mut();
+        let n = records.len();
+        self.say(|| format!("client {client}: #{n} {what:?} {sectors:?} at {start}"));
         records.push(Record { client, what, sectors, start, end: None });
-        (records.len() - 1) as u32
+        n as u32
     }
 
     /// The operation was answered with success.
     pub fn end(&self, number: u32) {
         let now = self.tick();
+        self.say(|| format!("#{number} ended at {now}"));
         self.records.borrow_mut()[number as usize].end = Some(now);
     }
 
     /// A read was answered.
     pub fn end_read(&self, number: u32, values: Vec<Value>) {
         let now = self.tick();
+        self.say(|| format!("#{number} ended at {now}: {values:?}"));
         let mut records = self.records.borrow_mut();
         let r = &mut records[number as usize];
         r.end = Some(now);

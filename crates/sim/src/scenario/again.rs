@@ -30,12 +30,13 @@ pub fn again(seed: u64, verbose: bool) -> Outcome {
         let (mut rng, (outside, process)) = (w.rng("plan"), w.start());
         let stage = Stage::drawn(&mut rng);
         w.machine().say(|| format!("{stage:?}"));
+        let history = Rc::new(History::told_by(w.machine()));
         let lives = Lives {
             far: Far::new(&w, &outside),
             world: w,
             rng: RefCell::new(rng),
             stage,
-            history: Rc::new(History::new()),
+            history,
             outside,
             _outside: process,
             images: Cell::new(0),

@@ -160,11 +160,12 @@ fn played(seed: u64, verbose: bool, remote: bool) -> Outcome {
         w.host().set_profile(Profile::drawn_calm(&mut rng));
         w.machine().say(|| format!("{plan:#?}"));
         let (outside, process) = w.start();
+        let history = Rc::new(History::told_by(w.machine()));
         let run = Run {
             world: w,
             plan,
             rng: RefCell::new(rng),
-            history: Rc::new(History::new()),
+            history,
             outside,
             _outside: process,
             guests: RefCell::default(),

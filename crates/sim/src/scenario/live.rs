@@ -111,12 +111,13 @@ struct Run {
 impl Run {
     fn new(world: World, plan: Plan, rng: Rng) -> Run {
         let (outside, process) = world.start();
+        let history = Rc::new(History::told_by(world.machine()));
         Run {
             world,
             mode: Cell::new(Some(plan.copy_mode)),
             plan,
             rng: RefCell::new(rng),
-            history: Rc::new(History::new()),
+            history,
             outside,
             _outside: process,
             far: RefCell::default(),

@@ -141,6 +141,7 @@ impl Run {
         sites[0].name = "host";
         let levels =
             ["local", "queued", "remote-received", "remote-written", "remote-durable", "remote-applied"];
+        let history = Rc::new(History::told_by(world.machine()));
         Run {
             level: levels[rng.index(levels.len())],
             policy: if rng.chance(0.7) { "degrade" } else { "suspend" },
@@ -149,7 +150,7 @@ impl Run {
             world,
             rng: RefCell::new(rng),
             sites,
-            history: Rc::new(History::new()),
+            history,
             guests: RefCell::default(),
             made: RefCell::default(),
             before: Cell::new(0),

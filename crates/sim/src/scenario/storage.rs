@@ -156,7 +156,7 @@ async fn play(world: World, lie: Option<Lie>) {
     let sectors = *rng.choose(&[16, 200, 2048]);
     world.host().install(PATH, Image::from_bytes(&vec![0; (sectors * SECTOR) as usize]));
     world.host().set_profile(Profile::drawn(&mut rng));
-    let history = Rc::new(History::new());
+    let history = Rc::new(History::told_by(world.machine()));
     for life in 0..rng.between(1, 3) {
         let (env, process) = world.start();
         let disk = open(&env, sectors, lie).await;
