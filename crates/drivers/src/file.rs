@@ -4,10 +4,11 @@
 //! changed while the node is in use. What must stay true: image locks cover what the parents ask for at every moment; a range
 //! that was to become zero reads as zero whatever the file system can; the length seen here is that of the file, also where
 //! direct I/O works in whole blocks and the file ends inside one: what is past the end reads as zero, and a write of the
-//! last block is cut back to the length the file had.
+//! last block is cut back to the length the file had; a change whose request was dropped lands before the next one begins.
 
 use crate::locks::ImageLocks;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Limits, Prealloc, ReqFlags, Result, Span};
+use env::bugs::planted;
 use env::{Env, Existing, File, FileInfo, FileKind, OpenMode, Punch};
 use graph::{Demand, Edge, HostBytes, Node, NodeCell, NodeDetails};
 use std::any::Any;
@@ -236,6 +237,15 @@ impl FileNode {
     }
 }
 
+/// Waits for changes whose requests were dropped (a job was cancelled, a client went away while the disk was slow): what is
+/// written after them must not be overwritten by them. Reads need not wait, for what they see is as if that came later.
+async fn landed(file: &Rc<dyn File>) -> Result<()> {
+    if file.may_still_change() && !planted("file: what was called off lands over what came later") {
+        return file.settle().await;
+    }
+    Ok(())
+}
+
 fn refused_writing(e: &BlockError) -> bool {
     matches!(e.errno(), BlockError::EACCES | BlockError::EROFS | BlockError::EPERM)
 }
@@ -283,6 +293,7 @@ impl Node for FileNode {
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         let file = self.file();
         Box::pin(async move {
+            landed(&file).await?;
             file.write(at.start, data).await?;
             if at.end() > self.len.get() {
                 // Only the padding of a direct write to the last, cut block ends there; its block is locked above.
@@ -293,12 +304,14 @@ impl Node for FileNode {
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
         Box::pin(async move {
+            landed(&self.file()).await?;
             self.zero_now(at, flags).await?;
             if flags.fua { self.file().barrier().await } else { Ok(()) }
         })
     }
     fn discard(&self, at: Span) -> Io<'_> {
         Box::pin(async move {
+            landed(&self.file()).await?;
             let done = self.file().discard(at).await;
             self.count_discard(at, &done);
             match done {
@@ -323,7 +336,10 @@ impl Node for FileNode {
         Box::pin(async move { file.barrier().await })
     }
     fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
-        Box::pin(self.resize_now(len, prealloc))
+        Box::pin(async move {
+            landed(&self.file()).await?;
+            self.resize_now(len, prealloc).await
+        })
     }
     fn acquire(&self, above: Demand) -> Io<'_> {
         Box::pin(async move {
@@ -383,6 +399,7 @@ impl Node for FileNode {
     fn write_from(&self, offset: u64, from: HostBytes) -> Io<'_> {
         let file = self.file();
         Box::pin(async move {
+            landed(&file).await?;
             let mut done = 0;
             while done < from.at.len {
                 let rest = from.slice(done, from.at.len - done);

@@ -94,6 +94,11 @@ pub trait File: 'static {
     /// the file open. (Reads count as well: until it has ended, a read holds the file and its locks.) Takes as long as the
     /// slowest of them.
     fn settle(&self) -> Io<'_>;
+    /// Whether a change is under way whose future was dropped: it may land at any time, over what is written until
+    /// [`File::settle`] has ended.
+    fn may_still_change(&self) -> bool {
+        false
+    }
     /// Makes the range read as zero without writing zeroes. `Unsupported` if the file system or device cannot. The
     /// file does not shrink or grow.
     fn zero(&self, at: Span, how: Punch) -> Io<'_>;

@@ -36,6 +36,8 @@ struct Handle {
     number: u64,
     /// Requests under way whose futures were dropped.
     orphans: Cell<usize>,
+    /// Those of them that change the file.
+    changing: Cell<usize>,
     ended: Notify,
 }
 
@@ -52,8 +54,20 @@ impl Drop for Handle {
 /// A request under way. The host has one half until the request has ended, the future that waits has the other.
 struct UnderWay {
     handle: Rc<Handle>,
+    changes: bool,
     ended: Cell<bool>,
     orphan: Cell<bool>,
+}
+
+impl UnderWay {
+    /// One orphan more, or one less.
+    fn count(&self, one: impl Fn(usize) -> usize) {
+        let h = &self.handle;
+        h.orphans.set(one(h.orphans.get()));
+        if self.changes {
+            h.changing.set(one(h.changing.get()));
+        }
+    }
 }
 
 /// The half of the host.
@@ -61,9 +75,9 @@ struct Carried(Rc<UnderWay>);
 /// The half of the future.
 struct Awaited(Rc<UnderWay>);
 
-fn under_way(handle: &Rc<Handle>) -> (Carried, Awaited) {
+fn under_way(handle: &Rc<Handle>, changes: bool) -> (Carried, Awaited) {
     let handle = handle.clone();
-    let both = Rc::new(UnderWay { handle, ended: Cell::new(false), orphan: Cell::new(false) });
+    let both = Rc::new(UnderWay { handle, changes, ended: Cell::new(false), orphan: Cell::new(false) });
     (Carried(both.clone()), Awaited(both))
 }
 
@@ -71,9 +85,8 @@ impl Drop for Carried {
     fn drop(&mut self) {
         self.0.ended.set(true);
         if self.0.orphan.get() {
-            let h = &self.0.handle;
-            h.orphans.set(h.orphans.get() - 1);
-            h.ended.notify_all();
+            self.0.count(|n| n - 1);
+            self.0.handle.ended.notify_all();
         }
     }
 }
@@ -82,7 +95,7 @@ impl Drop for Awaited {
     fn drop(&mut self) {
         if !self.0.ended.get() {
             self.0.orphan.set(true);
-            self.0.handle.orphans.set(self.0.handle.orphans.get() + 1);
+            self.0.count(|n| n + 1);
         }
     }
 }
@@ -151,7 +164,7 @@ async fn run<T: 'static>(
         return finish();
     }
     let (sender, receiver) = oneshot();
-    let (carried, _awaited) = handle.map(under_way).unzip();
+    let (carried, _awaited) = handle.map(|h| under_way(h, false)).unzip();
     let end = move || {
         sender.send(finish());
         drop(carried);
@@ -181,6 +194,7 @@ impl SimFile {
             inode: inode.clone(),
             number: handle,
             orphans: Cell::new(0),
+            changing: Cell::new(0),
             ended: Notify::new(),
         });
         SimFile { process, inode, path, handle, mode, len }
@@ -224,7 +238,7 @@ impl SimFile {
             return r;
         }
         let (sender, receiver) = oneshot();
-        let (carried, _awaited) = under_way(&self.handle);
+        let (carried, _awaited) = under_way(&self.handle, true);
         let end = move || {
             sender.send(finish());
             drop(carried);
@@ -302,6 +316,10 @@ impl File for SimFile {
             })
             .await
         })
+    }
+
+    fn may_still_change(&self) -> bool {
+        self.handle.changing.get() > 0
     }
 
     fn settle(&self) -> Io<'_> {

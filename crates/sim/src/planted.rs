@@ -27,7 +27,8 @@ pub const NAMED: &[&str] = &[
 ];
 
 /// Those that only jobs on a chain show.
-pub const CHAINED: &[&str] = &["stream: users write where it copies"];
+pub const CHAINED: &[&str] =
+    &["stream: users write where it copies", "file: what was called off lands over what came later"];
 
 /// Those that only a daemon shows that comes back with its state.
 pub const RETURNING: &[&str] = &[

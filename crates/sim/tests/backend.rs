@@ -1,8 +1,10 @@
 //! The simulated backend as production code sees it: files, crashes, sockets, time, and repeatability from the seed.
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
-use block::{Data, ErrorKind, Span};
+use block::{Data, ErrorKind, ReqFlags, Span};
+use drivers::file::{FileNode, FileOptions};
 use env::{Address, Env, Executor, Existing, LockRange, OpenMode, Punch};
+use graph::Node;
 use sim::{Fault, Host, Image, Machine, Net, NetProfile, Op, Process, Profile, Rng, Rule};
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -200,6 +202,25 @@ fn a_killed_process_does_nothing_more_and_gives_its_locks_back() {
         drop(f);
         assert_eq!(host.locks_held("/d"), 0);
         assert!(p.waiting().is_empty());
+    });
+}
+
+/// A job's write was under way when it was cancelled, and a guest writes there afterwards.
+#[test]
+fn what_was_called_off_does_not_land_over_what_came_later() {
+    let b = bench(7, Profile::calm());
+    b.host.install("/d", Image::from_bytes(&[0; 8192]));
+    b.host.fault(Rule::once("/d", Op::Write, Fault::Delay(Duration::from_millis(50))));
+    let (env, _p) = b.start();
+    b.executor.run(async move {
+        let options = FileOptions { filename: "/d".to_owned(), ..FileOptions::default() };
+        let (node, _) = FileNode::open(&env, &options).await.unwrap();
+        let at = Span::new(0, 512);
+        let late = node.write(at, full(1, 512), ReqFlags::NONE);
+        assert!(env.timeout(Duration::from_millis(1), late).await.is_none());
+        node.write(at, full(2, 512), ReqFlags::NONE).await.unwrap();
+        env.sleep(Duration::from_millis(100)).await;
+        assert_eq!(node.read(at).await.unwrap().to_vec(), [2; 512]);
     });
 }
 

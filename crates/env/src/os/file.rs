@@ -407,6 +407,10 @@ impl File for OsFile {
         })
     }
 
+    fn may_still_change(&self) -> bool {
+        self.handle.may_still_change()
+    }
+
     fn zero(&self, at: Span, how: Punch) -> Io<'_> {
         Box::pin(self.zero_range(at, how))
     }

@@ -142,7 +142,7 @@ impl Core {
     /// Starts a file operation: in the ring, or on a helper thread where there is none, the ring lacks it, or `threads` says so.
     fn submit(self: &Rc<Core>, ask: Ask<'_>) -> Op {
         let Ask { request, memory, handle, other, on_drop, threads } = ask;
-        let key = self.slots.insert(memory, Some(handle.clone()), other.cloned());
+        let key = self.slots.insert(memory, Some(handle.clone()), other.cloned(), request.changes());
         match (&self.driver, request.entry()) {
             (Driver::Ring(ring), Some(entry)) if !threads => ring.push(entry, key),
             _ => Pool::io().submit(key, Work::Request(request), &self.returns),
@@ -153,7 +153,7 @@ impl Core {
     /// Waits until `fd` has one of `events` (poll(2)); the result is what it has.
     async fn ready(self: &Rc<Core>, handle: &Rc<Handle>, events: i16) -> Result<u32, i32> {
         let events = u32::from(events as u16);
-        let key = self.slots.insert(Memory::None, Some(handle.clone()), None);
+        let key = self.slots.insert(Memory::None, Some(handle.clone()), None, false);
         let op = Op { core: self.clone(), key, on_drop: OnDrop::Cancel, ended: false };
         let request = Request::Poll { fd: handle.fd(), events };
         match (&self.driver, request.entry()) {
@@ -189,7 +189,7 @@ impl Core {
         handle: Option<&Rc<Handle>>,
         work: Box<dyn FnOnce() + Send>,
     ) -> Op {
-        let key = self.slots.insert(Memory::None, handle.cloned(), None);
+        let key = self.slots.insert(Memory::None, handle.cloned(), None, false);
         pool.submit(key, Work::Call(work), &self.returns);
         Op { core: self.clone(), key, on_drop: OnDrop::Finish, ended: false }
     }

@@ -25,12 +25,14 @@ use std::task::{Context, Poll, Waker};
 pub(super) struct Handle {
     fd: OwnedFd,
     orphans: Cell<usize>,
+    /// Those of the orphans that change the file.
+    changing: Cell<usize>,
     landed: Notify,
 }
 
 impl Handle {
     pub(super) fn new(fd: OwnedFd) -> Rc<Handle> {
-        Rc::new(Handle { fd, orphans: Cell::new(0), landed: Notify::new() })
+        Rc::new(Handle { fd, orphans: Cell::new(0), changing: Cell::new(0), landed: Notify::new() })
     }
 
     pub(super) fn fd(&self) -> RawFd {
@@ -39,6 +41,11 @@ impl Handle {
 
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// Whether an operation is under way that changes the file and whose future was dropped.
+    pub(super) fn may_still_change(&self) -> bool {
+        self.changing.get() > 0
     }
 
     /// Waits until no operation is under way whose future was dropped.
@@ -109,6 +116,14 @@ impl Request {
         })
     }
 
+    /// Whether the file behind the first descriptor changes.
+    pub(super) fn changes(&self) -> bool {
+        !matches!(
+            self,
+            Request::Read { .. } | Request::Sync { .. } | Request::Receive { .. } | Request::Poll { .. }
+        )
+    }
+
     /// Carries the request out on this thread, waiting as long as it takes.
     pub(super) fn run(self) -> i32 {
         // SAFETY (all calls below): pointers lead to memory that the operation's slot owns until this has returned, with
@@ -159,11 +174,17 @@ struct Slot {
     handle: Option<Rc<Handle>>,
     /// A second descriptor in use (the source of a copy).
     other: Option<Rc<Handle>>,
+    /// The file behind `handle` changes.
+    changes: bool,
 }
 
 impl Slot {
     fn handles(&self) -> impl Iterator<Item = &Rc<Handle>> {
         self.handle.iter().chain(&self.other)
+    }
+
+    fn changed(&self) -> Option<&Rc<Handle>> {
+        self.handle.as_ref().filter(|_| self.changes)
     }
 }
 
@@ -179,9 +200,10 @@ impl Slots {
         memory: Memory,
         handle: Option<Rc<Handle>>,
         other: Option<Rc<Handle>>,
+        changes: bool,
     ) -> usize {
         let stage = Stage::Waiting(None);
-        self.table.borrow_mut().insert(Slot { stage, memory, handle, other })
+        self.table.borrow_mut().insert(Slot { stage, memory, handle, other, changes })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -206,6 +228,7 @@ impl Slots {
         if let Some(w) = waker {
             w.wake();
         }
+        dead.iter().filter_map(Slot::changed).for_each(|h| h.changing.set(h.changing.get() - 1));
         for h in dead.iter().flat_map(Slot::handles) {
             h.orphans.set(h.orphans.get() - 1);
             if h.orphans.get() == 0 {
@@ -246,6 +269,7 @@ impl Slots {
             return false;
         }
         slot.handles().for_each(|h| h.orphans.set(h.orphans.get() + 1));
+        slot.changed().iter().for_each(|h| h.changing.set(h.changing.get() + 1));
         let old = std::mem::replace(&mut slot.stage, Stage::Orphan);
         drop(table);
         drop(old);
