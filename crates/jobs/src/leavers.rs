@@ -107,11 +107,17 @@ impl Leavers {
 
     /// Deletes what nobody uses any more, and tells about each image. The graph has settled.
     pub(crate) async fn delete(&self, graph: &Graph) {
+        // the nodes of what is deleted are gone from the records first, or a later life would look for their files
+        let kept = graph.keep().await;
         for image in &self.images {
             let (filename, outcome) = match &image.file {
                 None => (String::new(), Err(BlockError::unsupported("it is not stored in a file"))),
                 Some((path, identity)) => {
-                    (path.display().to_string(), delete(graph, path, *identity, None).await)
+                    let outcome = match &kept {
+                        Ok(()) => delete(graph, path, *identity, None).await,
+                        Err(e) => Err(e.clone()),
+                    };
+                    (path.display().to_string(), outcome)
                 }
             };
             let Some(job) = self.job.upgrade() else { continue };
