@@ -1,4 +1,4 @@
-//! The `nbd` driver against servers that lie, stop in the middle, or come back as something else.
+//! The `nbd` driver against servers that lie, stop in the middle, come back as something else, or carry out late.
 
 #![allow(clippy::unwrap_used)]
 
@@ -17,8 +17,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 const SIZE: u64 = 1 << 20;
@@ -423,4 +423,194 @@ fn requests_that_the_server_lacks_are_done_another_way() {
     });
     let (w, f) = (Cmd::Write as u16, Cmd::Flush as u16);
     assert_eq!(*seen.lock().unwrap(), [(w, 0, 4096), (f, 0, 0), (w, 0, 4096), (f, 0, 0)]);
+}
+
+/// A server whose first changes are slow: they are carried out when somebody reads.
+#[derive(Default)]
+struct Slow {
+    state: Mutex<Late>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Late {
+    disk: Vec<u8>,
+    taken: usize,
+    held: Vec<Request>,
+    read: bool,
+}
+
+impl Late {
+    fn carry_out(&mut self, r: &Request) {
+        let bytes = if r.command == Cmd::Write as u16 { r.payload.to_vec() } else { vec![0; r.len as usize] };
+        self.disk[r.offset as usize..][..bytes.len()].copy_from_slice(&bytes);
+    }
+
+    /// Carries out and answers all that is held back.
+    fn land(&mut self, mode: Mode) -> Vec<u8> {
+        let held = std::mem::take(&mut self.held);
+        held.iter().flat_map(|r| (self.carry_out(r), good(r, mode)).1).collect()
+    }
+}
+
+impl Slow {
+    /// The first `hold` changes wait for a read; with `other` for one on another connection, after which it is they that
+    /// come first.
+    fn evil(self: &Arc<Slow>, hold: usize, other: bool) -> Box<Evil> {
+        let me = self.clone();
+        me.state.lock().unwrap().disk = vec![9; SIZE as usize];
+        Box::new(move |_, r, mode| {
+            let mut now = me.state.lock().unwrap();
+            if !Cmd::from_wire(r.command).is_some_and(Cmd::changes) {
+                now.read = true;
+                me.changed.notify_all();
+                let mut out = if other { Vec::new() } else { now.land(mode) };
+                let now = me.changed.wait_while(now, |now| !now.held.is_empty()).unwrap();
+                let mut o = Outbox::new();
+                let data = now.disk[r.offset as usize..][..r.len as usize].to_vec();
+                ReplyWriter::new(mode).read(&mut o, r.cookie, r.offset, data.into(), false);
+                out.extend(o.take().to_vec());
+                return (out, false);
+            }
+            now.taken += 1;
+            if now.taken > hold {
+                now.carry_out(r);
+                return (good(r, mode), false);
+            }
+            now.held.push(r.clone());
+            if !other || now.taken < hold {
+                return (Vec::new(), false);
+            }
+            let mut now = me.changed.wait_while(now, |now| !now.read).unwrap();
+            let out = now.land(mode);
+            me.changed.notify_all();
+            (out, false)
+        })
+    }
+
+    async fn holds(&self, env: &Env, count: usize) {
+        while self.state.lock().unwrap().held.len() < count {
+            env.sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+/// Runs `doing` until the server holds `count` changes back, then calls it off.
+async fn call_off(env: &Env, slow: &Slow, count: usize, doing: impl Future<Output = block::Result<()>>) {
+    assert!(
+        env::sync::race(doing, slow.holds(env, count)).await.is_none(),
+        "the server did not hold it back"
+    );
+}
+
+/// Writes while somebody reads; what is on the disk then.
+async fn write_and_see(env: &Env, c: &Rc<NbdClient>, at: Span, byte: u8) -> u8 {
+    let (writer, data) = (c.clone(), vec![byte; at.len as usize]);
+    let write = env.spawn("write", async move {
+        writer.write(at, Data::from(data), ReqFlags::NONE).await.unwrap();
+    });
+    env.yield_now().await;
+    c.read(at).await.unwrap();
+    write.join().await;
+    let now = c.read(at).await.unwrap().to_vec();
+    assert!(now.iter().all(|b| *b == now[0]));
+    now[0]
+}
+
+#[test]
+fn what_was_called_off_does_not_land_over_what_came_later() {
+    let span = Span::new(4096, 4096);
+    for cmd in [Cmd::Write, Cmd::WriteZeroes, Cmd::Trim] {
+        let slow = Arc::new(Slow::default());
+        let server = liar(structured, slow.evil(1, false), unlimited());
+        let path = server.path.clone();
+        with(move |env| async move {
+            let c = NbdClient::open(&env, at(&path)).await.unwrap();
+            let first = match cmd {
+                Cmd::Write => c.write(span, Data::from(vec![1; 4096]), ReqFlags::NONE),
+                Cmd::WriteZeroes => c.zero(span, ReqFlags::NONE),
+                _ => c.discard(span),
+            };
+            call_off(&env, &slow, 1, first).await;
+            assert_eq!(write_and_see(&env, &c, span, 2).await, 2, "{cmd:?}");
+            c.close().await.unwrap();
+        });
+    }
+}
+
+#[test]
+fn nor_on_another_connection() {
+    // so many that the next request takes another connection
+    const MANY: usize = 16;
+    let span = Span::new(4096, 4096);
+    let slow = Arc::new(Slow::default());
+    let shop = |number| {
+        let mut s = structured(number);
+        s.facts.flags |= flag::CAN_MULTI_CONN;
+        s
+    };
+    let server = liar(shop, slow.evil(MANY, true), unlimited());
+    let (path, connections) = (server.path.clone(), server.connections.clone());
+    with(move |env| async move {
+        let c = NbdClient::open(&env, NbdOptions { connections: 2, ..at(&path) }).await.unwrap();
+        while connections.load(Ordering::Relaxed) < 2 {
+            env.sleep(Duration::from_millis(1)).await;
+        }
+        let writes = (0..MANY).map(|_| c.write(span, Data::from(vec![1; 4096]), ReqFlags::NONE));
+        let all = async {
+            futures_util::future::join_all(writes)
+                .await
+                .into_iter()
+                .collect::<block::Result<Vec<()>>>()
+                .map(drop)
+        };
+        call_off(&env, &slow, MANY, all).await;
+        assert_eq!(write_and_see(&env, &c, span, 2).await, 2);
+        c.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_disk_is_given_up_when_what_was_called_off_has_landed() {
+    let span = Span::new(4096, 4096);
+    for how in ["close", "read-only", "inactive"] {
+        let slow = Arc::new(Slow::default());
+        let server = liar(structured, slow.evil(1, false), unlimited());
+        let path = server.path.clone();
+        with(move |env| async move {
+            let c = NbdClient::open(&env, at(&path)).await.unwrap();
+            call_off(&env, &slow, 1, c.write(span, Data::from(vec![1; 4096]), ReqFlags::NONE)).await;
+            let (giving, seen) = (c.clone(), slow.clone());
+            let given = env.spawn("give up", async move {
+                match how {
+                    "close" => giving.close().await.unwrap(),
+                    "read-only" => giving.set_writable(false).await.unwrap(),
+                    _ => giving.set_active(false).await.unwrap(),
+                }
+                assert_eq!(seen.state.lock().unwrap().disk[4096], 1, "{how}");
+            });
+            env.yield_now().await;
+            c.read(span).await.unwrap();
+            given.join().await;
+        });
+    }
+}
+
+#[test]
+fn a_lost_link_keeps_nobody_waiting_for_what_was_called_off() {
+    let span = Span::new(4096, 4096);
+    let slow = Arc::new(Slow::default());
+    let hold = slow.evil(1, false);
+    let evil = move |n: u32, r: &Request, mode: Mode| {
+        let (bytes, _) = hold(n, r, mode);
+        (if n == 0 { Vec::new() } else { bytes }, n == 0 && r.command == Cmd::Read as u16)
+    };
+    let server = liar(structured, Box::new(evil), unlimited());
+    let path = server.path.clone();
+    with(move |env| async move {
+        let c = NbdClient::open(&env, NbdOptions { reconnect_delay: 30, ..at(&path) }).await.unwrap();
+        call_off(&env, &slow, 1, c.write(span, Data::from(vec![1; 4096]), ReqFlags::NONE)).await;
+        assert_eq!(write_and_see(&env, &c, span, 2).await, 2);
+        c.close().await.unwrap();
+    });
 }

@@ -193,6 +193,11 @@ impl Cmd {
         })
     }
 
+    /// Whether the disk has other bytes afterwards.
+    pub fn changes(self) -> bool {
+        matches!(self, Cmd::Write | Cmd::Trim | Cmd::WriteZeroes)
+    }
+
     /// The name for messages.
     pub fn name(self) -> &'static str {
         match self {

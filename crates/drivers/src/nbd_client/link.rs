@@ -3,10 +3,12 @@
 //! Two tasks belong to a link. The writer sends all requests that were made since its last send, gathered; the reader
 //! gives answers to whoever waits. What is written from a file of the host goes from there to the socket without passing
 //! through here, in its turn. What can happen: the server goes away or breaks the protocol (then every request in
-//! flight fails as *lost*, and the link is over); a caller stops waiting (its answer is still read, then dropped).
+//! flight fails as *lost*, and the link is over); a caller stops waiting (its answer is still read, then dropped; who wants
+//! to change something waits for it, see [`Adrift`]).
 //! What must stay true: a cookie is not used again while the server may still answer it; nothing the server sends makes
 //! us hold more than what was asked for.
 
+use super::adrift::Adrift;
 use super::{ClientTls, handshake};
 use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::sync::{Notify, OneshotSender, Semaphore, oneshot};
@@ -79,6 +81,8 @@ struct Flight {
     generation: u32,
     /// A flush: the server's disk may take its time.
     flush: bool,
+    /// A change for which nobody waits any more.
+    adrift: bool,
     answer: Answer,
     content: Content,
     error: Option<BlockError>,
@@ -102,11 +106,38 @@ impl Expected for Table {
     }
 }
 
+/// What all connections of a pool count together.
+#[derive(Clone, Default)]
+pub(super) struct Shared {
+    /// See [`graph::Link::losses`].
+    pub(super) losses: Rc<Cell<u64>>,
+    pub(super) adrift: Rc<Adrift>,
+}
+
+/// A change that is waited for. Dropped before it is answered, it was called off.
+struct Awaited<'a> {
+    link: &'a Link,
+    cookie: u64,
+}
+
+impl Drop for Awaited<'_> {
+    fn drop(&mut self) {
+        let mut table = self.link.table.borrow_mut();
+        let flight = table.flights.get_mut(index_of(self.cookie));
+        if let Some(f) = flight.filter(|f| u64::from(f.generation) == self.cookie >> 32) {
+            f.adrift = true;
+            self.link.adrift.add();
+        }
+    }
+}
+
 /// A connection in its transmission phase.
 pub(super) struct Link {
     env: Env,
     /// Losses of all connections of the pool.
     losses: Rc<Cell<u64>>,
+    /// Changes of all connections of the pool that were called off.
+    adrift: Rc<Adrift>,
     /// When the server was last heard of, or the first of the requests that wait was made.
     heard: Cell<Duration>,
     stream: Rc<dyn Stream>,
@@ -130,7 +161,7 @@ impl Link {
         to: &Address,
         tls: Option<&ClientTls>,
         wants: ClientWants,
-        losses: &Rc<Cell<u64>>,
+        shared: &Shared,
     ) -> Result<Rc<Link>> {
         let stream = env.connect(to).await.map_err(|e| {
             let said = e.message().to_owned();
@@ -140,7 +171,8 @@ impl Link {
         let (stream, negotiated) = handshake::enter(env, stream, tls, &mut inbox, wants).await?;
         let link = Rc::new(Link {
             env: env.clone(),
-            losses: losses.clone(),
+            losses: shared.losses.clone(),
+            adrift: shared.adrift.clone(),
             heard: Cell::new(env.now()),
             stream,
             negotiated,
@@ -232,7 +264,7 @@ impl Link {
             table.generation = table.generation.wrapping_add(1);
             let generation = table.generation;
             let flush = cmd == Cmd::Flush;
-            let flight = Flight { generation, flush, answer, content, error: None, done };
+            let flight = Flight { generation, flush, adrift: false, answer, content, error: None, done };
             let index = table.flights.insert(flight);
             u64::from(generation) << 32 | index as u64
         };
@@ -249,7 +281,11 @@ impl Link {
             }
         }
         self.queued.notify_one();
-        match answered.await {
+        let awaited = cmd.changes().then(|| Awaited { link: self, cookie });
+        let answer = answered.await;
+        // it holds nothing
+        std::mem::forget(awaited);
+        match answer {
             Some(r) => r,
             None => Err(Failure::Lost(lost("connection closed"))),
         }
@@ -276,6 +312,9 @@ impl Link {
         let flights = std::mem::take(&mut self.table.borrow_mut().flights);
         for (_, f) in flights {
             self.window.release(1);
+            if f.adrift {
+                self.adrift.remove();
+            }
             f.done.send(Err(Failure::Lost(why.clone())));
         }
         self.hosted.borrow_mut().clear();
@@ -373,6 +412,9 @@ impl Link {
         let flight = table.flights.remove(index_of(cookie));
         drop(table);
         self.window.release(1);
+        if flight.adrift {
+            self.adrift.remove();
+        }
         flight.finish();
         Ok(())
     }

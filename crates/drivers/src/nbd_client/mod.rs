@@ -7,6 +7,7 @@
 //! What must stay true: no wrong bytes, whatever the server does; a request that the server lacks is done another way or
 //! refused by name, never silently dropped (a flush that cannot be sent is not needed: the server said it has no cache).
 
+mod adrift;
 mod handshake;
 mod link;
 mod pool;
@@ -366,6 +367,17 @@ impl Node for NbdClient {
         Box::pin(async move {
             if writable && self.has(flag::READ_ONLY) {
                 return Err(BlockError::new(ErrorKind::ReadOnly, "The NBD export is read-only"));
+            }
+            if !writable {
+                self.pool.landed().await;
+            }
+            Ok(())
+        })
+    }
+    fn set_active(&self, on: bool) -> Io<'_> {
+        Box::pin(async move {
+            if !on {
+                self.pool.landed().await;
             }
             Ok(())
         })

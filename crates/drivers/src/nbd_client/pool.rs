@@ -6,7 +6,7 @@
 //! link was lost and no other is up; attempts to connect are never closer than the pause of [`FIRST_PAUSE`] unless the
 //! link before had worked.
 
-use super::link::{Failure, Link, Outcome, Payload, lost};
+use super::link::{Failure, Link, Outcome, Payload, Shared, lost};
 use super::{FILL, NbdOptions};
 use block::{BlockError, ErrorKind, Result, Span};
 use env::sync::{Notify, Semaphore, Wait, race};
@@ -33,6 +33,8 @@ const LOOKS: u32 = 4;
 /// An attempt to connect again is given up after so long, and another one made: what a lost network swallowed is sent again
 /// too late by the host itself.
 const TRY_LIMIT: Duration = Duration::from_secs(10);
+/// How long closing waits for changes that were called off: a server that has stopped must not keep us from ending.
+const LANDING_LIMIT: Duration = Duration::from_secs(30);
 /// How long a link for hashes may take to come up; then the bytes are read instead.
 const HASH_LINK_WAIT: Duration = Duration::from_secs(2);
 
@@ -46,8 +48,7 @@ pub(super) struct Pool {
     dark_since: Cell<Option<Duration>>,
     /// Why the last link was lost.
     last_loss: RefCell<Option<BlockError>>,
-    /// See [`graph::Link::losses`].
-    losses: Rc<Cell<u64>>,
+    shared: Shared,
     /// Those who bridge losses, and the shortest time after which a silent server is given up.
     attending: RefCell<Vec<Option<Duration>>>,
     /// Why the server that came back is not taken.
@@ -93,10 +94,10 @@ impl Pool {
     /// Connects for the first time, trying as long as `open-timeout` says.
     pub(super) async fn open(env: &Env, options: NbdOptions) -> Result<Rc<Pool>> {
         let end = env.now() + Duration::from_secs(u64::from(options.open_timeout));
-        let (mut pause, losses) = (FIRST_PAUSE, Rc::default());
+        let (mut pause, shared) = (FIRST_PAUSE, Shared::default());
         let first = loop {
             let tls = options.tls.as_ref();
-            match Link::connect(env, &options.server, tls, wants(&options), &losses).await {
+            match Link::connect(env, &options.server, tls, wants(&options), &shared).await {
                 Ok(link) => break link,
                 Err(e) if env.now() >= end => return Err(e),
                 Err(_) => {
@@ -117,7 +118,7 @@ impl Pool {
             links: RefCell::new(links),
             dark_since: Cell::new(None),
             last_loss: RefCell::new(None),
-            losses,
+            shared,
             attending: RefCell::default(),
             refused: RefCell::default(),
             last_try: RefCell::default(),
@@ -212,7 +213,7 @@ impl Pool {
     async fn connect(&self) -> Option<Rc<Link>> {
         let o = &self.options;
         let tls = o.tls.as_ref();
-        let connecting = Box::pin(Link::connect(&self.env, &o.server, tls, wants(o), &self.losses));
+        let connecting = Box::pin(Link::connect(&self.env, &o.server, tls, wants(o), &self.shared));
         let made = self.unless_closed(self.env.timeout(TRY_LIMIT, connecting)).await?;
         let late = || Err(lost(&format!("no connection within {} seconds", TRY_LIMIT.as_secs())));
         let link = match made.unwrap_or_else(late) {
@@ -296,6 +297,11 @@ impl Pool {
         }
     }
 
+    /// Waits until no change is under way that was called off.
+    pub(super) async fn landed(&self) {
+        self.shared.adrift.landed().await;
+    }
+
     /// Makes a request on some link, again on another if that is lost.
     pub(super) async fn call(&self, cmd: Cmd, flags: u16, span: Span, payload: Payload) -> Result<Outcome> {
         let attended = !self.attending.borrow().is_empty();
@@ -305,6 +311,9 @@ impl Pool {
         let mut attempts = 0;
         let mut last = None;
         loop {
+            if cmd.changes() {
+                self.landed().await;
+            }
             if let Some(link) = self.pick() {
                 attempts += 1;
                 match link.call(cmd, flags, span, payload.clone()).await {
@@ -349,8 +358,8 @@ impl Pool {
         let o = &self.options;
         let wants = ClientWants { contexts: vec![leaf::CONTEXT.to_owned()], ..wants(o) };
         // nothing is written there: its loss puts nothing in doubt
-        let losses = Rc::default();
-        let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants, &losses));
+        let shared = Shared::default();
+        let connecting = Box::pin(Link::connect(&self.env, &o.server, o.tls.as_ref(), wants, &shared));
         // a server that lets one client in at a time leaves the second waiting
         let connecting = self.env.timeout(HASH_LINK_WAIT, connecting);
         let link = self.unless_closed(connecting).await?.and_then(|l| l.ok());
@@ -372,8 +381,10 @@ impl Pool {
         }
     }
 
-    /// Hangs up everywhere. Requests that wait fail.
+    /// Hangs up everywhere. Requests that wait fail; what was called off lands before, if the server is not too slow.
     pub(super) async fn close(&self) {
+        let landed = Box::pin(self.landed());
+        self.env.timeout(LANDING_LIMIT, landed).await;
         self.stop();
         let links: Vec<_> = self.links.borrow_mut().iter_mut().filter_map(Option::take).collect();
         for l in links {
@@ -409,7 +420,7 @@ impl Pool {
 
 impl graph::Link for Pool {
     fn losses(&self) -> u64 {
-        self.losses.get()
+        self.shared.losses.get()
     }
     fn is_up(&self) -> bool {
         self.pick().is_some()
