@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod boot;
+mod elsewhere;
 mod faults;
 mod file;
 mod guest;

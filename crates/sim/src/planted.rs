@@ -5,7 +5,7 @@
 
 use crate::runner::{Scenario, run_one};
 use crate::scenario::again::again;
-use crate::scenario::chain::chain;
+use crate::scenario::chain::{chain, elsewhere, slow};
 use crate::scenario::live::{link, whole_daemon};
 use crate::scenario::replica::replica;
 use crate::scenario::steps;
@@ -27,8 +27,13 @@ pub const NAMED: &[&str] = &[
 ];
 
 /// Those that only jobs on a chain show.
-pub const CHAINED: &[&str] =
-    &["stream: users write where it copies", "file: what was called off lands over what came later"];
+pub const CHAINED: &[&str] = &["stream: users write where it copies"];
+
+/// Those that only jobs on a chain show that is called off while its disk is slow.
+pub const SLOW: &[&str] = &["file: what was called off lands over what came later"];
+
+/// Those that only jobs on a chain show whose base an NBD server of somebody else has.
+pub const ELSEWHERE: &[&str] = &["nbd: what was called off lands over what came later"];
 
 /// Those that only a daemon shows that comes back with its state.
 pub const RETURNING: &[&str] = &[
@@ -61,6 +66,8 @@ enum Defect {
     Copy(Bug),
     Named(&'static str),
     Chained(&'static str),
+    Slow(&'static str),
+    Elsewhere(&'static str),
     Returning(&'static str),
     Momentary(&'static str),
     Replicated(&'static str),
@@ -72,6 +79,8 @@ impl Defect {
             Defect::Copy(bug) => format!("copy: {bug:?}"),
             Defect::Named(name)
             | Defect::Chained(name)
+            | Defect::Slow(name)
+            | Defect::Elsewhere(name)
             | Defect::Returning(name)
             | Defect::Momentary(name)
             | Defect::Replicated(name) => name.to_owned(),
@@ -96,6 +105,8 @@ fn plant(defect: Option<Defect>) {
         Some(
             Defect::Named(name)
             | Defect::Chained(name)
+            | Defect::Slow(name)
+            | Defect::Elsewhere(name)
             | Defect::Returning(name)
             | Defect::Momentary(name)
             | Defect::Replicated(name),
@@ -111,6 +122,8 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
     plant(Some(defect));
     let scenario: Scenario = match defect {
         Defect::Chained(_) => chain,
+        Defect::Slow(_) => slow,
+        Defect::Elsewhere(_) => elsewhere,
         Defect::Returning(_) => again,
         Defect::Momentary(_) => steps::case,
         Defect::Replicated(_) => replica,
@@ -133,6 +146,8 @@ pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + 
     let named = NAMED.iter().map(|n| Defect::Named(n));
     let all = named.chain(Bug::ALL.into_iter().map(Defect::Copy));
     let all = all.chain(CHAINED.iter().map(|n| Defect::Chained(n)));
+    let all = all.chain(SLOW.iter().map(|n| Defect::Slow(n)));
+    let all = all.chain(ELSEWHERE.iter().map(|n| Defect::Elsewhere(n)));
     let all = all.chain(RETURNING.iter().map(|n| Defect::Returning(n)));
     let all = all.chain(MOMENTARY.iter().map(|n| Defect::Momentary(n)));
     let all = all.chain(REPLICATED.iter().map(|n| Defect::Replicated(n)));

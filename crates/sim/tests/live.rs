@@ -1,7 +1,7 @@
 //! A share of the whole-daemon seeds, and every seed that ever failed.
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
-use sim::runner::{Options, Report, run, run_one};
+use sim::runner::{Options, Report, Scenario, run, run_one};
 use sim::scenario::{again, chain, find, live, nth, replica, steps};
 
 /// Seeds of each scenario in the tests; `cargo xtask sim` runs more.
@@ -133,6 +133,21 @@ fn a_backup_over_a_link_that_is_cut_is_the_disk_at_one_instant() {
     clean(&report);
     for what in ["links cut", "full backups", "incremental backups", "kills", "power losses"] {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
+fn what_a_slow_disk_does_late_changes_nothing_that_came_after() {
+    for (scenario, share) in [(chain::slow as Scenario, SHARE / 2), (chain::elsewhere, SHARE)] {
+        let options = Options { jobs: 2, twice_every: 10, ..Options::default() };
+        let report = run(scenario, start()..start() + share, &options);
+        clean(&report);
+        for what in ["commits of the active image", "cancelled", "kills", "power losses"] {
+            assert!(
+                report.counts.get(what).is_some_and(|n| *n > 2),
+                "{what}: a run without them proves little"
+            );
+        }
     }
 }
 

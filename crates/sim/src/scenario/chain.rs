@@ -6,11 +6,13 @@
 //! * a backup is the disk at one instant while its command ran; an incremental one on top of it is that again: its bitmap has
 //!   every change since it was added;
 //! * flushed data survives kill and power loss while any of this runs; the chain as its headers tell it is the disk;
+//! * all that also where the base is a disk that an NBD server of somebody else holds ([`elsewhere`]);
 //! * images check clean (leaks only after a crash or a fault); everything is given back.
 
 use super::nth::{all_of, connect, opened};
 use super::plan::{check_qcow2, empty_qcow2};
 use crate::boot::{Booted, FAR_NBD, nbd};
+use crate::elsewhere::Elsewhere;
 use crate::history::{Crash, History, What};
 use crate::runner::Outcome;
 use crate::{
@@ -57,8 +59,20 @@ struct Plan {
     deeds: Vec<Deed>,
     faults: bool,
     end: End,
-    /// Backups go to another daemon.
-    remote: bool,
+    place: Place,
+}
+
+/// Where the images are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// Files of the host.
+    Here,
+    /// The same, and some of its requests take long.
+    Slow,
+    /// Another daemon has what is backed up.
+    FarBackups,
+    /// An NBD server of somebody else has the base, and some of its requests take long.
+    FarBase,
 }
 
 impl Plan {
@@ -87,7 +101,7 @@ impl Plan {
             deeds,
             faults: rng.chance(0.3),
             end: *rng.choose(&[End::Quit, End::Quit, End::Kill, End::PowerLoss]),
-            remote: false,
+            place: Place::Here,
         }
     }
 
@@ -133,6 +147,8 @@ struct Run {
     far: RefCell<Option<(Booted, Rc<Manager>)>>,
     /// `reconnect-delay` of the link to it, in seconds.
     reconnect: Cell<u64>,
+    /// The server that has the base, if that is not here.
+    base: RefCell<Option<Elsewhere>>,
     /// Backups wait for the link (`on-link-loss`).
     waits: Cell<bool>,
     /// The link was cut while the job that runs was to be told.
@@ -141,23 +157,41 @@ struct Run {
 
 /// One seed.
 pub fn chain(seed: u64, verbose: bool) -> Outcome {
-    played(seed, verbose, false)
+    played(seed, verbose, Place::Here)
 }
 
 /// One seed, with backups that go to another daemon, over a link that is cut now and then.
 pub fn remote(seed: u64, verbose: bool) -> Outcome {
-    played(seed, verbose, true)
+    played(seed, verbose, Place::FarBackups)
 }
 
-fn played(seed: u64, verbose: bool, remote: bool) -> Outcome {
+/// One seed, with the base on an NBD server that carries out requests in any order, and some of them late.
+pub fn elsewhere(seed: u64, verbose: bool) -> Outcome {
+    played(seed, verbose, Place::FarBase)
+}
+
+/// One seed, on a disk whose requests take long now and then.
+pub fn slow(seed: u64, verbose: bool) -> Outcome {
+    played(seed, verbose, Place::Slow)
+}
+
+fn played(seed: u64, verbose: bool, place: Place) -> Outcome {
     World::play(seed, verbose, |w| async move {
         let mut rng = w.rng("plan");
         let mut plan = Plan::drawn(&mut rng);
-        plan.remote = remote;
-        if remote {
-            plan.deeds.extend([Deed::BackupFull, Deed::BackupIncremental]);
+        plan.place = place;
+        match place {
+            Place::Here => {}
+            Place::FarBackups => plan.deeds.extend([Deed::BackupFull, Deed::BackupIncremental]),
+            // commits that are called off, others after them, and guests who write where both did
+            Place::Slow | Place::FarBase => {
+                plan.deeds.extend([Deed::CommitActive, Deed::CommitActive, Deed::Snapshot].repeat(3));
+            }
         }
         w.host().set_profile(Profile::drawn_calm(&mut rng));
+        if place == Place::Slow {
+            w.host().adjust(|p| (p.inline, p.slow, p.slow_latency) = (0.0, 0.1, Duration::from_millis(150)));
+        }
         w.machine().say(|| format!("{plan:#?}"));
         let (outside, process) = w.start();
         let history = Rc::new(History::told_by(w.machine()));
@@ -176,6 +210,7 @@ fn played(seed: u64, verbose: bool, remote: bool) -> Outcome {
             done: Cell::new(false),
             far: RefCell::default(),
             reconnect: Cell::new(0),
+            base: RefCell::default(),
             waits: Cell::new(false),
             told_of_cut: Cell::new(false),
         };
@@ -240,7 +275,7 @@ impl Run {
             "type": "nbd", "id": "e0", "node-name": self.top().node, "name": "disk", "writable": true
         });
         m.must("block-export-add", export).await?;
-        if self.plan.remote {
+        if self.plan.place == Place::FarBackups {
             self.start_far().await?;
         }
         for n in 0..self.plan.guests {
@@ -313,7 +348,16 @@ impl Run {
         let n = self.history.begin(u32::MAX - 1, What::Flush, 0..0);
         self.history.end(n);
         self.world.host().install(&path, base);
-        m.must("blockdev-add", json!({"driver": "raw", "node-name": node, "file": file(&path)})).await?;
+        let (path, mut options) = if self.plan.place == Place::FarBase {
+            let Some(server) = Elsewhere::start(&self.world, &path).await else { return Err(Refusal::Gone) };
+            let it = (server.uri(), server.disk());
+            *self.base.borrow_mut() = Some(server);
+            it
+        } else {
+            (path.clone(), json!({"driver": "raw", "file": file(&path)}))
+        };
+        options["node-name"] = json!(node);
+        m.must("blockdev-add", options).await?;
         self.chain.borrow_mut().push(Layer { node, path, raw: true, owned: true });
         Ok(())
     }
@@ -323,7 +367,7 @@ impl Run {
             requests: *r.choose(&[60, 200, 600]),
             // what a lost link keeps from being copied fails the write that would have destroyed it
             errors_allowed: self.plan.faults
-                || (self.plan.remote && (self.reconnect.get() == 0 || self.waits.get())),
+                || (self.plan.place == Place::FarBackups && (self.reconnect.get() == 0 || self.waits.get())),
             breaks_allowed: self.plan.end != End::Quit,
             ..Habits::drawn(r, client, self.plan.sectors)
         });
@@ -648,7 +692,7 @@ impl Run {
                     m.execute("block-job-set-speed", json!({"device": "job", "speed": speed})).await
                 }
                 3 => m.execute("query-block-jobs", json!({})).await,
-                4 if self.plan.remote => {
+                4 if self.plan.place == Place::FarBackups => {
                     self.world.net().cut(FAR_NBD);
                     self.world.count("links cut", 1);
                     // who waits may still find that what was lost is nowhere any more
@@ -710,16 +754,19 @@ impl Run {
     async fn finish(&self, daemon: Booted) {
         let host = self.world.host();
         let far = self.far.take().map(|(far, _)| far);
+        let base = self.base.take();
         let how = match self.plan.end {
             End::Kill => {
                 self.world.count("kills", 1);
                 daemon.process.kill();
                 far.iter().for_each(|f| f.process.kill());
+                base.iter().for_each(|b| b.process.kill());
                 Crash::Kill
             }
             End::PowerLoss => {
                 self.world.count("power losses", 1);
-                let all: Vec<&crate::Process> = far.iter().chain([&daemon]).map(|b| &b.process).collect();
+                let daemons = far.iter().chain([&daemon]).map(|b| &b.process);
+                let all: Vec<&crate::Process> = daemons.chain(base.iter().map(|b| &b.process)).collect();
                 host.power_loss(&all);
                 Crash::PowerLoss
             }
@@ -728,6 +775,7 @@ impl Run {
                 if let Some(far) = far {
                     far.quit(&self.world, &self.outside).await;
                 }
+                base.iter().for_each(|b| b.process.kill());
                 Crash::KillWriteThrough
             }
         };
@@ -747,13 +795,20 @@ impl Run {
         let Some(daemon) = Booted::start(&self.world).await else { return };
         let top = self.top();
         let driver = if top.raw { "raw" } else { "qcow2" };
-        let node = json!({"driver": driver, "node-name": "n", "file": file(&top.path)});
+        let mut node = json!({"driver": driver, "file": file(&top.path)});
+        let mut again = None;
+        if let Some(before) = base {
+            again = Elsewhere::start(&self.world, before.path()).await;
+            node = again.iter().filter(|_| top.raw).map(Elsewhere::disk).next().unwrap_or(node);
+        }
+        node["node-name"] = json!("n");
         if let Some(d) = opened(&self.world, &daemon, &self.outside, node).await {
             let found = all_of(&self.world, &*d).await;
             d.disconnect();
             self.world.verdict().check("the chain at rest", self.history.crash_peek(&found, how));
         }
         daemon.quit(&self.world, &self.outside).await;
+        again.iter().for_each(|b| b.process.kill());
     }
 }
 

@@ -15,13 +15,15 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 10] = [
+pub const SCENARIOS: [(&str, Scenario); 12] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
     ("link", live::link),
     ("chain", chain::chain),
     ("remote", chain::remote),
+    ("slow", chain::slow),
+    ("elsewhere", chain::elsewhere),
     ("again", again::again),
     ("nth", nth::case),
     ("replica", replica::replica),
