@@ -5,27 +5,33 @@
 
 A scene has one step a line: `COMMAND {arguments}` is sent by QMP, `! WORDS` is run by a shell in the scene's directory (clients of
 the daemon's NBD server, mostly), `@ ID WORD` waits for the next event WORD, or the next status WORD, of the job (export, node) ID, `? REASON` says that and why the next step may differ, `?? WORDS | REASON` that differences with these words
-may be, `# TEXT` is for the reader. `> TEXT` sends TEXT as it is, and `>> TEXT` without waiting for a reply. `=== NAME` begins another scene
+may be, `# TEXT` is for the reader. `~` waits until no job moves by itself, and `!! WORDS` is run when the daemons have ended. `> TEXT` sends TEXT as it is, and `>> TEXT` without waiting for a reply. `=== NAME` begins another scene
 of the same file, with daemons of its own; what `??` says holds until there. DIR is the
 directory, SRC that of this file. Compared are replies, exit status and output of clients (without figures of speed), and the events of each job, export and
 node in their order (without pauses that nobody asked for: the reference drains by pausing).
 Exit status 0: nothing differs.
 """
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from replay import Connection, clean, differences, key, report  # noqa: E402
 
 # nbdsh takes the first python3 there is, and the system's alone knows libnbd
 ENV = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
-QUIET = 0.3  # seconds without a reply after which none is expected: some lines have none, some have several
+QUIET = 0.3  # seconds without a reply after which none is expected: some lines have none, some have several; and without a job's progress
 EVENT_LIMIT = 3.0  # seconds for an event that the twin emitted
+RUN_LIMIT = 60.0  # seconds for a client
+SETTLE_LIMIT = 10.0  # seconds in which jobs come to rest
+STILL = ("ready", "standby", "paused", "pending", "waiting", "concluded")
 
 
 def grown(said):
@@ -52,7 +58,7 @@ class Side:
         socket = os.path.join(self.dir, "qmp.sock")
         words = [daemon, "--chardev", f"socket,id=c,path={socket},server=on,wait=off", "--monitor", "chardev=c"]
         self.log = open(os.path.join(self.dir, "stderr"), "w+")
-        self.process = subprocess.Popen(words, cwd=self.dir, stderr=self.log)
+        self.process = subprocess.Popen(words, cwd=self.dir, stdout=self.log, stderr=self.log)
         self.connection = Connection(socket)
         self.connection.wait(lambda: self.connection.replies, 60)
         self.ask("qmp_capabilities", {})
@@ -77,10 +83,9 @@ class Side:
                     pass
             said = self.connection.replies[seen:] + (["closed"] if self.connection.closed else []) if waits else []
         elif line.startswith("!"):
-            # what it runs must not outlive a hanging daemon
-            ran = subprocess.run(line[1:], shell=True, cwd=self.dir, capture_output=True, text=True, timeout=60, env=ENV)
-            out = re.sub(r"\n?.*(ops/sec|ops; ).*", "", ran.stdout + ran.stderr)
-            said = {"exit": ran.returncode, "output": out.strip().split("\n")}
+            said = self.run(line[1:])
+        elif line == "~":
+            said = self.settle()
         elif line.startswith("@"):
             _, about, what = line.split()
             matches = lambda e: key(e) == about and what in (e["event"], e.get("data", {}).get("status"))  # noqa: E731
@@ -95,6 +100,33 @@ class Side:
             if name in ("job-pause", "block-job-pause") and "return" in said:
                 self.asked.append((arguments.get("id") or arguments.get("device"), self.mark))
         return in_order(grown(clean(said, [(self.dir, "DIR")])))
+
+    def run(self, words):
+        """What a shell says, without figures of speed."""
+        # what it runs must not outlive a hanging daemon
+        ran = subprocess.Popen(words, shell=True, cwd=self.dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, process_group=0)
+        try:
+            said, _ = ran.communicate(timeout=RUN_LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(ran.pid, signal.SIGKILL)
+            ran.communicate()
+            said = "does not end"
+        return {"exit": ran.returncode, "output": re.sub(r"\n?.*(ops/sec|ops; ).*", "", said).strip().split("\n")}
+
+    def settle(self):
+        """Waits until every job waits for a command, or for a client. Which jobs there are is compared by whoever asks."""
+        deadline, since, last = time.monotonic() + SETTLE_LIMIT, time.monotonic(), None
+        while True:
+            jobs = self.ask("query-jobs", {})
+            jobs = jobs.get("return", []) if isinstance(jobs, dict) else []
+            now = time.monotonic()
+            if jobs != last:
+                since, last = now, jobs
+            if all(j["status"] in STILL for j in jobs) or now > since + QUIET:
+                return "still"
+            if now > deadline:
+                return "jobs move"
+            time.sleep(0.01)
 
     def events(self):
         """The events of each job, export and node."""
@@ -114,17 +146,25 @@ class Side:
         told = {k: [{"event": e["event"], **e.get("data", {})} for e in v] for k, v in groups.items()}
         return {str(k): clean(v, [(self.dir, "DIR")]) for k, v in told.items()}
 
-    def end(self):
-        self.connection.send(b'{"execute": "quit"}\n')
-        try:
-            code = self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = "does not end"
+    def quit(self):
+        """The exit status and what was written to stderr."""
+        if self.process.returncode is None:
+            with contextlib.suppress(OSError):
+                self.connection.send(b'{"execute": "quit"}\n')
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                return "does not end", ""
         self.log.seek(0)
-        log = self.log.read()
+        return self.process.returncode, self.log.read()
+
+    def clear(self):
+        """Nothing is left of it."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.dir, ignore_errors=True)
-        return code, log
 
 
 def scenes(path):
@@ -139,9 +179,17 @@ def scenes(path):
     return [(name, lines) for name, lines in found if lines]
 
 
+def compared(known, theirs, ours):
+    """What differs in what both say, but for what may."""
+    if isinstance(ours, dict) and "error" in ours and isinstance(theirs, dict) and "return" in theirs:
+        found = [f": want success, got {json.dumps(ours['error'].get('desc'))}"]
+        return [d for d in found if not any(k in d for k in known)]
+    return [d for d in differences(theirs, ours) if not any(k in d for k in known)]
+
+
 def play(lines, daemon, verbose):
-    """The differences in a scene."""
-    problems, reason, known = [], None, []
+    """The differences in a scene, and the exit status of the reference."""
+    problems, reason, known, last = [], None, [], []
     theirs, ours = Side("qemu-storage-daemon"), Side(daemon)
     try:
         for number, line in lines:
@@ -151,10 +199,13 @@ def play(lines, daemon, verbose):
             if line.startswith("?"):
                 reason = line[1:].strip()
                 continue
+            if line.startswith("!!"):
+                last.append((number, line))
+                continue
             want, got = theirs.step(line), ours.step(line)
             if verbose:
                 print(f"{number}: {line}\n    {json.dumps(want)}\n    {json.dumps(got)}")
-            found = [d for d in differences(want, got) if not any(k in d for k in known)]
+            found = compared(known, want, got)
             if found and not reason:
                 problems.append(f"line {number}: {line[:200]}")
                 problems += ["    " + d for d in found]
@@ -163,15 +214,18 @@ def play(lines, daemon, verbose):
         ours.connection.wait(lambda: sum(map(len, ours.events().values())) >= sum(map(len, want.values())), EVENT_LIMIT)
         got = ours.events()
         for k in sorted(set(want) | set(got)):
-            problems += [f"events of {k}" + d for d in differences(want.get(k, []), got.get(k, []))
-                         if not any(x in d for x in known)]
+            problems += [f"events of {k}" + d for d in compared(known, want.get(k, []), got.get(k, []))]
+        (their_code, _), (code, log) = theirs.quit(), ours.quit()
+        if code != 0:
+            problems.append(f"the daemon's exit status is {code}: {log[-2000:]}")
+        for number, line in last:
+            found = compared(known, theirs.step(line[1:]), ours.step(line[1:]))
+            problems += [f"line {number}: {line[:200]}"] + ["    " + d for d in found] if found else []
     finally:
-        (_, _), (code, log) = theirs.end(), ours.end()
-    if code != 0:
-        problems.append(f"the daemon's exit status is {code}: {log[-2000:]}")
-    return problems
+        theirs.clear(), ours.clear()
+    return problems, their_code
 
 
 if __name__ == "__main__":
     every = lambda paths: (scene for path in paths for scene in scenes(path))  # noqa: E731
-    sys.exit(report(__doc__, "scenes", every, lambda lines, o: play(lines, o.daemon, o.verbose)))
+    sys.exit(report(__doc__, "scenes", every, lambda lines, o: play(lines, o.daemon, o.verbose)[0]))

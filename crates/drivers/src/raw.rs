@@ -1,5 +1,6 @@
 //! `raw`: the bytes of the node below, or a window of them (`offset`, `size`).
 
+use crate::filters::description;
 use block::{BlockError, Data, Extent, Io, Limits, Prealloc, ReqFlags, Span};
 use graph::{DebugEvent, Demand, Edge, HostBytes, Node, NodeCell, NodeDetails, Perms};
 use std::any::Any;
@@ -140,24 +141,28 @@ impl Node for RawNode {
     }
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
-            let below = self.file.child().node().details().await?;
-            let nested = below.filename.strip_prefix("json:");
-            let filename = if self.window() {
-                let size = self.size.get().map(|s| format!(", \"size\": {s}")).unwrap_or_default();
-                let file = match nested {
-                    Some(file) => file.to_owned(),
-                    None => format!("{{\"driver\": \"file\", \"filename\": {:?}}}", below.filename),
-                };
-                format!(
-                    "json:{{\"driver\": \"raw\", \"offset\": {}{size}, \"file\": {file}}}",
-                    self.offset.get()
-                )
-            } else if let Some(file) = nested {
-                format!("json:{{\"driver\": \"raw\", \"file\": {file}}}")
+            let file = self.file.child();
+            let below = file.node().details().await?;
+            // opening that name would open the file alone
+            let has_name =
+                matches!(file.node().driver(), "blkdebug" | "blkverify") || file.node().primary().is_none();
+            let filename = if !self.window() && has_name && !below.filename.starts_with("json:") {
+                below.filename
             } else {
-                below.filename.clone()
+                let offset = if self.window() {
+                    format!("\"offset\": {}, ", self.offset.get())
+                } else {
+                    String::new()
+                };
+                let size = self.size.get().map(|s| format!("\"size\": {s}, ")).unwrap_or_default();
+                format!("json:{{\"driver\": \"raw\", {offset}{size}\"file\": {}}}", description(&file).await?)
             };
-            Ok(NodeDetails { filename, actual_size: below.actual_size, ..NodeDetails::default() })
+            Ok(NodeDetails {
+                filename,
+                actual_size: below.actual_size,
+                cluster_size: below.cluster_size,
+                ..NodeDetails::default()
+            })
         })
     }
     fn primary(&self) -> Option<Rc<Edge>> {

@@ -209,7 +209,9 @@ impl ExportRegistry {
         Ok(())
     }
 
-    fn check_writable(wanted: bool, node_writable: bool) -> Result<()> {
+    /// What can be said against a new export of any kind when its node is known.
+    pub fn check_common(&self, id: &str, wanted: bool, node_writable: bool) -> Result<()> {
+        self.check_id(id)?;
         if wanted && !node_writable {
             return Err(BlockError::new(ErrorKind::ReadOnly, "Cannot export read-only node as writable"));
         }
@@ -218,8 +220,7 @@ impl ExportRegistry {
 
     /// What can be said against a new vhost-user-blk export when its node is known.
     pub fn check_vhost_user_blk(&self, o: &VhostUserBlkOptions, node_writable: bool) -> Result<()> {
-        self.check_id(&o.id)?;
-        Self::check_writable(o.writable, node_writable)?;
+        self.check_common(&o.id, o.writable, node_writable)?;
         vhost_user_blk::check(o)
     }
 
@@ -245,8 +246,7 @@ impl ExportRegistry {
 
     /// What can be said against a new FUSE export when its node is known.
     pub fn check_fuse(&self, o: &FuseExportOptions, node_writable: bool) -> Result<()> {
-        self.check_id(&o.id)?;
-        Self::check_writable(o.writable, node_writable)?;
+        self.check_common(&o.id, o.writable, node_writable)?;
         let at = self.env.absolute(&o.mountpoint);
         let taken = |e: &AnyExport| matches!(e, AnyExport::Fuse(f) if f.mountpoint() == at);
         if self.exports.all.borrow().iter().any(taken) {
@@ -293,8 +293,7 @@ impl ExportRegistry {
 
     /// What can be said against a new NBD export when its node is known.
     pub fn check_nbd(&self, o: &NbdOptions, node_writable: bool) -> Result<()> {
-        self.check_id(&o.id)?;
-        Self::check_writable(o.writable, node_writable)?;
+        self.check_common(&o.id, o.writable, node_writable)?;
         if self.server.borrow().is_none() {
             return Err(BlockError::invalid("NBD server not running"));
         }

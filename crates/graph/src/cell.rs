@@ -620,7 +620,7 @@ impl NodeCell {
     }
 
     pub(crate) async fn resize(&self, len: u64, prealloc: Prealloc) -> Result<()> {
-        self.check_writable()?;
+        self.check_writable().map_err(|e| e.with_message("Image is read-only"))?;
         self.node.resize(len, prealloc).await?;
         for bitmap in self.bitmaps() {
             bitmap.resize(self.node.len())?;

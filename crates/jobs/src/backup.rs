@@ -112,7 +112,7 @@ pub async fn create(
 ) -> std::result::Result<Created, JobError> {
     let checked = args.check(graph).await?;
     let home = registry.bitmap_home().filter(|_| args.keeps_instant(checked.sync));
-    let body = build(graph, args, checked, home).await?;
+    let body = build(graph, args, checked, home).await.map_err(|e| e.context("Could not create node"))?;
     let job = match registry.create(&body.args.job_id, Kind::Backup, body.args.job_options(), group) {
         Ok(job) => job,
         Err(e) => {

@@ -31,6 +31,14 @@ pub(crate) fn find_device(graph: &Graph, name: &str) -> Result<Rc<NodeCell>> {
     })
 }
 
+/// A disk that nobody but users is above.
+///
+/// # Errors
+/// `Need a root block node` of a node inside a chain.
+pub(crate) fn check_root(cell: &Rc<NodeCell>) -> Result<()> {
+    if walk::is_root(cell) { Ok(()) } else { Err(BlockError::invalid("Need a root block node")) }
+}
+
 /// The node `name`, where only node names are meant.
 pub(crate) fn find_node(graph: &Graph, name: &str) -> Result<Rc<NodeCell>> {
     graph.find(name).ok_or_else(|| {
@@ -237,9 +245,7 @@ pub(crate) async fn put(graph: &Graph, image: &Rc<NodeCell>, to: &BackingName) -
 /// `file` (nothing if that is empty). The format it says stays; so does the graph.
 pub async fn change_backing_file(graph: &Graph, device: &str, image: &str, file: &str) -> Result<()> {
     let top = find_device(graph, device)?;
-    if !walk::is_root(&top) {
-        return Err(BlockError::invalid("Need a root block node"));
-    }
+    check_root(&top)?;
     let image = find_node(graph, image)?;
     if walk::skip_filters(&image).node().backing().is_none() {
         return Err(BlockError::invalid(

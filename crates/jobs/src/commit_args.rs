@@ -110,9 +110,7 @@ impl CommitArgs {
     /// Looks up the nodes and checks everything that can be checked before the job exists.
     pub(crate) async fn check(&self, graph: &Graph) -> std::result::Result<Checked, JobError> {
         let device = graph.find(&self.device).ok_or_else(|| JobError::NoDevice(self.device.clone()))?;
-        if !walk::is_root(&device) {
-            return Err(JobError::refused("Need a root block node"));
-        }
+        chain::check_root(&device)?;
         device.check_not_blocked()?;
         self.verify.check()?;
         let active = walk::skip_filters(&device);

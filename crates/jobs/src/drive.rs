@@ -48,13 +48,14 @@ fn settle(sync: Sync, source: &Rc<NodeCell>) -> (Sync, Option<Rc<NodeCell>>) {
 }
 
 impl Target {
-    /// Makes it, if it is not there, and opens it over `below`; over the source itself (`none`) only if asked to.
+    /// Makes it, if it is not there, and opens it over `below`; for a backup over the source itself, too (`none`), and such that
+    /// zeroes that are copied take no space.
     async fn open(
         &self,
         opener: &Rc<Opener>,
         source: &Rc<NodeCell>,
         (sync, below): (Sync, Option<Rc<NodeCell>>),
-        over_source: bool,
+        backup: bool,
     ) -> Started<Rc<NodeCell>> {
         let format = match (&self.format, self.existing) {
             (Some(format), _) => Some(format.clone()),
@@ -71,7 +72,7 @@ impl Target {
         let common = Common {
             node_name: self.node_name.clone(),
             discard: Some(self.unmap),
-            detect_zeroes: if self.unmap { DetectZeroes::Unmap } else { DetectZeroes::Off },
+            detect_zeroes: if self.unmap && backup { DetectZeroes::Unmap } else { DetectZeroes::Off },
             direct: Some(options.cache_direct),
             no_flush: Some(options.cache_no_flush),
             read_only: Some(false),
@@ -80,7 +81,7 @@ impl Target {
         let below = match below {
             // what is there already may be over another image, yesterday's backup for example
             _ if self.existing && sync != Sync::None => Below::Header,
-            Some(node) if sync != Sync::None || over_source => Below::Node(node),
+            Some(node) if sync != Sync::None || backup => Below::Node(node),
             _ => Below::Nothing,
         };
         new_image::open(opener, &self.file, format.as_deref(), below, common).await
@@ -106,6 +107,7 @@ pub async fn mirror(
 ) -> Started<Rc<Job>> {
     let graph = opener.graph();
     let source = chain::find_device(graph, &args.device)?;
+    chain::check_root(&source)?;
     source.check_not_blocked()?;
     let (sync, below) = settle(args.sync, &source);
     if args.replaces.is_some() && target.node_name.is_none() {

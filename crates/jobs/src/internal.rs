@@ -6,7 +6,7 @@ use crate::JobError;
 use crate::chain;
 use crate::txn::{Action, Doing};
 use block::BlockError;
-use graph::{Graph, NodeCell, SnapshotDetails, walk};
+use graph::{Graph, NodeCell, SnapshotDetails};
 use qcow2::Qcow2;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -21,9 +21,7 @@ pub struct InternalSnapshot {
 
 fn find(graph: &Graph, device: &str) -> Result<Rc<NodeCell>, JobError> {
     let cell = chain::find_device(graph, device)?;
-    if !walk::is_root(&cell) {
-        return Err(JobError::refused("Need a root block node"));
-    }
+    chain::check_root(&cell)?;
     cell.check_not_blocked()?;
     Ok(cell)
 }

@@ -1,7 +1,7 @@
 //! Arguments of a mirror, and what is wrong with them. Wording: reference/error-catalogue.tsv, since clients show it.
 
 use crate::backup_args::BitmapMode;
-use crate::chain::{self, find_device};
+use crate::chain::{self, check_root, find_device};
 use crate::job::{Options, rate_limit};
 use crate::snapshot::check_not_backing;
 use crate::verify_args::Verify;
@@ -161,6 +161,7 @@ impl MirrorArgs {
     /// Looks up the nodes and checks everything that can be checked before the job exists.
     pub(crate) async fn check(&self, graph: &Graph) -> Result<Checked> {
         let source = find_device(graph, &self.device)?;
+        check_root(&source)?;
         let target = find_device(graph, &self.target)?;
         let bitmap = self.check_bitmap(&source)?;
         self.verify.check()?;
@@ -179,9 +180,6 @@ impl MirrorArgs {
             self.replaces.as_deref().map(|name| find_replaced(graph, name, &source)).transpose()?;
         if let Some(name) = &self.filter_node_name {
             graph.check_name(name)?;
-        }
-        if !walk::is_root(&source) {
-            return Err(BlockError::invalid("Need a root block node"));
         }
         source.check_not_blocked()?;
         target.check_not_blocked()?;

@@ -142,12 +142,13 @@ impl StreamArgs {
         }
         let taken = chain::above(&device, base.as_ref());
         chain::check_free(&taken)?;
+        let image = walk::skip_filters(&device);
+        chain::closed_to_writing(&image)?;
         if let Some(name) = &self.filter_node_name {
             graph.check_name(name).map_err(|e| e.context("Could not create node"))?;
         }
         let named = self.filter_node_name.as_deref();
         graph.check_active(&device, "file", named).map_err(|e| e.context("Could not create node"))?;
-        let image = walk::skip_filters(&device);
         let from = taken.iter().position(|n| n.id() == image.id()).map_or(0, |i| i + 1);
         let between = taken.get(from..).unwrap_or_default().to_vec();
         Ok(Checked { device, image, between, base })

@@ -307,7 +307,7 @@ impl ServerHandshake {
         };
         let Some(facts) = c.facts(name) else {
             // This option has no error reply: hanging up is the answer.
-            return Err(BlockError::new(ErrorKind::NotFound, format!("no export is named '{name}'")));
+            return Err(BlockError::new(ErrorKind::NotFound, format!("export '{name}' not present")));
         };
         out.put(&outbox::Fields::<10>::new().u64(facts.size).u16(self.flags(&facts)).bytes);
         if !self.no_zeroes {
@@ -377,7 +377,7 @@ impl ServerHandshake {
 
 fn unknown(out: &mut Outbox, option: u32, name: &str) -> HandshakeStep {
     // The name is the client's own: no longer than a string may be.
-    refuse(out, option, rep::ERR_UNKNOWN, &format!("no export is named '{name}'"))
+    refuse(out, option, rep::ERR_UNKNOWN, &format!("export '{name}' not present"))
 }
 
 fn parse_go(data: &[u8]) -> Checked<(&str, Vec<u16>)> {

@@ -85,6 +85,21 @@ pub enum FilterSpec {
     },
 }
 
+impl FilterSpec {
+    /// The child called `file`.
+    pub(crate) fn file(&self) -> Option<&Child> {
+        match self {
+            FilterSpec::BlkLogWrites { file, .. }
+            | FilterSpec::Compress { file }
+            | FilterSpec::CopyOnRead { file, .. }
+            | FilterSpec::Preallocate { file, .. }
+            | FilterSpec::Replication { file, .. }
+            | FilterSpec::Throttle { file, .. } => Some(file),
+            FilterSpec::Blkdebug { .. } | FilterSpec::Blkverify { .. } | FilterSpec::Quorum { .. } => None,
+        }
+    }
+}
+
 impl Opener {
     pub(crate) async fn filter(
         &self,

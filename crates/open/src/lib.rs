@@ -187,11 +187,7 @@ impl Opener {
             if !from.again {
                 zeroes_may_unmap(spec, from.with(c))?;
             }
-            match &c.node_name {
-                Some(name) if from.again => self.graph.check_old_name(name)?,
-                Some(name) => self.graph.check_name(name)?,
-                None => {}
-            }
+            self.check_names(spec, from.again)?;
             let mut now = from.with(c);
             let may_turn = now.auto_read_only && !now.read_only;
             if c.force_share && !now.read_only {
@@ -226,6 +222,20 @@ impl Opener {
                 }
             }
         })
+    }
+
+    /// Whether a new node can be called as it is described. Its file's name comes first: that is opened before it.
+    fn check_names(&self, spec: &NodeSpec, again: bool) -> Result<()> {
+        match spec.driver.file() {
+            Some(Child::Inline(file)) => self.check_names(file, again)?,
+            Some(Child::Reference(name)) => drop(self.find(name)?),
+            None => {}
+        }
+        match &spec.common.node_name {
+            Some(name) if again => self.graph.check_old_name(name),
+            Some(name) => self.graph.check_name(name),
+            None => Ok(()),
+        }
     }
 
     async fn driver(

@@ -96,6 +96,10 @@ impl Opener {
     ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + 'a>> {
         Box::pin(async move {
             let old = self.given(cell)?;
+            let mut spec = spec.clone();
+            // this one does not fall back to its default
+            spec.common.discard = spec.common.discard.or(old.spec.common.discard);
+            let spec = &spec;
             let now = from.with(&spec.common);
             zeroes_may_unmap(spec, now)?;
             if let DriverSpec::Qcow2(q) = &spec.driver
@@ -105,13 +109,13 @@ impl Opener {
                 return Err(BlockError::invalid(format!("backing is missing for '{}'", cell.name())));
             }
             fixed(&old, spec)?;
-            if !cell.is_active() || now.inactive {
-                return Err(BlockError::invalid("Option 'active' cannot be reset to its default value"));
-            }
             let was = old.from.with(&old.spec.common);
             same("cache.direct", was.direct, now.direct)?;
             same("force-share", was.force_share, now.force_share)?;
             self.children(cell, spec, now, change).await?;
+            if !cell.is_active() || now.inactive {
+                return Err(cannot_reset("active"));
+            }
             set(cell, spec, now, &mut change.plan);
             change.given.push((cell.id(), Given { spec: spec.clone(), from, place: self.place(spec) }));
             Ok(())
@@ -138,9 +142,9 @@ impl Opener {
                 _ => Ok(()),
             },
             DriverSpec::Qcow2(q) => {
+                self.backing(cell, &q.backing, now, change).await?;
                 self.main_child(cell, &q.file, now, change).await?;
-                self.data_file_stays(cell, q)?;
-                self.backing(cell, &q.backing, now, change).await
+                self.data_file_stays(cell, q)
             }
             _ => Ok(()),
         }
@@ -381,6 +385,10 @@ fn cannot_change(option: &str) -> BlockError {
     BlockError::invalid(format!("Cannot change the option '{option}'"))
 }
 
+fn cannot_reset(option: &str) -> BlockError {
+    BlockError::invalid(format!("Option '{option}' cannot be reset to its default value"))
+}
+
 fn same<T: PartialEq + Copy>(option: &str, was: T, now: T) -> Result<()> {
     if was == now { Ok(()) } else { Err(cannot_change(option)) }
 }
@@ -391,6 +399,9 @@ fn driver(spec: &NodeSpec) -> std::mem::Discriminant<DriverSpec> {
 
 /// Fails if `spec` differs from the old description in something that an open node cannot change.
 fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
+    if let Some(option) = left_out(&old.spec, spec) {
+        return Err(cannot_reset(&option));
+    }
     same("driver", driver(&old.spec), driver(spec))?;
     match (&old.spec.driver, &spec.driver) {
         (DriverSpec::File(a), DriverSpec::File(b))
@@ -413,11 +424,23 @@ fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
     }
 }
 
+/// Options that every driver takes.
+const COMMON: [&str; 7] =
+    ["node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "cache", "active"];
+
 /// The first option of the driver's own that two descriptions have differently.
 fn differing(old: &NodeSpec, new: &NodeSpec) -> Option<String> {
     let (a, b) = (old.common.given.0.as_ref()?, new.common.given.0.as_ref()?);
-    let common = ["node-name", "read-only", "auto-read-only", "discard", "detect-zeroes", "cache", "active"];
-    a.keys().chain(b.keys()).find(|k| !common.contains(&k.as_str()) && a.get(*k) != b.get(*k)).cloned()
+    a.keys().chain(b.keys()).find(|k| !COMMON.contains(&k.as_str()) && a.get(*k) != b.get(*k)).cloned()
+}
+
+/// The first of the node's own options that the new description does not have, where it has no default to go back to.
+fn left_out(old: &NodeSpec, new: &NodeSpec) -> Option<String> {
+    if matches!(old.driver, DriverSpec::Qcow2(_) | DriverSpec::Raw { .. } | DriverSpec::Filter(_)) {
+        return None;
+    }
+    let (a, b) = (old.common.given.0.as_ref()?, new.common.given.0.as_ref()?);
+    a.keys().find(|k| !COMMON.contains(&k.as_str()) && !b.contains_key(*k)).cloned()
 }
 
 fn fixed_file(a: &FileSpec, b: &FileSpec) -> Result<()> {

@@ -155,6 +155,21 @@ pub enum DriverSpec {
     Nbd(NbdSpec),
 }
 
+impl DriverSpec {
+    /// The child called `file`, which is opened before the node itself.
+    pub(crate) fn file(&self) -> Option<&Child> {
+        match self {
+            DriverSpec::Raw { file, .. } | DriverSpec::SnapshotAccess { file } => Some(file),
+            DriverSpec::Qcow2(q) => Some(&q.file),
+            DriverSpec::CopyBeforeWrite(c) => Some(&c.file),
+            DriverSpec::Filter(filter) => filter.file(),
+            DriverSpec::File(_) | DriverSpec::HostDevice(_) | DriverSpec::NullCo(_) | DriverSpec::Nbd(_) => {
+                None
+            }
+        }
+    }
+}
+
 impl NodeSpec {
     /// A file of the host with everything else as by default.
     pub fn file(filename: &str) -> NodeSpec {

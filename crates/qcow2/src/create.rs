@@ -239,19 +239,25 @@ pub async fn create<S: Storage, D: Storage>(file: &S, data: Option<&D>, options:
     let layout = lay_out(&g, options.size, prealloc)?;
     let header = encode_header(options, &g, &layout)?;
     let cluster = |n: u64| n << g.cluster_bits();
-    match file.resize(0, Prealloc::Off).await {
-        // A device keeps its length: no old header may survive at its start.
-        Err(e) if e.kind() == ErrorKind::Unsupported => {
-            file.write(0, &vec![0; g.cluster_size() as usize]).await?
-        }
-        other => other?,
+    // What somebody set aside for the image stays, unless the image's own clusters would show what was there before.
+    let roomy = prealloc == Prealloc::Off && file.len() > cluster(layout.total);
+    let kept = roomy
+        || match file.resize(0, Prealloc::Off).await {
+            // a device keeps its length
+            Err(e) if e.kind() == ErrorKind::Unsupported => true,
+            other => other.map(|()| false)?,
+        };
+    if kept {
+        // no old header may survive at its start
+        file.write(0, &vec![0; g.cluster_size() as usize]).await?;
+        file.barrier().await?;
     }
     // Metadata is this format's own: to the files below it means nothing.
     let below = if prealloc == Prealloc::Metadata { Prealloc::Off } else { prealloc };
     let for_file = if g.data_file() { Prealloc::Off } else { below };
-    match file.resize(cluster(layout.total), for_file).await {
-        Err(e) if e.kind() == ErrorKind::Unsupported && file.len() >= cluster(layout.total) => (),
-        other => other.map_err(|e| e.context("Could not resize image: Failed to resize underlying file"))?,
+    if !kept || file.len() < cluster(layout.total) {
+        let context = "Could not resize image: Failed to resize underlying file";
+        file.resize(cluster(layout.total), for_file).await.map_err(|e| e.context(context))?;
     }
     write_refcounts(file, &g, &layout).await?;
     write_mappings(file, &g, &layout, options).await?;

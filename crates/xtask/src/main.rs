@@ -29,6 +29,7 @@ cargo xtask COMMAND
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
   interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
+  wander    random scenes of commands, jobs and clients with QSD and liveblkd: what differs, cut down: [--rounds N] [--seed S]
   dirty     bitmaps under kill -9, beside what really changed, and a mirror killed at 90 %: [--rounds N] [--seed S]
   resume    a mirror of 10 GiB cut at 90 % in three ways, and how much more it copies: [--mib N] [--dir DIR] [--only killed|link|target]
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]
@@ -60,6 +61,7 @@ fn main() {
         "histories" => run_tool("crashlab", "histories", &rest),
         "interleave" => interleave(&rest),
         "bitmaps" => script("compat/bitmaps.py", &rest),
+        "wander" => script("compat/wander.py", &rest),
         "dirty" => script("compat/dirty.py", &rest),
         "resume" => script("resume.py", &rest),
         "vast" => script("vast.py", &rest),

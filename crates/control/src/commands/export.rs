@@ -270,20 +270,26 @@ async fn export(
     allow_inactive: bool,
 ) -> Reply {
     let writable = cell.is_writable() || cell.options().auto_read_only;
-    daemon.exports().check_nbd(&options, writable)?;
+    daemon.exports().check_common(&options.id, options.writable, writable)?;
     if !allow_inactive {
         // before bitmaps are looked for: those of the image come with it
         daemon.graph().activate(cell).await?;
     }
-    let bitmaps = hold_bitmaps(daemon, cell, bitmaps, options.writable)?;
     let (demand, parent) = (Export::demand(options.writable), Parent::Backend(options.id.clone()));
     let edge = match allow_inactive {
         true => daemon.graph().attach_sleeping(cell, parent, demand).await?,
         false => daemon.graph().attach(cell, "root", Role::Root, parent, demand).await?,
     };
-    // while it waited, another monitor may have taken the id, or the server may have gone: checked once more
-    daemon.exports().add_nbd_with(options, bitmaps, edge, writable)?;
-    Ok(json!({}))
+    let added = || {
+        daemon.exports().check_nbd(&options, writable)?;
+        let bitmaps = hold_bitmaps(daemon, cell, bitmaps, options.writable)?;
+        Ok(daemon.exports().add_nbd_with(options, bitmaps, edge, writable)?)
+    };
+    let added = added();
+    if added.is_err() {
+        daemon.graph().settle().await;
+    }
+    added.map(|()| json!({}))
 }
 
 /// The older form of `block-export-add`.

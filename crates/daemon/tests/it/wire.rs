@@ -97,6 +97,7 @@ fn jobs_and_transactions_as_the_reference() {
 #[test]
 fn scenes_that_nobody_recorded() {
     compare("twins.py", &["nodes", "jobs", "bitmaps", "rest"].map(|s| format!("../twins/hunt-{s}.txt")));
+    compare("twins.py", &["../twins/wandered.txt".to_owned()]);
 }
 
 /// Every command of QSD's schema with every member odd: the same answers (tests/compat/odd.py lists what may differ).

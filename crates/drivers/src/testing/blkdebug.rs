@@ -238,13 +238,14 @@ impl Node for Blkdebug {
     }
     fn details(&self) -> Io<'_, NodeDetails> {
         Box::pin(async move {
-            let below = self.image.child().node().details().await?.filename;
-            let filename = if self.options.given.any_but("config") || below.starts_with("json:") {
+            let below = self.image.child().node().details().await?;
+            let name = &below.filename;
+            let filename = if self.options.given.any_but("config") || name.starts_with("json:") {
                 self.options.given.filename(self.driver(), &[&self.image]).await?
             } else {
-                format!("blkdebug:{}:{below}", self.options.config.as_deref().unwrap_or_default())
+                format!("blkdebug:{}:{name}", self.options.config.as_deref().unwrap_or_default())
             };
-            Ok(NodeDetails { filename, ..NodeDetails::default() })
+            Ok(NodeDetails { filename, cluster_size: below.cluster_size, ..NodeDetails::default() })
         })
     }
 }
