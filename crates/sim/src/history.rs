@@ -293,6 +293,16 @@ impl History {
         self.judge_crash(found, how).map(drop)
     }
 
+    /// The disk was taken back to `found`, an earlier instant of it that was judged already. Checks the epoch; a new one begins with
+    /// `found`, which is durable.
+    pub fn go_back_to(&self, found: &[Value]) -> Result<(), String> {
+        self.check()?;
+        self.older.borrow_mut().clear();
+        *self.initial.borrow_mut() = (0..).zip(found.iter().copied()).collect();
+        self.epoch.set(self.len());
+        Ok(())
+    }
+
     fn judge_crash(&self, found: &[Value], how: Crash) -> Result<BTreeMap<u64, BTreeSet<Value>>, String> {
         self.check()?;
         let sectors = self.by_sector();

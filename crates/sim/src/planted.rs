@@ -7,9 +7,10 @@ use crate::runner::{Scenario, run_one};
 use crate::scenario::again::again;
 use crate::scenario::chain::{chain, elsewhere, slow};
 use crate::scenario::live::{link, whole_daemon};
-use crate::scenario::replica::replica;
+use crate::scenario::replica::{replica, turns};
 use crate::scenario::steps;
 use copy::bugs::Bug;
+use replication::bugs::Bug as Rule;
 use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,8 +50,29 @@ pub const RETURNING: &[&str] = &[
 ];
 
 /// Those that only hosts that replicate show.
-pub const REPLICATED: &[&str] =
-    &["replication: forgotten without a flush here", "replication: what is under way counts as written"];
+pub const REPLICATED: &[&str] = &[
+    "replication: forgotten without a flush here",
+    "replication: what is under way counts as written",
+    "replication: a store half made is refused",
+];
+
+/// Those that only hosts show that change sides.
+pub const TURNING: &[&str] = &[
+    "replication: two call one peer",
+    "replication: nobody is at the door",
+    "replication: decisions wait behind changes",
+    "replication: guests wait for a store that is full",
+    "replication: who handed over never writes again",
+    "replication: histories are not compared",
+    "replication: a disk is shown before its first checkpoint",
+    "replication: committed without the manager's word",
+    "replication: a clone shows the newest",
+    "replication: a verification finds nothing",
+];
+
+/// Rules of the state machines and the store, removed one at a time, and who shows it: hosts that crash and fail over once (`false`), or
+/// that change sides again and again.
+const RULES: &[(Rule, bool)] = &[];
 
 /// Those that a crash at one certain moment of an operation shows.
 pub const MOMENTARY: &[&str] = &[
@@ -71,19 +93,23 @@ enum Defect {
     Returning(&'static str),
     Momentary(&'static str),
     Replicated(&'static str),
+    Turning(&'static str),
+    Rule(Rule, bool),
 }
 
 impl Defect {
     fn name(self) -> String {
         match self {
             Defect::Copy(bug) => format!("copy: {bug:?}"),
+            Defect::Rule(rule, _) => format!("replication: {rule:?}"),
             Defect::Named(name)
             | Defect::Chained(name)
             | Defect::Slow(name)
             | Defect::Elsewhere(name)
             | Defect::Returning(name)
             | Defect::Momentary(name)
-            | Defect::Replicated(name) => name.to_owned(),
+            | Defect::Replicated(name)
+            | Defect::Turning(name) => name.to_owned(),
         }
     }
 }
@@ -109,10 +135,16 @@ fn plant(defect: Option<Defect>) {
             | Defect::Elsewhere(name)
             | Defect::Returning(name)
             | Defect::Momentary(name)
-            | Defect::Replicated(name),
+            | Defect::Replicated(name)
+            | Defect::Turning(name),
         ) => (None, Some(name)),
-        None => (None, None),
+        Some(Defect::Rule(..)) | None => (None, None),
     };
+    let rule = match defect {
+        Some(Defect::Rule(rule, _)) => Some(rule),
+        _ => None,
+    };
+    replication::bugs::plant(rule);
     copy::bugs::plant(copy);
     env::bugs::plant(named);
 }
@@ -126,7 +158,8 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
         Defect::Elsewhere(_) => elsewhere,
         Defect::Returning(_) => again,
         Defect::Momentary(_) => steps::case,
-        Defect::Replicated(_) => replica,
+        Defect::Replicated(_) | Defect::Rule(_, false) => replica,
+        Defect::Turning(_) | Defect::Rule(_, true) => turns,
         Defect::Copy(Bug::DoubtForgotten) => link,
         Defect::Copy(_) | Defect::Named(_) => whole_daemon,
     };
@@ -151,6 +184,8 @@ pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + 
     let all = all.chain(RETURNING.iter().map(|n| Defect::Returning(n)));
     let all = all.chain(MOMENTARY.iter().map(|n| Defect::Momentary(n)));
     let all = all.chain(REPLICATED.iter().map(|n| Defect::Replicated(n)));
+    let all = all.chain(TURNING.iter().map(|n| Defect::Turning(n)));
+    let all = all.chain(RULES.iter().map(|(rule, turning)| Defect::Rule(*rule, *turning)));
     let all: Vec<Defect> = all.filter(|d| d.name().contains(only)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let worker = || {

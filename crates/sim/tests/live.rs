@@ -96,6 +96,22 @@ fn two_and_three_hosts_that_replicate_are_at_a_checkpoint_whatever_happens() {
 }
 
 #[test]
+fn hosts_that_change_sides_lose_nothing_and_copy_only_what_differs() {
+    let report = run(
+        replica::turns,
+        start()..start() + SHARE,
+        &Options { jobs: 2, twice_every: 10, ..Options::default() },
+    );
+    clean(&report);
+    let wanted = ["switchovers", "switchovers disturbed", "switchovers that did not happen", "failovers"];
+    let wanted = wanted.into_iter().chain(["failovers to kept checkpoints", "former owners that follow"]);
+    let wanted = wanted.chain(["split brains", "clones checked", "verifications", "disks that rotted"]);
+    for what in wanted.chain(["managers that died", "managers that came back", "views checked"]) {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
 fn a_mirror_over_a_bad_link_is_never_wrong() {
     let report = run(
         live::link,

@@ -3,6 +3,7 @@
 mod checkpoints;
 mod first;
 mod refused;
+mod turns;
 
 use crate::common::{Client, Daemon, Dir, until};
 use crate::disk::tool;
@@ -92,6 +93,12 @@ impl Host {
         let _ = std::fs::remove_file(dir.path("nbd.sock"));
         let _ = std::fs::remove_file(dir.path("qmp.sock"));
         Host::start(dir, engine, disks, retain)
+    }
+
+    /// Its manager dies, and another comes.
+    fn reconnect(&mut self) {
+        self.c.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.c = self.daemon.client();
     }
 
     fn secondary(&mut self) {

@@ -34,6 +34,12 @@ impl Primary {
         }
     }
 
+    /// While a peer is asked to take over, and it is not known whether it has, no checkpoint is made: what a third side committed behind
+    /// the one at which the group changes hands would be on no path of the new owner.
+    pub fn hands_over(&mut self, yes: bool) {
+        self.handing = yes;
+    }
+
     /// Whether `peer`, which was asked, has not taken over and will not: `same_session` is whether it is connected as it was then.
     pub fn was_not_taken(&self, peer: usize, same_session: bool) -> bool {
         let welcomed = self.peers.get(peer).is_some_and(|p| p.state.gets_changes());

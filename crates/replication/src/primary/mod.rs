@@ -59,6 +59,8 @@ pub struct Primary {
     marks: VecDeque<Pending>,
     degraded: bool,
     fenced: Option<Generation>,
+    /// A peer was asked to take over, and nobody knows whether it has.
+    handing: bool,
     last_checkpoint: Option<(Epoch, Digest)>,
 }
 
@@ -88,6 +90,7 @@ impl Primary {
             marks: VecDeque::new(),
             degraded: false,
             fenced: None,
+            handing: false,
             last_checkpoint: None,
         }
     }
@@ -193,6 +196,9 @@ impl Primary {
     pub fn cannot_mark(&self) -> Option<&'static str> {
         if self.fenced.is_some() {
             return Some("this side is fenced: another primary was promoted");
+        }
+        if self.handing {
+            return Some("the group is being handed over");
         }
         if self.open > self.reserved {
             return Some(NOT_RESERVED);

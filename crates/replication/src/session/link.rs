@@ -1,6 +1,10 @@
 //! What is to be sent to a peer: changes as far as it takes them, and what must not wait behind them.
+//!
+//! What can happen: the peer's store is full, and what would make room is a decision about an epoch that it holds. What must stay true: that
+//! decision does not wait behind changes of later epochs; decisions keep their order, and none overtakes its epoch's mark.
 
-use crate::wire::Frame;
+use crate::types::Epoch;
+use crate::wire::{Body, Frame};
 use block::Data;
 use env::sync::Notify;
 use std::cell::{Cell, RefCell};
@@ -11,9 +15,32 @@ pub(super) const MAX_QUEUED: u64 = 64 << 20;
 /// Bytes handed to the socket at once.
 const BATCH: u64 = 1 << 20;
 
+/// What may leave before what.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// As far as the peer takes changes.
+    Change,
+    /// The end of an epoch.
+    Mark(Epoch),
+    /// What becomes of one.
+    Decision(Epoch),
+    Other,
+}
+
+impl Kind {
+    fn of(frame: &Frame) -> Kind {
+        match &frame.body {
+            body if body.is_change() => Kind::Change,
+            Body::Mark { .. } => Kind::Mark(frame.epoch),
+            Body::Commit | Body::Abort => Kind::Decision(frame.epoch),
+            _ => Kind::Other,
+        }
+    }
+}
+
 struct Item {
     bytes: Data,
-    change: bool,
+    kind: Kind,
 }
 
 /// The queue of one session.
@@ -22,6 +49,8 @@ pub(super) struct Outgoing {
     items: RefCell<VecDeque<Item>>,
     urgent: RefCell<VecDeque<Data>>,
     queued: Cell<u64>,
+    /// Decisions among them.
+    decisions: Cell<usize>,
     /// Bytes of changes handed to the socket.
     used: Cell<u64>,
     closing: Cell<bool>,
@@ -35,7 +64,11 @@ impl Outgoing {
     pub(super) fn push(&self, frame: &Frame) {
         let bytes = frame.encode();
         self.queued.set(self.queued.get() + bytes.len() as u64);
-        self.items.borrow_mut().push_back(Item { bytes, change: frame.body.is_change() });
+        let kind = Kind::of(frame);
+        if matches!(kind, Kind::Decision(_)) {
+            self.decisions.set(self.decisions.get() + 1);
+        }
+        self.items.borrow_mut().push_back(Item { bytes, kind });
         self.wake.notify_all();
     }
 
@@ -84,11 +117,14 @@ impl Outgoing {
             && let Some(next) = items.front()
         {
             let len = next.bytes.len() as u64;
-            if next.change && self.used.get() + len > limit {
-                break;
-            }
-            if next.change {
-                self.used.set(self.used.get() + len);
+            match next.kind {
+                Kind::Change if self.used.get() + len > limit => {
+                    taken += self.decisions_behind(&mut items, &mut out);
+                    break;
+                }
+                Kind::Change => self.used.set(self.used.get() + len),
+                Kind::Decision(_) => self.decisions.set(self.decisions.get() - 1),
+                Kind::Mark(_) | Kind::Other => {}
             }
             taken += len;
             if let Some(item) = items.pop_front() {
@@ -100,5 +136,101 @@ impl Outgoing {
             self.drained.notify_all();
         }
         out
+    }
+
+    /// Whether what is next is a change that the peer does not take, with `limit`.
+    pub(super) fn is_held_up(&self, limit: u64) -> bool {
+        let items = self.items.borrow();
+        items
+            .front()
+            .is_some_and(|i| i.kind == Kind::Change && self.used.get() + i.bytes.len() as u64 > limit)
+    }
+
+    /// Takes out the decisions that wait behind changes, as far as their marks do not; their bytes.
+    fn decisions_behind(&self, items: &mut VecDeque<Item>, out: &mut Data) -> u64 {
+        let (mut taken, mut at) = (0, 0);
+        let mut marks: Vec<Epoch> = Vec::new();
+        while self.decisions.get() > 0
+            && !env::bugs::planted("replication: decisions wait behind changes")
+            && let Some(item) = items.get(at)
+        {
+            match item.kind {
+                Kind::Decision(epoch) if marks.contains(&epoch) => break,
+                Kind::Decision(_) => {
+                    if let Some(item) = items.remove(at) {
+                        taken += item.bytes.len() as u64;
+                        out.append(item.bytes);
+                    }
+                    self.decisions.set(self.decisions.get() - 1);
+                    continue;
+                }
+                Kind::Mark(epoch) => marks.push(epoch),
+                Kind::Change | Kind::Other => {}
+            }
+            at += 1;
+        }
+        taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::Digest;
+    use crate::types::{Generation, Seq};
+    use block::Span;
+
+    fn frame(epoch: u64, body: Body) -> Frame {
+        Frame { generation: Generation(1), seq: Seq(0), epoch: Epoch(epoch), body }
+    }
+
+    fn kinds(data: &Data) -> Vec<(u64, &'static str)> {
+        let mut decoder = crate::wire::Decoder::new();
+        decoder.push(data.contiguous());
+        let mut out = Vec::new();
+        while let Some(f) = decoder.next_frame().unwrap() {
+            let name = match f.body {
+                Body::Mark { .. } => "mark",
+                Body::Commit => "commit",
+                Body::Abort => "abort",
+                b if b.is_change() => "change",
+                _ => "other",
+            };
+            out.push((f.epoch.0, name));
+        }
+        out
+    }
+
+    /// The peer's store is full of an epoch that it holds: the decision about it is what makes room.
+    #[test]
+    fn a_decision_does_not_wait_behind_changes_that_nobody_takes() {
+        let q = Outgoing::default();
+        let change =
+            |e| frame(e, Body::Zero { volume: 0, at: Span::new(0, 512), unmap: true, catch_up: false });
+        let mark = |e| frame(e, Body::Mark { digest: Digest::default() });
+        let all = [
+            change(1),
+            mark(1),
+            change(2),
+            frame(1, Body::Commit),
+            frame(0, Body::Flush),
+            mark(2),
+            change(3),
+            frame(2, Body::Abort),
+            frame(3, Body::Commit),
+        ];
+        all.iter().for_each(|f| q.push(f));
+        let one = change(1).encode().len() as u64;
+        // as much as the first change
+        assert_eq!(kinds(&q.take(one)), [(1, "change"), (1, "mark"), (1, "commit")]);
+        // the second epoch's mark has not left: neither that decision nor what is behind it may
+        assert!(q.is_held_up(one));
+        assert!(q.take(one).is_empty());
+        assert_eq!(
+            kinds(&q.take(2 * one)),
+            [(2, "change"), (0, "other"), (2, "mark"), (2, "abort"), (3, "commit")]
+        );
+        assert_eq!(kinds(&q.take(3 * one)), [(3, "change")]);
+        assert_eq!((q.queued(), q.decisions.get()), (0, 0));
     }
 }

@@ -7,6 +7,7 @@
 
 mod activity;
 mod clone;
+mod door;
 mod former;
 mod front;
 mod group;

@@ -15,7 +15,7 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 12] = [
+pub const SCENARIOS: [(&str, Scenario); 13] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
@@ -27,6 +27,7 @@ pub const SCENARIOS: [(&str, Scenario); 12] = [
     ("again", again::again),
     ("nth", nth::case),
     ("replica", replica::replica),
+    ("turns", replica::turns),
     ("steps", steps::case),
 ];
 

@@ -95,6 +95,66 @@ fn a_manager_decides_at_the_secondary() {
     }
 }
 
+/// 1.14, the manager is down: it dies between prepare and commit. The pair goes on, checkpoints of later epochs can be prepared, and nothing
+/// is committed. It comes back, asks what waits for it, and decides in order; or it never does, and what it prepared goes on in the
+/// next epoch. If the primary dies as well meanwhile, nobody guesses: who is there says what it knows.
+#[test]
+fn a_manager_that_dies_comes_back_and_asks_again() {
+    for engine in ["redo", "undo"] {
+        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
+        s.secondary();
+        p.primary(&[&s], &json!({}));
+        p.until_running(1);
+        p.io(0, "write -P 1 0 64k").unwrap();
+        p.checkpoint();
+        p.c.command("replication-set", json!({"group": "g", "decision": "external"})).unwrap();
+        p.io(0, "write -P 2 0 64k").unwrap();
+        let prepare = json!({"group": "g"});
+        let first = p.c.command("replication-prepare-checkpoint", prepare.clone()).unwrap()["epoch"].clone();
+        // it dies, and its connection goes with it: all it knows is what it asks for afterwards
+        p.reconnect();
+        p.io(0, "write -P 3 64k 64k").unwrap();
+        s.io(0, "read -P 1 0 64k").unwrap();
+        let info = p.info();
+        assert_eq!((&info["undecided"], &info["state"]), (&json!([first]), &json!("running")), "{info}");
+        let second = p.c.command("replication-prepare-checkpoint", prepare).unwrap()["epoch"].clone();
+        for epoch in [&first, &second] {
+            p.c.command("replication-commit", json!({"group": "g", "epoch": epoch})).unwrap();
+        }
+        s.io(0, "read -P 2 0 64k").unwrap();
+        s.io(0, "read -P 3 64k 64k").unwrap();
+
+        // it never comes back: what it prepared is given up, and is in the next
+        p.io(0, "write -P 4 0 64k").unwrap();
+        let left = json!({"group": "g", "decide-within-ms": 50});
+        let third = p.c.command("replication-prepare-checkpoint", left).unwrap()["epoch"].clone();
+        p.reconnect();
+        let c = std::cell::RefCell::new(&mut p.c);
+        until(|| {
+            c.borrow_mut().command("query-replication", json!({})).unwrap()[0]["undecided"] == json!([])
+        });
+        s.io(0, "read -P 2 0 64k").unwrap();
+        let late = json!({"group": "g", "epoch": third});
+        let e = p.c.command("replication-commit", late).unwrap_err();
+        assert!(e.contains("waits for a decision"), "{e}");
+
+        // the primary dies as well while one is undecided: it has forgotten it, and makes it again
+        let fourth =
+            p.c.command("replication-prepare-checkpoint", json!({"group": "g"})).unwrap()["epoch"].clone();
+        let mut p = p.restart(engine, 1);
+        p.primary(&[&s], &json!({"decision": "external"}));
+        let e = p.c.command("replication-commit", json!({"group": "g", "epoch": fourth})).unwrap_err();
+        assert!(e.contains("waits for a decision"), "{e}");
+        p.c.event("REPLICATION_CHECKPOINT_WANTED");
+        let again =
+            p.c.command("replication-prepare-checkpoint", json!({"group": "g"})).unwrap()["epoch"].clone();
+        assert!(again.as_u64() > fourth.as_u64(), "{again} after {fourth}");
+        s.io(0, "read -P 2 0 64k").unwrap();
+        p.c.command("replication-commit", json!({"group": "g", "epoch": again})).unwrap();
+        s.io(0, "read -P 4 0 64k").unwrap();
+    }
+}
+
 /// X8: checkpoints that are kept survive a kill of the secondary; a failover goes to the one that is wanted.
 #[test]
 fn a_failover_goes_back_to_an_older_checkpoint() {

@@ -7,6 +7,7 @@
 use super::{Acting, Group, refused};
 use crate::ack::Quorum;
 use crate::primary::Config;
+use crate::session::door::Door;
 use crate::session::{PrimaryGroup, SecondaryGroup};
 use crate::types::{Epoch, Generation};
 use crate::wire::HandOver;
@@ -95,7 +96,14 @@ impl Group {
         still: Quiesced,
         limit: Duration,
     ) -> Result<(Epoch, Generation, Address)> {
-        let generation = primary.hand_over(peer, hand, limit).await?;
+        let door = Door {
+            env: self.graph.env().clone(),
+            listener: listener.clone(),
+            accept: self.new.secure.accept.clone(),
+            group: self.group,
+            history: primary.look(|c| c.history().clone()),
+        };
+        let generation = primary.hand_over(peer, hand, limit, door).await?;
         let history = primary.look(|c| c.history().clone());
         primary.stop();
         // The disks are this checkpoint, flushed. A crash before the store says so leaves a primary that was overtaken.

@@ -140,6 +140,7 @@ impl PrimaryGroup {
     async fn send_all(&self, number: usize, session: &Rc<Outgoing>, stream: &Rc<dyn Stream>) -> Result<()> {
         let beat = self.timeout.get() / 3;
         let mut next_ping = self.env.now() + beat;
+        let (mut sent, mut since) = (session.sent(), self.env.now());
         loop {
             let wake = session.wake.wait();
             let limit = self.look(|c| c.peers().get(number).map_or(0, |p| p.limit));
@@ -150,6 +151,17 @@ impl PrimaryGroup {
                 continue;
             }
             if session.is_closing() {
+                return Ok(());
+            }
+            // Somebody waits for what a peer does not take, however alive that is (L1).
+            let (held_up, waited_for) = (session.is_held_up(limit), self.progress.waiting() > 0);
+            if !held_up || session.sent() != sent {
+                (sent, since) = (session.sent(), self.env.now());
+            } else if waited_for
+                && self.env.now() >= since + self.timeout.get()
+                && !env::bugs::planted("replication: guests wait for a store that is full")
+            {
+                self.takes_nothing(number, session);
                 return Ok(());
             }
             if self.env.now() >= next_ping {

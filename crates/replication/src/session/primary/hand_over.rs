@@ -2,11 +2,13 @@
 //! to take over (X9).
 //!
 //! What can happen: the secondary refuses, or is gone before its answer came. What must stay true: once the request has left,
-//! this side serves nobody until it knows whether it was heard: the secondary says that it took over, or welcomes this
-//! side in a new session, which it does only if it did not.
+//! this side serves nobody until it knows whether it was heard: the secondary says that it took over (here or, where it is a primary already
+//! and listens no more, at this side's door), or welcomes this side in a new session, which it does only if it did not.
 
 use super::PrimaryGroup;
-use crate::primary::{Primary, Readiness};
+use crate::primary::{Output, PeerState, Primary, Readiness};
+use crate::session::door::Door;
+use crate::session::link::Outgoing;
 use crate::types::Generation;
 use crate::wire::{Body, HandOver};
 use block::{BlockError, ErrorKind, Result};
@@ -23,16 +25,17 @@ impl PrimaryGroup {
         self.peers.borrow().iter().position(|p| p.name == name && !p.removed.get())
     }
 
-    /// Hands the group over to peer number `peer`; its new generation. The caller keeps all requests of users out, before and for as
+    /// Hands the group over to peer number `peer`; its new generation. Who took over may also come to the `door` and say so. The caller keeps all requests of users out, before and for as
     /// long as this takes: without end if the peer is gone after it was asked.
     ///
     /// # Errors
     /// The peer is no copy, or refuses; of a disk; a checkpoint fails. This side is the primary still.
-    pub async fn hand_over(
+    pub(in crate::session) async fn hand_over(
         self: &Rc<Self>,
         peer: usize,
         hand: HandOver,
         limit: Duration,
+        door: Door,
     ) -> Result<Generation> {
         self.unfenced()?;
         for disk in &self.disks {
@@ -61,13 +64,37 @@ impl PrimaryGroup {
             }
         };
         let body = Body::HandOver(Box::new(hand));
+        // others do not get checkpoints that the new owner knows nothing of
+        self.core.borrow_mut().hands_over(true);
         session.push(&self.look(|c| c.frame(c.last(), c.history().epoch(), body)));
+        let (group, door) = (self.clone(), Door { history: self.look(|c| c.history().clone()), ..door });
+        let waiting = self.env.spawn("replication door", async move {
+            if !env::bugs::planted("replication: nobody is at the door") {
+                let by = door.new_owner().await;
+                group.fence(by);
+            }
+        });
+        let done = self.was_taken(peer, &session).await;
+        waiting.cancel();
+        waiting.join().await;
+        if done.is_err() {
+            self.core.borrow_mut().hands_over(false);
+            // a catch-up may have ended meanwhile, and waits to be committed
+            if self.look(|c| c.peers().iter().any(|p| p.state == PeerState::Synced)) {
+                self.carry_out(Output::WantCheckpoint);
+            }
+        }
+        done
+    }
+
+    /// Whether the peer took over that was asked in `session`.
+    async fn was_taken(&self, peer: usize, session: &Rc<Outgoing>) -> Result<Generation> {
         loop {
             let progress = self.progress.wait();
             if let Some(by) = self.look(Primary::fenced) {
                 return Ok(by);
             }
-            let same = self.session(peer).is_some_and(|s| Rc::ptr_eq(&s, &session));
+            let same = self.session(peer).is_some_and(|s| Rc::ptr_eq(&s, session));
             if self.stopped.get() || self.look(|c| c.was_not_taken(peer, same)) {
                 let why = self.last_error().unwrap_or_default();
                 return Err(busy(format!("the secondary did not take over: {why}")));

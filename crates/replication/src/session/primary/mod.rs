@@ -78,6 +78,8 @@ struct Peer {
     stream: RefCell<Option<Rc<dyn Stream>>>,
     /// Of the last ping that was answered.
     rtt: Cell<Option<Duration>>,
+    /// Somebody tries to reach it, again and again.
+    called: Cell<bool>,
     /// Not a peer any more; its number stays.
     removed: Cell<bool>,
     /// Bytes of what was sent in the present session because it had been missed.
@@ -207,6 +209,7 @@ impl PrimaryGroup {
             session: RefCell::default(),
             stream: RefCell::default(),
             rtt: Cell::new(None),
+            called: Cell::new(false),
             removed: Cell::new(false),
             caught_up: Cell::new(0),
             hashes: Queue::new(),
@@ -217,9 +220,17 @@ impl PrimaryGroup {
         self.connect(number, peer);
     }
 
+    /// One caller for each peer: of two, each would end the other's session, for a secondary believes the newest. The one that was
+    /// refused just now goes on by itself.
     fn connect(self: &Rc<Self>, number: usize, peer: Rc<Peer>) {
+        if peer.called.replace(true) && !env::bugs::planted("replication: two call one peer") {
+            return;
+        }
         let group = self.clone();
-        self.env.spawn("replication peer", async move { group.keep_connected(number, &peer).await });
+        self.env.spawn("replication peer", async move {
+            group.keep_connected(number, &peer).await;
+            peer.called.set(false);
+        });
     }
 
     /// Tries a peer again that refused. Whether there is one.

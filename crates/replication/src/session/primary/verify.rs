@@ -171,7 +171,7 @@ impl PrimaryGroup {
         if (v, a) != (volume, at) {
             return Err(BlockError::corrupt("the secondary answered something else"));
         }
-        let differs = theirs != hash;
+        let differs = theirs != hash && !env::bugs::planted("replication: a verification finds nothing");
         if let Some(state) = self.verified.borrow_mut().as_mut() {
             state.done += at.len;
             if differs {

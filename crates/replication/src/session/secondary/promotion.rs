@@ -88,6 +88,10 @@ impl SecondaryGroup {
         }
         // own writes that came meanwhile
         self.cover_own().await?;
+        // A former owner that handed over, and is one again.
+        if !env::bugs::planted("replication: who handed over never writes again") {
+            self.refuses_own.take();
+        }
         self.stage.set(Stage::Failover);
         let duration = self.env.now().saturating_sub(began);
         let done = Failover { epoch, generation, duration, age: self.age() };

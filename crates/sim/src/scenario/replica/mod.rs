@@ -9,18 +9,26 @@
 //! * I8: after everything, also after crashes of the primary, all disks are alike;
 //! * liveness: once nothing fails any more, everybody is in sync, a checkpoint succeeds, and guests are answered.
 
-use crate::boot::{Booted, nbd};
+mod changes;
+mod hosts;
+mod looks;
+mod turns;
+
+pub use turns::turns;
+
+use crate::boot::nbd;
 use crate::guest::Disk;
 use crate::history::{Crash, History, Moment};
 use crate::runner::Outcome;
 use crate::{
-    Fault, Guest, Habits, Host, Image, Manager, NbdDisk, NetProfile, Op, Process, Profile, Refusal, Rng,
-    Rule, Value, World, stamped, values_of,
+    Fault, Guest, Habits, Host, Image, NbdDisk, NetProfile, Op, Profile, Refusal, Rng, Rule, Value, World,
+    stamped, values_of,
 };
 use block::{BlockError, SECTOR, Span};
 use env::Env;
+use hosts::Site;
 use nbd::Mode;
-use serde_json::{Value as Json, json};
+use serde_json::json;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -38,7 +46,7 @@ const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
 pub fn replica(seed: u64, verbose: bool) -> Outcome {
     World::play(seed, verbose, |w| async move {
         let rng = w.rng("plan");
-        let run = Rc::new(Run::new(w, rng));
+        let run = Rc::new(Run::new(w, rng, Wishes::NONE));
         if let Err(e) = run.go().await
             && !run.world.verdict().is_bad()
         {
@@ -47,58 +55,29 @@ pub fn replica(seed: u64, verbose: bool) -> Outcome {
     })
 }
 
-/// A host of the group.
-struct Site {
-    name: &'static str,
-    host: Host,
-    /// Where its users and its manager run.
-    outside: Env,
-    _users: Process,
-    engine: &'static str,
-    running: RefCell<Option<(Booted, Rc<Manager>)>>,
-    /// The highest checkpoint it has shown.
-    seen: Cell<u64>,
+/// What is asked of a group beyond the ordinary.
+#[derive(Clone, Copy)]
+struct Wishes {
+    /// Bytes of the disk; guests use the first [`SECTORS`] of it.
+    disk: u64,
+    /// Checkpoints kept beside the newest.
+    retain: u64,
+    /// A manager owns the decision about checkpoints.
+    external: bool,
 }
 
-impl Site {
-    fn manager(&self) -> Result<Rc<Manager>, Refusal> {
-        self.running.borrow().as_ref().map(|r| r.1.clone()).ok_or(Refusal::Gone)
-    }
-
-    fn stop(&self, power: bool) {
-        let Some((daemon, manager)) = self.running.take() else { return };
-        if power {
-            self.host.power_loss(&[&daemon.process]);
-        } else {
-            daemon.process.kill();
-        }
-        drop(manager);
-    }
-
-    async fn disk(&self, world: &World) -> Result<Rc<NbdDisk>, BlockError> {
-        NbdDisk::connect(&self.outside, &nbd(), "f", Mode::Structured, world.verdict()).await
-    }
-
-    fn address(&self) -> Json {
-        json!({"type": "inet", "host": self.name, "port": "7000"})
-    }
-
-    /// What is on the disk itself.
-    fn raw(&self) -> Vec<Value> {
-        let image = self.host.image("/disk").unwrap_or_default();
-        values_of(&image.read(Span::new(0, SECTORS * SECTOR)), 0)
-    }
-
-    async fn info(&self) -> Result<Json, Refusal> {
-        let all = self.manager()?.execute("query-replication", json!({"group": "g"})).await?;
-        Ok(all[0].clone())
-    }
+impl Wishes {
+    const NONE: Wishes = Wishes { disk: SECTORS * SECTOR, retain: 0, external: false };
 }
 
 struct Run {
     world: World,
     rng: RefCell<Rng>,
     sites: Vec<Site>,
+    /// Which of them is the primary.
+    lead: Cell<usize>,
+    /// What is asked of the group beyond the ordinary.
+    wishes: Wishes,
     history: Rc<History>,
     guests: RefCell<Vec<Guest>>,
     /// Checkpoints of which is known when they were asked for and when they were made.
@@ -113,7 +92,7 @@ struct Run {
 }
 
 impl Run {
-    fn new(world: World, mut rng: Rng) -> Run {
+    fn new(world: World, mut rng: Rng, wishes: Wishes) -> Run {
         let count = *rng.choose(&[2, 2, 3]);
         let site = |(n, name): (usize, &&'static str)| {
             let host = if n == 0 {
@@ -121,7 +100,7 @@ impl Run {
             } else {
                 Host::new(name, world.machine(), world.net(), Profile::calm())
             };
-            host.install("/disk", Image::from_bytes(&vec![0; (SECTORS * SECTOR) as usize]));
+            host.install("/disk", Image::from_bytes(&vec![0; wishes.disk as usize]));
             let (outside, users) = host.start(world.executor());
             Site {
                 name,
@@ -150,6 +129,8 @@ impl Run {
             world,
             rng: RefCell::new(rng),
             sites,
+            lead: Cell::new(0),
+            wishes,
             history,
             guests: RefCell::default(),
             made: RefCell::default(),
@@ -169,6 +150,16 @@ impl Run {
         &self.sites[0].outside
     }
 
+    fn primary(&self) -> &Site {
+        &self.sites[self.lead.get()]
+    }
+
+    /// One of the others.
+    fn follower(&self) -> &Site {
+        let n = self.draw(|r| r.index(self.sites.len() - 1));
+        &self.sites[if n < self.lead.get() { n } else { n + 1 }]
+    }
+
     async fn pause(&self, most: Duration) {
         let time = self.draw(|r| r.duration(Duration::from_millis(1), most));
         self.env().sleep(time).await;
@@ -178,87 +169,8 @@ impl Run {
         self.env().now() < self.calm_at.get()
     }
 
-    // ---- hosts
-
-    /// Starts the daemon of a site and gives it its role. While things fail it may take several goes.
-    async fn bring_up(&self, site: &Site, primary: bool) -> Result<(), Refusal> {
-        let mut last = Refusal::Gone;
-        for _ in 0..200 {
-            match self.try_to_bring_up(site, primary).await {
-                Ok(()) => return Ok(()),
-                Err(e) if self.troubled() || self.env().now() < self.calm_at.get() + PATIENCE => last = e,
-                Err(e) => return Err(e),
-            }
-            site.stop(false);
-            self.pause(Duration::from_millis(500)).await;
-        }
-        Err(last)
-    }
-
-    /// A daemon with a group that has no role yet.
-    async fn boot(&self, site: &Site) -> Result<Rc<Manager>, Refusal> {
-        let booted = Box::pin(Booted::start_on(&self.world, &site.host)).await.ok_or(Refusal::Gone)?;
-        let m = booted.manage(&self.world, &site.outside, &Rc::new(History::new())).await?;
-        *site.running.borrow_mut() = Some((booted, m.clone()));
-        let file = json!({"driver": "file", "node-name": "d", "filename": "/disk"});
-        m.execute("blockdev-add", file).await?;
-        let group = json!({"id": "g", "engine": site.engine, "volumes": [{"node-name": "d", "front": "f"}],
-            "store": {"path": "/store", "size": STORE}});
-        m.execute("replication-group-add", group).await?;
-        Ok(m)
-    }
-
-    /// A primary that knows no secondary.
-    async fn serve_alone(&self, site: &Site) -> Result<(), Refusal> {
-        let m = self.boot(site).await?;
-        m.execute("replication-start", json!({"group": "g", "role": "primary"})).await?;
-        self.serve(&m).await
-    }
-
-    async fn try_to_bring_up(&self, site: &Site, primary: bool) -> Result<(), Refusal> {
-        let going = self.bring_up_once(site, primary);
-        let Some(done) = self.env().timeout(PATIENCE, going).await else {
-            // a disk hangs that much
-            site.host.clear_faults();
-            site.host.release_hung();
-            return Err(Refusal::Gone);
-        };
-        done
-    }
-
-    async fn bring_up_once(&self, site: &Site, primary: bool) -> Result<(), Refusal> {
-        let m = self.boot(site).await?;
-        if primary {
-            for peer in self.sites.iter().filter(|p| p.name != site.name) {
-                self.know(&m, peer).await?;
-            }
-            self.lead(&m).await?;
-        } else {
-            let start = json!({"group": "g", "role": "secondary", "listen": site.address()});
-            m.execute("replication-start", start).await?;
-        }
-        self.serve(&m).await
-    }
-
-    async fn lead(&self, m: &Manager) -> Result<(), Refusal> {
-        let start = json!({"group": "g", "role": "primary", "write-level": self.level, "on-link-loss": self.policy,
-            "checkpoint-interval-ms": self.interval, "timeout-ms": 3000});
-        m.execute("replication-start", start).await.map(drop)
-    }
-
-    async fn serve(&self, m: &Manager) -> Result<(), Refusal> {
-        m.execute("nbd-server-start", json!({"addr": Booted::nbd_address()})).await?;
-        let export = json!({"type": "nbd", "id": "e", "node-name": "f", "name": "f", "writable": true});
-        m.execute("block-export-add", export).await.map(drop)
-    }
-
-    async fn know(&self, m: &Manager, peer: &Site) -> Result<(), Refusal> {
-        let arguments = json!({"group": "g", "peer": peer.name, "addr": peer.address()});
-        m.execute("replication-peer-add", arguments).await.map(drop)
-    }
-
     fn start_guests(&self) {
-        let primary = &self.sites[0];
+        let primary = self.primary();
         let count = self.draw(|r| r.between(1, 2));
         for n in 0..count {
             let habits = self.draw(|r| Habits {
@@ -329,8 +241,7 @@ impl Run {
 
     /// One thing that happens to the group.
     async fn something(self: &Rc<Self>) -> Result<(), Refusal> {
-        let n = 1 + self.draw(|r| r.index(self.sites.len() - 1));
-        let site = &self.sites[n];
+        let site = self.follower();
         match self.draw(|r| r.below(100)) {
             0..35 => self.checkpoint().await?,
             35..65 => self.look(site).await,
@@ -374,8 +285,11 @@ impl Run {
 
     /// A checkpoint by command; it may fail while things fail.
     async fn checkpoint(&self) -> Result<(), Refusal> {
+        if self.wishes.external {
+            return self.managed_checkpoint().await;
+        }
         let from = self.history.tick();
-        let m = self.sites[0].manager()?;
+        let m = self.primary().manager()?;
         match m.execute("replication-checkpoint", json!({"group": "g", "timeout-ms": 1500})).await {
             Ok(done) => {
                 self.world.count("checkpoints", 1);
@@ -428,6 +342,7 @@ impl Run {
     async fn committed(&self, site: &Site) -> Option<u64> {
         let info = site.info().await.ok()?;
         let epoch = info["committed-epoch"].as_u64()?;
+        self.within_bounds(site, &info);
         if epoch < site.seen.get() {
             self.bad(format!("I4: {} went back from checkpoint {} to {epoch}", site.name, site.seen.get()));
         }
@@ -437,7 +352,7 @@ impl Run {
 
     /// The primary's host dies and comes back; its guests find what they flushed, and the secondaries what it then has.
     async fn primary_dies(self: &Rc<Self>) -> Result<(), Refusal> {
-        let primary = &self.sites[0];
+        let primary = self.primary();
         let power = self.draw(|r| r.chance(0.5));
         self.world.count(if power { "power losses of the primary" } else { "kills of the primary" }, 1);
         primary.stop(power);
@@ -506,6 +421,9 @@ impl Run {
                 if peers >= count {
                     return Ok(());
                 }
+                if self.wishes.external {
+                    self.managed_checkpoint().await?;
+                }
                 self.env().sleep(Duration::from_millis(50)).await;
             }
         };
@@ -517,15 +435,15 @@ impl Run {
 
     /// After a checkpoint all disks hold the same.
     async fn alike(&self, primary: &Site, others: &[&Site]) -> Result<(), Refusal> {
-        let m = primary.manager()?;
-        m.must("replication-checkpoint", json!({"group": "g"})).await?;
+        self.last_checkpoint(primary, others.len()).await?;
         for s in others {
-            let settled = async {
-                while s.info().await.is_ok_and(|i| i["buffer"]["pending"] != 0) {
-                    self.env().sleep(Duration::from_millis(10)).await;
-                }
-            };
-            self.world.within(self.env(), PATIENCE, "applying", settled).await;
+            if self.wishes.retain > 0 {
+                // their disks stay behind: their users see it
+                let view = self.read_all(s).await?;
+                self.same(primary, &view, "what a secondary shows").await?;
+                continue;
+            }
+            self.settle(s).await;
             let (here, there) = (primary.raw(), s.raw());
             if let Some(at) = (0..here.len()).find(|i| here[*i] != there[*i]) {
                 self.bad(format!(
@@ -536,6 +454,35 @@ impl Run {
             self.world.count("disks compared", 1);
         }
         Ok(())
+    }
+
+    /// A checkpoint that must come about. One may fail because a store had become full; what was given up is in sync again then, and
+    /// nothing more is written.
+    async fn last_checkpoint(&self, primary: &Site, count: usize) -> Result<(), Refusal> {
+        let m = primary.manager()?;
+        let command = json!({"group": "g"});
+        if self.wishes.external {
+            m.must("replication-set", json!({"group": "g", "decision": "auto"})).await?;
+        }
+        if m.execute("replication-checkpoint", command.clone()).await.is_err() {
+            self.world.count("last checkpoints that failed", 1);
+            self.in_sync(primary, count).await?;
+            m.must("replication-checkpoint", command).await?;
+        }
+        if self.wishes.external {
+            m.must("replication-set", json!({"group": "g", "decision": "external"})).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until a secondary's disk holds what it committed.
+    async fn settle(&self, site: &Site) {
+        let settled = async {
+            while site.info().await.is_ok_and(|i| i["buffer"]["pending"] != 0) {
+                self.env().sleep(Duration::from_millis(10)).await;
+            }
+        };
+        self.world.within(self.env(), PATIENCE, "applying", settled).await;
     }
 
     /// The primary is gone, or cut off; a secondary takes over.
