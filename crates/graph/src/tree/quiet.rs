@@ -2,15 +2,17 @@
 
 use super::Graph;
 use crate::cell::NodeCell;
-use crate::edge::Edge;
+use crate::edge::{Edge, Parent};
 use crate::gate::Closed;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
 impl Graph {
-    /// Keeps the requests of everybody above `cells` out, through whatever layers they come, and waits until those under way
+    /// Keeps the requests of all users above `cells` out, through whatever layers they come, and waits until those under way
     /// have ended; they go on when the value is dropped. Until then the contents of all of `cells` stand still together, and
-    /// the graph may still be changed. Who attaches meanwhile is not kept out: the caller sees to it that nobody does.
+    /// the graph may still be changed. Nodes between are not kept out: what the caller attaches above them has to get through,
+    /// to flush an image whose file is one of `cells`, for example. Who attaches meanwhile is not kept out: the caller sees to
+    /// it that nobody does.
     pub async fn freeze(&self, cells: &[Rc<NodeCell>]) -> Quiesced {
         let _turn = self.changing.acquire(1).await;
         let (mut seen, mut edges) = (BTreeSet::new(), Vec::new());
@@ -22,7 +24,7 @@ impl Graph {
         Quiesced { gates }
     }
 
-    /// All edges above `cell` that are not in yet, those of a node always before those of what is below it.
+    /// All edges of users above `cell` that are not in yet, those of a node always before those of what is below it.
     fn collect_above(&self, cell: &Rc<NodeCell>, seen: &mut BTreeSet<u64>, edges: &mut Vec<Rc<Edge>>) {
         if !seen.insert(cell.id()) {
             return;
@@ -31,7 +33,7 @@ impl Graph {
         for above in parents.iter().filter_map(|e| e.parent_node()).filter_map(|name| self.find(&name)) {
             self.collect_above(&above, seen, edges);
         }
-        edges.extend(parents);
+        edges.extend(parents.into_iter().filter(|e| !matches!(e.parent(), Parent::Node(_))));
     }
 
     /// Keeps all requests of `cell`'s parents out and waits until those inside have ended; they go on when the value is
