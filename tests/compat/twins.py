@@ -27,9 +27,11 @@ from replay import Connection, clean, differences, key, report  # noqa: E402
 
 # nbdsh takes the first python3 there is, and the system's alone knows libnbd
 ENV = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
-QUIET = 0.3  # seconds without a reply after which none is expected: some lines have none, some have several; and without a job's progress
+QUIET = 0.3  # seconds without a reply after which none is expected: some lines have none, some have several
 EVENT_LIMIT = 3.0  # seconds for an event that the twin emitted
 RUN_LIMIT = 60.0  # seconds for a client
+PASSING = 0.1  # seconds: a job may pass through states in which others wait
+REST = 1.0  # seconds without progress after which a job waits for clients
 SETTLE_LIMIT = 10.0  # seconds in which jobs come to rest
 STILL = ("ready", "standby", "paused", "pending", "waiting", "concluded")
 
@@ -122,7 +124,8 @@ class Side:
             now = time.monotonic()
             if jobs != last:
                 since, last = now, jobs
-            if all(j["status"] in STILL for j in jobs) or now > since + QUIET:
+            still = all(j["status"] in STILL for j in jobs)
+            if not jobs or now > since + (PASSING if still else REST):
                 return "still"
             if now > deadline:
                 return "jobs move"

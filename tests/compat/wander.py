@@ -22,7 +22,7 @@ KNOWN = [
     (".ro: want true, got false", "what was read-only and may turn counts as read-write"),
     ('want {"backing": ', "an image whose backing file is not the one that its header names shows its file name"),
     ('want {"driver": ', "the same"),
-    ('got "Permission conflict on node', "all permissions in conflict are named, and the job"),
+    ("Permission conflict on node '", "all permissions in conflict are named, and the job"),
     ("-progress: want", "clusters that are zero on both sides are not copied"),
     (".len: want", "the same"),
     (".offset: want", "the same"),

@@ -231,12 +231,15 @@ impl Stream {
     }
 
     async fn leave_chain(&self) -> Result<()> {
-        let Some(bottom) = &self.bottom else {
-            return self.graph.apply(self.plan_back().then(self.made.step())).await;
+        // whatever is there by now; where nothing leaves, the header is written all the same, as it may be given another name
+        let base = match &self.bottom {
+            Some(bottom) => bottom.below(),
+            None => self.image.node().backing().map(|e| e.child()),
         };
+        if self.bottom.is_none() && base.is_none() {
+            return self.graph.apply(self.plan_back().then(self.made.step())).await;
+        }
         Leavers::delete_too_early(&self.leavers, &self.graph).await;
-        // whatever is there by now
-        let base = bottom.below();
         let name = match &base {
             None => BackingName::NONE,
             Some(base) => {
@@ -245,18 +248,21 @@ impl Stream {
                 BackingName::of(&named, file, self.args.backing_mask_protocol).await?
             }
         };
-        let edge = match &base {
-            None => None,
-            Some(base) => {
-                let parent = Parent::Node(RefCell::new(Some(self.image.name().to_owned())));
-                let attached =
-                    self.graph.attach_exact(base, "backing", Role::Backing, parent, Demand::NOTHING);
-                Some(attached.await?)
-            }
-        };
+        let mut plan = self.plan_back();
+        if self.bottom.is_some() {
+            let edge = match &base {
+                None => None,
+                Some(base) => {
+                    let parent = Parent::Node(RefCell::new(Some(self.image.name().to_owned())));
+                    let attached =
+                        self.graph.attach_exact(base, "backing", Role::Backing, parent, Demand::NOTHING);
+                    Some(attached.await?)
+                }
+            };
+            plan = plan.then(Step::SetBacking { node: self.image.clone(), edge });
+        }
         let mut headers = Headers::new(&self.graph);
         headers.write(&self.image, &name).await?;
-        let plan = self.plan_back().then(Step::SetBacking { node: self.image.clone(), edge });
         let moved = self.graph.apply(plan.then(self.made.step())).await;
         if moved.is_err() {
             headers.put_back().await;
