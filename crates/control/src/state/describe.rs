@@ -133,10 +133,17 @@ fn nodes(daemon: &Daemon) -> Rows {
     rows
 }
 
-/// Numbers of the nodes that somebody owns or uses, and of those below them. The others are about to go, or belong to a node that is
-/// still being opened and may never come to be: nobody could get rid of them in a later life.
+/// Numbers of the nodes that somebody owns or uses, and of those below them. The others are about to go (also those that nobody holds but a
+/// job that has done its work: a later life does not have that job), or belong to a node that is still being opened and
+/// may never come to be: nobody could get rid of them in a later life.
 fn used(daemon: &Daemon) -> BTreeSet<u64> {
-    let outside = |edge: &Rc<Edge>| !matches!(edge.parent(), Parent::Node(_));
+    let jobs = daemon.jobs().list();
+    let over = |id: &str| jobs.iter().any(|j| j.id() == id && j.body().is_some_and(|b| b.has_changed()));
+    let outside = |edge: &Rc<Edge>| match edge.parent() {
+        Parent::Node(_) => false,
+        Parent::Job(id) => !over(id),
+        Parent::Backend(_) => true,
+    };
     let mut left: Vec<Rc<NodeCell>> = daemon.graph().nodes();
     left.retain(|cell| cell.is_monitor_owned() || cell.parents().iter().any(outside));
     let mut used = BTreeSet::new();
