@@ -243,7 +243,8 @@ impl Daemon {
     pub(crate) fn colo(&self) -> &Rc<jobs::colo::Colo> {
         &self.colo
     }
-    pub(crate) fn graph(&self) -> &Rc<Graph> {
+    /// The nodes.
+    pub fn graph(&self) -> &Rc<Graph> {
         &self.graph
     }
 
@@ -418,6 +419,16 @@ impl Daemon {
         while self.phase.get() != Phase::Ended {
             self.phase_changed.wait().await;
         }
+    }
+
+    /// Takes apart what holds itself, for a process that was killed and whose memory nobody takes back: the simulator's. Nothing of it
+    /// runs any more.
+    pub fn dissolve(&self) {
+        self.sessions.take();
+        self.replication.take();
+        self.jobs.dissolve();
+        self.recorder.take();
+        self.graph.dissolve();
     }
 
     /// Has `tell` called with a sentence for people when something went wrong that no command's answer can say, since the

@@ -151,6 +151,13 @@ pub struct Job {
 }
 
 impl Job {
+    /// See [`Registry::dissolve`](crate::Registry::dissolve).
+    pub(crate) fn dissolve(&self) {
+        self.body.take();
+        self.kept.take();
+        self.links.take();
+    }
+
     pub(crate) fn new(
         id: String,
         kind: Kind,

@@ -184,6 +184,15 @@ impl Registry {
         *self.shared.keeper.borrow_mut() = Some(keeper);
     }
 
+    /// Takes apart what holds itself, for a process that ends without freeing it: the simulator kills many. Nothing runs any more.
+    pub fn dissolve(&self) {
+        self.shared.keeper.take();
+        for job in self.shared.jobs.take() {
+            job.group.borrow().members.take();
+            job.dissolve();
+        }
+    }
+
     /// From now on jobs keep what they have still to do in `home`.
     pub fn set_bitmap_home(&self, home: Option<Rc<BitmapHome>>) {
         *self.home.borrow_mut() = home;

@@ -67,6 +67,7 @@ impl Booted {
     ) -> Option<Booted> {
         let (env, process) = host.start(world.executor());
         let daemon = Daemon::new(&env, "sim");
+        world.owns(&daemon);
         let ready = async {
             if let Some(regions) = state {
                 let store = Store::open(&env, Path::new(STATE)).await.map_err(|e| e.to_string())?;

@@ -53,4 +53,4 @@ pub use net::{Net, NetProfile};
 pub use rng::Rng;
 pub use stamp::{Value, stamped, value_of, values_of};
 pub use verdict::Verdict;
-pub use world::World;
+pub use world::{HELD, World};

@@ -5,6 +5,7 @@
 
 use crate::runner::Outcome;
 use crate::{Host, Machine, Net, NetProfile, Profile, Rng, SimBackend, Verdict};
+use control::Daemon;
 use env::Executor;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -14,6 +15,9 @@ use std::time::Duration;
 
 /// Turns of the loop after which a run is taken to spin for ever; the longest honest ones take some 200,000.
 const MAX_STEPS: u64 = 2_000_000;
+
+/// Counts daemons of which something is in memory after the run: a long run of many seeds would fill it.
+pub const HELD: &str = "daemons that are held after the end";
 
 /// What a scenario plays in; clones are the same world.
 #[derive(Clone)]
@@ -26,9 +30,16 @@ struct Inner {
     executor: Executor,
     verdict: Verdict,
     counts: RefCell<BTreeMap<&'static str, u64>>,
+    /// Daemons of this run, which may hold themselves when they were killed.
+    daemons: RefCell<Vec<Rc<Daemon>>>,
 }
 
 impl World {
+    /// A daemon whose memory is given back at the end of the run, however it ends.
+    pub(crate) fn owns(&self, daemon: &Rc<Daemon>) {
+        self.0.daemons.borrow_mut().push(daemon.clone());
+    }
+
     /// The time and chance of this run.
     pub fn machine(&self) -> &Machine {
         &self.0.machine
@@ -90,6 +101,7 @@ impl World {
             executor,
             verdict: Verdict::new(),
             counts: RefCell::default(),
+            daemons: RefCell::default(),
         }));
         let began = machine.now();
         let main = body(world.clone());
@@ -107,7 +119,7 @@ impl World {
                 resume_unwind(payload);
             }
         }
-        let outcome = Outcome {
+        let mut outcome = Outcome {
             violation: verdict.result().err(),
             hash: machine.hash(),
             simulated: machine.now().saturating_sub(began),
@@ -116,6 +128,14 @@ impl World {
         };
         machine.forget_events();
         world.host().forget();
+        let daemons = world.0.daemons.take();
+        daemons.iter().for_each(|d| d.dissolve());
+        let graphs: Vec<_> = daemons.iter().map(|d| Rc::downgrade(d.graph())).collect();
+        drop((daemons, world));
+        let held = graphs.iter().filter(|g| g.strong_count() > 0).count();
+        if held > 0 {
+            outcome.counts.insert(HELD, held as u64);
+        }
         outcome
     }
 

@@ -11,6 +11,7 @@ fn clean(report: &Report) {
     println!("{report}");
     let lines: Vec<String> = report.failures.iter().map(|(s, v)| format!("seed {s}: {v}")).collect();
     assert!(lines.is_empty(), "{}", lines.join("\n"));
+    assert_eq!(report.counts.get(sim::HELD), None, "memory that is not given back");
 }
 
 fn start() -> u64 {

@@ -105,6 +105,14 @@ impl Graph {
         *self.keeper.borrow_mut() = Some(keeper);
     }
 
+    /// Takes apart what holds itself, for a process that ends without closing its nodes: the simulator kills many. Nothing runs
+    /// any more.
+    pub fn dissolve(&self) {
+        self.keeper.take();
+        self.reaper.look.take();
+        self.nodes.take();
+    }
+
     /// Has what the graph is now written down, after plans that were [`Plan::kept_later`].
     ///
     /// # Errors
