@@ -11,6 +11,7 @@ use env::Env;
 use env::sync::Notify;
 use qapi::Value;
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -42,8 +43,8 @@ pub(crate) struct History {
     wake: Notify,
     /// Reserved, of events and of jobs.
     reserved: [Cell<u64>; 2],
-    /// The oldest that is written.
-    oldest: [Cell<u64>; 2],
+    /// Those that are written, or will be. (Between the lives of a daemon that was killed lie tens of thousands of numbers that nobody has.)
+    written: [RefCell<VecDeque<u64>>; 2],
 }
 
 impl History {
@@ -59,7 +60,7 @@ impl History {
             waiting: RefCell::default(),
             wake: Notify::new(),
             reserved: Default::default(),
-            oldest: Default::default(),
+            written: Default::default(),
         });
         history.waiting.borrow_mut().put(OWN, "name", name.clone().into_bytes());
         for which in [Which::Events, Which::Jobs] {
@@ -70,7 +71,7 @@ impl History {
                     Some((key.parse().ok()?, value))
                 })
                 .collect();
-            history.oldest[which as usize].set(entries.first().map_or(0, |e| e.0));
+            *history.written[which as usize].borrow_mut() = entries.iter().map(|e| e.0).collect();
             let given = own(table(which)).and_then(|n| n.parse().ok()).unwrap_or(0);
             record.restore(&name, which, entries, given);
             history.reserve(which, record.newest(which));
@@ -110,9 +111,11 @@ impl History {
         {
             let mut waiting = self.waiting.borrow_mut();
             waiting.put(table(which), &key(seq), text.as_bytes().to_vec());
-            let from = &self.oldest[which as usize];
-            (from.get()..oldest).for_each(|gone| waiting.delete(table(which), &key(gone)));
-            from.set(from.get().max(oldest));
+            let mut written = self.written[which as usize].borrow_mut();
+            while let Some(gone) = written.pop_front_if(|number| *number < oldest) {
+                waiting.delete(table(which), &key(gone));
+            }
+            written.push_back(seq);
         }
         self.reserve(which, seq);
         self.wake.notify_all();

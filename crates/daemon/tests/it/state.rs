@@ -3,6 +3,7 @@
 mod instants;
 mod jobs;
 mod kills;
+mod leaving;
 
 use crate::common::{Client, Daemon, Dir, run, until};
 use serde_json::{Map, Value, json};
