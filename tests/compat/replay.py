@@ -348,7 +348,7 @@ def clean(value, names):
         cleaned = [clean(v, names) for v in value]
         if cleaned and all(isinstance(v, dict) and "drv" in v for v in cleaned):
             # nodes: those that were opened implicitly may stand elsewhere
-            cleaned.sort(key=lambda v: (v["node-name"], v["drv"], v["file"]))
+            cleaned.sort(key=lambda v: (v["node-name"], v["drv"], str(v["file"])))
         elif cleaned and all(isinstance(v, dict) and "stats" in v for v in cleaned):
             cleaned.sort(key=lambda v: v.get("node-name", ""))
         return cleaned

@@ -5,7 +5,7 @@
 //! had the node just been opened so.
 
 use crate::{
-    Backing, Child, DriverSpec, FileSpec, FilterSpec, Inherited, NodeSpec, Opener, Qcow2Spec,
+    Backing, Child, Common, DriverSpec, FileSpec, FilterSpec, Inherited, NodeSpec, Opener, Qcow2Spec,
     zeroes_may_unmap,
 };
 use block::{BlockError, ErrorKind, Result};
@@ -24,6 +24,32 @@ pub(crate) struct Given {
     pub(crate) from: Inherited,
     /// Where it is on the host, whatever the working directory; none for nodes that are not.
     pub(crate) place: Option<String>,
+}
+
+/// What a node gives those below it that were described inside it.
+#[derive(Clone, Copy)]
+struct Above<'a> {
+    gives: Inherited,
+    /// Its new description.
+    said: &'a Common,
+}
+
+impl Above<'_> {
+    /// What reaches a child that is only named: what the description does not say stays with the child as it is.
+    fn onto(self, child: &NodeCell) -> Inherited {
+        let (is, said) = (child.options(), self.said);
+        let mut gives = self.gives;
+        if said.read_only.is_none() {
+            gives.read_only = is.read_only;
+        }
+        if said.auto_read_only.is_none() {
+            gives.auto_read_only = is.auto_read_only;
+        }
+        if said.no_flush.is_none() {
+            gives.no_flush = is.cache_no_flush;
+        }
+        gives
+    }
 }
 
 /// What is to become of all nodes of a list.
@@ -129,21 +155,22 @@ impl Opener {
         now: Inherited,
         change: &mut Change,
     ) -> Result<()> {
+        let above = Above { gives: now, said: &spec.common };
         match &spec.driver {
             DriverSpec::Raw { file, offset, size } => {
-                self.main_child(cell, file, now, change).await?;
+                self.main_child(cell, file, above, change).await?;
                 self.window(cell, file, *offset, *size, &mut change.plan)
             }
             DriverSpec::Filter(filter) => match filter.as_ref() {
                 FilterSpec::Throttle { file, group } => {
                     self.other_group(cell, group, &mut change.plan)?;
-                    self.main_child(cell, file, now, change).await
+                    self.main_child(cell, file, above, change).await
                 }
                 _ => Ok(()),
             },
             DriverSpec::Qcow2(q) => {
-                self.backing(cell, &q.backing, now, change).await?;
-                self.main_child(cell, &q.file, now, change).await?;
+                self.backing(cell, &q.backing, above, change).await?;
+                self.main_child(cell, &q.file, above, change).await?;
                 self.data_file_stays(cell, q)
             }
             _ => Ok(()),
@@ -212,12 +239,13 @@ impl Opener {
         &self,
         cell: &Rc<NodeCell>,
         file: &Child,
-        now: Inherited,
+        above: Above<'_>,
         change: &mut Change,
     ) -> Result<()> {
         let Some(edge) = cell.node().primary() else { return Ok(()) };
-        let from = Inherited { discard: true, monitor_owned: false, ..now };
-        if let Some(to) = self.other_child(cell, &edge, "file", file, from, change).await? {
+        let gives = Inherited { discard: true, monitor_owned: false, ..above.gives };
+        let above = Above { gives, ..above };
+        if let Some(to) = self.other_child(cell, &edge, "file", file, above, change).await? {
             change.plan.steps.push(Step::Point { edge, to });
         }
         Ok(())
@@ -241,7 +269,7 @@ impl Opener {
         &self,
         cell: &Rc<NodeCell>,
         backing: &Backing,
-        now: Inherited,
+        above: Above<'_>,
         change: &mut Change,
     ) -> Result<()> {
         let edge = cell.node().backing();
@@ -249,7 +277,8 @@ impl Opener {
             (Backing::Implicit, _) | (Backing::None, None) => return Ok(()),
             (Backing::None, Some(_)) => None,
             (Backing::Child(child), Some(edge)) => {
-                match self.other_child(cell, edge, "backing", child, crate::below(&now), change).await? {
+                let above = Above { gives: crate::below(&above.gives), ..above };
+                match self.other_child(cell, edge, "backing", child, above, change).await? {
                     Some(to) => Some(to),
                     None => return Ok(()),
                 }
@@ -286,7 +315,7 @@ impl Opener {
         edge: &Rc<Edge>,
         key: &str,
         child: &Child,
-        from: Inherited,
+        above: Above<'_>,
         change: &mut Change,
     ) -> Result<Option<Rc<NodeCell>>> {
         let now = edge.child();
@@ -295,10 +324,11 @@ impl Opener {
                 if !now.is_monitor_owned()
                     && let Ok(old) = self.given(&now)
                 {
-                    set(&now, &old.spec, from.with(&old.spec.common), &mut change.plan);
+                    set(&now, &old.spec, above.onto(&now).with(&old.spec.common), &mut change.plan);
                 }
                 Ok(None)
             }
+            Child::Reference(name) if name == self.behind_jobs(&now).name() => Ok(None),
             Child::Reference(name) => {
                 let to = self.find_child(name)?;
                 no_cycle(cell, &to, key)?;
@@ -315,10 +345,21 @@ impl Opener {
                 if spec.common.node_name.as_deref().is_some_and(|n| n != now.name()) {
                     return Err(cannot_change("node-name"));
                 }
-                self.describe(&now, spec, from, change).await?;
+                self.describe(&now, spec, above.gives, change).await?;
                 Ok(None)
             }
         }
+    }
+
+    /// The first node from `cell` on that a user described.
+    fn behind_jobs(&self, cell: &Rc<NodeCell>) -> Rc<NodeCell> {
+        let mut at = cell.clone();
+        while self.given(&at).is_err()
+            && let Some(edge) = at.node().filtered()
+        {
+            at = edge.child();
+        }
+        at
     }
 
     fn find_child(&self, name: &str) -> Result<Rc<NodeCell>> {
