@@ -72,7 +72,29 @@ pub const TURNING: &[&str] = &[
 
 /// Rules of the state machines and the store, removed one at a time, and who shows it: hosts that crash and fail over once (`false`), or
 /// that change sides again and again.
-const RULES: &[(Rule, bool)] = &[];
+const RULES: &[(Rule, bool)] = &[
+    (Rule::NoGenerationCheck, true),
+    (Rule::NoSequenceCheck, true),
+    (Rule::NoDigestCheck, true),
+    (Rule::DirtyClearedOnSend, true),
+    (Rule::NoActivityLog, true),
+    (Rule::RefusalForgotten, true),
+    (Rule::SyncingCounts, true),
+    (Rule::DoubtForgotten, true),
+    (Rule::HandOverUnchecked, true),
+    (Rule::HandOverResumes, true),
+    (Rule::PreimageNotDurable, true),
+    (Rule::OwnNotFlushed, true),
+    (Rule::DataNotFlushedBeforeCommit, true),
+    (Rule::CommitNotDurable, true),
+    (Rule::DataNotFlushedBeforeTrim, true),
+    (Rule::IntentNotDurable, true),
+    (Rule::MergeNotFlushed, true),
+    (Rule::EmptiedOnRestart, true),
+    (Rule::NoRecheck, true),
+    (Rule::OldestNotDurable, true),
+    (Rule::RetainedForgotten, true),
+];
 
 /// Those that a crash at one certain moment of an operation shows.
 pub const MOMENTARY: &[&str] = &[

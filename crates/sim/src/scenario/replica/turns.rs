@@ -139,6 +139,8 @@ impl Run {
     }
 
     pub(super) async fn all_alike(self: &Rc<Self>) -> Result<(), Refusal> {
+        // one whose store was full when the guests stopped is given up, and comes back
+        self.in_sync(self.primary(), self.sites.len() - 1).await?;
         self.alike(self.primary(), &self.followers()).await
     }
 
