@@ -151,7 +151,6 @@ impl Outgoing {
         let (mut taken, mut at) = (0, 0);
         let mut marks: Vec<Epoch> = Vec::new();
         while self.decisions.get() > 0
-            && !env::bugs::planted("replication: decisions wait behind changes")
             && let Some(item) = items.get(at)
         {
             match item.kind {

@@ -4,7 +4,7 @@
 //! whether it is the owner, so that what they are told is the owner's word.
 
 use super::hosts::Site;
-use super::turns::{DISK, MOST_RESENT, SWITCHOVER_MS};
+use super::turns::{DISK, FAR, MOST_RESENT, SWITCHOVER_MS};
 use super::{PATIENCE, Run, SECOND_LIFE, SECTORS};
 use crate::guest::Disk;
 use crate::history::Crash;
@@ -313,6 +313,11 @@ impl Run {
         let write = disk.write(at * SECTOR, stamped(number, at, len), false);
         if let Some(Ok(())) = self.env().timeout(Duration::from_secs(5), write).await {
             self.world.count("writes of who was left behind", 1);
+        }
+        // where nobody else ever writes: only what it says itself of its disk brings this back
+        if number == SECOND_LIFE {
+            let far = disk.write(FAR, stamped(number, FAR / SECTOR, 8), false);
+            self.env().timeout(Duration::from_secs(5), far).await;
         }
         disk.disconnect();
     }

@@ -1,5 +1,6 @@
 //! The hosts of a group: how their daemons are started, and told who they are.
 
+use super::turns::FAR;
 use super::{PATIENCE, Run, SECTORS, STORE};
 use crate::boot::{Booted, nbd};
 use crate::history::History;
@@ -52,6 +53,12 @@ impl Site {
     pub(super) fn raw(&self) -> Vec<Value> {
         let image = self.host.image("/disk").unwrap_or_default();
         values_of(&image.read(Span::new(0, SECTORS * SECTOR)), 0)
+    }
+
+    /// Of the disk itself, where guests never write.
+    pub(super) fn far(&self) -> Vec<Value> {
+        let image = self.host.image("/disk").unwrap_or_default();
+        values_of(&image.read(Span::new(FAR, 8 * SECTOR)), FAR / SECTOR)
     }
 
     pub(super) async fn info(&self) -> Result<Json, Refusal> {

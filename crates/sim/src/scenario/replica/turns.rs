@@ -22,8 +22,10 @@ use std::time::Duration;
 
 /// Of this many bytes guests use the first [`super::SECTORS`]: a copy of the whole disk is told from one of what differs.
 pub(super) const DISK: u64 = 12 << 20;
-/// Where a killed owner wrote is known in pieces of 4 MiB; guests stay within one of them.
-pub(super) const MOST_RESENT: u64 = 4 << 20;
+/// Where only an owner writes that was left behind.
+pub(super) const FAR: u64 = 8 << 20;
+/// Where a killed owner wrote is known in pieces of 4 MiB; guests stay within one of them, and one that is left behind writes to another.
+pub(super) const MOST_RESENT: u64 = 8 << 20;
 /// A planned change of sides may take so long.
 pub(super) const SWITCHOVER_MS: u64 = 5000;
 /// What a manager that dies leaves undecided is given up after this.
@@ -141,7 +143,17 @@ impl Run {
     pub(super) async fn all_alike(self: &Rc<Self>) -> Result<(), Refusal> {
         // one whose store was full when the guests stopped is given up, and comes back
         self.in_sync(self.primary(), self.sites.len() - 1).await?;
-        self.alike(self.primary(), &self.followers()).await
+        self.alike(self.primary(), &self.followers()).await?;
+        for s in self.followers().into_iter().filter(|_| self.wishes.retain == 0) {
+            if s.far() != self.primary().far() {
+                self.bad(format!(
+                    "L8: what only {} had written, or was written while it was away, is not what {} has",
+                    s.name,
+                    self.primary().name
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Numbers of checkpoints so far are of another history: what they were is not looked up any more.
