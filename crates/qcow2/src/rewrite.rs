@@ -8,6 +8,7 @@
 use crate::core::Core;
 use crate::header::{Extension, Header, backing_place, extensions_end, set_backing_place};
 use block::{Data, Result, Span};
+use env::bugs::planted;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -166,7 +167,9 @@ impl Core {
     /// Changes backing name or extensions of the header, durably and at once. Runs to its end once begun: call it detached.
     pub(crate) async fn rewrite_header(self: &Rc<Self>, change: impl Fn(&mut Header)) -> Result<()> {
         self.check_writable()?;
-        self.commit().await?;
+        if !planted("stream: the header goes before the disk is flushed") {
+            self.commit().await?;
+        }
         let _turn = self.heading.turn(0).await;
         let old = self.header.borrow().clone();
         let mut new = old.clone();
