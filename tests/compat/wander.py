@@ -29,6 +29,10 @@ KNOWN = [
     ('"desc": "Block node is read-only"}', "the file below an image that became read-only may still be written"),
     ("want \"Node d is in use", "the target of a mirror names the job that uses it"),
     ("want \"Node '#block' is busy", "the disk is named, not a job's filter"),
+    ("would become part of a cycle", "the file of an image cannot be below it as its backing file, too"),
+    ("want \"Could not open backing file: Failed to get", "layers that are open already are not opened again"),
+    ("desc\": \"Could not open backing file: Failed to get", "the same"),
+    (".paused: want true, got false", "after a soft cancel clients are not held until the job is finalized"),
     (".ro: want false, got true", "the filter of a job over a read-only disk is read-only"),
     (".backing: missing (want null)", "the same as above, inside another name"),
     (".image.virtual-size: want", "a disk over another follows its length. The images are compared in the end"),
@@ -36,6 +40,7 @@ KNOWN = [
     ('.error: missing (want {"class": "GenericError", "desc": "Permission conflict on node', "who comes to a disk with a job goes through the job's filter"),
     ('want "backing file: json:', "the name of the file stands in the header"),
     ("got \"Compression is not supported", "which of two things that are wrong is told"),
+    ("is busy: block device is in use by block job", "a chain that a job works on does not change"),
     ("Can't make bitmap", "an image open read-only does not take what it could not keep"),
 ]
 
@@ -346,6 +351,7 @@ class Scene:
 
     def unexport(self):
         self.command("block-export-del", id=self.one("e", "e2"), mode=self.one("hard", "safe", ...))
+        self.shell("sleep 0.2")  # its node may go with it, which takes a moment
 
     def client(self):
         at = self.random.randrange(0, MIB, self.one(512, 4096, 65536))
@@ -427,7 +433,7 @@ class Scene:
 def run(lines, options):
     numbered = list(enumerate(lines, 1))
     try:
-        return play([(n, f"?? {k} | {why}") for n, (k, why) in enumerate(KNOWN)] + numbered, options.daemon, options.verbose)
+        return play([(n, f"?? {k} | {why}") for n, (k, why) in enumerate(KNOWN)] + numbered, options.daemon, options.verbose, together=True)
     except Exception as e:  # noqa: BLE001: a hanging client must not end the run
         return [f"the scene cannot be played: {e!r}"], 0
 

@@ -177,15 +177,14 @@ pub(crate) fn block_job(job: &Rc<Job>, now: Duration) -> Value {
     out.insert("len".into(), json!(progress.total));
     out.insert("offset".into(), json!(progress.current));
     out.insert("status".into(), json!(job.state().name()));
-    out.insert("paused".into(), json!(job.is_paused()));
-    out.insert("speed".into(), json!(job.speed()));
-    out.insert("ready".into(), json!(matches!(job.state(), State::Ready | State::Standby)));
-    out.insert("type".into(), json!(job.kind().name()));
     let body = job.body();
     let mirror = body.as_ref().and_then(|b| b.as_any().downcast_ref::<Mirror>());
     // from completion to finalize the client is held, which clients know as a pause
     let frozen = mirror.is_some_and(Mirror::is_frozen);
     out.insert("paused".into(), json!(job.is_paused() || frozen));
+    out.insert("speed".into(), json!(job.speed()));
+    out.insert("ready".into(), json!(matches!(job.state(), State::Ready | State::Standby)));
+    out.insert("type".into(), json!(job.kind().name()));
     if job.kind() == Kind::Mirror {
         out.insert("actively-synced".into(), json!(mirror.is_some_and(Mirror::actively_synced)));
     }

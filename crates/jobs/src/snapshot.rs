@@ -243,8 +243,12 @@ fn check_free(node: &Rc<NodeCell>) -> std::result::Result<(), JobError> {
 }
 
 /// That no overlay needs the node below it.
-pub(crate) fn check_not_backing(node: &Rc<NodeCell>) -> Result<()> {
-    match node.parents().iter().find(|e| e.role() == Role::Backing) {
+///
+/// # Errors
+/// `Busy`, with the name of the overlay.
+pub fn check_not_backing(node: &NodeCell) -> Result<()> {
+    // the one that came last, as in QSD
+    match node.parents().iter().rfind(|e| e.role() == Role::Backing) {
         None => Ok(()),
         Some(edge) => {
             let above = edge.parent_node().unwrap_or_default();
@@ -255,13 +259,12 @@ pub(crate) fn check_not_backing(node: &Rc<NodeCell>) -> Result<()> {
 }
 
 fn check_overlay(overlay: &Rc<NodeCell>) -> std::result::Result<(), JobError> {
-    if overlay.parents().iter().any(|e| matches!(e.parent(), Parent::Backend(_))) {
+    // a node above a format is no user: what that shows becomes the disk with its new layer
+    let is_user = |e: &Rc<Edge>| !overlay.node().supports_backing() || !matches!(e.parent(), Parent::Node(_));
+    if overlay.parents().iter().any(is_user) {
         return Err(JobError::refused("The overlay is already in use"));
     }
     check_free(overlay)?;
-    if !overlay.parents().is_empty() {
-        return Err(JobError::refused("The overlay is already in use"));
-    }
     if overlay.node().backing().is_some() {
         return Err(JobError::refused("The overlay already has a backing image"));
     }

@@ -160,13 +160,7 @@ impl BitmapHome {
 
     /// Where it is written down how far the job `id` has come with an instant.
     pub(crate) fn instant_path(&self, id: &str) -> PathBuf {
-        let (a, b) = (crc32c::crc32c(id.as_bytes()), crc32c::crc32c_append(!0, id.as_bytes()));
-        self.dir.join(format!("instant-{a:08x}{b:08x}-{}", id.len()))
-    }
-
-    /// What the disk of a node is called here.
-    pub(crate) async fn name_of(&self, cell: &NodeCell) -> Result<String> {
-        self.disk_name(cell).await
+        self.file_of("instant", id)
     }
 
     /// Makes durable which files there are.
@@ -179,8 +173,13 @@ impl BitmapHome {
     }
 
     fn path(&self, name: &str) -> PathBuf {
+        self.file_of("bitmaps", name)
+    }
+
+    /// The file that keeps `kind` of `name`, which may be longer than a file's name.
+    fn file_of(&self, kind: &str, name: &str) -> PathBuf {
         let (a, b) = (crc32c::crc32c(name.as_bytes()), crc32c::crc32c_append(!0, name.as_bytes()));
-        self.dir.join(format!("bitmaps-{a:08x}{b:08x}-{}", name.len()))
+        self.dir.join(format!("{kind}-{a:08x}{b:08x}-{}", name.len()))
     }
 
     /// What the disk in `filename` is called here: the same in a later life with another working directory.
@@ -191,7 +190,8 @@ impl BitmapHome {
         format!("{driver}:{}", full.display())
     }
 
-    async fn disk_name(&self, cell: &NodeCell) -> Result<String> {
+    /// What the disk of a node is called here.
+    pub(crate) async fn disk_name(&self, cell: &NodeCell) -> Result<String> {
         let node = cell.node();
         let name = self.named(node.driver(), &node.details().await?.filename);
         // a window of a file is another disk than the whole
@@ -242,7 +242,7 @@ impl BitmapHome {
             for b in cell.bitmaps().iter().filter(|b| b.inconsistent() && b.why_inconsistent().is_empty()) {
                 b.set_reason(e.message());
             }
-            (self.tell)(&format!("node '{}': bitmaps that were kept cannot be used: {e}", cell.name()));
+            self.say_trouble(&format!("node '{}': bitmaps that were kept cannot be used: {e}", cell.name()));
         }
     }
 
@@ -263,7 +263,7 @@ impl BitmapHome {
             if !unused {
                 let why = "the file of its bitmaps is damaged: they are lost";
                 cell.bitmaps().iter().filter(|b| b.inconsistent()).for_each(|b| b.set_reason(why));
-                (self.tell)(&format!("node '{}': {why}", cell.name()));
+                self.say_trouble(&format!("node '{}': {why}", cell.name()));
             }
             return if persistent {
                 self.begin(cell, &name, Some((file, None))).await.map(drop)
@@ -310,12 +310,12 @@ impl BitmapHome {
 
     fn say(&self, cell: &NodeCell, found: &Found, doubt: Option<&str>) {
         let node = cell.name();
-        found.damage.iter().for_each(|d| (self.tell)(&format!("node '{node}': {d}")));
+        found.damage.iter().for_each(|d| self.say_trouble(&format!("node '{node}': {d}")));
         if let Some(why) = doubt {
-            (self.tell)(&format!("node '{node}': what is kept of its bitmaps is not used: {why}"));
+            self.say_trouble(&format!("node '{node}': what is kept of its bitmaps is not used: {why}"));
         } else if !found.clean {
             let mib = found.doubt().div_ceil(1 << 20);
-            (self.tell)(&format!(
+            self.say_trouble(&format!(
                 "node '{node}' was not closed: its bitmaps are complete; {mib} MiB that were being written count as changed"
             ));
         }

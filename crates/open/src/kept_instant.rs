@@ -169,7 +169,7 @@ impl KeptInstant {
         let found = if home.is_resuming() { Self::read(&env, &path).await } else { None };
         let known = local(source) && local(target);
         let (from, to) = (home.first_seen(source).await, home.first_seen(target).await);
-        let identity = match (home.name_of(source).await, home.name_of(target).await) {
+        let identity = match (home.disk_name(source).await, home.disk_name(target).await) {
             (Ok(a), Ok(b)) => format!("{a}\n{b}").into_bytes(),
             _ => Vec::new(),
         };

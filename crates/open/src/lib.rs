@@ -184,10 +184,11 @@ impl Opener {
     fn node<'a>(&'a self, spec: &'a NodeSpec, from: Inherited, trail: &'a Trail) -> Opening<'a> {
         Box::pin(async move {
             let c = &spec.common;
+            self.check_file(spec, from.again)?;
             if !from.again {
                 zeroes_may_unmap(spec, from.with(c))?;
             }
-            self.check_names(spec, from.again)?;
+            self.check_name(spec, from.again)?;
             let mut now = from.with(c);
             let may_turn = now.auto_read_only && !now.read_only;
             if c.force_share && !now.read_only {
@@ -224,13 +225,21 @@ impl Opener {
         })
     }
 
-    /// Whether a new node can be called as it is described. Its file's name comes first: that is opened before it.
-    fn check_names(&self, spec: &NodeSpec, again: bool) -> Result<()> {
+    /// Whether a new node's file can be called as it is described, or is there: what is wrong with it is told before what is
+    /// wrong with the node, as it is opened before it.
+    fn check_file(&self, spec: &NodeSpec, again: bool) -> Result<()> {
         match spec.driver.file() {
-            Some(Child::Inline(file)) => self.check_names(file, again)?,
-            Some(Child::Reference(name)) => drop(self.find(name)?),
-            None => {}
+            Some(Child::Inline(file)) => {
+                self.check_file(file, again)?;
+                self.check_name(file, again)
+            }
+            Some(Child::Reference(name)) => self.find(name).map(drop),
+            None => Ok(()),
         }
+    }
+
+    /// Whether a new node can be called as it is described.
+    fn check_name(&self, spec: &NodeSpec, again: bool) -> Result<()> {
         match &spec.common.node_name {
             Some(name) if again => self.graph.check_old_name(name),
             Some(name) => self.graph.check_name(name),

@@ -5,7 +5,7 @@ use crate::Daemon;
 use crate::blockdev;
 use crate::error::{QmpError, Reply};
 use block::Prealloc;
-use graph::{NodeCell, Parent, Role, bitmaps};
+use graph::{NodeCell, Parent, bitmaps};
 use qapi::{Map, Value, json};
 use replication::session::Group;
 use serde::Deserialize;
@@ -108,16 +108,9 @@ fn check_removable(cell: &Rc<NodeCell>) -> Result<(), QmpError> {
 }
 
 /// That no job and no overlay keeps the node as it is.
-pub(super) fn check_free(cell: &NodeCell) -> Result<(), QmpError> {
+fn check_free(cell: &NodeCell) -> Result<(), QmpError> {
     cell.check_not_blocked()?;
-    match cell.parents().iter().find(|e| e.role() == Role::Backing) {
-        Some(edge) => Err(QmpError::generic(format!(
-            "Node '{}' is busy: node is used as backing hd of '{}'",
-            cell.name(),
-            edge.parent_node().unwrap_or_default()
-        ))),
-        None => Ok(()),
-    }
+    Ok(jobs::snapshot::check_not_backing(cell)?)
 }
 
 /// Changes the length of a node.
