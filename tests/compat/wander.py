@@ -40,7 +40,10 @@ KNOWN = [
     ('.error: missing (want {"class": "GenericError", "desc": "Permission conflict on node', "who comes to a disk with a job goes through the job's filter"),
     ('want "backing file: json:', "the name of the file stands in the header"),
     ("got \"Compression is not supported", "which of two things that are wrong is told"),
+    ("got \"Cannot change the option 'driver'", "the same"),
     ("is busy: block device is in use by block job", "a chain that a job works on does not change"),
+    ("Job type does not support change", "an active commit has copy modes, too"),
+    ("got \"t -[backing]-> m perm= shared=", "an image without users asks its backing file for nothing"),
     ("Can't make bitmap", "an image open read-only does not take what it could not keep"),
 ]
 
