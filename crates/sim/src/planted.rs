@@ -79,6 +79,10 @@ const RULES: &[Rule] = &[
     Rule::HandOverResumes,
     Rule::PreimageNotDurable,
     Rule::DataNotFlushedBeforeCommit,
+    Rule::DataNotFlushedBeforeTrim,
+    Rule::MergeNotFlushed,
+    Rule::EmptiedOnRestart,
+    Rule::NoRecheck,
 ];
 
 /// Those that a crash at one certain moment of an operation shows.
