@@ -31,6 +31,8 @@ pub(crate) struct Shared {
     sink: Rc<dyn Sink>,
     jobs: RefCell<Vec<Rc<Job>>>,
     keeper: RefCell<Option<Rc<dyn JobKeeper>>>,
+    /// The daemon ends: work that is done from now on changes nothing any more.
+    closing: Cell<bool>,
 }
 
 impl Shared {
@@ -175,7 +177,7 @@ impl Registry {
     /// No jobs. Events go to `sink`.
     pub fn new(env: &Env, sink: Rc<dyn Sink>) -> Rc<Registry> {
         let (jobs, keeper) = (RefCell::default(), RefCell::default());
-        let shared = Rc::new(Shared { env: env.clone(), sink, jobs, keeper });
+        let shared = Rc::new(Shared { env: env.clone(), sink, jobs, keeper, closing: Cell::new(false) });
         Rc::new(Registry { env: env.clone(), shared, home: RefCell::default() })
     }
 
@@ -399,10 +401,13 @@ impl Registry {
         }
     }
 
-    /// For the end of the daemon: cancels jobs that have done their work and wait for their end. They hold clients' requests.
+    /// For the end of the daemon: cancels jobs that have done their work and wait for their end, and those that are about to: they
+    /// hold clients' requests. What comes to its end later changes nothing.
     pub async fn cancel_resting(&self) {
+        self.shared.closing.set(true);
         for job in self.list() {
-            if matches!(job.state(), State::Waiting | State::Pending) {
+            let completing = || job.state().is_live() && job.body().is_some_and(|b| b.is_completing());
+            if matches!(job.state(), State::Waiting | State::Pending) || completing() {
                 self.cancel_now(&job).await;
             }
         }
@@ -431,7 +436,7 @@ async fn drive(job: Rc<Job>) {
     drop(body);
     let group = job.group.borrow().clone();
     match outcome {
-        Some(Ok(())) if !job.cancelled.get() => {
+        Some(Ok(())) if !job.cancelled.get() && !job.shared.closing.get() => {
             // a pause that came after the last piece of work has nothing to hold back
             job.leave_rest();
             job.set_state(State::Waiting);
