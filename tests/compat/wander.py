@@ -44,6 +44,11 @@ KNOWN = [
     ("is busy: block device is in use by block job", "a chain that a job works on does not change"),
     ("Job type does not support change", "an active commit has copy modes, too"),
     ("got \"t -[backing]-> m perm= shared=", "an image without users asks its backing file for nothing"),
+    ('want {"image": ', "an image whose backing file is not the one that its header names shows its file name"),
+    (".image.filename.", "the same, inside another name"),
+    ("].file.", "the same"),
+    ("can't be a backing child of active", "no active disk is put above an inactive one"),
+    ("Image format driver does not support resize", "null-co can be resized"),
     ("Can't make bitmap", "an image open read-only does not take what it could not keep"),
 ]
 

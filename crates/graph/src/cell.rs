@@ -583,11 +583,12 @@ impl NodeCell {
     }
 
     pub(crate) async fn discard(&self, at: Span) -> Result<()> {
-        let _inside = if self.plain.get() { None } else { self.go_ahead(at).await? };
-        let _change = Change { cell: self, span: at };
         if !self.options.borrow().discard {
+            // nothing changes, so no bitmap marks it
             return Ok(());
         }
+        let _inside = if self.plain.get() { None } else { self.go_ahead(at).await? };
+        let _change = Change { cell: self, span: at };
         let inner = at.align_in(self.node.limits().request_alignment);
         if inner.is_empty() {
             return Ok(());

@@ -108,7 +108,7 @@ impl StreamArgs {
         let below = |node: &Rc<NodeCell>| node.id() != device.id() && walk::contains(&device, node);
         let mut base = match (&self.base.node, &self.base.file) {
             (Some(name), _) => {
-                let node = chain::find_device(graph, name)?;
+                let node = chain::find_node(graph, name)?;
                 if !below(&node) {
                     return Err(JobError::refused(format!(
                         "Node '{name}' is not a backing image of '{}'",
