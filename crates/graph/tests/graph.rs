@@ -242,12 +242,19 @@ fn unaligned_requests_are_reshaped_and_do_not_tear_each_other() {
 fn bitmaps_have_every_change_before_it_is_acknowledged() {
     run(|env| async move {
         let graph = Graph::new(&env);
-        let cell = add(&graph, "m", Memory::new(&env, 1 << 20, 1, 0)).await;
+        let options = NodeOptions { name: Some("m".into()), discard: true, ..NodeOptions::default() };
+        let cell = graph.add(options, Memory::new(&env, 1 << 20, 1, 0)).await.expect("a good name");
+        let ignoring = add(&graph, "i", Memory::new(&env, 1 << 20, 1, 0)).await;
         let edge = root(&graph, &cell, RW).await.expect("nobody else");
-        let bitmap = Rc::new(bitmap::DirtyBitmap::new(None, 1 << 20, 65536).expect("a good granularity"));
+        let new = || Rc::new(bitmap::DirtyBitmap::new(None, 1 << 20, 65536).expect("a good granularity"));
+        let (bitmap, none) = (new(), new());
         cell.add_bitmap(bitmap.clone());
+        ignoring.add_bitmap(none.clone());
         edge.write(70000, Data::copy_from(b"x"), ReqFlags::NONE).await.expect("inside");
         edge.discard(Span::new(200_000, 1)).await.expect("inside");
+        let other = root(&graph, &ignoring, RW).await.expect("nobody else");
+        other.discard(Span::new(200_000, 100_000)).await.expect("inside");
+        assert_eq!(none.bits().dirty_bytes(), 0, "a discard that is ignored changes nothing");
         assert_eq!(bitmap.bits().next_dirty(0), Some(65536));
         assert_eq!(bitmap.bits().dirty_bytes(), 2 * 65536);
         // a write whose future is dropped may land all the same
