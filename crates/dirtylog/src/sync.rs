@@ -8,9 +8,11 @@ use crate::DirtyLog;
 use crate::kept::{Kept, area_sectors};
 use crate::layout::{AREAS, Entry, Header, Kind, SECTOR, header_slot, sectors_for};
 use bitmap::{Bitmap, DirtyBitmap};
-use block::{Data, Result, Span};
+use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::bugs::planted;
+use env::sync::oneshot;
 use std::collections::BTreeSet;
+use std::future::Future;
 use std::rc::Rc;
 
 /// What is to be written for one bitmap.
@@ -29,8 +31,11 @@ impl DirtyLog {
     /// The file's; what does not fit. What is kept is what was kept before then, or all of the new, and it is tried again before
     /// the next write that needs a record.
     pub async fn sync(&self) -> Result<()> {
-        let _turn = self.turn.acquire(1).await;
-        self.sync_now(None).await
+        self.to_its_end(|log| async move {
+            let _turn = log.turn.acquire(1).await;
+            log.sync_now(None).await
+        })
+        .await
     }
 
     /// The disk has `len` bytes from now on, and the bitmaps in the list do. Nobody writes meanwhile.
@@ -38,13 +43,16 @@ impl DirtyLog {
     /// # Errors
     /// As [`DirtyLog::sync`].
     pub async fn resize(&self, len: u64) -> Result<()> {
-        let _turn = self.turn.acquire(1).await;
-        self.header.borrow_mut().len = len;
-        for set in self.sets.borrow().iter() {
-            set.resize(len)?;
-        }
-        self.uncertain.set(true);
-        self.sync_now(None).await
+        self.to_its_end(move |log| async move {
+            let _turn = log.turn.acquire(1).await;
+            log.header.borrow_mut().len = len;
+            for set in log.sets.borrow().iter() {
+                set.resize(len)?;
+            }
+            log.uncertain.set(true);
+            log.sync_now(None).await
+        })
+        .await
     }
 
     /// The end: nobody writes any more. Bitmaps are exact after; `witness` says what is known of the disk now.
@@ -52,16 +60,19 @@ impl DirtyLog {
     /// # Errors
     /// As [`DirtyLog::sync`]; what is in doubt stays in doubt then.
     pub async fn close(&self, witness: Vec<u8>) -> Result<()> {
-        let _turn = self.turn.acquire(1).await;
-        if self.closed.get() {
-            return Ok(());
-        }
-        let done = self.sync_now(Some(witness)).await;
-        if done.is_ok() {
-            self.closed.set(true);
-            self.kept.borrow().iter().for_each(|k| k.bitmap.on_edit(None));
-        }
-        done
+        self.to_its_end(move |log| async move {
+            let _turn = log.turn.acquire(1).await;
+            if log.closed.get() {
+                return Ok(());
+            }
+            let done = log.sync_now(Some(witness)).await;
+            if done.is_ok() {
+                log.closed.set(true);
+                log.kept.borrow().iter().for_each(|k| k.bitmap.on_edit(None));
+            }
+            done
+        })
+        .await
     }
 
     /// After [`DirtyLog::close`]: it is used again. Nobody writes meanwhile.
@@ -69,13 +80,30 @@ impl DirtyLog {
     /// # Errors
     /// As [`DirtyLog::sync`].
     pub async fn reopen(&self) -> Result<()> {
-        let _turn = self.turn.acquire(1).await;
-        if !self.closed.replace(false) {
-            return Ok(());
-        }
-        self.uncertain.set(true);
-        self.beat();
-        self.sync_now(None).await
+        self.to_its_end(|log| async move {
+            let _turn = log.turn.acquire(1).await;
+            if !log.closed.replace(false) {
+                return Ok(());
+            }
+            log.uncertain.set(true);
+            log.beat();
+            log.sync_now(None).await
+        })
+        .await
+    }
+
+    /// Does what writes to the file as a task of its own: whoever waits for it may go away (a job that is cancelled), but a write whose
+    /// future is dropped lands all the same, and it could land over the next one of its place.
+    pub(crate) async fn to_its_end<F>(&self, work: impl FnOnce(Rc<DirtyLog>) -> F) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + 'static,
+    {
+        let over = || BlockError::new(ErrorKind::Cancelled, "the log of changes is closed");
+        let Some(me) = self.me.upgrade() else { return Err(over()) };
+        let (done, told) = oneshot();
+        let work = work(me);
+        self.env.spawn("dirtylog write", async move { done.send(work.await) });
+        told.await.unwrap_or_else(|| Err(over()))
     }
 
     /// With a turn taken.

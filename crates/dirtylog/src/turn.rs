@@ -313,17 +313,20 @@ impl DirtyLog {
     /// # Errors
     /// The file's.
     pub async fn harden(&self, at: Span) -> Result<()> {
-        let _turn = self.turn.acquire(1).await;
-        self.settled().await?;
-        let writes = self.sectors(&[at]);
-        if writes.is_empty() {
-            return Ok(());
-        }
-        let written: Result<()> = async {
-            self.write_sectors(&writes).await?;
-            self.barrier().await
-        }
-        .await;
-        self.finish(&writes, written)
+        self.to_its_end(move |log| async move {
+            let _turn = log.turn.acquire(1).await;
+            log.settled().await?;
+            let writes = log.sectors(&[at]);
+            if writes.is_empty() {
+                return Ok(());
+            }
+            let written: Result<()> = async {
+                log.write_sectors(&writes).await?;
+                log.barrier().await
+            }
+            .await;
+            log.finish(&writes, written)
+        })
+        .await
     }
 }
