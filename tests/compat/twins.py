@@ -162,6 +162,12 @@ class Side:
         self.log.seek(0)
         return self.process.returncode, self.log.read()
 
+    def end(self):
+        """Ends it, with all that is left of it; the exit status and what was written to stderr."""
+        said = self.quit()
+        self.clear()
+        return said
+
     def clear(self):
         """Nothing is left of it."""
         if self.process.poll() is None:
