@@ -156,6 +156,15 @@ impl Host {
     }
 }
 
+/// Two hosts with a disk each: a primary, told `more` at its start, and its secondary, in sync.
+fn pair(engine: &str, more: &Value) -> (Host, Host) {
+    let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
+    s.secondary();
+    p.primary(&[&s], more);
+    p.until_running(1);
+    (p, s)
+}
+
 /// The whole way: a pair is set up, written to, brought to a checkpoint, written to again; the primary is killed; the secondary
 /// has the checkpoint, on two disks, and goes on.
 #[test]
@@ -206,10 +215,7 @@ fn the_primary_is_killed_and_the_secondary_has_the_checkpoint() {
 /// F2: the old primary does not know that another was promoted. Not one byte of it lands, and it serves nobody any more.
 #[test]
 fn a_primary_that_was_left_behind_is_fenced() {
-    let (mut p, mut s) = (Host::new("undo", 1), Host::new("undo", 1));
-    s.secondary();
-    p.primary(&[&s], &json!({}));
-    p.until_running(1);
+    let (mut p, mut s) = pair("undo", &json!({}));
     p.io(0, "write -P 1 0 64k").unwrap();
     p.checkpoint();
     s.c.command("replication-failover", json!({"group": "g"})).unwrap();
@@ -227,10 +233,7 @@ fn a_primary_that_was_left_behind_is_fenced() {
 #[test]
 fn a_killed_secondary_comes_back_at_its_checkpoint_and_catches_up() {
     for engine in ["redo", "undo"] {
-        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
-        s.secondary();
-        p.primary(&[&s], &json!({"write-level": "remote-durable"}));
-        p.until_running(1);
+        let (mut p, s) = pair(engine, &json!({"write-level": "remote-durable"}));
         p.io(0, "write -P 1 0 1M").unwrap();
         p.checkpoint();
         p.io(0, "write -P 2 256k 1M").unwrap();
@@ -252,10 +255,7 @@ fn a_killed_secondary_comes_back_at_its_checkpoint_and_catches_up() {
 /// F7: a frozen secondary. The guest waits no longer than the time-out; commands are answered meanwhile.
 #[test]
 fn a_frozen_secondary_does_not_freeze_the_guest() {
-    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
-    s.secondary();
-    p.primary(&[&s], &json!({"write-level": "remote-durable", "timeout-ms": 400}));
-    p.until_running(1);
+    let (mut p, s) = pair("redo", &json!({"write-level": "remote-durable", "timeout-ms": 400}));
     s.daemon.signal("STOP");
     p.io(0, "write -P 1 0 64k").unwrap();
     p.c.event("REPLICATION_DEGRADED");
@@ -268,10 +268,7 @@ fn a_frozen_secondary_does_not_freeze_the_guest() {
 /// F8: overlapping writes of several clients end as the same image on both sides.
 #[test]
 fn overlapping_writes_end_alike_on_both_sides() {
-    let (mut p, mut s) = (Host::new("undo", 1), Host::new("undo", 1));
-    s.secondary();
-    p.primary(&[&s], &json!({"write-level": "queued"}));
-    p.until_running(1);
+    let (mut p, s) = pair("undo", &json!({"write-level": "queued"}));
     for round in 0..4u32 {
         std::thread::scope(|scope| {
             for client in 0..4u32 {
@@ -304,10 +301,7 @@ fn overlapping_writes_end_alike_on_both_sides() {
 /// The primary is killed and comes back as itself: what it wrote shortly before is not forgotten (I8, the record of activity).
 #[test]
 fn a_killed_primary_comes_back_and_nothing_is_forgotten() {
-    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
-    s.secondary();
-    p.primary(&[&s], &json!({}));
-    p.until_running(1);
+    let (mut p, s) = pair("redo", &json!({}));
     p.checkpoint();
     p.io(0, "write -P 1 0 64k").unwrap();
     // killed before a checkpoint has it
@@ -380,10 +374,7 @@ fn what_was_written_between_a_failover_and_the_next_primary_reaches_the_other_se
 /// A disk that is given up for a secondary's has an old store beside it: nothing of that comes back after a crash.
 #[test]
 fn a_store_made_over_an_old_one_has_nothing_of_it() {
-    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
-    s.secondary();
-    p.primary(&[&s], &json!({}));
-    p.until_running(1);
+    let (mut p, mut s) = pair("redo", &json!({}));
     for n in 1..9 {
         p.io(0, &format!("write -P {n} 0 1M")).unwrap();
         p.checkpoint();

@@ -61,10 +61,7 @@ fn a_manager_decides_about_checkpoints() {
 #[test]
 fn a_manager_decides_at_the_secondary() {
     for engine in ["redo", "undo"] {
-        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
-        s.secondary();
-        p.primary(&[&s], &json!({}));
-        p.until_running(1);
+        let (mut p, mut s) = pair(engine, &json!({}));
         p.io(0, "write -P 1 0 64k").unwrap();
         let first = p.c.command("replication-prepare-checkpoint", json!({"group": "g"})).unwrap();
         s.c.command("replication-commit", json!({"group": "g", "epoch": first["epoch"]})).unwrap();
@@ -101,10 +98,7 @@ fn a_manager_decides_at_the_secondary() {
 #[test]
 fn a_manager_that_dies_comes_back_and_asks_again() {
     for engine in ["redo", "undo"] {
-        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
-        s.secondary();
-        p.primary(&[&s], &json!({}));
-        p.until_running(1);
+        let (mut p, s) = pair(engine, &json!({}));
         p.io(0, "write -P 1 0 64k").unwrap();
         p.checkpoint();
         p.c.command("replication-set", json!({"group": "g", "decision": "external"})).unwrap();
@@ -204,10 +198,7 @@ fn a_failover_goes_back_to_an_older_checkpoint() {
 #[test]
 fn a_failover_is_tried_on_a_clone() {
     for engine in ["redo", "undo"] {
-        let (mut p, mut s) = (Host::new(engine, 1), Host::new(engine, 1));
-        s.secondary();
-        p.primary(&[&s], &json!({}));
-        p.until_running(1);
+        let (mut p, mut s) = pair(engine, &json!({}));
         p.io(0, "write -P 1 0 1M").unwrap();
         let epoch = p.checkpoint();
         let before = std::fs::read_dir(&s.dir.0).unwrap().count();

@@ -49,10 +49,7 @@ fn a_peer_of_another_version_is_named() {
 /// A replicated disk keeps its length, also where it is asked for by the name of the disk below; nothing has happened then.
 #[test]
 fn a_replicated_disk_is_not_resized() {
-    let (mut p, mut s) = (Host::new("redo", 1), Host::new("redo", 1));
-    s.secondary();
-    p.primary(&[&s], &json!({}));
-    p.until_running(1);
+    let (mut p, mut s) = pair("redo", &json!({}));
     for side in [&mut p, &mut s] {
         for node in ["f0", "d0"] {
             let e = side.c.command("block_resize", json!({"node-name": node, "size": 32 << 20})).unwrap_err();
