@@ -77,6 +77,9 @@ fn summary(group: &Value) -> String {
             };
             let state = match group["state"].as_str() {
                 Some("fenced") => "FENCED: the other side has taken over; this one serves nobody".to_owned(),
+                Some("connecting") => {
+                    "ASKING the other side whether it has taken over; requests wait".to_owned()
+                }
                 Some("degraded") if peers(group).is_empty() => "no secondary was named".to_owned(),
                 Some("degraded") => "ALONE: what is written now is on this side only".to_owned(),
                 Some("suspended") => "STOPPED: writes wait for the secondary, or fail".to_owned(),

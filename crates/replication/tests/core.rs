@@ -799,3 +799,50 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
     assert_eq!(blocks(Some((History::begin(Generation(7)), Epoch(0))), its()), all, "unrelated");
     assert_eq!(blocks(None, its()), all);
 }
+
+/// I7, L9: two owners of a group meet, and each decides alone. Whatever their paths: who was succeeded is fenced, whichever of the two came
+/// to the other; of two that were both promoted neither is; nobody is by somebody else's image.
+#[test]
+fn owners_that_meet_agree_who_was_left_behind() {
+    use replication::primary::Output;
+    use replication::wire::{Hello, Reject};
+    let group = GroupId::of_name("model");
+    let at = |parts: &[(u64, u64)]| {
+        let mut parts: Vec<_> = parts.iter().map(|(g, e)| (Generation(*g), Epoch(*e))).collect();
+        let now = parts.pop();
+        History::from_parts(parts, now).unwrap()
+    };
+    let owner = |h: &History| {
+        let dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], h.epoch());
+        Primary::new(group, volumes(), h.clone(), h.epoch(), dirty, config())
+    };
+    // what the first does when the second comes
+    let meets = |a: &History, b: &History| {
+        let (mut p, mut out) = (owner(a), Vec::new());
+        let (why, _) = p.meet(&Hello { group, history: b.clone(), volumes: volumes() }, &mut out);
+        let split = out.iter().any(|o| matches!(o, Output::Event(primary::Event::SplitBrain { .. })));
+        assert_eq!(split, why == Reject::SplitBrain);
+        (p.fenced(), why)
+    };
+    let old = at(&[(1, 7)]);
+    // promoted at its checkpoint, at an older one, at one that its record does not name yet, and once more since
+    for new in [&[(1, 7), (9, 8)][..], &[(1, 5), (9, 5)], &[(1, 8), (9, 8)], &[(1, 7), (5, 9), (9, 9)]] {
+        let new = at(new);
+        assert_eq!(meets(&old, &new), (Some(Generation(9)), Reject::Busy), "{new:?}");
+        assert_eq!(meets(&new, &old), (None, Reject::Fenced(Generation(9))), "{new:?}");
+    }
+    let (a, b) = (at(&[(1, 7), (9, 8)]), at(&[(1, 7), (10, 9)]));
+    assert_eq!(meets(&a, &b), (None, Reject::SplitBrain));
+    assert_eq!(meets(&b, &a), (None, Reject::SplitBrain));
+    assert_eq!(meets(&old, &old), (None, Reject::Busy));
+    assert_eq!(meets(&old, &at(&[(2, 7), (9, 8)])), (None, Reject::Unrelated));
+    let (mut p, mut out) = (owner(&old), Vec::new());
+    let stranger = Hello { group: GroupId::of_name("other"), history: a.clone(), volumes: volumes() };
+    assert_eq!(p.meet(&stranger, &mut out).0, Reject::WrongGroup);
+    // while it hands over, only who took over at exactly this checkpoint is the answer
+    p.hands_over(true);
+    let stray = Hello { group, history: at(&[(1, 5), (9, 5)]), volumes: volumes() };
+    assert_eq!((p.meet(&stray, &mut out).0, p.fenced()), (Reject::Busy, None));
+    p.meet(&Hello { group, history: a, volumes: volumes() }, &mut out);
+    assert_eq!(p.fenced(), Some(Generation(9)));
+}

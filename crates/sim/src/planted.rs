@@ -61,6 +61,8 @@ pub const REPLICATED: &[&str] = &[
 pub const TURNING: &[&str] = &[
     "replication: two call one peer",
     "replication: nobody is at the door",
+    "replication: owners do not compare their paths",
+    "replication: who comes back serves at once",
     "replication: guests wait for a store that is full",
     "replication: who handed over never writes again",
     "replication: histories are not compared",

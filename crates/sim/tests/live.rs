@@ -14,6 +14,15 @@ fn clean(report: &Report) {
     assert_eq!(report.counts.get(sim::HELD), None, "memory that is not given back");
 }
 
+/// So many seeds of a scenario, some of them twice.
+fn share(scenario: Scenario, seeds: u64) -> Report {
+    let start = start();
+    let report =
+        run(scenario, start..start + seeds, &Options { jobs: 2, twice_every: 10, ..Options::default() });
+    clean(&report);
+    report
+}
+
 fn start() -> u64 {
     let start = std::env::var("SIM_START").ok().and_then(|s| s.parse().ok()).unwrap_or(0);
     println!("SIM_START={start}");
@@ -22,12 +31,7 @@ fn start() -> u64 {
 
 #[test]
 fn a_disk_served_survives_kills_and_power_losses() {
-    let report = run(
-        live::served,
-        start()..start() + SHARE,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(live::served, SHARE);
     for what in ["kills", "power losses", "images checked"] {
         assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
     }
@@ -35,12 +39,7 @@ fn a_disk_served_survives_kills_and_power_losses() {
 
 #[test]
 fn a_mirror_is_never_wrong() {
-    let report = run(
-        live::whole_daemon,
-        start()..start() + SHARE,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(live::whole_daemon, SHARE);
     for what in ["completed", "cancelled softly", "ready", "kills", "power losses", "synced writes checked"] {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
     }
@@ -48,12 +47,7 @@ fn a_mirror_is_never_wrong() {
 
 #[test]
 fn a_daemon_with_a_state_directory_comes_back_from_any_death() {
-    let report = run(
-        again::again,
-        start()..start() + SHARE / 3,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(again::again, SHARE / 3);
     let all =
         ["kills", "power losses", "quits", "pivots", "copies checked", "snapshots", "mirrors that go on"];
     for what in all.into_iter().chain(["jobs begun anew", "disks checked", "links cut", "far power losses"]) {
@@ -81,12 +75,7 @@ fn wherever_an_operation_on_a_chain_crashes_it_is_finished_or_was_never_begun() 
 
 #[test]
 fn two_and_three_hosts_that_replicate_are_at_a_checkpoint_whatever_happens() {
-    let report = run(
-        replica::replica,
-        start()..start() + SHARE,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(replica::replica, SHARE);
     let wanted =
         ["checkpoints", "views checked", "failovers", "crashes while merging", "old primaries fenced"];
     for what in
@@ -98,15 +87,11 @@ fn two_and_three_hosts_that_replicate_are_at_a_checkpoint_whatever_happens() {
 
 #[test]
 fn hosts_that_change_sides_lose_nothing_and_copy_only_what_differs() {
-    let report = run(
-        replica::turns,
-        start()..start() + SHARE,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(replica::turns, SHARE);
     let wanted = ["switchovers", "switchovers disturbed", "switchovers that did not happen", "failovers"];
     let wanted = wanted.into_iter().chain(["failovers to kept checkpoints", "former owners that follow"]);
     let wanted = wanted.chain(["split brains", "clones checked", "verifications", "disks that rotted"]);
+    let wanted = wanted.chain(["former primaries that come back as primary"]);
     for what in wanted.chain(["managers that died", "managers that came back", "views checked"]) {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
     }
@@ -114,12 +99,7 @@ fn hosts_that_change_sides_lose_nothing_and_copy_only_what_differs() {
 
 #[test]
 fn a_mirror_over_a_bad_link_is_never_wrong() {
-    let report = run(
-        live::link,
-        start()..start() + SHARE,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(live::link, SHARE);
     for what in ["completed", "links cut", "far power losses", "completed after far power losses", "restarts"]
     {
         assert!(report.counts.get(what).is_some_and(|n| *n > 5), "{what}: a run without them proves little");
@@ -128,12 +108,7 @@ fn a_mirror_over_a_bad_link_is_never_wrong() {
 
 #[test]
 fn no_job_on_a_chain_changes_what_the_guest_reads() {
-    let report = run(
-        chain::chain,
-        start()..start() + SHARE,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(chain::chain, SHARE);
     let wanted = ["snapshots", "commits below", "commits of the active image", "streams", "full backups"];
     for what in wanted.into_iter().chain(["incremental backups", "cancelled", "kills", "power losses"]) {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
@@ -142,12 +117,7 @@ fn no_job_on_a_chain_changes_what_the_guest_reads() {
 
 #[test]
 fn a_backup_over_a_link_that_is_cut_is_the_disk_at_one_instant() {
-    let report = run(
-        chain::remote,
-        start()..start() + SHARE / 2,
-        &Options { jobs: 2, twice_every: 10, ..Options::default() },
-    );
-    clean(&report);
+    let report = share(chain::remote, SHARE / 2);
     for what in ["links cut", "full backups", "incremental backups", "kills", "power losses"] {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
     }
@@ -155,10 +125,8 @@ fn a_backup_over_a_link_that_is_cut_is_the_disk_at_one_instant() {
 
 #[test]
 fn what_a_slow_disk_does_late_changes_nothing_that_came_after() {
-    for (scenario, share) in [(chain::slow as Scenario, SHARE / 2), (chain::elsewhere, SHARE)] {
-        let options = Options { jobs: 2, twice_every: 10, ..Options::default() };
-        let report = run(scenario, start()..start() + share, &options);
-        clean(&report);
+    for (scenario, seeds) in [(chain::slow as Scenario, SHARE / 2), (chain::elsewhere, SHARE)] {
+        let report = share(scenario, seeds);
         for what in ["commits of the active image", "cancelled", "kills", "power losses"] {
             assert!(
                 report.counts.get(what).is_some_and(|n| *n > 2),

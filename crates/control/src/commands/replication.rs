@@ -363,11 +363,15 @@ impl Command for Start {
         if self.role == "primary" {
             let timeout = timeout(self.timeout_ms)?;
             let (config, every) = (self.config()?, interval(self.checkpoint_interval_ms)?);
-            group.start_primary(config, timeout).await?;
+            let listen = self.listen.map(|l| l.read()).transpose()?;
+            group.start_primary(config, timeout, listen.as_ref()).await?;
             if let Acting::Primary(primary) = group.acting() {
                 primary.set_interval(every);
             }
-            return Ok(json!({}));
+            return Ok(match group.listening() {
+                Some(address) => json!({"address": address.to_string()}),
+                None => json!({}),
+            });
         }
         let demote = self.demote.unwrap_or(false);
         let Some(listen) = self.listen else {
@@ -603,6 +607,7 @@ fn primary(p: &PrimaryGroup, out: &mut Map<String, Value>) {
     put("stage", json!(if p.look(Primary::fenced).is_some() { "done" } else { "running" }));
     let state = p.look(|c| match (c.fenced(), c.degraded(), c.config().policy) {
         (Some(_), ..) => "fenced",
+        _ if p.is_uncertain() => "connecting",
         (None, false, _) => "running",
         (None, true, LinkPolicy::Degrade) => "degraded",
         (None, true, _) => "suspended",

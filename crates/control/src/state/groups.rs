@@ -55,6 +55,7 @@ fn describe(daemon: &Daemon, group: &Group) -> Value {
                 "on-link-loss": c.policy.name(), "external": c.external_decision,
                 "timeout-ms": millis(p.timeout()), "interval-ms": p.interval().map_or(0, millis),
                 "fenced": p.look(Primary::fenced).map_or(0, |g| g.0),
+                "listen": group.listening().map(|a| absolute(daemon, &a)),
             });
         }
         Acting::Secondary(s) => {
@@ -111,6 +112,7 @@ struct SavedPrimary {
     timeout_ms: u64,
     interval_ms: u64,
     fenced: u64,
+    listen: Option<SocketAddress>,
 }
 
 #[derive(Deserialize)]
@@ -156,7 +158,7 @@ impl Daemon {
             }
         };
         let outcome = match (saved.primary, saved.secondary) {
-            (Some(p), _) => begin_primary(&group, &p).await,
+            (Some(p), _) => self.begin_primary(&group, p).await,
             (None, Some(s)) => self.begin_secondary(&group, s).await,
             (None, None) => Ok(()),
         };
@@ -182,27 +184,32 @@ impl Daemon {
         }
         Ok(())
     }
-}
 
-async fn begin_primary(group: &Rc<Group>, p: &SavedPrimary) -> Result<(), QmpError> {
-    let level = |name: &str| {
-        AckLevel::from_name(name)
-            .ok_or_else(|| QmpError::generic(format!("its record names the level '{name}'")))
-    };
-    let policy = LinkPolicy::from_name(&p.on_link_loss).unwrap_or_default();
-    let config = Config {
-        write_level: level(&p.write_level)?,
-        flush_level: level(&p.flush_level)?,
-        quorum: Quorum::Any(p.min_acks),
-        policy,
-        external_decision: p.external,
-    };
-    group.start_primary(config, Duration::from_millis(p.timeout_ms.max(10))).await?;
-    if let Acting::Primary(primary) = group.acting() {
-        primary.set_interval(Some(p.interval_ms).filter(|ms| *ms > 0).map(Duration::from_millis));
-        if p.fenced > 0 {
-            primary.fence(Generation(p.fenced));
+    async fn begin_primary(self: &Rc<Self>, group: &Rc<Group>, p: SavedPrimary) -> Result<(), QmpError> {
+        let level = |name: &str| {
+            AckLevel::from_name(name)
+                .ok_or_else(|| QmpError::generic(format!("its record names the level '{name}'")))
+        };
+        let policy = LinkPolicy::from_name(&p.on_link_loss).unwrap_or_default();
+        let config = Config {
+            write_level: level(&p.write_level)?,
+            flush_level: level(&p.flush_level)?,
+            quorum: Quorum::Any(p.min_acks),
+            policy,
+            external_decision: p.external,
+        };
+        let (timeout, listen) = (Duration::from_millis(p.timeout_ms.max(10)), p.listen);
+        let listen = listen.map(|l| l.read()).transpose()?;
+        let begin = async || {
+            group.start_primary(config.clone(), timeout, listen.as_ref()).await.map_err(QmpError::from)
+        };
+        self.while_held(begin).await?;
+        if let Acting::Primary(primary) = group.acting() {
+            primary.set_interval(Some(p.interval_ms).filter(|ms| *ms > 0).map(Duration::from_millis));
+            if p.fenced > 0 {
+                primary.fence(Generation(p.fenced));
+            }
         }
+        Ok(())
     }
-    Ok(())
 }

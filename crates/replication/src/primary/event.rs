@@ -88,8 +88,13 @@ pub enum Event {
     Fenced {
         by: Generation,
     },
+    /// An owner that was left behind came, and was told so.
+    LeftBehind {
+        generation: Generation,
+    },
+    /// Without a peer: one that came by itself.
     SplitBrain {
-        peer: usize,
+        peer: Option<usize>,
     },
     BufferThreshold {
         peer: usize,

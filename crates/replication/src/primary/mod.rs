@@ -15,6 +15,7 @@
 mod event;
 mod hand_over;
 mod marks;
+mod owners;
 mod peer;
 mod settings;
 
@@ -368,7 +369,9 @@ impl Primary {
             Body::Reject { why, text } => {
                 match why {
                     Reject::Fenced(by) => self.fence(*by, out),
-                    Reject::SplitBrain => out.push(Output::Event(Event::SplitBrain { peer })),
+                    Reject::SplitBrain => {
+                        out.push(Output::Event(Event::SplitBrain { peer: Some(peer) }));
+                    }
                     _ => {}
                 }
                 if *why != Reject::Busy {

@@ -1,12 +1,13 @@
 //! What a primary must not forget in a crash: which parts of its disks may differ from some secondary's checkpoint, which epoch numbers
-//! may have been used, and where its image comes from.
+//! may have been used, where its image comes from, who has fenced it, and where another owner finds it.
 //!
 //! A file of two slots, written in turn. What must stay true (I8): an extent is durably marked before the first write to it since all
 //! peers committed; a slot that was torn leaves the one before it.
 
 use crate::digest::Digest;
 use crate::history::History;
-use crate::types::{Epoch, GroupId};
+use crate::types::{Epoch, Generation, GroupId};
+use crate::wire::MAX_TEXT;
 use bitmap::Bitmap;
 use block::{BlockError, Data, Result, Span};
 use env::sync::Semaphore;
@@ -16,7 +17,9 @@ use std::rc::Rc;
 /// Bytes that one mark stands for. A crash of the primary costs sending so much for each place written to.
 pub(crate) const EXTENT: u64 = 4 << 20;
 const SLOT: u64 = 1 << 20;
-const MAGIC: u64 = u64::from_le_bytes(*b"lbActiv1");
+const MAGIC: u64 = u64::from_le_bytes(*b"lbActiv2");
+/// Slots of the time before a primary listened: without the last parts.
+const MAGIC_1: u64 = u64::from_le_bytes(*b"lbActiv1");
 /// Runs of marks in a slot; beyond that everything counts as marked.
 const MAX_RUNS: usize = 40_000;
 
@@ -28,6 +31,9 @@ struct Slot {
     history: History,
     /// `None`: everything.
     runs: Option<Vec<(u64, Span)>>,
+    /// 0: nobody.
+    fenced: Generation,
+    place: String,
 }
 
 impl Slot {
@@ -44,6 +50,10 @@ impl Slot {
                 runs.iter().for_each(|(v, s)| words.extend([*v, s.start, s.len]));
             }
         }
+        words.extend([self.fenced.0, self.place.len() as u64]);
+        let mut place = self.place.clone().into_bytes();
+        place.resize(place.len().next_multiple_of(8), 0);
+        words.extend(place.as_chunks::<8>().0.iter().map(|c| u64::from_le_bytes(*c)));
         let mut bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         bytes.extend_from_slice(&u64::from(crc32c::crc32c(&bytes)).to_le_bytes());
         Data::from(bytes)
@@ -55,13 +65,22 @@ impl Slot {
         let runs_at = 7usize.checked_add(history_words)?;
         let count = *words.get(runs_at)?;
         let n = if count == u64::MAX { 0 } else { usize::try_from(count).ok().filter(|n| *n <= MAX_RUNS)? };
-        let end = runs_at + 1 + 3 * n;
-        if *words.first()? != MAGIC || u64::from(crc32c::crc32c(bytes.get(..end * 8)?)) != *words.get(end)? {
+        let runs_end = runs_at + 1 + 3 * n;
+        let (place_len, end) = match *words.first()? {
+            MAGIC_1 => (0, runs_end),
+            MAGIC => {
+                let len = usize::try_from(*words.get(runs_end + 1)?).ok().filter(|n| *n <= MAX_TEXT)?;
+                (len, runs_end + 2 + len.div_ceil(8))
+            }
+            _ => return None,
+        };
+        if u64::from(crc32c::crc32c(bytes.get(..end * 8)?)) != *words.get(end)? {
             return None;
         }
         let mut group = [0; 16];
         group.copy_from_slice(bytes.get(32..48)?);
-        let runs = words.get(runs_at + 1..end)?.as_chunks::<3>().0.iter();
+        let place = bytes.get((runs_end + 2) * 8..).and_then(|b| b.get(..place_len)).unwrap_or_default();
+        let runs = words.get(runs_at + 1..runs_end)?.as_chunks::<3>().0.iter();
         let runs: Option<Vec<_>> = runs.map(|r| Some((r[0], Span::checked(r[1], r[2])?))).collect();
         Some(Slot {
             sequence: words[1],
@@ -70,6 +89,8 @@ impl Slot {
             used: Epoch(words[3]),
             history: crate::store::parse_history(bytes.get(56..runs_at * 8)?)?.0,
             runs: if count == u64::MAX { None } else { Some(runs?) },
+            fenced: Generation(if end > runs_end { words[runs_end] } else { 0 }),
+            place: String::from_utf8_lossy(place).into_owned(),
         })
     }
 }
@@ -83,6 +104,8 @@ pub struct Activity {
     floor: Cell<Epoch>,
     used: Cell<Epoch>,
     history: RefCell<History>,
+    fenced: Cell<Generation>,
+    place: RefCell<String>,
     sequence: Cell<u64>,
     turn: Semaphore,
 }
@@ -122,6 +145,8 @@ impl Activity {
             floor: Cell::new(history.epoch()),
             used: Cell::new(history.epoch()),
             history: RefCell::new(history),
+            fenced: Cell::new(Generation(0)),
+            place: RefCell::default(),
             sequence: Cell::new(0),
             turn: Semaphore::new(1),
         };
@@ -170,6 +195,8 @@ impl Activity {
             floor: Cell::new(slot.floor),
             used: Cell::new(slot.used),
             history: RefCell::new(slot.history),
+            fenced: Cell::new(slot.fenced),
+            place: RefCell::new(slot.place),
             sequence: Cell::new(slot.sequence),
             turn: Semaphore::new(1),
         })))
@@ -188,6 +215,37 @@ impl Activity {
     /// Where the image came from when this was last written.
     pub fn history(&self) -> History {
         self.history.borrow().clone()
+    }
+
+    /// Who has fenced this owner, if anybody has.
+    pub fn fenced(&self) -> Option<Generation> {
+        Some(self.fenced.get()).filter(|g| g.0 > 0)
+    }
+
+    /// This owner was fenced, and stays it across restarts.
+    ///
+    /// # Errors
+    /// Of the file.
+    pub async fn fence(&self, by: Generation) -> Result<()> {
+        self.fenced.set(by);
+        self.persist().await
+    }
+
+    /// Where another owner finds this one, if it listens.
+    pub fn place(&self) -> Option<String> {
+        Some(self.place.borrow().clone()).filter(|p| !p.is_empty())
+    }
+
+    /// It listens there from now on.
+    ///
+    /// # Errors
+    /// Of the file.
+    pub async fn found_at(&self, place: &str) -> Result<()> {
+        if place.len() > MAX_TEXT || *self.place.borrow() == place {
+            return Ok(());
+        }
+        place.clone_into(&mut self.place.borrow_mut());
+        self.persist().await
     }
 
     /// What may differ: (volume, range).
@@ -271,6 +329,8 @@ impl Activity {
             floor: self.floor.get(),
             used: self.used.get(),
             history: self.history(),
+            fenced: self.fenced.get(),
+            place: self.place.borrow().clone(),
             runs: (runs.len() <= MAX_RUNS).then_some(runs),
         };
         self.file.write(sequence % 2 * SLOT, slot.encode()).await?;

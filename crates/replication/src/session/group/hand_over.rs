@@ -4,16 +4,15 @@
 //! lost, and at no time do both sides serve writers; the former primary is a secondary at exactly the checkpoint at which
 //! it handed over, so that nothing has to be copied.
 
-use super::{Acting, Group, refused};
+use super::{Acting, Group, address_of, refused};
 use crate::ack::Quorum;
 use crate::primary::Config;
-use crate::session::door::Door;
 use crate::session::{PrimaryGroup, SecondaryGroup};
 use crate::types::{Epoch, Generation};
 use crate::wire::HandOver;
 use block::{BlockError, ErrorKind, Result};
 use env::sync::Queue;
-use env::{Address, Listener};
+use env::{Address, Listener, TaskHandle};
 use graph::Quiesced;
 use std::rc::Rc;
 use std::time::Duration;
@@ -57,7 +56,7 @@ impl Group {
         let env = self.graph.env().clone();
         let began = env.now();
         // before anything is given up
-        let listener = env.listen(listen).await?;
+        let listener = self.listen(listen).await?;
         let still = env.timeout(limit, self.graph.freeze(&self.cells())).await;
         let still = still.ok_or_else(|| refused("requests under way do not end"))?;
         let config = primary.look(|c| c.config().clone());
@@ -96,14 +95,12 @@ impl Group {
         still: Quiesced,
         limit: Duration,
     ) -> Result<(Epoch, Generation, Address)> {
-        let door = Door {
-            env: self.graph.env().clone(),
-            listener: listener.clone(),
-            accept: self.new.secure.accept.clone(),
-            group: self.group,
-            history: primary.look(|c| c.history().clone()),
-        };
-        let generation = primary.hand_over(peer, hand, limit, door).await?;
+        // whoever took over comes to where this side will listen
+        let elsewhere = !self.is_porch(&listener);
+        let door = elsewhere.then(|| primary.stand_at(self.door(&listener)));
+        let generation = primary.hand_over(peer, hand, limit).await.inspect_err(|_| {
+            door.iter().for_each(TaskHandle::cancel);
+        })?;
         let history = primary.look(|c| c.history().clone());
         primary.stop();
         // The disks are this checkpoint, flushed. A crash before the store says so leaves a primary that was overtaken.
@@ -114,9 +111,8 @@ impl Group {
         secondary.protect(self.new.secure.accept.clone());
         secondary.refuse_own_writes(HANDED_OVER);
         let address = listener.address();
-        secondary.serve(listener);
         self.peers.borrow_mut().clear();
-        self.follow(&secondary, address.clone()).await;
+        self.follow(&secondary, listener).await;
         drop(still);
         Ok((history.epoch(), generation, address))
     }
@@ -130,15 +126,9 @@ impl Group {
             policy: hand.policy,
             external_decision: false,
         };
-        let address = match hand.address.rsplit_once(':') {
-            Some((host, port)) if !hand.address.starts_with('/') => {
-                port.parse().map(|port| Address::tcp(host, port)).map_err(|_| BlockError::invalid("no port"))
-            }
-            _ => Ok(Address::Unix(hand.address.clone().into())),
-        };
         let begun = async {
-            *self.peers.borrow_mut() = vec![(hand.name.clone(), address?)];
-            self.start_primary(config, Duration::from_millis(hand.timeout_ms.max(10))).await
+            *self.peers.borrow_mut() = vec![(hand.name.clone(), address_of(&hand.address)?)];
+            self.start_primary(config, Duration::from_millis(hand.timeout_ms.max(10)), None).await
         };
         let begun = begun.await;
         if let (Ok(()), Acting::Primary(primary)) = (&begun, self.acting()) {

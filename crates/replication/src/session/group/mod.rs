@@ -11,6 +11,7 @@ pub use test::Test;
 
 use super::Tell;
 use super::activity::Activity;
+use super::door::Door;
 use super::former::Former;
 use super::front::{Front, Mode};
 use super::primary::PrimaryGroup;
@@ -82,9 +83,20 @@ pub struct Group {
     fronts: Vec<(Rc<Front>, Rc<NodeCell>)>,
     acting: RefCell<Acting>,
     peers: RefCell<Vec<(String, Address)>>,
-    listening: RefCell<Option<Address>>,
+    /// Where others come to: primaries to a secondary, other owners to a primary. As it was asked for, and what it became.
+    porch: RefCell<Option<(Address, Rc<dyn Listener>)>>,
     closed: RefCell<Option<String>>,
     tell: Tell,
+}
+
+/// What [`Address`] shows, read again: a path with a slash in front, or `host:port`.
+fn address_of(text: &str) -> Result<Address> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !text.starts_with('/') => {
+            port.parse().map(|port| Address::tcp(host, port)).map_err(|_| BlockError::invalid("no port"))
+        }
+        _ => Ok(Address::Unix(text.into())),
+    }
 }
 
 fn refused(why: impl Into<String>) -> BlockError {
@@ -141,7 +153,7 @@ impl Group {
             fronts,
             acting: RefCell::new(Acting::Unprotected),
             peers: RefCell::default(),
-            listening: RefCell::default(),
+            porch: RefCell::default(),
             closed: RefCell::default(),
             tell,
         }))
@@ -198,9 +210,27 @@ impl Group {
         self.acting.borrow().clone()
     }
 
-    /// Where primaries may connect, while it is a secondary.
+    /// Where others may connect: primaries to a secondary, other owners to a primary.
     pub fn listening(&self) -> Option<Address> {
-        self.listening.borrow().clone()
+        self.porch.borrow().as_ref().map(|p| p.1.address())
+    }
+
+    /// Listens there, unless this side does so already.
+    async fn listen(&self, at: &Address) -> Result<Rc<dyn Listener>> {
+        let there = self.porch.borrow().as_ref().filter(|p| p.0 == *at || p.1.address() == *at).cloned();
+        match there {
+            Some((_, listener)) => Ok(listener),
+            None => self.graph.env().listen(at).await,
+        }
+    }
+
+    fn is_porch(&self, listener: &Rc<dyn Listener>) -> bool {
+        self.porch.borrow().as_ref().is_some_and(|p| Rc::ptr_eq(&p.1, listener))
+    }
+
+    fn door(&self, listener: &Rc<dyn Listener>) -> Door {
+        let accept = self.new.secure.accept.clone();
+        Door { env: self.graph.env().clone(), listener: listener.clone(), accept }
     }
 
     /// Nothing is served as long as the group has no role, for this reason: it could not be given back the one it had.
@@ -227,10 +257,9 @@ impl Group {
                 Acting::Secondary(s) => Mode::Secondary(s.clone()),
             });
         }
-        if !matches!(acting, Acting::Secondary(_)) {
-            self.listening.take();
-        }
-        if !matches!(acting, Acting::Unprotected) {
+        if matches!(acting, Acting::Unprotected) {
+            self.porch.take();
+        } else {
             self.fronts.iter().for_each(|(front, _)| front.begin_tracking());
             self.close_with(None);
         }
@@ -299,12 +328,19 @@ impl Group {
         self.fronts.iter().map(|(f, _)| Rc::new(EdgeVolume(f.disk().clone())) as Rc<dyn Volume>).collect()
     }
 
-    /// Begins as primary.
+    /// Begins as primary. Other owners of the group find it at `listen`; where that is not said, at the place at which it listens as a
+    /// secondary, or its record says that it did. One that comes back asks its peers first whether it was succeeded: see
+    /// [`PrimaryGroup::ask_first`].
     ///
     /// # Errors
     /// The group has a role (a secondary that has taken over may become one); the disks are a secondary's that has not taken
-    /// over; of the files.
-    pub async fn start_primary(&self, config: Config, timeout: Duration) -> Result<()> {
+    /// over; of the files; the address cannot be used.
+    pub async fn start_primary(
+        &self,
+        config: Config,
+        timeout: Duration,
+        listen: Option<&Address>,
+    ) -> Result<()> {
         let from = match self.acting() {
             Acting::Secondary(s) if s.stage() == Stage::Done => Some(s),
             _ => {
@@ -313,6 +349,11 @@ impl Group {
             }
         };
         let env = self.graph.env().clone();
+        // before anything is given up
+        let asked_for = match listen {
+            Some(at) => Some((at.clone(), self.listen(at).await?)),
+            None => None,
+        };
         let disks: Vec<_> = self.fronts.iter().map(|(f, _)| f.disk().clone()).collect();
         let lens: Vec<u64> = disks.iter().map(|d| d.len()).collect();
         // What is under way ends first: it would be written behind the back of a catch-up.
@@ -329,6 +370,8 @@ impl Group {
         };
         let known =
             known.filter(|a| followed.as_ref().is_none_or(|h| h.generation() <= a.history().generation()));
+        // In this process it has served since its promotion, and whoever came was told.
+        let comes_back = from.is_none() && (known.is_some() || followed.is_some());
         let activity = match known {
             Some(known) => {
                 if self.fronts.iter().any(|(f, _)| f.is_untracked()) {
@@ -349,15 +392,52 @@ impl Group {
             }
         };
         let tell = self.tell.clone();
-        let primary = PrimaryGroup::new(&env, self.group, disks, activity, config, timeout, tell)?;
+        let (fenced, place) = (activity.fenced(), activity.place());
+        let primary = PrimaryGroup::new(&env, self.group, disks, activity.clone(), config, timeout, tell)?;
         primary.protect(self.new.secure.connect.clone());
         if let Some(s) = from {
             s.stop();
         }
+        if let Some(by) = fenced {
+            primary.fence(by);
+        }
         // From here on every change is remembered, whether or not anybody is there.
         self.act(Acting::Primary(primary.clone()));
+        if asked_for.is_some() {
+            *self.porch.borrow_mut() = asked_for;
+        } else if let Some(at) = place.filter(|_| self.listening().is_none()) {
+            self.listen_again(&at).await;
+        }
+        let porch = self.porch.borrow().as_ref().map(|p| p.1.clone());
+        if let Some(listener) = porch {
+            primary.stand_at(self.door(&listener));
+            activity.found_at(&listener.address().to_string()).await?;
+        }
         self.peers.borrow().iter().for_each(|(name, address)| primary.add_peer(name, address.clone()));
+        if comes_back {
+            primary.ask_first();
+        }
         Ok(())
+    }
+
+    /// Where it listened in an earlier life. It serves without that, too: whoever it knows is asked.
+    async fn listen_again(&self, at: &str) {
+        let begun = async {
+            let at = address_of(at)?;
+            let listener = self.graph.env().listen(&at).await?;
+            Ok::<_, BlockError>((at, listener))
+        };
+        match begun.await {
+            Ok(porch) => *self.porch.borrow_mut() = Some(porch),
+            Err(e) => (self.tell)(
+                "REPLICATION_ERROR",
+                vec![
+                    ("operation", "listen".into()),
+                    ("offset", 0.into()),
+                    ("reason", format!("other owners of the group do not find this one at {at}: {e}").into()),
+                ],
+            ),
+        }
     }
 
     fn cells(&self) -> Vec<Rc<NodeCell>> {
@@ -403,11 +483,11 @@ impl Group {
             _ => self.idle()?,
         }
         if let Acting::Secondary(s) = &acting {
-            // where it listens is free then; its disks are served on
+            // its disks are served on
             s.stop_listening().await;
         }
         // before anything is given up
-        let listener = self.graph.env().listen(listen).await?;
+        let listener = self.listen(listen).await?;
         if let Acting::Primary(p) = &acting {
             // nobody waits for a secondary any more
             p.stop();
@@ -500,8 +580,7 @@ impl Group {
             secondary.resume_promoted(known).await.inspect_err(|_| secondary.stop())?;
         }
         let address = listener.address();
-        secondary.serve(listener);
-        self.follow(&secondary, address.clone()).await;
+        self.follow(&secondary, listener).await;
         Ok(address)
     }
 
@@ -516,10 +595,13 @@ impl Group {
         Ok(store)
     }
 
-    /// The group is `secondary` from now on, and a primary when it is handed over.
-    async fn follow(self: &Rc<Self>, secondary: &Rc<SecondaryGroup>, address: Address) {
+    /// The group is `secondary` from now on, which listens there, and a primary when it is handed over.
+    async fn follow(self: &Rc<Self>, secondary: &Rc<SecondaryGroup>, listener: Rc<dyn Listener>) {
+        secondary.serve(listener.clone());
         self.act(Acting::Secondary(secondary.clone()));
-        *self.listening.borrow_mut() = Some(address);
+        if !self.is_porch(&listener) {
+            *self.porch.borrow_mut() = Some((listener.address(), listener));
+        }
         let (group, secondary) = (self.clone(), secondary.clone());
         self.graph.env().spawn("replication hand-over", async move {
             if let Some(hand) = secondary.handed_over().await {

@@ -41,6 +41,7 @@ impl PrimaryGroup {
             *peer.stream.borrow_mut() = None;
             *self.last_error.borrow_mut() = Some(format!("{}: {why}", peer.name));
             self.step(Input::Disconnected(number, why));
+            self.was_asked(number, false);
             self.progress.notify_all();
             let stop = self.stop.wait();
             if self.stopped.get() {
@@ -192,6 +193,7 @@ impl PrimaryGroup {
                     peer.hashes.push((*volume, *at, *hash));
                 }
                 self.step(Input::Frame(number, &frame));
+                self.was_asked(number, true);
             }
             // an acknowledgement may have given credit
             if let Some(s) = self.session(number) {

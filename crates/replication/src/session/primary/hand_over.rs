@@ -7,7 +7,6 @@
 
 use super::PrimaryGroup;
 use crate::primary::{Output, PeerState, Primary, Readiness};
-use crate::session::door::Door;
 use crate::session::link::Outgoing;
 use crate::types::Generation;
 use crate::wire::{Body, HandOver};
@@ -25,8 +24,8 @@ impl PrimaryGroup {
         self.peers.borrow().iter().position(|p| p.name == name && !p.removed.get())
     }
 
-    /// Hands the group over to peer number `peer`; its new generation. Who took over may also come to the `door` and say so. The caller keeps all requests of users out, before and for as
-    /// long as this takes: without end if the peer is gone after it was asked.
+    /// Hands the group over to peer number `peer`; its new generation. Who took over may also come to a door of this side and say so. The
+    /// caller keeps all requests of users out, before and for as long as this takes: without end if the peer is gone after it was asked.
     ///
     /// # Errors
     /// The peer is no copy, or refuses; of a disk; a checkpoint fails. This side is the primary still.
@@ -35,7 +34,6 @@ impl PrimaryGroup {
         peer: usize,
         hand: HandOver,
         limit: Duration,
-        door: Door,
     ) -> Result<Generation> {
         self.unfenced()?;
         for disk in &self.disks {
@@ -67,16 +65,7 @@ impl PrimaryGroup {
         // others do not get checkpoints that the new owner knows nothing of
         self.core.borrow_mut().hands_over(true);
         session.push(&self.look(|c| c.frame(c.last(), c.history().epoch(), body)));
-        let (group, door) = (self.clone(), Door { history: self.look(|c| c.history().clone()), ..door });
-        let waiting = self.env.spawn("replication door", async move {
-            if !env::bugs::planted("replication: nobody is at the door") {
-                let by = door.new_owner().await;
-                group.fence(by);
-            }
-        });
         let done = self.was_taken(peer, &session).await;
-        waiting.cancel();
-        waiting.join().await;
         if done.is_err() {
             self.core.borrow_mut().hands_over(false);
             // a catch-up may have ended meanwhile, and waits to be committed

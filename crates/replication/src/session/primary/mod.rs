@@ -9,6 +9,7 @@ mod checkpoints;
 mod connection;
 mod external;
 mod hand_over;
+mod owners;
 mod verify;
 
 pub use external::Prepared;
@@ -80,6 +81,8 @@ struct Peer {
     rtt: Cell<Option<Duration>>,
     /// Somebody tries to reach it, again and again.
     called: Cell<bool>,
+    /// It has said whether it knows a newer owner, or could not be reached.
+    asked: Cell<bool>,
     /// Not a peer any more; its number stays.
     removed: Cell<bool>,
     /// Bytes of what was sent in the present session because it had been missed.
@@ -112,6 +115,8 @@ pub struct PrimaryGroup {
     secure: RefCell<Option<Connect>>,
     last_error: RefCell<Option<String>>,
     timeout: Cell<Duration>,
+    /// Users wait: it may have been succeeded, and its peers have not said yet.
+    uncertain: Cell<bool>,
     stopped: Cell<bool>,
     stop: Notify,
     tell: Tell,
@@ -162,6 +167,7 @@ impl PrimaryGroup {
             secure: RefCell::default(),
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
+            uncertain: Cell::new(false),
             stopped: Cell::new(false),
             stop: Notify::new(),
             tell,
@@ -210,6 +216,7 @@ impl PrimaryGroup {
             stream: RefCell::default(),
             rtt: Cell::new(None),
             called: Cell::new(false),
+            asked: Cell::new(false),
             removed: Cell::new(false),
             caught_up: Cell::new(0),
             hashes: Queue::new(),
@@ -407,7 +414,7 @@ impl PrimaryGroup {
         all
     }
 
-    fn report(&self, event: Event) {
+    fn report(self: &Rc<Self>, event: Event) {
         let name = |p: usize| self.peers.borrow().get(p).map_or_else(String::new, |p| p.name.clone());
         let tell = &self.tell;
         match event {
@@ -454,8 +461,18 @@ impl PrimaryGroup {
                 }
                 tell("REPLICATION_CHECKPOINT_VETO", facts);
             }
-            Event::Fenced { by } => tell("REPLICATION_FENCED", vec![("generation", by.0.into())]),
-            Event::SplitBrain { peer } => tell("REPLICATION_SPLIT_BRAIN", vec![("peer", name(peer).into())]),
+            Event::Fenced { by } => {
+                self.stays_fenced(by);
+                tell("REPLICATION_FENCED", vec![("generation", by.0.into())]);
+            }
+            Event::LeftBehind { generation } => {
+                let mine = self.look(|c| c.history().generation());
+                tell("REPLICATION_FENCED", vec![("generation", mine.0.into()), ("by", generation.0.into())]);
+            }
+            Event::SplitBrain { peer } => {
+                let peer = peer.map(|p| ("peer", name(p).into()));
+                tell("REPLICATION_SPLIT_BRAIN", peer.into_iter().collect());
+            }
             Event::BufferThreshold { peer, fill } => tell(
                 "REPLICATION_BUFFER_THRESHOLD",
                 vec![("peer", name(peer).into()), ("fill", u64::from(fill).into())],
@@ -470,7 +487,7 @@ impl PrimaryGroup {
     /// # Errors
     /// Of the disk; `Io` when fenced.
     pub async fn read(&self, volume: u16, at: Span) -> Result<Data> {
-        self.unfenced()?;
+        self.may_serve().await?;
         self.disk(volume)?.read(at).await
     }
 
@@ -502,6 +519,7 @@ impl PrimaryGroup {
         if at.is_empty() {
             return Ok(());
         }
+        self.may_serve().await?;
         let disk = self.disk(volume)?;
         let Some(locks) = self.locks.get(volume_index(volume)) else { return Ok(()) };
         let mut ticket = locks.request(at, Owner::Guest);
@@ -538,7 +556,7 @@ impl PrimaryGroup {
     /// # Errors
     /// As [`PrimaryGroup::write`].
     pub async fn flush(self: &Rc<Self>, volume: u16) -> Result<()> {
-        self.unfenced()?;
+        self.may_serve().await?;
         let (seq, level) = self.look(|c| (c.last(), c.config().flush_level));
         if level.is_remote() {
             self.ask_durable();

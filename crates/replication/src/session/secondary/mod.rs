@@ -53,6 +53,8 @@ pub struct SecondaryGroup {
     stopped: Cell<bool>,
     stop: Notify,
     listening: Cell<bool>,
+    /// Where, as others are told.
+    place: RefCell<Option<String>>,
     secure: RefCell<Option<Accept>>,
     /// Connections that have not proved yet who they are.
     entering: Cell<usize>,
@@ -91,6 +93,7 @@ impl SecondaryGroup {
             stopped: Cell::new(false),
             stop: Notify::new(),
             listening: Cell::new(false),
+            place: RefCell::default(),
             secure: RefCell::default(),
             entering: Cell::new(0),
             stage: Cell::new(match store.role() {
@@ -120,6 +123,7 @@ impl SecondaryGroup {
     pub fn serve(self: &Rc<Self>, listener: Rc<dyn Listener>) {
         let group = self.clone();
         self.listening.set(true);
+        *self.place.borrow_mut() = Some(listener.address().to_string());
         self.env.spawn("replication listener", async move {
             group.accept_all(listener).await;
             // whoever waits to listen at the same place
@@ -136,6 +140,8 @@ impl SecondaryGroup {
                 return;
             }
             match race(listener.accept(), stop).await {
+                // for whoever listens here next
+                Some(Ok(stream)) if group.stopped.get() => stream.shutdown(),
                 Some(Ok(stream))
                     if group.connections.borrow().len() + group.entering.get() < MAX_CONNECTIONS =>
                 {

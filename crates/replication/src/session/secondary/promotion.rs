@@ -81,6 +81,11 @@ impl SecondaryGroup {
         let file = self.env.open(&self.record, mode).await?;
         let activity =
             Activity::create(file, self.store.group(), &self.store.lens(), history, Some(&own)).await?;
+        let place = self.place.borrow().clone();
+        if let Some(place) = place {
+            // a later process that begins as primary is found there
+            activity.found_at(&place).await?;
+        }
         *self.activity.borrow_mut() = Some(activity);
         if let Err(e) = self.store.promote_at(generation, keep_own, Some(epoch)).await {
             self.activity.take();

@@ -8,7 +8,7 @@ use super::turns::{DISK, FAR, MOST_RESENT, SWITCHOVER_MS};
 use super::{PATIENCE, Run, SECOND_LIFE, SECTORS};
 use crate::guest::Disk;
 use crate::history::Crash;
-use crate::{Guest, Manager, NetProfile, Refusal, Value, stamped, values_of};
+use crate::{Guest, Manager, NbdDisk, NetProfile, Refusal, Value, stamped, values_of};
 use block::{SECTOR, Span};
 use serde_json::{Value as Json, json};
 use std::rc::Rc;
@@ -122,10 +122,8 @@ impl Run {
                     lost = power;
                 }
                 _ => {
-                    let mut cut_off = NetProfile::calm();
-                    (cut_off.faults_at, cut_off.refuse, cut_off.faults_end) =
-                        (" 7000".to_owned(), 1.0, run.env().now() + Duration::from_secs(7));
-                    run.world.net().set_profile(cut_off);
+                    let until = run.env().now() + Duration::from_secs(7);
+                    run.world.net().set_profile(run.nobody_is_reached(until));
                     run.world.net().cut(" 7000");
                     run.env().sleep(Duration::from_secs(7)).await;
                 }
@@ -274,6 +272,9 @@ impl Run {
             self.bring_up(s, false).await?;
         }
         self.begin_to_lead(new).await?;
+        if !alive && self.draw_aside(|r| r.chance(0.5)) {
+            self.comes_back(old, new).await?;
+        }
         self.follow_again(old, self.draw(|r| r.chance(0.4))).await?;
         if self.draw(|r| r.chance(0.4)) {
             // also while it is sent what it missed
@@ -296,9 +297,7 @@ impl Run {
 
     /// The old primary is alive where nobody reaches it, and its users write on.
     pub(super) async fn cut_off(&self, old: &Site) {
-        let mut away = NetProfile::calm();
-        (away.faults_at, away.refuse, away.faults_end) = (" 7000".to_owned(), 1.0, Duration::MAX);
-        self.world.net().set_profile(away);
+        self.world.net().set_profile(self.nobody_is_reached(Duration::MAX));
         self.world.net().cut(" 7000");
         self.guests.borrow().iter().for_each(Guest::allow_errors);
         self.pause(Duration::from_millis(200)).await;
@@ -306,12 +305,19 @@ impl Run {
         self.scribble(old, SECOND_LIFE).await;
     }
 
-    /// Writes that must be nowhere else. They need not succeed.
-    pub(super) async fn scribble(&self, site: &Site, number: u32) {
-        let Ok(disk) = site.disk(&self.world).await else { return };
+    /// Writes that must be nowhere else. They need not succeed; whether one did.
+    pub(super) async fn scribble(&self, site: &Site, number: u32) -> bool {
+        let Ok(disk) = site.disk(&self.world).await else { return false };
+        let done = self.scribble_on(&disk, number).await;
+        disk.disconnect();
+        done
+    }
+
+    async fn scribble_on(&self, disk: &NbdDisk, number: u32) -> bool {
         let (at, len) = self.draw(|r| (r.below(SECTORS - 40), r.between(1, 40)));
         let write = disk.write(at * SECTOR, stamped(number, at, len), false);
-        if let Some(Ok(())) = self.env().timeout(Duration::from_secs(5), write).await {
+        let done = matches!(self.env().timeout(Duration::from_secs(5), write).await, Some(Ok(())));
+        if done {
             self.world.count("writes of who was left behind", 1);
         }
         // where nobody else ever writes: only what it says itself of its disk brings this back
@@ -319,7 +325,7 @@ impl Run {
             let far = disk.write(FAR, stamped(number, FAR / SECTOR, 8), false);
             self.env().timeout(Duration::from_secs(5), far).await;
         }
-        disk.disconnect();
+        done
     }
 
     /// Promotes a secondary at a checkpoint, and checks that it is that. `None`: it has none. Whether it is the newest.
@@ -408,7 +414,48 @@ impl Run {
         for s in self.sites.iter().filter(|s| s.name != new.name) {
             self.acquaint(&m, s).await?;
         }
-        self.lead(&m).await
+        self.lead(&m, None).await
+    }
+
+    /// The old primary, which was down, is started as primary again, by somebody who does not know that it was succeeded.
+    pub(super) async fn comes_back(self: &Rc<Self>, old: &Site, new: &Site) -> Result<(), Refusal> {
+        let (away, knows) = self.draw_aside(|r| (r.chance(0.4), r.chance(0.6)));
+        if away {
+            self.world.net().set_profile(self.nobody_is_reached(Duration::MAX));
+            self.world.net().cut(" 7000");
+        }
+        let m = self.boot(old).await?;
+        for peer in self.sites.iter().filter(|p| knows && p.name != old.name) {
+            self.know(&m, peer).await?;
+        }
+        self.serve(&m).await?;
+        // somebody uses it from its first moment on
+        let user = old.disk(&self.world).await.map_err(|_| Refusal::Gone)?;
+        self.lead(&m, Some(old)).await?;
+        let served = self.scribble_on(&user, SECOND_LIFE).await;
+        user.disconnect();
+        if served && knows && !away {
+            self.bad(format!("F2: {} serves beside {}, which it could have asked", old.name, new.name));
+        }
+        self.world.net().set_profile(NetProfile::calm());
+        self.world.count("former primaries that come back as primary", 1);
+        self.fenced(old, new).await?;
+        if self.draw_aside(|r| r.chance(0.3)) {
+            // and stays it, where it can ask nobody
+            old.stop(self.draw_aside(|r| r.chance(0.5)));
+            let m = self.boot(old).await?;
+            self.lead(&m, None).await?;
+            self.serve(&m).await?;
+            self.fenced(old, new).await?;
+        }
+        Ok(())
+    }
+
+    /// Links to the places where hosts of the group listen cannot be made.
+    pub(super) fn nobody_is_reached(&self, until: Duration) -> NetProfile {
+        let mut away = NetProfile::calm();
+        (away.faults_at, away.refuse, away.faults_end) = (" 7000".to_owned(), 1.0, until);
+        away
     }
 
     /// A former owner becomes a secondary: as it is, or after a crash. It is not one by mistake.
@@ -469,7 +516,7 @@ impl Run {
         self.until_merged(a).await;
         let m = a.manager()?;
         self.acquaint(&m, b).await?;
-        self.lead(&m).await?;
+        self.lead(&m, None).await?;
         let refused = async {
             while a.info().await.is_ok_and(|i| i["peers"][0]["state"] != "refused") {
                 self.env().sleep(Duration::from_millis(20)).await;

@@ -123,7 +123,7 @@ impl Run {
             for peer in self.sites.iter().filter(|p| p.name != site.name) {
                 self.know(&m, peer).await?;
             }
-            self.lead(&m).await?;
+            self.lead(&m, Some(site)).await?;
         } else {
             let start = json!({"group": "g", "role": "secondary", "listen": site.address()});
             m.execute("replication-start", start).await?;
@@ -131,11 +131,15 @@ impl Run {
         self.serve(&m).await
     }
 
-    pub(super) async fn lead(&self, m: &Manager) -> Result<(), Refusal> {
+    /// Others find it at the place of `site`; else where it listens as a secondary, if it does.
+    pub(super) async fn lead(&self, m: &Manager, site: Option<&Site>) -> Result<(), Refusal> {
         let mut start = json!({"group": "g", "role": "primary", "write-level": self.level, "on-link-loss": self.policy,
             "checkpoint-interval-ms": self.interval, "timeout-ms": 3000});
         if self.wishes.external {
             start["decision"] = json!("external");
+        }
+        if let Some(site) = site {
+            start["listen"] = site.address();
         }
         m.execute("replication-start", start).await.map(drop)
     }

@@ -46,7 +46,7 @@ const NAMES: [&str; 3] = ["alpha", "beta", "gamma"];
 pub fn replica(seed: u64, verbose: bool) -> Outcome {
     World::play(seed, verbose, |w| async move {
         let rng = w.rng("plan");
-        let run = Rc::new(Run::new(w, rng, Wishes::NONE));
+        let run = Rc::new(Run::new(w, rng, Wishes::NONE, seed));
         if let Err(e) = run.go().await
             && !run.world.verdict().is_bad()
         {
@@ -73,6 +73,8 @@ impl Wishes {
 struct Run {
     world: World,
     rng: RefCell<Rng>,
+    /// For what came to the scenario later, so that older seeds stay what they were.
+    aside: RefCell<Rng>,
     sites: Vec<Site>,
     /// Which of them is the primary.
     lead: Cell<usize>,
@@ -92,7 +94,7 @@ struct Run {
 }
 
 impl Run {
-    fn new(world: World, mut rng: Rng, wishes: Wishes) -> Run {
+    fn new(world: World, mut rng: Rng, wishes: Wishes, seed: u64) -> Run {
         let count = *rng.choose(&[2, 2, 3]);
         let site = |(n, name): (usize, &&'static str)| {
             let host = if n == 0 {
@@ -128,6 +130,7 @@ impl Run {
             calm_at: Cell::new(Duration::MAX),
             world,
             rng: RefCell::new(rng),
+            aside: RefCell::new(Rng::new(!seed)),
             sites,
             lead: Cell::new(0),
             wishes,
@@ -140,6 +143,10 @@ impl Run {
 
     fn draw<T>(&self, f: impl FnOnce(&mut Rng) -> T) -> T {
         f(&mut self.rng.borrow_mut())
+    }
+
+    fn draw_aside<T>(&self, f: impl FnOnce(&mut Rng) -> T) -> T {
+        f(&mut self.aside.borrow_mut())
     }
 
     fn bad(&self, what: impl Into<String>) {
@@ -199,20 +206,7 @@ impl Run {
     // ---- the run
 
     async fn go(self: &Rc<Self>) -> Result<(), Refusal> {
-        let length = self.draw(|r| r.duration(Duration::from_millis(200), Duration::from_secs(3)));
-        self.calm_at.set(self.env().now() + length);
-        for s in &self.sites {
-            let mut p = self.draw(Profile::drawn_calm);
-            if s.name != self.sites[0].name {
-                p = self.draw(Profile::drawn);
-                p.faults_end = self.calm_at.get();
-            }
-            s.host.set_profile(p);
-        }
-        let mut net = self.draw(NetProfile::drawn);
-        net.faults_at = " 7000".to_owned();
-        net.faults_end = self.calm_at.get();
-        self.world.net().set_profile(net);
+        self.let_things_fail(Duration::from_millis(200), Duration::from_secs(3));
         let first = self.draw(|r| r.chance(0.3));
         if first {
             self.bring_up(&self.sites[0], true).await?;
@@ -237,6 +231,24 @@ impl Run {
         } else {
             self.peace().await
         }
+    }
+
+    /// From now on, for so long, things fail, but not the primary's disk.
+    fn let_things_fail(&self, least: Duration, most: Duration) {
+        let length = self.draw(|r| r.duration(least, most));
+        self.calm_at.set(self.env().now() + length);
+        for s in &self.sites {
+            let mut p = self.draw(Profile::drawn_calm);
+            if s.name != self.primary().name {
+                p = self.draw(Profile::drawn);
+                p.faults_end = self.calm_at.get();
+            }
+            s.host.set_profile(p);
+        }
+        let mut net = self.draw(NetProfile::drawn);
+        net.faults_at = " 7000".to_owned();
+        net.faults_end = self.calm_at.get();
+        self.world.net().set_profile(net);
     }
 
     /// One thing that happens to the group.
@@ -414,11 +426,7 @@ impl Run {
     async fn in_sync(&self, primary: &Site, count: usize) -> Result<(), Refusal> {
         let waiting = async {
             loop {
-                let info = primary.info().await?;
-                let peers = info["peers"]
-                    .as_array()
-                    .map_or(0, |all| all.iter().filter(|p| p["state"] == "running").count());
-                if peers >= count {
+                if self.copies(&primary.info().await?) >= count {
                     return Ok(());
                 }
                 if self.wishes.external {
@@ -431,6 +439,12 @@ impl Run {
             .within(self.env(), PATIENCE, "getting in sync", waiting)
             .await
             .unwrap_or(Err(Refusal::Gone))
+    }
+
+    /// How many secondaries a primary counts as copies.
+    fn copies(&self, info: &serde_json::Value) -> usize {
+        let peers = info["peers"].as_array();
+        peers.map_or(0, |all| all.iter().filter(|p| p["state"] == "running").count())
     }
 
     /// After a checkpoint all disks hold the same.
@@ -456,15 +470,16 @@ impl Run {
         Ok(())
     }
 
-    /// A checkpoint that must come about. One may fail because a store had become full; what was given up is in sync again then, and
-    /// nothing more is written.
+    /// A checkpoint that must come about, on all secondaries. One may fail, or lack one of them, because a store had become full; what was
+    /// given up is in sync again then, and nothing more is written.
     async fn last_checkpoint(&self, primary: &Site, count: usize) -> Result<(), Refusal> {
         let m = primary.manager()?;
         let command = json!({"group": "g"});
         if self.wishes.external {
             m.must("replication-set", json!({"group": "g", "decision": "auto"})).await?;
         }
-        if m.execute("replication-checkpoint", command.clone()).await.is_err() {
+        let done = m.execute("replication-checkpoint", command.clone()).await;
+        if done.is_err() || self.copies(&primary.info().await?) < count {
             self.world.count("last checkpoints that failed", 1);
             self.in_sync(primary, count).await?;
             m.must("replication-checkpoint", command).await?;
@@ -493,10 +508,7 @@ impl Run {
         if alive {
             // its guests may write on; they learn of it when the link is back
             self.guests.borrow().iter().for_each(Guest::allow_errors);
-            let mut cut_off = NetProfile::calm();
-            (cut_off.faults_at, cut_off.refuse, cut_off.faults_end) =
-                (" 7000".to_owned(), 1.0, Duration::MAX);
-            self.world.net().set_profile(cut_off);
+            self.world.net().set_profile(self.nobody_is_reached(Duration::MAX));
             self.world.net().cut(" 7000");
         } else {
             old.stop(self.draw(|r| r.chance(0.5)));

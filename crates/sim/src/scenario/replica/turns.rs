@@ -7,6 +7,8 @@
 //! * L8: a former owner is sent what either side wrote since they parted, never the whole disk; until that is committed it shows nothing (I1);
 //! * L9, I7: what an old primary writes after a failover is nowhere else; two that were promoted refuse one another until a command says whose
 //!   writes go;
+//! * I7: a primary that was succeeded while it was down, and is started as primary again, serves nobody where it can hear of its successor,
+//!   and is fenced as soon as either reaches the other, whichever of the two knows the other;
 //! * X8: a failover to a checkpoint that was kept is that checkpoint; clones are checkpoints, while replication goes on;
 //! * a verification finds nothing where nothing rotted, and what did;
 //! * a manager that decides about checkpoints, and dies between two calls, comes back or does not, blocks nobody and loses nothing;
@@ -15,7 +17,7 @@
 use super::hosts::Site;
 use super::{PATIENCE, Run, STORE, Wishes};
 use crate::runner::Outcome;
-use crate::{NetProfile, Profile, Refusal, World};
+use crate::{NetProfile, Refusal, World};
 use serde_json::{Value as Json, json};
 use std::rc::Rc;
 use std::time::Duration;
@@ -36,7 +38,7 @@ pub fn turns(seed: u64, verbose: bool) -> Outcome {
     World::play(seed, verbose, |w| async move {
         let mut rng = w.rng("plan");
         let wishes = Wishes { disk: DISK, retain: *rng.choose(&[0, 2, 5]), external: rng.chance(0.25) };
-        let run = Rc::new(Run::new(w, rng, wishes));
+        let run = Rc::new(Run::new(w, rng, wishes, seed));
         if let Err(e) = run.take_turns().await
             && !run.world.verdict().is_bad()
         {
@@ -87,20 +89,7 @@ impl Run {
 
     /// Things fail, but not the primary's disk, for a while; checkpoints, crashes and looks meanwhile.
     pub(super) async fn trouble(self: &Rc<Self>) -> Result<(), Refusal> {
-        let length = self.draw(|r| r.duration(Duration::from_millis(50), Duration::from_millis(900)));
-        self.calm_at.set(self.env().now() + length);
-        for s in &self.sites {
-            let mut p = self.draw(Profile::drawn_calm);
-            if s.name != self.primary().name {
-                p = self.draw(Profile::drawn);
-                p.faults_end = self.calm_at.get();
-            }
-            s.host.set_profile(p);
-        }
-        let mut net = self.draw(NetProfile::drawn);
-        net.faults_at = " 7000".to_owned();
-        net.faults_end = self.calm_at.get();
-        self.world.net().set_profile(net);
+        self.let_things_fail(Duration::from_millis(50), Duration::from_millis(900));
         while self.troubled() && !self.world.verdict().is_bad() {
             self.pause(Duration::from_millis(200)).await;
             self.something().await?;
