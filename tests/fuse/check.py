@@ -24,6 +24,9 @@ import traceback
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "vhost"))
 import qmp
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "compat"))
+from bitmaps import Nbd
+
 SIZE = 16 << 20
 NOBODY = 65534
 BINARY = None
@@ -367,6 +370,34 @@ def test_requests_that_hang(path):
     assert all(set(seen[n * 4096:(n + 1) * 4096]) in ({n + 1}, {0}) for n in range(4)), "half a request"
     d.qmp("blockdev-del", node_name="n")
     d.quit()
+
+
+def test_a_flush_that_failed(path, beside=None):
+    """A host that fails a flush once has perhaps dropped what it was to write, and says nothing at the next one: a daemon whose disk
+    is a file there says so for ever, as QSD does (`beside`)."""
+    errors = ",".join(f"inject-error.0.{o}" for o in ("event=none", "iotype=flush", "errno=5", "once=on"))
+    host = Daemon(path, node=f"driver=blkdebug,image=f,node-name=n,{errors}")
+    where = os.path.join(path, "user")
+    os.mkdir(where)
+    user = qmp.Daemon(beside or BINARY, where, [
+        "--blockdev", f"driver=file,filename={host.file},node-name=d,locking=off", "--nbd-server", f"addr.type=unix,addr.path={where}/nbd",
+        "--export", "type=nbd,id=e,node-name=d,name=e,writable=on"])
+    client = Nbd(f"{where}/nbd", "e")
+    client.ask(1, 0, 65536, b"1" * 65536)
+    for _ in range(2):
+        try:
+            client.ask(3, 0, 0)
+        except AssertionError as e:
+            assert f"error {errno.EIO}" in str(e), e
+        else:
+            raise AssertionError("a flush succeeds after one that failed")
+    client.close()
+    user.quit()
+    # what failed was the user's flush: this one is the first of its kind
+    with open(host.file, "r+b") as f:
+        os.fsync(f.fileno())
+    host.delete()
+    host.quit()
 
 
 def test_without_root(path):

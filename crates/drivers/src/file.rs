@@ -72,6 +72,8 @@ pub struct FileNode {
     locks: Option<ImageLocks>,
     len: Cell<u64>,
     discards: Cell<DiscardStats>,
+    /// Why a flush failed with which the host may have dropped what was written.
+    dropped: RefCell<Option<BlockError>>,
 }
 
 impl FileNode {
@@ -110,6 +112,7 @@ impl FileNode {
             mode: Cell::new(mode),
             len: Cell::new(facts.len),
             discards: Cell::default(),
+            dropped: RefCell::default(),
             file: RefCell::new(file),
             facts,
             locks,
@@ -130,6 +133,21 @@ impl FileNode {
     /// The file as it is open now.
     pub fn file(&self) -> Rc<dyn File> {
         self.file.borrow().clone()
+    }
+
+    /// Once a flush has failed that may have cost what was written, all do: the next one would say that it is there.
+    async fn barrier(&self) -> Result<()> {
+        if let Some(e) = &*self.dropped.borrow() {
+            return Err(e.clone());
+        }
+        let file = self.file();
+        let done = file.barrier().await;
+        if let Err(e) = &done
+            && file.may_drop_unflushed()
+        {
+            self.dropped.borrow_mut().get_or_insert_with(|| e.clone());
+        }
+        done
     }
 
     async fn write_zeroes(&self, file: &Rc<dyn File>, at: Span) -> Result<()> {
@@ -299,14 +317,14 @@ impl Node for FileNode {
                 // Only the padding of a direct write to the last, cut block ends there; its block is locked above.
                 file.set_len(self.len.get()).await?;
             }
-            if flags.fua { file.barrier().await } else { Ok(()) }
+            if flags.fua { self.barrier().await } else { Ok(()) }
         })
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
         Box::pin(async move {
             landed(&self.file()).await?;
             self.zero_now(at, flags).await?;
-            if flags.fua { self.file().barrier().await } else { Ok(()) }
+            if flags.fua { self.barrier().await } else { Ok(()) }
         })
     }
     fn discard(&self, at: Span) -> Io<'_> {
@@ -332,8 +350,7 @@ impl Node for FileNode {
         })
     }
     fn flush(&self) -> Io<'_> {
-        let file = self.file();
-        Box::pin(async move { file.barrier().await })
+        Box::pin(self.barrier())
     }
     fn resize(&self, len: u64, prealloc: Prealloc) -> Io<'_> {
         Box::pin(async move {

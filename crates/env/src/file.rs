@@ -59,6 +59,8 @@ pub struct FileInfo {
     pub writable: bool,
     /// When its content was last changed, in nanoseconds since 1970; 0 where the host does not say (devices, the simulator).
     pub modified: u64,
+    /// When it was made, likewise; 0 where the file system does not say.
+    pub born: u64,
 }
 
 /// What a zeroing request wants of the space.
@@ -90,6 +92,11 @@ pub trait File: 'static {
     fn write(&self, offset: u64, data: Data) -> Io<'_>;
     /// fdatasync: everything completed before is on stable storage after. The only ordering primitive there is.
     fn barrier(&self) -> Io<'_>;
+    /// Whether a barrier that failed may have dropped what was written before, so that the next one succeeds without it: a page cache
+    /// takes for written what it could not write.
+    fn may_drop_unflushed(&self) -> bool {
+        false
+    }
     /// Every operation whose future was dropped has ended: changes have landed or failed, and nothing but this `File` keeps
     /// the file open. (Reads count as well: until it has ended, a read holds the file and its locks.) Takes as long as the
     /// slowest of them.

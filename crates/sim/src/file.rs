@@ -384,6 +384,7 @@ impl File for SimFile {
                 alignment: if self.mode.direct { DIRECT_ALIGNMENT } else { 1 },
                 writable: self.mode.write,
                 modified: 0,
+                born: 0,
             })
         })
     }

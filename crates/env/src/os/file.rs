@@ -400,6 +400,10 @@ impl File for OsFile {
         })
     }
 
+    fn may_drop_unflushed(&self) -> bool {
+        !self.facts.direct
+    }
+
     fn settle(&self) -> Io<'_> {
         Box::pin(async move {
             self.handle.settle().await;
@@ -452,6 +456,7 @@ impl File for OsFile {
                         .saturating_mul(1_000_000_000)
                         .saturating_add(st.st_mtime_nsec.max(0) as u64),
                 },
+                born: if device { 0 } else { sys::born(fd) },
             })
         })
     }

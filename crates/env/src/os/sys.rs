@@ -80,6 +80,20 @@ pub(super) fn fstat(fd: RawFd) -> Result<libc::stat, i32> {
     check(i64::from(unsafe { libc::fstat(fd, &raw mut st) })).map(|_| st)
 }
 
+/// When a file was made, in nanoseconds since 1970; 0 where the host does not say.
+pub(super) fn born(fd: RawFd) -> u64 {
+    // SAFETY: statx is plain data for which all zeroes is valid.
+    let mut st: libc::statx = unsafe { std::mem::zeroed() };
+    let (flags, mask) = (libc::AT_EMPTY_PATH, libc::STATX_BTIME);
+    // SAFETY: the path is an empty string, and the pointer is valid for the call.
+    let done = unsafe { libc::statx(fd, c"".as_ptr(), flags, mask, &raw mut st) };
+    if done != 0 || st.stx_mask & mask == 0 {
+        return 0;
+    }
+    let seconds = st.stx_btime.tv_sec.max(0) as u64;
+    seconds.saturating_mul(1_000_000_000).saturating_add(u64::from(st.stx_btime.tv_nsec))
+}
+
 /// The size of a block device in bytes.
 pub(super) fn device_len(fd: RawFd) -> Result<u64, i32> {
     const BLKGETSIZE64: libc::c_ulong = 0x8008_1272; // _IOR(0x12, 114, size_t), linux/fs.h
