@@ -213,11 +213,6 @@ impl Daemon {
         self.jobs.set_bitmap_home(self.opener.bitmap_home());
     }
 
-    /// After [`Daemon::keep_bitmaps_in`]: mirrors go on in a later life whether or not they are compared, for the simulator.
-    pub fn let_unproven_mirrors_go_on(&self) {
-        self.opener.bitmap_home().iter().for_each(|h| h.let_unproven_go_on());
-    }
-
     /// After [`Daemon::keep_bitmaps_in`]: the regions of the log of changes, for tests on small disks.
     pub fn set_log_geometry(&self, geometry: open::Geometry) {
         self.opener.bitmap_home().iter().for_each(|h| h.set_geometry(geometry));

@@ -28,7 +28,7 @@ mod work;
 pub use cluster::{check_min_cluster, cluster_size};
 pub use engine::Engine;
 pub use instant::{KeepRules, Ledger, OnSaveError, PointInTime, Still};
-pub use outage::{Links, OnLinkLoss, Outage};
+pub use outage::{Links, OnLinkLoss, Outage, SETTLE};
 pub use policy::{Action, Control, Fate, Next, OnError, OnWrite, Policy, Side, Standing};
 pub use proof::{Coverage, LastChange, Mismatch, Proof, ProofRules, Report};
 pub use ranges::{Owner, RangeLocks, RangeTicket};

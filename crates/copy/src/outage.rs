@@ -19,7 +19,7 @@ use std::time::Duration;
 
 /// How long after a peer is back nothing is written to it. NBD has no way to call off what a lost connection has brought to a
 /// server that lives on, and two writes of the same bytes over two connections have no order.
-const SETTLE: Duration = Duration::from_millis(500);
+pub const SETTLE: Duration = Duration::from_millis(500);
 /// Places whose bytes are remembered as the target gave them after a flush.
 const MAX_SAMPLES: usize = 64;
 /// Of these, how many come from one flush.

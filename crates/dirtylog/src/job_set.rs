@@ -62,6 +62,11 @@ impl Recorder {
         Recorder::new(list, &found.name, &bits)
     }
 
+    /// Whether a job is at work on it.
+    pub(crate) fn is_taken(&self) -> bool {
+        self.taken.get()
+    }
+
     pub(crate) fn resize(&self, len: u64) -> Result<()> {
         for b in [&self.left, &self.since].into_iter().filter(|b| b.bits().len() != len) {
             b.resize(len)?;

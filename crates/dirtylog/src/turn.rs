@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// Regions that nobody wrote to for so long leave the hot set: a crash puts in doubt what was written lately.
 const IDLE: Duration = Duration::from_secs(5);
-/// While somebody writes a record is made at least every so many of these: it has the time.
+/// While somebody writes, or a job is at work on a set, a record is made at least every so many of these: it has the time.
 const BEATS: u32 = 6;
 /// See [`BEATS`].
 pub const BEAT: Duration = Duration::from_secs(IDLE.as_secs() * BEATS as u64);
@@ -290,7 +290,9 @@ impl DirtyLog {
                 if idle {
                     let _later = log.cool().await;
                 }
-                if beats >= BEATS && log.regions.borrow().begun() != begun {
+                let busy =
+                    log.regions.borrow().begun() != begun || log.sets.borrow().iter().any(|s| s.is_taken());
+                if beats >= BEATS && busy {
                     if log.turns.get() == turns {
                         let _later = log.say_alive().await;
                     }

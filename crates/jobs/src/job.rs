@@ -295,6 +295,11 @@ impl Job {
         self.resumed.set(Some(how));
     }
 
+    /// See [`Job::note_resumed`].
+    pub fn resumed(&self) -> Option<&'static str> {
+        self.resumed.get()
+    }
+
     /// The lost link that is waited for.
     pub fn outage(&self) -> Option<Outage> {
         self.links.borrow().as_ref()?.outage()

@@ -1,14 +1,18 @@
 //! What a mirror has still to copy, kept so that a later life of the daemon goes on with it (`--state-dir`).
 //!
 //! What can happen: the daemon is killed, or the power fails, at any moment; the link to the target is lost; the target is another
-//! file when the daemon comes back. What must stay true:
+//! file when the daemon comes back, or somebody else has written to it. What must stay true:
 //! * What is kept contains all that source and target may not both have on their stable storage. So it begins as everything: what
 //!   need not be copied is let go by the first flush of both, like what has been.
 //! * A synchronous write reaches the target only after the log of the source's writes says so ([`copy::Work`]).
-//! * A mirror that was started by a user and not resumed never takes what another one left; nor does one onto another file.
+//! * Nothing is let go once clients' writes pass the job by (its instant has come, it ends): it may be restored from before that.
+//! * A mirror that was started by a user and not resumed never takes what another one left; nor does one onto another file, or a file
+//!   that was changed since ([`BitmapHome::is_as_left`]), nor one onto a disk that differs in any of some places where it need not be
+//!   copied to (devices and peers do not tell whether they are the same).
+//! * Nothing is kept where flushes do not reach the disk (`cache.no-flush`).
 
 use bitmap::Bitmap;
-use block::{BlockError, ErrorKind, Result};
+use block::{BlockError, ErrorKind, Result, Span};
 use copy::Work;
 use dirtylog::{DirtyLog, JobSet};
 use env::bugs::planted;
@@ -30,6 +34,14 @@ const MOST: u64 = 2 * STEP;
 const MOST_SHARE: u64 = 64;
 /// The same is done after so long, if anything was copied.
 const PERIOD: Duration = Duration::from_secs(2);
+/// Places that are compared before a target is believed to be as it was left.
+const SAMPLES: u64 = 32;
+/// Bytes of each.
+const SAMPLE: u64 = 4096;
+/// How far from where chance has it the source is asked for data to be compared.
+const SEARCH: u64 = 1 << 30;
+/// A place that differs is looked at again after so long, so often: clients may be writing there.
+const AGAIN: (Duration, u32) = (Duration::from_millis(50), 4);
 /// How often it is looked whether it is time.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -40,7 +52,7 @@ pub(crate) struct KeptWork {
     log: Rc<DirtyLog>,
     key: String,
     set: RefCell<Option<Rc<JobSet>>>,
-    resumed: bool,
+    resumed: Cell<bool>,
     over: Cell<bool>,
     stop: Notify,
     task: RefCell<Option<TaskHandle>>,
@@ -59,12 +71,14 @@ impl KeptWork {
         target: &NodeCell,
         id: &str,
     ) -> Result<Option<Rc<KeptWork>>> {
-        let Some(home) = home else { return Ok(None) };
+        let Some(home) = home.filter(|_| is_flushed(source) && is_flushed(target)) else { return Ok(None) };
         let Ok(log) = home.log(graph, source).await else { return Ok(None) };
         let ours = format!("mirror:{id}:");
         let key = format!("{ours}{}:{}", target.name(), identity(target).await);
+        let as_left = home.is_resuming() && home.is_as_left(source, target).await;
         for other in log.set_keys() {
-            let foreign = if home.is_resuming() { other != key && other.starts_with(&ours) } else { true };
+            let ends = || other.starts_with(&ours) && !(as_left && other == key);
+            let foreign = !home.is_resuming() || ends();
             // one that a job has taken is not given
             let stale = if foreign { log.take_set(&other) } else { None };
             if let Some(stale) = stale {
@@ -74,7 +88,7 @@ impl KeptWork {
         // also what an earlier attempt to give up left in the file
         log.sync().await?;
         let set = log.take_set(&key).map(Rc::new);
-        let (resumed, over) = (set.is_some(), Cell::new(false));
+        let (resumed, over) = (Cell::new(set.is_some()), Cell::new(false));
         let env = graph.env().clone();
         let (stop, task) = (Notify::new(), RefCell::default());
         Ok(Some(Rc::new(KeptWork { env, home, log, key, set: RefCell::new(set), resumed, over, stop, task })))
@@ -82,20 +96,69 @@ impl KeptWork {
 
     /// Whether an earlier life left something.
     pub(crate) fn is_resumed(&self) -> bool {
-        self.resumed
+        self.resumed.get()
     }
 
-    /// Marks what an earlier life left; whether that is all there is to do.
-    pub(crate) async fn take_up(&self, work: &Work) -> bool {
-        let Some(set) = self.set.borrow().clone() else { return false };
-        let left = set.left();
-        if left.granularity() > work.granularity() || left.len() != work.len() {
+    /// Marks what an earlier life left; whether that is all there is to do: with `equal` not if the two are found to differ elsewhere.
+    /// Clients' writes are marked meanwhile.
+    ///
+    /// # Errors
+    /// A link was lost; to be tried again.
+    pub(crate) async fn take_up(
+        &self,
+        work: &Work,
+        source: &Edge,
+        target: &Edge,
+        equal: bool,
+    ) -> Result<bool> {
+        let Some(set) = self.set.borrow().clone() else { return Ok(false) };
+        let fits = {
+            let left = set.left();
+            left.granularity() <= work.granularity() && left.len() == work.len()
+        };
+        if !fits || equal && self.differs(&set, work, source, target).await? {
+            self.resumed.set(false);
             self.set.take();
             let _begun_anew = set.remove().await;
-            return false;
+            return Ok(false);
         }
-        left.areas(block::Span::new(0, left.len()), 0).for_each(|a| work.mark(a));
-        true
+        let left = set.left();
+        left.areas(Span::new(0, left.len()), 0).for_each(|a| work.mark(a));
+        Ok(true)
+    }
+
+    /// Whether the two differ in one of some places that the target does not lack, preferably where the source has data.
+    async fn differs(&self, set: &JobSet, work: &Work, source: &Edge, target: &Edge) -> Result<bool> {
+        let lost = |e: &BlockError| e.kind() == ErrorKind::Disconnected;
+        for _ in 0..SAMPLES {
+            let left = set.left();
+            let from = self.env.random() % left.len().max(1);
+            let Some(from) = left.next_clean(from).or_else(|| left.next_clean(0)) else { return Ok(false) };
+            let end = left.next_dirty(from).unwrap_or(left.len());
+            let area = Span::between(from, end.min(from.saturating_add(SEARCH)));
+            let found = source.status(area).await.unwrap_or_default();
+            let data = found.iter().find(|e| !e.reads_zero()).map_or(area.start, |e| e.span.start);
+            let at = Span::new(data.max(area.start), SAMPLE).intersect(&area);
+            let (pause, times) = AGAIN;
+            for time in 1.. {
+                // what cannot be read is the copy's matter, if it ever has to be
+                let both = (source.read(at).await, target.read(at).await);
+                let (here, there) = match both {
+                    (Ok(here), Ok(there)) => (here, there),
+                    (Err(e), _) | (_, Err(e)) if lost(&e) => return Err(e),
+                    _ => break,
+                };
+                let written = |bits: &Bitmap| bits.next_area(at, 0).is_some();
+                if here.to_vec() == there.to_vec() || written(&set.left()) || work.with_dirty(written) {
+                    break;
+                }
+                if time == times {
+                    return Ok(true);
+                }
+                self.env.sleep(pause).await;
+            }
+        }
+        Ok(false)
     }
 
     /// From now on what `work` has still to do is kept.
@@ -143,6 +206,10 @@ impl KeptWork {
             work.notice_losses();
             let (unfinished, losses) = (unfinished(work), work.losses());
             let flush = async {
+                // an option may have been changed since
+                if !is_flushed(&source.child()) || !is_flushed(&target.child()) {
+                    return Err(BlockError::unsupported("what is flushed is not durable"));
+                }
                 if !planted("mirror: the source is not flushed before work is forgotten") {
                     source.flush().await?;
                 }
@@ -165,9 +232,14 @@ impl KeptWork {
         work.set_ceiling(u64::MAX);
     }
 
+    /// From now on nothing is let go. What is being flushed may be, without what is written meanwhile.
+    pub(crate) fn keep_all(&self) {
+        self.over.set(true);
+    }
+
     /// The job has ended, with so much to do.
     pub(crate) async fn end(&self, work: &Work) {
-        self.over.set(true);
+        self.keep_all();
         self.stop.notify_all();
         let task = self.task.take();
         if let Some(task) = task {
@@ -185,6 +257,12 @@ impl KeptWork {
     }
 }
 
+/// Whether a flush of `cell` makes durable what was written to it: not where the user said that it need not.
+fn is_flushed(cell: &NodeCell) -> bool {
+    let lies = cell.is_writable() && cell.options().cache_no_flush;
+    !lies && cell.node().edges().iter().all(|e| is_flushed(&e.child()))
+}
+
 /// What the target may lack at this instant.
 fn unfinished(work: &Work) -> Bitmap {
     match planted("mirror: what is being copied counts as copied") {
@@ -193,10 +271,13 @@ fn unfinished(work: &Work) -> Bitmap {
     }
 }
 
-/// What tells the target's file from another one of its name; nothing does for devices and links.
+/// What tells the target's file from another one of its name, also one that has the number of a deleted one; nothing does for devices
+/// and links.
 async fn identity(target: &NodeCell) -> String {
     match target.node().host_file().await {
-        Ok(Some(file)) if file.kind == FileKind::Regular => format!("{:x}.{:x}", file.device, file.inode),
+        Ok(Some(file)) if file.kind == FileKind::Regular => {
+            format!("{:x}.{:x}.{:x}", file.device, file.inode, file.born)
+        }
         _ => "-".to_owned(),
     }
 }

@@ -27,14 +27,12 @@ use crate::mirror_bitmap::MirrorBitmap;
 use crate::mirror_policy::{MirrorPolicy, Phase, Wish};
 use crate::outcome::Figures;
 use crate::registry::Registry;
-use crate::verify_args::VerifyMode;
 use block::{BlockError, ErrorKind, Io, Result, Span};
 use copy::bugs::{Bug, planted};
 use copy::{Control, CopyTap, Engine, Links, Outlook, Proof, Report, Work, first};
 use drivers::filters::mirror_top::{MirrorTop, Purpose};
 use env::bugs::planted as named;
 use graph::{Blocker, Demand, Edge, Graph, NodeCell, NodeOptions, Parent, Perms, Plan, Quiesced, Role, Step};
-use open::BitmapHome;
 use std::any::Any;
 use std::cell::RefCell;
 use std::future::Future;
@@ -47,6 +45,10 @@ const WRITING_BELOW: Demand = Demand {
     needs: Perms::WRITE,
     shares: Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED),
 };
+
+/// What is told of a mirror that was to go on.
+const CHANGED: &str =
+    "started again after a restart: the target is not as it was left, and everything is copied again";
 
 /// The longest that completion waits for what was written while it was pending to be compared.
 const PENDING_PROOF: Duration = Duration::from_secs(5);
@@ -69,6 +71,8 @@ pub struct Mirror {
     bitmap: Option<Rc<MirrorBitmap>>,
     /// Keeps for a later life what is still to be copied.
     kept: Option<Rc<KeptWork>>,
+    /// By an earlier life of the daemon.
+    begun_before: bool,
     /// Whether the target is an image below the source, and what was turned read-write for that.
     below: Option<Turned>,
     /// Whose files are to go when the target has taken their place.
@@ -120,12 +124,9 @@ async fn build(
 ) -> Result<Rc<Mirror>> {
     let Checked { source, target, replaces, granularity, buffer, bitmap, below } = checked;
     // With a bitmap the bitmap says what is to be copied, in a later life as well; of a commit what is allocated does.
-    // And, until many more runs of the simulator have gone without a violation, only where the whole is compared in the end (decision 0026).
-    let compared = args.verify.mode == VerifyMode::Full;
-    let kept =
-        |h: &Rc<BitmapHome>| bitmap.is_none() && below.is_none() && (compared || h.lets_unproven_go_on());
-    let home = registry.bitmap_home().filter(kept);
+    let home = registry.bitmap_home().filter(|_| bitmap.is_none() && below.is_none());
     let kept = KeptWork::find(home, graph, &source, &target, &args.job_id).await?;
+    let begun_before = registry.bitmap_home().is_some_and(|h| h.is_resuming());
     let busy = format!("block device is in use by block job: {}", job.kind().name());
     let parent = || Parent::Job(args.job_id.clone());
     let cr_w_wu = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);
@@ -232,6 +233,7 @@ async fn build(
         buffer,
         bitmap,
         kept,
+        begun_before,
         below,
         leavers: RefCell::new(None),
         made: Made::default(),
@@ -312,6 +314,8 @@ impl Mirror {
                 }
             }
             Sync::Top => first::mark_top(&self.work, source).await?,
+            // what was written since is not known
+            Sync::None if self.begun_before => self.work.mark(whole),
             Sync::None | Sync::Incremental | Sync::Bitmap => {}
         }
         Ok(())
@@ -360,11 +364,11 @@ impl Mirror {
             control,
             self.buffer,
         );
-        let taken_up = match &self.kept {
-            Some(kept) => kept.take_up(&self.work).await,
-            None => false,
-        };
-        if !taken_up {
+        if self.begun_before && !graph::links_below(&self.target, false).is_empty() {
+            // what an earlier life had sent and was not answered lands before anything that is sent now
+            self.graph.env().sleep(copy::SETTLE).await;
+        }
+        if !self.take_up(job, &mut engine, &source, &target).await? {
             while let Err(e) = self.prepare_work(&source, &target).await {
                 engine.bridge(e).await?;
             }
@@ -396,6 +400,23 @@ impl Mirror {
             // whatever sent us back here has to happen outside: never spin
             env::sync::yield_now().await;
         }
+    }
+
+    /// Goes on with what an earlier life left, if anything can be believed of that.
+    async fn take_up(&self, job: &Job, engine: &mut Engine, source: &Edge, target: &Edge) -> Result<bool> {
+        let Some(kept) = self.kept.as_ref().filter(|k| k.is_resumed()) else { return Ok(false) };
+        // of the others nobody knows what the target holds where nothing was copied to
+        let equal = self.args.sync == Sync::Full;
+        let taken = loop {
+            match kept.take_up(&self.work, source, target, equal).await {
+                Ok(taken) => break taken,
+                Err(e) => engine.bridge(e).await?,
+            }
+        };
+        if !taken {
+            job.note_resumed(CHANGED);
+        }
+        Ok(taken)
     }
 
     /// Compares all of the two once, where that is asked for, while what clients write goes on being copied.
@@ -461,11 +482,17 @@ impl Mirror {
         self.bitmap.iter().for_each(|b| b.equal());
         if self.policy.wish() == Wish::Stop {
             // the instant: from here on the client's writes are its own
+            self.keep_all();
             self.top.set_tap(None);
             self.policy.enter(Phase::Over);
             self.quiet.take();
         }
         Ok(true)
+    }
+
+    /// What clients write from now on is not in `work`, only in what is kept: nothing is let go there any more.
+    fn keep_all(&self) {
+        self.kept.iter().for_each(|k| k.keep_all());
     }
 
     /// The graph as it was before the job.
@@ -546,6 +573,7 @@ impl Body for Mirror {
 
     fn finish(&self, success: bool) -> Pin<Box<dyn Future<Output = ()> + '_>> {
         Box::pin(async move {
+            self.keep_all();
             self.policy.enter(Phase::Over);
             self.work.give_up_target();
             // Without a record of later writes the bitmap keeps all it has, which is more.

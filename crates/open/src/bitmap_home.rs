@@ -39,8 +39,9 @@ pub struct BitmapHome {
     resuming: Cell<bool>,
     resting: Cell<bool>,
     geometry: Cell<Option<Geometry>>,
-    unproven: Cell<bool>,
     deserted: Cell<bool>,
+    /// When anything was last recorded of nodes whose bitmaps were found, by their numbers.
+    recorded: RefCell<BTreeMap<u64, Duration>>,
     /// Files as they were when the first node that uses them was opened, while an earlier life is being restored: to open an image
     /// may change it.
     seen: RefCell<BTreeMap<(u64, u64), Witness>>,
@@ -112,17 +113,6 @@ impl BitmapHome {
         self.resuming.get()
     }
 
-    /// Mirrors go on where an earlier life was also if they are not compared in full in the end: for the simulator, which compares all
-    /// of them (decision 0026 says why not everywhere).
-    pub fn let_unproven_go_on(&self) {
-        self.unproven.set(true);
-    }
-
-    /// See [`BitmapHome::let_unproven_go_on`].
-    pub fn lets_unproven_go_on(&self) -> bool {
-        self.unproven.get()
-    }
-
     /// Disks that are opened from now on are cut into regions like this, whatever their length: for tests, whose disks are small.
     pub fn set_geometry(&self, geometry: Geometry) {
         self.geometry.set(Some(geometry));
@@ -152,6 +142,13 @@ impl BitmapHome {
     pub(crate) async fn first_seen(&self, cell: &NodeCell) -> Witness {
         let now = Witness::of(cell).await;
         self.seen.borrow().get(&(now.device, now.inode)).copied().unwrap_or(now)
+    }
+
+    /// Whether the file of `other` has not been changed since what is kept of `cell` was last recorded, as far as its time tells: for
+    /// what `cell` keeps of both. As for bitmaps, a change within [`GRACE`] is not noticed, nor one of a device or behind a link.
+    pub async fn is_as_left(&self, cell: &NodeCell, other: &NodeCell) -> bool {
+        let Some(recorded) = self.recorded.borrow().get(&cell.id()).copied() else { return false };
+        self.first_seen(other).await.modified() <= recorded.saturating_add(GRACE)
     }
 
     pub(crate) fn env(&self) -> &Env {
@@ -274,6 +271,7 @@ impl BitmapHome {
                 Ok(())
             };
         };
+        self.recorded.borrow_mut().insert(cell.id(), Duration::from_secs(found.wall));
         let doubt = match image {
             Some(image) if image.vouched() => None,
             Some(_) => Some("another program may have written to the image since".to_owned()),
@@ -515,8 +513,8 @@ impl Opener {
             resuming: Cell::new(false),
             resting: Cell::new(false),
             geometry: Cell::new(None),
-            unproven: Cell::new(false),
             deserted: Cell::new(false),
+            recorded: RefCell::default(),
             seen: RefCell::default(),
         };
         *self.home.borrow_mut() = Some(Rc::new(home));

@@ -72,7 +72,6 @@ impl Booted {
             if let Some(regions) = state {
                 let store = Store::open(&env, Path::new(STATE)).await.map_err(|e| e.to_string())?;
                 daemon.keep_bitmaps_in(Path::new(STATE));
-                daemon.let_unproven_mirrors_go_on();
                 regions.into_iter().for_each(|r| daemon.set_log_geometry(r));
                 daemon.use_state(store, &[]).await.map_err(|e| e.to_string())?;
             }

@@ -231,8 +231,8 @@ impl Command for BlockJobSetSpeed {
 }
 
 /// With how it was started again in this life of the daemon, if it was.
-fn resumed(daemon: &Daemon, job: &Job, mut shown: Value) -> Value {
-    if let Some(how) = daemon.recorder().and_then(|r| r.resumed(job.id())) {
+fn resumed(job: &Job, mut shown: Value) -> Value {
+    if let Some(how) = job.resumed() {
         shown["resumed"] = json!(how);
     }
     shown
@@ -246,7 +246,7 @@ impl Command for QueryJobs {
     const NAME: &'static str = "query-jobs";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         let now = daemon.env().now();
-        let shown = |j: &Rc<_>| resumed(&daemon, j, jobinfo::job(j, now));
+        let shown = |j: &Rc<_>| resumed(j, jobinfo::job(j, now));
         Ok(daemon.jobs().list().iter().map(shown).collect::<Value>())
     }
 }
@@ -261,6 +261,6 @@ impl Command for QueryBlockJobs {
         let all = daemon.jobs().list();
         let all = all.iter().filter(|j| j.kind().is_block_job());
         let now = daemon.env().now();
-        Ok(all.map(|j| resumed(&daemon, j, jobinfo::block_job(j, now))).collect::<Value>())
+        Ok(all.map(|j| resumed(j, jobinfo::block_job(j, now))).collect::<Value>())
     }
 }

@@ -21,8 +21,6 @@ use std::rc::Rc;
 pub(crate) struct JobRecord {
     command: String,
     arguments: Map<String, Value>,
-    /// What a manager is told of how it was started again.
-    resumed: Option<&'static str>,
 }
 
 /// Commands that start a job which a later life starts again.
@@ -60,15 +58,9 @@ impl Recorder {
         // the default is the name of the device, which for a stream and a commit may be one
         let id = arguments.get("job-id").or_else(|| arguments.get("device")).and_then(Value::as_str);
         if let Some(id) = id {
-            let record =
-                JobRecord { command: command.to_owned(), arguments: arguments.clone(), resumed: None };
+            let record = JobRecord { command: command.to_owned(), arguments: arguments.clone() };
             self.jobs.borrow_mut().insert(id.to_owned(), record);
         }
-    }
-
-    /// What is to be told of how a job was started again.
-    pub(crate) fn resumed(&self, id: &str) -> Option<&'static str> {
-        self.jobs.borrow().get(id)?.resumed
     }
 
     pub(super) fn describe_jobs(&self, daemon: &Daemon) -> BTreeMap<String, Vec<u8>> {
@@ -147,10 +139,6 @@ fn in_doubt(command: &str, arguments: &Map<String, Value>) -> (Map<String, Value
         "blockdev-mirror" => {
             // it has been written to
             out.shift_remove("target-is-zero");
-            // what was written since it began is not known
-            if arguments.get("sync") == Some(&json!("none")) {
-                out.insert("sync".into(), json!("full"));
-            }
             "started again after a restart: everything is copied again"
         }
         "blockdev-backup" => MOVED,
@@ -195,11 +183,13 @@ impl Daemon {
         } else {
             told
         };
+        // unless it has found out more by itself meanwhile
+        let told = job.resumed().unwrap_or(told);
         job.note_resumed(told);
         if told == MOVED {
             self.tell_trouble(&format!("job '{id}' was {told}"));
         }
-        let said = JobRecord { command: command.to_owned(), arguments, resumed: Some(told) };
+        let said = JobRecord { command: command.to_owned(), arguments };
         recorder.jobs.borrow_mut().insert(id.to_owned(), said);
         if record["paused"] == json!(true) {
             self.jobs().pause(&job)?;

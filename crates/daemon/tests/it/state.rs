@@ -1,5 +1,6 @@
 //! `--state-dir`: the daemon comes back after it was killed, between any two commands, as it was.
 
+mod going_on;
 mod instants;
 mod jobs;
 mod kills;

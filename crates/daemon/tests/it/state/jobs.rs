@@ -60,11 +60,7 @@ fn a_mirror_goes_on_as_it_was() {
     let dir = Dir::new();
     let mut daemon = served(&dir);
     let mut c = daemon.client();
-    c.command(
-        "blockdev-mirror",
-        with(MIRROR, &json!({"speed": 1 << 20, "buf-size": 1 << 16, "verify": "full"})),
-    )
-    .unwrap();
+    c.command("blockdev-mirror", with(MIRROR, &json!({"speed": 1 << 20, "buf-size": 1 << 16}))).unwrap();
     c.command("block-job-set-speed", json!({"device": "j", "speed": 12345})).unwrap();
     c.command("block-job-change", json!({"id": "j", "type": "mirror", "copy-mode": "write-blocking"}))
         .unwrap();
