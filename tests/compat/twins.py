@@ -30,6 +30,7 @@ ENV = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
 QUIET = 0.3  # seconds without a reply after which none is expected: some lines have none, some have several
 EVENT_LIMIT = 3.0  # seconds for an event that the twin emitted
 RUN_LIMIT = 60.0  # seconds for a client
+REPLY_LIMIT = 90.0  # seconds for a reply: a busy machine is no difference
 PASSING = 0.1  # seconds: a job may pass through states in which others wait
 REST = 1.0  # seconds without progress after which a job waits for clients
 SETTLE_LIMIT = 10.0  # seconds in which jobs come to rest
@@ -70,7 +71,7 @@ class Side:
     def ask(self, name, arguments):
         seen = len(self.connection.replies)
         self.connection.send((json.dumps({"execute": name, "arguments": arguments}) + "\n").encode())
-        self.connection.wait(lambda: len(self.connection.replies) > seen, 20)
+        self.connection.wait(lambda: len(self.connection.replies) > seen, REPLY_LIMIT)
         return self.connection.replies[seen] if len(self.connection.replies) > seen else "no reply"
 
     def step(self, line):

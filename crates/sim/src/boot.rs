@@ -102,6 +102,16 @@ impl Booted {
         Manager::connect(env, &at, world.machine(), history, world.verdict(), self.again).await
     }
 
+    /// Where its monitor listens, for who speaks QMP in another way than a [`Manager`].
+    pub fn monitor_address() -> Address {
+        Address::Unix(PathBuf::from(MONITOR))
+    }
+
+    /// Where its NBD server listens, once started.
+    pub fn nbd_server() -> Address {
+        nbd()
+    }
+
     /// The `addr` of its NBD server for `nbd-server-start`.
     pub fn nbd_address() -> serde_json::Value {
         serde_json::json!({"type": "unix", "data": {"path": NBD}})

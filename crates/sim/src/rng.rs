@@ -10,6 +10,8 @@ use std::time::Duration;
 #[derive(Clone, Debug)]
 pub struct Rng {
     state: [u64; 4],
+    /// What the next draws give, last first.
+    told: Vec<u16>,
 }
 
 fn splitmix(x: &mut u64) -> u64 {
@@ -24,7 +26,14 @@ impl Rng {
     /// The stream of `seed`.
     pub fn new(seed: u64) -> Rng {
         let mut x = seed;
-        Rng { state: std::array::from_fn(|_| splitmix(&mut x)) }
+        Rng { state: std::array::from_fn(|_| splitmix(&mut x)), told: Vec::new() }
+    }
+
+    /// A stream whose first draws somebody else decides, two bytes each, so that a fuzzer steers what is made by chance; then
+    /// the stream of seed 0.
+    pub fn told(draws: &[u8]) -> Rng {
+        let told = draws.chunks(2).map(|c| u16::from_be_bytes([c[0], c.get(1).copied().unwrap_or(0)]));
+        Rng { told: told.rev().collect(), ..Rng::new(0) }
     }
 
     /// A stream of its own, named so that two forks of one parent differ.
@@ -36,6 +45,9 @@ impl Rng {
 
     /// 64 random bits.
     pub fn draw(&mut self) -> u64 {
+        if let Some(told) = self.told.pop() {
+            return u64::from(told) * 0x0001_0001_0001_0001;
+        }
         let s = &mut self.state;
         let result = s[1].wrapping_mul(5).rotate_left(7).wrapping_mul(9);
         let t = s[1] << 17;
@@ -96,6 +108,13 @@ mod tests {
         assert_eq!(first, [0xb3f2_af6d_0fc7_10c5, 0x853b_5596_4736_4cea, 0x92f8_9756_082a_4514]);
         let mut again = Rng::new(1);
         assert_eq!(again.draw(), first[0]);
+    }
+
+    #[test]
+    fn what_is_told_comes_first() {
+        let mut r = Rng::told(&[0xff, 0xff, 0x80, 0, 7]);
+        assert_eq!((r.below(10), r.below(10), r.draw() >> 48), (9, 5, 0x0700));
+        assert_eq!(r.draw(), Rng::new(0).draw());
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod bench;
 mod ci;
 mod demo;
+mod fuzz;
 mod layers;
 mod setup;
 mod shell;
@@ -27,6 +28,7 @@ cargo xtask COMMAND
   crash     enumerated crash states of qcow2: --states N [--seed S]; of the log of changes: --dirty;
             of commit, stream, snapshot and pivot with --state-dir, each at every moment: --steps
   histories random qcow2 histories exchanged with QEMU: --count N [--seed S]
+  fuzz      coverage-guided fuzzing under AddressSanitizer: [--seconds N] [TARGET ...]
   interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
   wander    random scenes of commands, jobs and clients with QSD and liveblkd: what differs, cut down: [--rounds N] [--seed S]
@@ -59,6 +61,7 @@ fn main() {
         "crash" if rest.iter().any(|a| a == "--steps") => run_tool("sim", "simulate", &rest),
         "crash" => run_tool("crashlab", "crashlab", &rest),
         "histories" => run_tool("crashlab", "histories", &rest),
+        "fuzz" => fuzz::run(&rest),
         "interleave" => interleave(&rest),
         "bitmaps" => script("compat/bitmaps.py", &rest),
         "wander" => script("compat/wander.py", &rest),

@@ -8,6 +8,9 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+/// Nothing that the daemon does takes so long, also where builds fill processors and disks.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+
 /// A directory that goes when the value goes.
 pub(crate) struct Dir(pub(crate) PathBuf);
 
@@ -77,7 +80,7 @@ impl Daemon {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
             }
-            assert!(begin.elapsed() < Duration::from_secs(20), "the daemon does not end");
+            assert!(begin.elapsed() < PATIENCE, "the daemon does not end");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -109,11 +112,11 @@ impl Client {
         let stream = loop {
             match UnixStream::connect(path) {
                 Ok(s) => break s,
-                Err(e) => assert!(begin.elapsed() < Duration::from_secs(20), "{}: {e}", path.display()),
+                Err(e) => assert!(begin.elapsed() < PATIENCE, "{}: {e}", path.display()),
             }
             std::thread::sleep(Duration::from_millis(5));
         };
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut c = Client { stream, buffer: Vec::new(), greeting: Value::Null, events: Vec::new() };
         c.greeting = c.read().expect("a greeting");
         c
@@ -133,7 +136,7 @@ impl Client {
                 Ok(n) => self.buffer.extend_from_slice(&piece[..n]),
                 // whoever stops and continues a process interrupts its waits
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => panic!("an answer within 20 s: {e}"),
+                Err(e) => panic!("an answer within {} s: {e}", PATIENCE.as_secs()),
             }
         }
     }
@@ -179,7 +182,7 @@ impl Client {
 pub(crate) fn until(is: impl Fn() -> bool) {
     let begin = Instant::now();
     while !is() {
-        assert!(begin.elapsed() < Duration::from_secs(20), "it does not come about");
+        assert!(begin.elapsed() < PATIENCE, "it does not come about");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

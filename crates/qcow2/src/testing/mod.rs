@@ -5,3 +5,21 @@ pub mod file;
 pub mod history;
 
 pub use file::FileNode;
+
+use crate::header::Compression;
+
+/// Unpacks one cluster of `len` bytes.
+///
+/// # Errors
+/// What is wrong with the packed bytes.
+pub fn unpack(how: Compression, packed: &[u8], len: usize) -> Result<Vec<u8>, String> {
+    crate::compress::unpack(how, packed, len)
+}
+
+/// Packs one cluster; `None` if it does not get smaller.
+///
+/// # Errors
+/// The library's.
+pub fn pack(how: Compression, plain: &[u8]) -> Result<Option<Vec<u8>>, String> {
+    crate::compress::pack(how, plain)
+}
