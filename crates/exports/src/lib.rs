@@ -17,4 +17,6 @@ pub use nbd_server::{
     Authorize, DEFAULT_HANDSHAKE_SECONDS, DEFAULT_MAX_CONNECTIONS, ServerOptions, ServerTls,
 };
 pub use registry::{DeleteMode, ExportRegistry};
+#[cfg(feature = "testing")]
+pub use vhost_user_blk::testing;
 pub use vhost_user_blk::{DEFAULT_BLOCK_SIZE, VhostUserBlkOptions};

@@ -10,10 +10,12 @@
 //! | JSON, key=value | `text.rs` |
 //! | images, their tables, what is done to them, packed clusters | `images.rs` |
 //! | frames and stores of replication, logs of changes | `peers.rs` |
+//! | a guest's rings | `guest.rs` |
 //! | the whole daemon: a monitor's bytes, commands, an NBD client, an NBD server | `daemon.rs`, `scene.rs` |
 #![forbid(unsafe_code)]
 
 mod daemon;
+mod guest;
 mod images;
 mod nbd;
 mod peers;
@@ -28,6 +30,7 @@ pub const TARGETS: &[Target] = &[
     ("canary", canary),
     ("compressed", images::compressed),
     ("dirty_log", peers::dirty_log),
+    ("guest_rings", guest::rings),
     ("image_fields", images::fields),
     ("image_operations", images::operations),
     ("json", text::json),

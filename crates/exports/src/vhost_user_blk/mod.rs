@@ -18,6 +18,8 @@ mod request;
 mod ring;
 mod session;
 mod split;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod wire;
 
 pub use device::{DEFAULT_BLOCK_SIZE, VhostUserBlkOptions};
