@@ -5,6 +5,8 @@ mod again_work;
 pub mod chain;
 pub mod live;
 pub mod nth;
+mod nth_filters;
+mod nth_stacks;
 mod nth_table;
 pub mod plan;
 pub mod replica;

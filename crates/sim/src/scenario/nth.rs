@@ -6,8 +6,8 @@
 //! ends in order and gives everything back; no image is corrupt, and the disk reads the same for the next daemon. A seed is
 //! one case, so that each can be repeated and kept like any other.
 
-use super::nth_table::SCRIPTS;
 use super::plan::{check_qcow2, empty_qcow2};
+use super::{nth_filters, nth_table};
 use crate::boot::{Booted, nbd};
 use crate::history::History;
 use crate::runner::Outcome;
@@ -31,7 +31,19 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const HANGS: Duration = Duration::from_secs(2);
 /// Seeds are dealt out to so many scripts, of which some are still to come, so that a seed stays the same case for ever.
 const SLOTS: u64 = 100;
-const _: () = assert!(SCRIPTS.len() as u64 <= SLOTS);
+const _: () = assert!(scripts() as u64 <= SLOTS);
+
+/// How many scripts there are.
+const fn scripts() -> usize {
+    nth_table::SCRIPTS.len() + nth_filters::SCRIPTS.len()
+}
+
+/// One of them. The order is that of the seeds.
+fn script(number: usize) -> Option<&'static Script> {
+    let more = || nth_filters::SCRIPTS.get(number - nth_table::SCRIPTS.len());
+    nth_table::SCRIPTS.get(number).or_else(more)
+}
+
 /// The seed of all plays: what differs between two is the fault alone.
 const SEED: u64 = 1;
 
@@ -132,40 +144,38 @@ thread_local! {
 
 /// How many cases there are: seeds from here on do nothing.
 pub fn cases() -> u64 {
-    let most = (0..SCRIPTS.len()).filter_map(|s| prepared(s).ok()).map(|p| p.ios).max().unwrap_or(0);
+    let most = (0..scripts()).filter_map(|s| prepared(s).ok()).map(|p| p.ios).max().unwrap_or(0);
     most * SLOTS * KINDS.len() as u64
 }
 
 /// One case: `seed` says which script, which kind of failure, and which I/O.
 pub fn case(seed: u64, verbose: bool) -> Outcome {
-    let (script, rest) = ((seed % SLOTS) as usize, seed / SLOTS);
-    if script >= SCRIPTS.len() {
-        return Outcome::default();
-    }
+    let (number, rest) = ((seed % SLOTS) as usize, seed / SLOTS);
+    let Some(script) = script(number) else { return Outcome::default() };
     let (kind, nth) = (KINDS[(rest % KINDS.len() as u64) as usize], rest / KINDS.len() as u64);
-    let prepared = match prepared(script) {
+    let prepared = match prepared(number) {
         Ok(p) => p,
-        Err(e) => return Outcome::bad(format!("{}, without a fault: {e}", SCRIPTS[script].name)),
+        Err(e) => return Outcome::bad(format!("{}, without a fault: {e}", script.name)),
     };
     if nth >= prepared.ios {
         return Outcome::default();
     }
     let mut outcome = World::play(SEED, verbose, |w| async move {
-        let play = Play::new(w, &SCRIPTS[script], prepared);
+        let play = Play::new(w, script, prepared);
         play.world.count(kind.name, 1);
         play.go(Some((nth, kind))).await;
     });
     outcome.violation =
-        outcome.violation.map(|v| format!("{}, I/O {nth} fails ({}): {v}", SCRIPTS[script].name, kind.name));
+        outcome.violation.map(|v| format!("{}, I/O {nth} fails ({}): {v}", script.name, kind.name));
     outcome
 }
 
 /// Makes the images, and plays the script once without a fault.
-fn prepared(script: usize) -> Result<Rc<Prepared>, String> {
-    if let Some(p) = PREPARED.with_borrow(|p| p.get(&script).cloned()) {
+fn prepared(number: usize) -> Result<Rc<Prepared>, String> {
+    if let Some(p) = PREPARED.with_borrow(|p| p.get(&number).cloned()) {
         return Ok(p);
     }
-    let s = &SCRIPTS[script];
+    let s = script(number).ok_or("no such script")?;
     let (images, disk) = write_layers(s)?;
     let (ios, first) = (Rc::new(RefCell::new(0)), Rc::new(Prepared { images, disk, ios: 0 }));
     let (out, from) = (ios.clone(), first.clone());
@@ -176,7 +186,7 @@ fn prepared(script: usize) -> Result<Rc<Prepared>, String> {
         return Err(v);
     }
     let all = Rc::new(Prepared { ios: *ios.borrow(), ..(*first).clone() });
-    PREPARED.with_borrow_mut(|p| p.insert(script, all.clone()));
+    PREPARED.with_borrow_mut(|p| p.insert(number, all.clone()));
     Ok(all)
 }
 
@@ -343,7 +353,7 @@ impl Play {
     /// Opens what is open before the script, and exports the disk.
     async fn open(&self, m: &Manager) -> Result<(), Refusal> {
         for l in self.script.on.layers.iter().filter(|l| l.open) {
-            m.must("blockdev-add", node(l)).await?;
+            m.must("blockdev-add", node(l, self.script.on)).await?;
         }
         m.must("nbd-server-start", json!({"addr": Booted::nbd_address()})).await?;
         let export = json!({
@@ -576,13 +586,17 @@ impl Play {
     }
 }
 
-/// `blockdev-add` arguments of a layer.
-pub(crate) fn node(l: &Layer) -> Json {
+/// `blockdev-add` arguments of a layer. What lies below and is not open is opened as the header names it.
+pub(crate) fn node(l: &Layer, stack: &Stack) -> Json {
     let file = json!({
         "driver": "file", "node-name": format!("{}-file", l.name), "filename": format!("/{}.img", l.name)
     });
     if l.cluster == 0 {
         return json!({"driver": "raw", "node-name": l.name, "file": file});
     }
-    json!({"driver": "qcow2", "node-name": l.name, "file": file, "backing": l.over})
+    let mut node = json!({"driver": "qcow2", "node-name": l.name, "file": file});
+    if l.over.is_none_or(|o| stack.layers.iter().any(|below| below.name == o && below.open)) {
+        node["backing"] = json!(l.over);
+    }
+    node
 }

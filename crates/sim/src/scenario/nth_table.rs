@@ -1,131 +1,11 @@
 //! The scripts whose every I/O is failed in turn (see `nth`). A new operation is one more entry here.
 
-use super::nth::{Finish, Layer, Script, Stack, Step};
+use super::nth::{Finish, Script, Step};
+use super::nth_stacks::{
+    BESIDE, BUFFERED, CHAIN, CHAIN_AND_EMPTY, CHAIN_OF_FOUR, CLOSED, DISK_AND_TWO, QCOW2_TO_RAW,
+    QCOW2_TO_SMALL, RAW_TO_QCOW2, SMALL, TWO_AND_EMPTY, TWO_PAIRS,
+};
 use serde_json::{Value, json};
-
-/// What the lowest image of most has.
-const SPREAD: &[(u64, u64)] = &[(0, 60), (200, 90), (600, 40)];
-
-const fn raw(name: &'static str, written: &'static [(u64, u64)]) -> Layer {
-    Layer { name, cluster: 0, over: None, written, open: true }
-}
-
-const fn qcow2(
-    name: &'static str,
-    cluster: u64,
-    over: Option<&'static str>,
-    written: &'static [(u64, u64)],
-) -> Layer {
-    Layer { name, cluster, over, written, open: true }
-}
-
-/// Not opened before the script begins.
-const fn closed(layer: Layer) -> Layer {
-    Layer { open: false, ..layer }
-}
-
-/// A chain of three; each layer has something that no other has, and some that the one above covers.
-pub(super) const CHAIN: Stack = Stack {
-    disk: "top",
-    layers: &[
-        qcow2("base", 4096, None, SPREAD),
-        qcow2("mid", 4096, Some("base"), &[(30, 60), (300, 50)]),
-        qcow2("top", 4096, Some("mid"), &[(80, 30), (210, 10), (480, 33)]),
-    ],
-};
-
-/// The same with tables so small that they are made and changed all the time, over a raw base.
-pub(super) const SMALL: Stack = Stack {
-    disk: "top",
-    layers: &[
-        raw("base", SPREAD),
-        qcow2("mid", 512, Some("base"), &[(30, 60), (300, 50)]),
-        qcow2("top", 512, Some("mid"), &[(80, 30), (210, 10), (480, 33)]),
-    ],
-};
-
-/// Not opened: for scripts that open it.
-const CLOSED: Stack = Stack {
-    disk: "disk",
-    layers: &[
-        raw("disk", &[(5, 9)]),
-        closed(qcow2("base", 4096, None, &[(0, 60)])),
-        closed(qcow2("mid", 4096, Some("base"), &[(30, 60)])),
-    ],
-};
-
-/// A disk and an empty place to copy it to.
-pub(super) const RAW_TO_QCOW2: Stack =
-    Stack { disk: "disk", layers: &[raw("disk", SPREAD), qcow2("target", 4096, None, &[])] };
-pub(super) const QCOW2_TO_RAW: Stack =
-    Stack { disk: "disk", layers: &[qcow2("disk", 4096, None, SPREAD), raw("target", &[(100, 30)])] };
-pub(super) const QCOW2_TO_SMALL: Stack = Stack {
-    disk: "disk",
-    layers: &[qcow2("disk", 4096, None, SPREAD), qcow2("target", 512, None, &[(100, 30)])],
-};
-/// A disk with a layer of its own, and a place beside that layer.
-pub(super) const BESIDE: Stack = Stack {
-    disk: "disk",
-    layers: &[
-        qcow2("base", 4096, None, SPREAD),
-        qcow2("disk", 4096, Some("base"), &[(30, 60), (300, 50)]),
-        qcow2("target", 4096, Some("base"), &[]),
-    ],
-};
-
-/// A disk, and an empty image that is to go on top.
-pub(super) const CHAIN_AND_EMPTY: Stack = Stack {
-    disk: "mid",
-    layers: &[
-        qcow2("base", 4096, None, SPREAD),
-        qcow2("mid", 4096, Some("base"), &[(30, 60), (300, 50)]),
-        closed(qcow2("new", 4096, Some("mid"), &[])),
-    ],
-};
-/// Two disks, and the images that are to go on top of them.
-pub(super) const TWO_AND_EMPTY: Stack = Stack {
-    disk: "disk",
-    layers: &[
-        qcow2("disk", 4096, None, &[(0, 60), (200, 90)]),
-        raw("other", &[(7, 60)]),
-        closed(qcow2("new", 4096, Some("disk"), &[])),
-        closed(qcow2("newer", 512, Some("other"), &[])),
-    ],
-};
-pub(super) const CHAIN_OF_FOUR: Stack = Stack {
-    disk: "top",
-    layers: &[
-        qcow2("base", 4096, None, SPREAD),
-        qcow2("two", 512, Some("base"), &[(30, 60), (300, 50)]),
-        qcow2("three", 4096, Some("two"), &[(50, 9), (333, 30)]),
-        qcow2("top", 65536, Some("three"), &[(80, 30), (210, 10)]),
-    ],
-};
-
-/// A disk, a copy of some of it, and a place for a copy of one instant.
-const DISK_AND_TWO: Stack = Stack {
-    disk: "disk",
-    layers: &[qcow2("disk", 4096, None, SPREAD), qcow2("target", 4096, None, &[]), raw("kept", &[])],
-};
-/// A disk, a place to copy it to, and one for what clients overwrite meanwhile.
-const BUFFERED: Stack = Stack {
-    disk: "disk",
-    layers: &[
-        qcow2("disk", 4096, None, SPREAD),
-        raw("target", &[]),
-        closed(qcow2("buffer", 4096, None, &[])),
-    ],
-};
-/// Two disks and a place for each.
-const TWO_PAIRS: Stack = Stack {
-    disk: "disk",
-    layers: &[
-        qcow2("disk", 4096, None, &[(0, 60), (200, 90)]),
-        qcow2("target", 512, None, &[]),
-        raw("other", &[(7, 60)]),
-        qcow2("place", 4096, None, &[]),
-    ],
-};
 
 /// A job on the usual nodes, with what a script adds to its arguments.
 pub(super) const fn mirror(more: fn() -> Value, finish: Finish) -> Step {
@@ -145,7 +25,7 @@ fn usual_backup() -> Value {
     json!({"job-id": "job", "device": "disk", "target": "target", "sync": "full"})
 }
 
-const fn backup(more: fn() -> Value, finish: Finish) -> Step {
+pub(super) const fn backup(more: fn() -> Value, finish: Finish) -> Step {
     Step::Job("blockdev-backup", usual_backup, more, finish)
 }
 

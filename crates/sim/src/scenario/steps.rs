@@ -236,7 +236,7 @@ impl Play {
         let open = async {
             let m = daemon.manage(&self.world, &self.outside, &Rc::new(History::new())).await?;
             for l in self.script.on.layers.iter().filter(|l| l.open) {
-                m.must("blockdev-add", node(l)).await?;
+                m.must("blockdev-add", node(l, self.script.on)).await?;
             }
             m.must("nbd-server-start", json!({"addr": Booted::nbd_address(), "max-connections": 0})).await?;
             let export = json!({

@@ -1,10 +1,11 @@
 //! The operations of which every crash point is tried (see `steps`). A new one is one more entry.
 
 use super::nth::{Finish, Script, Step};
-use super::nth_table::{
+use super::nth_stacks::{
     BESIDE, CHAIN, CHAIN_AND_EMPTY, CHAIN_OF_FOUR, QCOW2_TO_RAW, QCOW2_TO_SMALL, RAW_TO_QCOW2, SMALL,
-    TWO_AND_EMPTY, commit, job, mirror, stream,
+    TWO_AND_EMPTY,
 };
+use super::nth_table::{commit, job, mirror, stream};
 use serde_json::{Value, json};
 
 /// Opens an empty image without what its header names.
