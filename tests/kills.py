@@ -394,7 +394,8 @@ class Monitor:
                     raise Wrong("the daemon does not come back") from None
                 time.sleep(0.01)
         self.sock.settimeout(PATIENCE)
-        self.lines = self.sock.makefile("rw")
+        # for reading alone: Python's file for both forgets what it has read ahead when something is written
+        self.lines = self.sock.makefile("r")
         self.message()
         self.do("qmp_capabilities")
 
@@ -412,8 +413,7 @@ class Monitor:
     def try_to(self, command, **arguments):
         arguments = {k.replace("_", "-"): x for k, x in arguments.items()}
         try:
-            self.lines.write(json.dumps({"execute": command, "arguments": arguments}))
-            self.lines.flush()
+            self.sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         except OSError as e:
             raise Gone() from e
         while "event" in (m := self.message()):

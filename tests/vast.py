@@ -58,13 +58,13 @@ class Daemon:
         listener.settimeout(30)
         connection, _ = listener.accept()
         connection.settimeout(limit)
-        self.lines, self.events = connection.makefile("rw"), []
+        # for reading alone: Python's file for both forgets what it has read ahead when something is written
+        self.connection, self.lines, self.events = connection, connection.makefile("r"), []
         self.lines.readline()
         self.do("qmp_capabilities", {})
 
     def do(self, command, arguments):
-        self.lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self.lines.flush()
+        self.connection.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         while True:
             answer = json.loads(self.lines.readline())
             if "error" in answer:

@@ -73,14 +73,14 @@ class Daemon:
         listener.settimeout(REPLY_LIMIT)
         connection, _ = listener.accept()
         connection.settimeout(REPLY_LIMIT)
-        self.lines = connection.makefile("rw", encoding="utf-8")
+        # for reading alone: Python's file for both forgets what it has read ahead when something is written
+        self.connection, self.lines = connection, connection.makefile("r", encoding="utf-8")
         self.lines.readline()
         self.do("qmp_capabilities")
 
     def do(self, command, **arguments):
         arguments = {k.replace("_", "-"): v for k, v in arguments.items()}
-        self.lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self.lines.flush()
+        self.connection.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
         while True:
             answer = json.loads(self.lines.readline())
             if "error" in answer:

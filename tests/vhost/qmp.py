@@ -15,7 +15,8 @@ class Talk:
         self.monitor = socket.socket(socket.AF_UNIX)
         self.monitor.settimeout(60)
         self.monitor.connect(path)
-        self.lines = self.monitor.makefile("rw")
+        # for reading alone: Python's file for both forgets what it has read ahead when something is written
+        self.lines = self.monitor.makefile("r")
         self.events = []
         self.next()
         self.qmp("qmp_capabilities")
@@ -26,8 +27,7 @@ class Talk:
     def ask(self, command, /, **arguments):
         """A command's whole answer."""
         text = {"execute": command, "arguments": {k.replace("_", "-"): a for k, a in arguments.items()}}
-        self.lines.write(json.dumps(text) + "\n")
-        self.lines.flush()
+        self.monitor.sendall(json.dumps(text).encode() + b"\n")
         while True:
             got = self.next()
             if "event" not in got:
