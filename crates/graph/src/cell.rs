@@ -623,6 +623,11 @@ impl NodeCell {
     pub(crate) async fn resize(&self, len: u64, prealloc: Prealloc) -> Result<()> {
         self.check_writable().map_err(|e| e.with_message("Image is read-only"))?;
         self.node.resize(len, prealloc).await?;
+        self.follow_length().await
+    }
+
+    /// Bitmaps have the node's length again.
+    pub(crate) async fn follow_length(&self) -> Result<()> {
         for bitmap in self.bitmaps() {
             bitmap.resize(self.node.len())?;
         }

@@ -28,6 +28,20 @@ impl Dirty {
         Dirty { lens, sets: BTreeMap::new(), floor }
     }
 
+    /// A volume has another length from `epoch` on. What is new there reads as zeroes everywhere, so no place is owed to anybody; the epoch is.
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn resize(&mut self, epoch: Epoch, volume: u16, len: u64) -> Result<()> {
+        let i = usize::from(volume);
+        Bitmap::new(len, GRANULE)?;
+        if let Some(l) = self.lens.get_mut(i) {
+            *l = len;
+        }
+        self.sets.values_mut().filter_map(|s| s.get_mut(i)).try_for_each(|b| b.resize(len))?;
+        self.mark(epoch, volume, Span::default())
+    }
+
     /// Checkpoints before this one are not covered.
     pub fn floor(&self) -> Epoch {
         self.floor

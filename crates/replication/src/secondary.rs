@@ -83,9 +83,13 @@ pub enum Output {
         session: SessionId,
         /// Highest generation seen.
         generation: Generation,
+        /// Lengths of the volumes from here on; the view has them with the next checkpoint.
+        lens: Vec<u64>,
     },
     /// Keep the change of the frame that was just given.
     Keep,
+    /// A volume has another length from here on. It can be so long durably before anything else is done; else say [`Input::Refused`].
+    Resize(u16, u64),
     /// Make all that was kept durable, then say [`Input::Kept`].
     Flush(SessionId),
     /// The open epoch ends: make it durable, and say [`Input::Prepared`]. If it is decided, this is where the image comes from.
@@ -123,18 +127,25 @@ struct Session {
     id: SessionId,
     generation: Generation,
     history: History,
+    volumes: Vec<VolumeInfo>,
     welcomed: bool,
     /// The last number seen; nothing before the first frame, which says where the session begins.
     last: Option<Seq>,
     open: Digest,
     poisoned: Option<String>,
     sealed: VecDeque<Sealed>,
+    /// A checkpoint was decided in this session: what this side had missed before it is here.
+    decided: bool,
 }
 
 /// See above.
 pub struct Secondary {
     group: GroupId,
     volumes: Vec<VolumeInfo>,
+    /// How long the disks are: a growth that was prepared may not have come about.
+    disks: Vec<u64>,
+    /// The disks may have other lengths than those of the first primary that comes: they were an owner's.
+    any_length: bool,
     highest: Generation,
     history: History,
     promoted: bool,
@@ -156,7 +167,9 @@ impl Secondary {
         let highest = highest.max(history.generation());
         Secondary {
             group,
+            disks: volumes.iter().map(|v| v.len).collect(),
             volumes,
+            any_length: false,
             highest,
             history,
             promoted,
@@ -164,6 +177,16 @@ impl Secondary {
             agreed: None,
             committed_digest: Digest::default(),
         }
+    }
+
+    /// The disks are so long.
+    pub fn disks_are(&mut self, lens: Vec<u64>) {
+        self.disks = lens;
+    }
+
+    /// The disks were an owner's, who may have gone on to other lengths.
+    pub fn was_owner(&mut self) {
+        self.any_length = true;
     }
 
     /// Where the image comes from.
@@ -298,6 +321,7 @@ impl Secondary {
                 let len = u32::try_from(at.len).unwrap_or(u32::MAX);
                 self.change(id, frame, (*volume, at.start, len, 0), *catch_up, out);
             }
+            Body::Resize { volume, len } => self.resize(id, frame, *volume, *len, out),
             Body::Flush => {
                 s.last.get_or_insert(frame.seq);
                 out.push(Output::Flush(id));
@@ -309,15 +333,15 @@ impl Secondary {
                 out.push(Output::Abort(frame.epoch));
             }
             Body::HashReq { volume, at } => {
-                let inside = self.volumes.get(usize::from(*volume)).is_some_and(|v| at.end() <= v.len);
+                let inside = s.volumes.get(usize::from(*volume)).is_some_and(|v| at.end() <= v.len);
                 if !inside {
                     return self.protocol_error(id, "a hash of something outside the volumes", out);
                 }
                 out.push(Output::Hash { session: id, volume: *volume, at: *at });
             }
             Body::HandOver(hand) => {
-                // Nothing may be lost: this must be the last checkpoint, with nothing behind it.
-                let last = s.sealed.is_empty() && s.open.count == 0 && s.poisoned.is_none();
+                // Nothing may be lost: this must be the last checkpoint, with nothing behind it, and nothing still to come that was missed.
+                let last = s.decided && s.sealed.is_empty() && s.open.count == 0 && s.poisoned.is_none();
                 let exact = last && frame.epoch == self.history.epoch();
                 if exact || planted(Bug::HandOverUnchecked) {
                     return out.push(Output::TakeOver(hand.clone()));
@@ -348,7 +372,7 @@ impl Secondary {
         } else if generation < self.highest || generation < hello.history.generation() || self.promoted {
             out.push(Output::Fenced(generation));
             Some((Reject::Fenced(self.highest), format!("generation {} exists", self.highest)))
-        } else if hello.volumes != self.volumes {
+        } else if !self.fits(hello) {
             Some((Reject::Volumes, "the disks of the group are not the same on both sides".to_owned()))
         } else {
             match hello.history.compare(&self.history) {
@@ -379,13 +403,42 @@ impl Secondary {
             id,
             generation,
             history: hello.history.clone(),
+            volumes: hello.volumes.clone(),
             welcomed: false,
             last: None,
             open: Digest::default(),
             poisoned: None,
             sealed: VecDeque::new(),
+            decided: false,
         });
-        out.push(Output::Begin { session: id, generation });
+        let lens = hello.volumes.iter().map(|v| v.len).collect();
+        out.push(Output::Begin { session: id, generation, lens });
+    }
+
+    /// Whether these can be the primary's disks. Disks that never were together have the same length, or somebody has made a mistake (T2);
+    /// later ones follow the primary's.
+    fn fits(&self, hello: &Hello) -> bool {
+        let together = self.history.now().is_some() || self.any_length;
+        let (mine, theirs) = (self.volumes.iter().zip(&self.disks), &hello.volumes);
+        theirs.len() == self.volumes.len()
+            && (together || mine.zip(theirs).all(|((v, disk), p)| (v.len..=*disk).contains(&p.len)))
+    }
+
+    fn resize(&mut self, id: SessionId, frame: &Frame, volume: u16, len: u64, out: &mut Vec<Output>) {
+        let Some(s) = self.session.as_mut() else { return };
+        if s.last.map(Seq::next) != Some(frame.seq) && !planted(Bug::NoSequenceCheck) {
+            return self.protocol_error(id, "a change of length out of sequence", out);
+        }
+        let Some(v) = s.volumes.get_mut(usize::from(volume)) else {
+            return self.protocol_error(id, "a change of length of no volume", out);
+        };
+        v.len = len;
+        s.last = Some(frame.seq);
+        s.open.add(frame.seq, volume, len, 0, 0);
+        if let Some(disk) = self.disks.get_mut(usize::from(volume)) {
+            *disk = len.max(*disk);
+        }
+        out.push(Output::Resize(volume, len));
     }
 
     fn change(
@@ -396,11 +449,11 @@ impl Secondary {
         catch_up: bool,
         out: &mut Vec<Output>,
     ) {
-        let inside = self
+        let Some(s) = self.session.as_mut() else { return };
+        let inside = s
             .volumes
             .get(usize::from(volume))
             .is_some_and(|v| offset.checked_add(u64::from(len)).is_some_and(|end| end <= v.len));
-        let Some(s) = self.session.as_mut() else { return };
         let Some(last) = s.last else { return self.protocol_error(id, "a change before the start", out) };
         let expected = if catch_up { last } else { last.next() };
         if frame.seq != expected && !planted(Bug::NoSequenceCheck) {
@@ -480,6 +533,7 @@ impl Secondary {
         }
         self.history.advance(epoch);
         let Some(s) = self.session.as_mut() else { return };
+        s.decided = true;
         // Deciding an epoch decides those before it that were aborted into it.
         while let Some(first) = s.sealed.front().filter(|x| x.epoch <= epoch) {
             self.committed_digest = first.digest;

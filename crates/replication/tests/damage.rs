@@ -38,7 +38,7 @@ fn a_flipped_bit_in_what_was_committed_is_told_with_its_place() {
             let new = NewStore { group: GroupId::of_name("g"), engine, size: MIN_SIZE };
             Store::create(&file, &new, History::none()).await.unwrap();
             let store = open(&env).await.unwrap();
-            store.begin(Generation(1)).await.unwrap();
+            store.begin(Generation(1), &[]).await.unwrap();
             let mut history = History::begin(Generation(1));
             // the end of the last record that was durable before another was written
             let mut proven = 0;

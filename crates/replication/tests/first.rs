@@ -59,7 +59,7 @@ fn first_checkpoint(engine: Engine) -> Option<String> {
         let room = store.room();
         // a session that breaks in the middle, after the mark, leaves nothing in the way of the next
         for session in 0..2 {
-            store.begin(Generation(1)).await.unwrap();
+            store.begin(Generation(1), &[]).await.unwrap();
             for c in everything(1) {
                 store.keep(&[c]).await.unwrap();
                 assert!(store.room() + 4096 >= room, "the store does not fill up");
@@ -117,7 +117,7 @@ fn nothing_is_overwritten_whose_old_content_was_not_made_durable() {
         let new = NewStore { group: GroupId::of_name("g"), engine: Engine::Undo, size: MIN_SIZE };
         Store::create(&file, &new, history(1)).await.unwrap();
         let store = open(&env).await;
-        store.begin(Generation(1)).await.unwrap();
+        store.begin(Generation(1), &[]).await.unwrap();
         w.host().fault(Rule::once("/store", Op::Barrier, Fault::Errno(block::BlockError::ENOSPC)));
         for at in [Span::new(0, 512), Span::new(1024, 512)] {
             let change = Change { volume: 0, at, data: Data::from(vec![2; 512]) };

@@ -124,7 +124,7 @@ fn secondary_row(engine: Engine, prepare: Step, step: Step, check: Check) -> u64
                 let new = NewStore { group: group(), engine, size: replication::store::MIN_SIZE };
                 Store::create(&file, &new, History::none()).await.unwrap();
                 let store = open(&env).await;
-                store.begin(Generation(1)).await.unwrap();
+                store.begin(Generation(1), &[]).await.unwrap();
                 store.keep(&all(1, 0..GRANULES)).await.unwrap();
                 store.prepare(Epoch(1), Digest::default(), history(1)).await.unwrap();
                 store.commit(Epoch(1)).await.unwrap();
@@ -208,7 +208,7 @@ fn merge(store: &Rc<Store>) -> Going<'_> {
 
 /// A new session after the crash brings the whole image and the same epoch: it becomes the checkpoint.
 async fn delivered_again(store: &Store) {
-    store.begin(Generation(1)).await.unwrap();
+    store.begin(Generation(1), &[]).await.unwrap();
     store.keep(&all(1, 4..GRANULES)).await.unwrap();
     store.keep(&all(2, 0..4)).await.unwrap();
     store.prepare(Epoch(2), Digest::default(), history(2)).await.unwrap();
@@ -246,7 +246,7 @@ fn merged_again<'a>(w: &'a World, store: &'a Rc<Store>, _: bool) -> Going<'a> {
     Box::pin(async {
         assert!(store.role() != Role::Secondary && store.highest() == Generation(2));
         assert_eq!(seen(store).await, CHECKPOINT_1);
-        assert!(store.begin(Generation(1)).await.is_err(), "the old generation is let in");
+        assert!(store.begin(Generation(1), &[]).await.is_err(), "the old generation is let in");
         store.merge().await.unwrap();
         assert_eq!((seen(store).await, raw(w.host())), (CHECKPOINT_1, CHECKPOINT_1));
     })
@@ -447,7 +447,7 @@ fn torn_metadata(engine: Engine) {
             let mut all_well = true;
             for n in 1..5u64 {
                 let going = async {
-                    store.begin(Generation(1)).await?;
+                    store.begin(Generation(1), &[]).await?;
                     store.keep(&all(n as u8, 0..GRANULES)).await?;
                     store.prepare(Epoch(n), Digest::default(), history(n)).await?;
                     store.commit(Epoch(n)).await?;

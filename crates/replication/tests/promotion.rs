@@ -37,7 +37,7 @@ fn a_promotion_does_not_wait_for_what_is_being_brought_to_the_disk() {
         Store::create(&file, &new, history.clone()).await.unwrap();
         let disk: Rc<dyn Volume> = Rc::new(FileVolume(env.open(Path::new("/disk"), mode).await.unwrap()));
         let store = Store::open(&env, file, vec![disk]).await.unwrap();
-        store.begin(Generation(1)).await.unwrap();
+        store.begin(Generation(1), &[]).await.unwrap();
         let data = Data::from(vec![7; PIECE as usize]);
         let all: Vec<Change> =
             (0..PIECES).map(|n| Change { volume: 0, at: place(n), data: data.clone() }).collect();

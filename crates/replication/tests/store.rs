@@ -1,6 +1,6 @@
 //! The store on disks that crash: at any moment the process is killed or the power fails, and of what was not made durable any part
 //! survives. Afterwards the image is exactly a checkpoint (the one acknowledged, or the one being decided), of all volumes the
-//! same one, with the own writes that were flushed. `SEED=n` repeats a run; `SEEDS=n` runs more.
+//! same one and as long as that, with the own writes that were flushed. `SEED=n` repeats a run; `SEEDS=n` runs more.
 // Volumes and sectors count through several tables at once.
 #![allow(missing_docs, clippy::unwrap_used, clippy::needless_range_loop)]
 
@@ -19,7 +19,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 const SECTOR: u64 = 512;
+/// The longest that a volume becomes, and where it begins; what is behind its end counts as zero.
 const SECTORS: usize = 96;
+const FIRST: usize = 64;
 const VOLUMES: usize = 2;
 type Content = Vec<[u8; SECTORS]>;
 
@@ -40,7 +42,10 @@ struct Own {
 
 struct Model {
     primary: Content,
+    /// Its lengths in sectors.
+    lens: [usize; VOLUMES],
     checkpoints: BTreeMap<u64, Content>,
+    lengths: BTreeMap<u64, [usize; VOLUMES]>,
     acked: u64,
     trying: Option<u64>,
     /// Own writes stay or go, and the checkpoint.
@@ -73,9 +78,17 @@ struct Life {
     quiet: env::sync::Semaphore,
 }
 
-fn some_span(rng: &mut Rng) -> (usize, usize, usize) {
-    let len = 1 + rng.index(12);
-    (rng.index(VOLUMES), rng.index(SECTORS - len), len)
+fn some_span(rng: &mut Rng, lens: [usize; VOLUMES]) -> (usize, usize, usize) {
+    let (v, len) = (rng.index(VOLUMES), 1 + rng.index(12));
+    (v, rng.index(lens[v] - len), len)
+}
+
+fn bytes_long(lens: [usize; VOLUMES]) -> Vec<u64> {
+    lens.iter().map(|n| *n as u64 * SECTOR).collect()
+}
+
+fn sectors_long(lens: &[u64]) -> [usize; VOLUMES] {
+    [0, 1].map(|v| (lens[v] / SECTOR) as usize)
 }
 
 fn bytes_of(values: &[u8]) -> Data {
@@ -91,23 +104,40 @@ impl Life {
         f(&mut self.rng.borrow_mut())
     }
 
+    fn shown(&self) -> [usize; VOLUMES] {
+        sectors_long(&self.store.lens())
+    }
+
     /// The primary: a session, changes, checkpoints.
     async fn primary(self: Rc<Life>) {
-        if self.store.role() != Role::Secondary || self.store.begin(Generation(1)).await.is_err() {
+        let lens = self.model.borrow().lens;
+        let begun = self.store.role() == Role::Secondary;
+        if !begun || self.store.begin(Generation(1), &bytes_long(lens)).await.is_err() {
             return;
         }
         // the catch-up
         let all = self.model.borrow().primary.clone();
         for (v, sectors) in all.iter().enumerate() {
-            let c = Change { volume: v as u16, at: span_of(0, SECTORS), data: bytes_of(sectors) };
+            let data = bytes_of(&sectors[..lens[v]]);
+            let c = Change { volume: v as u16, at: span_of(0, lens[v]), data };
             if self.store.keep(&[c]).await.is_err() {
                 return;
             }
         }
         loop {
+            if self.draw(|r| r.chance(0.1)) {
+                let v = self.draw(|r| r.index(VOLUMES));
+                let now = self.model.borrow().lens[v];
+                let to = now + self.draw(|r| r.index(SECTORS - now + 1));
+                if to > now && self.store.resize(v as u16, to as u64 * SECTOR).await.is_err() {
+                    return;
+                }
+                self.model.borrow_mut().lens[v] = to;
+            }
+            let lens = self.model.borrow().lens;
             let mut batch = Vec::new();
             for _ in 0..1 + self.draw(|r| r.below(4)) {
-                let ((v, at, len), fill) = self.draw(|r| (some_span(r), r.draw() as u8));
+                let ((v, at, len), fill) = self.draw(|r| (some_span(r, lens), r.draw() as u8));
                 let zero = fill < 40;
                 let fill = if zero { 0 } else { fill };
                 self.model.borrow_mut().primary[v][at..at + len].fill(fill);
@@ -127,7 +157,9 @@ impl Life {
         let (epoch, content) = {
             let mut m = self.model.borrow_mut();
             m.next += 1;
-            (m.next, m.primary.clone())
+            let (next, lens) = (m.next, m.lens);
+            m.lengths.insert(next, lens);
+            (next, m.primary.clone())
         };
         let mut history = History::begin(Generation(1));
         history.advance(Epoch(epoch));
@@ -178,7 +210,8 @@ impl Life {
                 }
                 continue;
             }
-            let ((v, at, len), fill) = self.draw(|r| (some_span(r), r.draw() as u8));
+            let shown = self.shown();
+            let ((v, at, len), fill) = self.draw(|r| (some_span(r, shown), r.draw() as u8));
             {
                 let mut m = self.model.borrow_mut();
                 for s in at..at + len {
@@ -200,11 +233,13 @@ impl Life {
     /// The user of this side reads, all the time (I2).
     async fn reader(self: Rc<Life>) {
         loop {
-            let (v, at, len) = self.draw(some_span);
+            let shown = self.shown();
+            let (v, at, len) = self.draw(|r| some_span(r, shown));
             let before: Vec<usize> =
                 self.model.borrow().lines[v][at..at + len].iter().map(|l| l.settled).collect();
             let data = self.store.read(v as u16, span_of(at, len)).await.unwrap().to_vec();
-            {
+            // where the end has come nearer meanwhile nobody looks
+            if at + len <= self.shown()[v] {
                 let mut m = self.model.borrow_mut();
                 for (i, from) in before.iter().enumerate() {
                     let sector = &data[i * SECTOR as usize..(i + 1) * SECTOR as usize];
@@ -245,7 +280,8 @@ impl Life {
             let epoch = self.draw(|r| *r.choose(&all));
             let hold = self.store.hold(Some(epoch)).unwrap();
             for _ in 0..self.draw(|r| r.below(6)) {
-                let (v, at, len) = self.draw(some_span);
+                let lens = sectors_long(&hold.lens());
+                let (v, at, len) = self.draw(|r| some_span(r, lens));
                 let got = hold.read(v as u16, span_of(at, len)).await;
                 self.compare(epoch, (v, at, len), got);
                 let pause = self.draw(|r| r.duration(Duration::from_micros(1), Duration::from_millis(8)));
@@ -325,10 +361,11 @@ async fn open(env: &Env) -> Rc<Store> {
 /// After a crash: what is there is allowed, and the model learns it.
 async fn check(store: &Store, model: &Rc<RefCell<Model>>) -> Result<(), String> {
     let mut found: Content = Vec::new();
+    let lens = sectors_long(&store.lens());
     for v in 0..VOLUMES {
-        let data = store.read(v as u16, span_of(0, SECTORS)).await.unwrap().to_vec();
+        let data = store.read(v as u16, span_of(0, lens[v])).await.unwrap().to_vec();
         let mut sectors = [0; SECTORS];
-        for (s, b) in sectors.iter_mut().enumerate() {
+        for (s, b) in sectors.iter_mut().enumerate().take(lens[v]) {
             *b = data[s * SECTOR as usize];
         }
         found.push(sectors);
@@ -346,6 +383,9 @@ async fn check(store: &Store, model: &Rc<RefCell<Model>>) -> Result<(), String> 
     }
     if c != m.acked || promoting.is_some_and(|p| !p.0) {
         m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
+    }
+    if lens != m.lengths[&c] {
+        return Err(format!("D5: at checkpoint {c} it is {lens:?} long, not {:?}", m.lengths[&c]));
     }
     if c > 0 {
         let ck = &m.checkpoints[&c];
@@ -410,9 +450,13 @@ async fn check_kept(store: &Rc<Store>, model: &Rc<RefCell<Model>>) -> Result<(),
             return Ok(());
         }
         let hold = store.hold(Some(e)).unwrap();
+        let lens = sectors_long(&hold.lens());
+        if lens != model.borrow().lengths[&e.0] {
+            return Err(format!("D5: checkpoint {e} is {lens:?} long"));
+        }
         for v in 0..VOLUMES {
-            let data = hold.read(v as u16, span_of(0, SECTORS)).await.unwrap().to_vec();
-            if data != bytes_of(&model.borrow().checkpoints[&e.0][v]).to_vec() {
+            let data = hold.read(v as u16, span_of(0, lens[v])).await.unwrap().to_vec();
+            if data != bytes_of(&model.borrow().checkpoints[&e.0][v][..lens[v]]).to_vec() {
                 return Err(format!("checkpoint {e} is not what it was"));
             }
         }
@@ -427,12 +471,14 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
         let mut rng = w.rng("store");
         let zero = Content::from([[0; SECTORS]; VOLUMES]);
         (0..VOLUMES).for_each(|v| {
-            w.host().install(&format!("/disk{v}"), Image::from_bytes(&vec![0; SECTORS * SECTOR as usize]))
+            w.host().install(&format!("/disk{v}"), Image::from_bytes(&vec![0; FIRST * SECTOR as usize]))
         });
         w.host().install("/store", Image::from_bytes(&[]));
         w.host().adjust(|p| p.inline = *rng.choose(&[0.0, 0.5, 0.9]));
         let model = Rc::new(RefCell::new(Model {
             primary: zero.clone(),
+            lens: [FIRST; VOLUMES],
+            lengths: [(0, [FIRST; VOLUMES])].into(),
             // what is before the first is in tests/first.rs
             checkpoints: [(0, zero.clone())].into(),
             acked: 0,
@@ -510,9 +556,10 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
         if store.role() != Role::Secondary {
             store.merge().await.unwrap();
             for v in 0..VOLUMES {
-                let front = store.read(v as u16, span_of(0, SECTORS)).await.unwrap().to_vec();
-                let raw = w.host().image(&format!("/disk{v}")).unwrap().read(span_of(0, SECTORS));
-                if front != raw {
+                let all = span_of(0, sectors_long(&store.lens())[v]);
+                let front = store.read(v as u16, all).await.unwrap().to_vec();
+                let image = w.host().image(&format!("/disk{v}")).unwrap();
+                if front != image.read(all) || image.len() != all.len {
                     w.verdict().violation("I3: the merged disk is not the image".to_owned());
                 }
                 let m = model.borrow();

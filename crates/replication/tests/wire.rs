@@ -43,7 +43,7 @@ fn doubt(rng: &mut Rng) -> Doubt {
 fn body(rng: &mut Rng) -> Body {
     let text = |rng: &mut Rng| "é".repeat(rng.index(80));
     let digest = |rng: &mut Rng| Digest { count: rng.draw(), bytes: rng.draw(), sum: rng.draw() };
-    match rng.below(21) {
+    match rng.below(22) {
         0 => Body::Hello(Box::new(Hello {
             group: GroupId::of_name(&format!("g{}", rng.below(100))),
             history: history(rng),
@@ -113,6 +113,7 @@ fn body(rng: &mut Rng) -> Body {
             timeout_ms: rng.draw(),
         })),
         16 => Body::Fenced { by: Generation(rng.draw()) },
+        21 => Body::Resize { volume: rng.draw() as u16, len: rng.draw() },
         _ => Body::Bye { text: text(rng) },
     }
 }
@@ -181,7 +182,7 @@ fn another_version_is_refused_and_both_are_named() {
     let mut decoder = Decoder::new();
     decoder.push(bytes.into());
     let e = decoder.next_frame().unwrap_err().to_string();
-    assert!(e.contains("speaks version 1") && e.contains("this side version 2"), "{e}");
+    assert!(e.contains("speaks version 1") && e.contains("this side version 3"), "{e}");
 }
 
 fn forged(rng: &mut Rng) -> Vec<u8> {
@@ -190,7 +191,7 @@ fn forged(rng: &mut Rng) -> Vec<u8> {
         let at = rng.index(bytes.len());
         bytes[at] = *rng.choose(&[0, 1, 0x7f, 0x80, 0xff, rng.clone().draw() as u8]);
     }
-    bytes[0..5].copy_from_slice(b"lbR1\x01");
+    bytes[0..5].copy_from_slice(b"lbR1\x03");
     let len = (u32::from_le_bytes(bytes[12..16].try_into().unwrap()) as usize).min(bytes.len() - HEADER);
     if rng.chance(0.8) {
         bytes[12..16].copy_from_slice(&(len as u32).to_le_bytes());

@@ -52,9 +52,9 @@ pub const RETURNING: &[&str] = &[
 
 /// Those that only hosts that replicate show.
 pub const REPLICATED: &[&str] = &[
-    "replication: forgotten without a flush here",
-    "replication: what is under way counts as written",
     "replication: a store half made is refused",
+    "replication: the primary's disk grows first",
+    "replication: what was left behind the end is shown",
 ];
 
 /// Those that only hosts show that change sides.
@@ -63,6 +63,8 @@ pub const TURNING: &[&str] = &[
     "replication: nobody is at the door",
     "replication: owners do not compare their paths",
     "replication: who comes back serves at once",
+    "replication: forgotten without a flush here",
+    "replication: what is under way counts as written",
     "replication: guests wait for a store that is full",
     "replication: who handed over never writes again",
     "replication: histories are not compared",

@@ -78,9 +78,8 @@ fn two_and_three_hosts_that_replicate_are_at_a_checkpoint_whatever_happens() {
     let report = share(replica::replica, SHARE);
     let wanted =
         ["checkpoints", "views checked", "failovers", "crashes while merging", "old primaries fenced"];
-    for what in
-        wanted.into_iter().chain(["third hosts that follow", "kills of the primary", "disks compared"])
-    {
+    let wanted = wanted.into_iter().chain(["disks that grew", "growths refused"]);
+    for what in wanted.chain(["third hosts that follow", "kills of the primary", "disks compared"]) {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
     }
 }
@@ -91,7 +90,7 @@ fn hosts_that_change_sides_lose_nothing_and_copy_only_what_differs() {
     let wanted = ["switchovers", "switchovers disturbed", "switchovers that did not happen", "failovers"];
     let wanted = wanted.into_iter().chain(["failovers to kept checkpoints", "former owners that follow"]);
     let wanted = wanted.chain(["split brains", "clones checked", "verifications", "disks that rotted"]);
-    let wanted = wanted.chain(["former primaries that come back as primary"]);
+    let wanted = wanted.chain(["former primaries that come back as primary", "quiet before a power loss"]);
     for what in wanted.chain(["managers that died", "managers that came back", "views checked"]) {
         assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
     }

@@ -7,7 +7,6 @@ use crate::error::{QmpError, Reply};
 use block::Prealloc;
 use graph::{NodeCell, Parent, bitmaps};
 use qapi::{Map, Value, json};
-use replication::session::Group;
 use serde::Deserialize;
 use std::rc::Rc;
 
@@ -128,14 +127,10 @@ fn check_resizable(cell: &Rc<NodeCell>) -> Result<(), QmpError> {
     Ok(cell.bitmaps().iter().try_for_each(|b| bitmaps::check_consistent(b))?)
 }
 
-/// That the node is no disk of a replication group, whose secondaries have its length.
-fn check_not_replicated(daemon: &Daemon, name: &str) -> Result<(), QmpError> {
+/// The node through which a disk of a replication group is used, if `name` is one, and the group: all its sides have its length.
+fn replicated(daemon: &Daemon, name: &str) -> Option<(String, Rc<NodeCell>)> {
     let groups = daemon.replication().borrow();
-    let is_in = |g: &Group| g.settings().volumes.iter().any(|(disk, front)| disk == name || front == name);
-    let Some((id, _)) = groups.iter().find(|(_, g)| is_in(g)) else { return Ok(()) };
-    Err(QmpError::generic(format!(
-        "Node '{name}' is a disk of replication group '{id}': it cannot be resized while it is in a replication group"
-    )))
+    groups.iter().find_map(|(id, g)| Some((id.clone(), g.front_of(name)?)))
 }
 
 impl Command for BlockResize {
@@ -150,7 +145,15 @@ impl Command for BlockResize {
         let Ok(size) = u64::try_from(self.size) else {
             return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
         };
-        check_not_replicated(&daemon, node.unwrap_or_default())?;
+        let name = node.unwrap_or_default();
+        if let Some((id, front)) = replicated(&daemon, name) {
+            let resized = daemon.graph().resize(&front, size, Prealloc::Off, check_resizable).await;
+            let told = |e: QmpError| {
+                let why = format!("Node '{name}' is a disk of replication group '{id}': {}", e.desc);
+                QmpError { desc: why, ..e }
+            };
+            return resized.map(|()| json!({})).map_err(told);
+        }
         daemon.graph().resize(&cell, size, Prealloc::Off, check_resizable).await?;
         Ok(json!({}))
     }

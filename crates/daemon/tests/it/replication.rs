@@ -3,6 +3,7 @@
 mod checkpoints;
 mod first;
 mod refused;
+mod resize;
 mod turns;
 
 use crate::common::{Client, Daemon, Dir, until};

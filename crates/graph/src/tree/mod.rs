@@ -341,6 +341,16 @@ impl Graph {
         Ok(resized?)
     }
 
+    /// A node shows another length by itself, without [`Graph::resize`].
+    pub fn length_changed(&self, cell: &Rc<NodeCell>) {
+        let followed = cell.clone();
+        self.env.spawn("node's length", async move {
+            // bitmaps that cannot follow are too short: nothing is marked behind their end
+            let _ = followed.follow_length().await;
+        });
+        self.watcher.tell();
+    }
+
     /// That nobody removed the node while the caller waited for its turn.
     fn check_present(&self, cell: &NodeCell) -> Result<()> {
         if self.nodes.borrow().contains_key(&cell.id()) {

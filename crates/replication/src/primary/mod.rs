@@ -241,6 +241,43 @@ impl Primary {
         Ok((self.last, self.open))
     }
 
+    /// Admits another length of a volume, as [`Primary::admit`] does a change.
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn admit_resize(&mut self, volume: u16, len: u64) -> Result<Frame> {
+        self.dirty.resize(self.open, volume, len)?;
+        if let Some(v) = self.volumes.get_mut(usize::from(volume)) {
+            v.len = len;
+        }
+        self.last = self.last.next();
+        self.open_digest.add(self.last, volume, len, 0, 0);
+        for p in self.peers.iter_mut().filter(|p| p.state.gets_changes()) {
+            p.open.add(self.last, volume, len, 0, 0);
+            p.progress.queued = self.last;
+        }
+        Ok(self.frame(self.last, self.open, Body::Resize { volume, len }))
+    }
+
+    /// The disk here has not got the length that was admitted: it stays as it was, and whoever is told so at the next beginning follows.
+    pub fn not_resized(&mut self, volume: u16, len: u64) {
+        if let Some(v) = self.volumes.get_mut(usize::from(volume)) {
+            v.len = len;
+        }
+    }
+
+    /// Whether every secondary has come so far, durably.
+    ///
+    /// # Errors
+    /// The first of them that gets no changes.
+    pub fn all_have(&self, seq: Seq) -> std::result::Result<bool, usize> {
+        let present = || self.peers.iter().enumerate().filter(|p| p.1.state != PeerState::Removed);
+        match present().find(|p| !p.1.state.gets_changes()) {
+            Some((away, _)) => Err(away),
+            None => Ok(present().all(|p| p.1.progress.durable >= seq)),
+        }
+    }
+
     /// A change with the same number as the last one, for one peer that is being synchronized. `false`: not now.
     pub fn admit_catch_up(&mut self, peer: usize, volume: u16, at: Span, payload_crc: u32) -> bool {
         let (last, len) = (self.last, u32::try_from(at.len).unwrap_or(u32::MAX));

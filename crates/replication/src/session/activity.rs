@@ -273,6 +273,19 @@ impl Activity {
         true
     }
 
+    /// A volume has become longer. What is new there is not marked.
+    ///
+    /// # Errors
+    /// A volume that is too long for a bitmap.
+    pub fn grow(&self, volume: u16, len: u64) -> Result<()> {
+        for all in [&self.marked, &self.durable] {
+            if let Some(b) = all.borrow_mut().get_mut(usize::from(volume)).filter(|b| b.len() < len) {
+                b.resize(len)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Marks `at` durably.
     ///
     /// # Errors

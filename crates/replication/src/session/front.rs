@@ -102,7 +102,11 @@ impl Node for Front {
         "replicated"
     }
     fn len(&self) -> u64 {
-        self.disk.len()
+        match &*self.mode.borrow() {
+            // that of the checkpoint; the disk may be longer
+            Mode::Secondary(s) => s.len(self.volume),
+            Mode::Primary(_) | Mode::Unprotected => self.disk.len(),
+        }
     }
     fn limits(&self) -> Limits {
         self.disk.limits()
@@ -115,7 +119,9 @@ impl Node for Front {
         if above == Demand::NOTHING && !self.pinned.get() {
             return above;
         }
-        let needs = Perms::CONSISTENT_READ.with(if writable { Perms::WRITE } else { Perms::NONE });
+        // a secondary's disk follows its primary's length
+        let writes = Perms::WRITE.with(Perms::RESIZE);
+        let needs = Perms::CONSISTENT_READ.with(if writable { writes } else { Perms::NONE });
         Demand { needs, shares: Perms::CONSISTENT_READ }
     }
     fn read(&self, at: Span) -> Io<'_, Data> {
@@ -166,13 +172,13 @@ impl Node for Front {
             Mode::Unprotected => Box::pin(self.disk.flush()),
         }
     }
-    fn resize(&self, _: u64, _: Prealloc) -> Io<'_> {
-        Box::pin(async {
-            Err(BlockError::new(
-                block::ErrorKind::Busy,
-                "a disk cannot be resized while it is in a replication group",
-            ))
-        })
+    fn resize(&self, len: u64, _: Prealloc) -> Io<'_> {
+        let why = match self.mode() {
+            Mode::Primary(p) => return Box::pin(async move { p.resize(self.volume, len).await }),
+            Mode::Secondary(_) => "its length is that of its primary's disk",
+            Mode::Unprotected => "the group has no role: its other sides would not follow",
+        };
+        Box::pin(async move { Err(BlockError::new(block::ErrorKind::Busy, why)) })
     }
     fn set_writable(&self, _: bool) -> Io<'_> {
         Box::pin(async { Ok(()) })

@@ -64,11 +64,11 @@ impl Store {
                     s.forget_before(keep);
                     s.needless.take()
                 };
-                if let Some((end, history)) = needless {
+                if let Some((end, history, lens)) = needless {
                     // a new session may have moved the tail further meanwhile
                     let further = |a: &mut super::log::Anchor| {
                         if a.tail < end {
-                            (a.tail, a.history) = (end, history);
+                            (a.tail, a.history, a.lens) = (end, history, lens);
                         }
                     };
                     self.log.write_anchor(further).await?;
@@ -108,9 +108,13 @@ impl Store {
             self.flush_volumes().await?;
         }
         // What stands in the log after `end` is not older than this checkpoint: see docs/durability.md.
-        self.log.write_anchor(|a| (a.tail, a.history) = (end, history.clone())).await?;
+        let lens = {
+            let s = self.state.borrow();
+            s.lens_after(s.layers.range(..count))
+        };
+        self.log.write_anchor(|a| (a.tail, a.history, a.lens) = (end, history.clone(), lens.clone())).await?;
         let mut s = self.state.borrow_mut();
-        s.base = history;
+        (s.base, s.base_lens) = (history, lens);
         for _ in 0..count {
             if let Some(l) = s.layers.pop_front() {
                 s.garbage.extend(l.maps);
@@ -282,20 +286,25 @@ impl Store {
             // On the last pass new writes wait; else they go to the log and to the next pass.
             let held = if last { Some(turn) } else { None };
             self.bring(&merged).await?;
+            if last {
+                self.cut_disks().await?;
+            }
             if !planted(Bug::MergeNotFlushed) {
                 self.flush_volumes().await?;
             }
-            let (history, highest) = (self.history(), self.highest());
+            let (history, highest, lens) = (self.history(), self.highest(), self.lens());
             let role = if last { Role::Done } else { Role::Promoted };
             self.log
-                .cut_at(end, |a| (a.role, a.history, a.highest) = (role_number(role), history, highest))
+                .cut_at(end, |a| {
+                    (a.role, a.history, a.highest, a.lens) = (role_number(role), history, highest, lens);
+                })
                 .await?;
             {
                 let mut s = self.state.borrow_mut();
                 let gone: Vec<Layer> =
                     s.merging.take().into_iter().chain(std::mem::take(&mut s.layers)).collect();
                 gone.into_iter().for_each(|l| s.garbage.extend(l.maps));
-                s.base = s.history.clone();
+                (s.base, s.base_lens) = (s.history.clone(), s.lens.clone());
                 let volumes = self.volumes.len();
                 s.layers.push_back(Layer::new(volumes));
                 s.role = role;

@@ -24,6 +24,9 @@ impl Touched {
             self.0 = lens.iter().map(|len| Bitmap::new(*len, EXTENT)).collect::<Result<_>>()?;
         }
         if let Some(bits) = self.0.get_mut(usize::from(volume)) {
+            if bits.len() < at.end() {
+                bits.resize(at.end())?;
+            }
             bits.set(at);
         }
         Ok(())
@@ -64,7 +67,7 @@ impl Store {
         if s.history.now().is_some() {
             return Ok(());
         }
-        let lens = self.lens();
+        let lens = self.disk_lens();
         changes.iter().try_for_each(|c| s.touched.mark(&lens, c.volume, c.at))
     }
 }

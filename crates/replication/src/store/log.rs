@@ -10,6 +10,7 @@
 use super::record::{self, HEADER, Header, Kind, Record};
 use crate::history::History;
 use crate::types::{Epoch, Generation};
+use crate::wire::MAX_VOLUMES;
 use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::sync::{Notify, Permit, Semaphore};
 use std::cell::{Cell, RefCell};
@@ -20,8 +21,10 @@ use std::rc::Rc;
 const SLOT: u64 = 128 * 1024;
 /// Where the ring begins.
 pub(crate) const RING_START: u64 = 2 * SLOT;
-const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore2");
-/// Slots of the time before checkpoints were retained: without the last two numbers.
+const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore3");
+/// Slots of the time before disks were resized: without the lengths.
+const SLOT_MAGIC_2: u64 = u64::from_le_bytes(*b"lbStore2");
+/// Slots of the time before checkpoints were retained: without the two numbers before those as well.
 const SLOT_MAGIC_1: u64 = u64::from_le_bytes(*b"lbStore1");
 /// Bytes read at once when the log is read through.
 const READ_AHEAD: u64 = 4 << 20;
@@ -48,6 +51,8 @@ pub(crate) struct Anchor {
     pub(crate) retain: u64,
     /// While any are kept: of those before this one parts may be overwritten on the disks.
     pub(crate) oldest: Epoch,
+    /// Of the volumes, as users see them. Nothing: those of the disks.
+    pub(crate) lens: Vec<u64>,
 }
 
 impl Anchor {
@@ -72,6 +77,8 @@ impl Anchor {
         b.extend_from_slice(&history);
         b.extend_from_slice(&self.retain.to_le_bytes());
         b.extend_from_slice(&self.oldest.0.to_le_bytes());
+        b.extend_from_slice(&(self.lens.len() as u64).to_le_bytes());
+        self.lens.iter().for_each(|len| b.extend_from_slice(&len.to_le_bytes()));
         b.extend_from_slice(&u64::from(crc32c::crc32c(&b)).to_le_bytes());
         Data::from(b)
     }
@@ -80,9 +87,11 @@ impl Anchor {
         let n64 = |at: usize| b.get(at..at + 8).and_then(|x| x.try_into().ok()).map(u64::from_le_bytes);
         let history_len = usize::try_from(n64(88)?).ok()?;
         let more = 96usize.checked_add(history_len)?;
-        let end = match n64(0)? {
-            SLOT_MAGIC => more.checked_add(16)?,
-            SLOT_MAGIC_1 => more,
+        let volumes = || usize::try_from(n64(more + 16)?).ok().filter(|n| *n <= MAX_VOLUMES);
+        let (volumes, end) = match n64(0)? {
+            SLOT_MAGIC => (volumes()?, more.checked_add(24 + 8 * volumes()?)?),
+            SLOT_MAGIC_2 => (0, more.checked_add(16)?),
+            SLOT_MAGIC_1 => (0, more),
             _ => return None,
         };
         if u64::from(crc32c::crc32c(b.get(..end)?)) != n64(end)? {
@@ -92,6 +101,7 @@ impl Anchor {
         Some(Anchor {
             retain,
             oldest: Epoch(oldest),
+            lens: (0..volumes).map(|i| n64(more + 24 + 8 * i)).collect::<Option<_>>()?,
             sequence: n64(8)?,
             incarnation: n64(16)?,
             ring: n64(24)?,

@@ -12,10 +12,12 @@
 //!   afterwards and begins anew if the index changed. So no reader waits for a writer and no writer for a reader (S1, S3).
 //! * The switch at a commit is O(1): layers change their state, what they held is freed later, piece by piece.
 //! * Before the first checkpoint there is nothing to preserve: what comes goes to the disks (`first.rs`).
+//! * Lengths change with checkpoints (`lengths.rs`); the disks are never shorter than what is shown of them.
 //! * Older checkpoints that are kept are layers that wait: redo brings them to the disk later, undo forgets what they overwrote later.
 
 mod apply;
 mod first;
+mod lengths;
 mod log;
 pub(crate) mod map;
 mod record;
@@ -121,6 +123,8 @@ struct Layer {
     sealed: Option<(Epoch, Digest, History)>,
     committed: bool,
     maps: Vec<RangeMap>,
+    /// Volumes that have another length from this epoch on.
+    lens: BTreeMap<u16, u64>,
     bytes: u64,
     /// The log after the record that ended it.
     end: u64,
@@ -140,6 +144,8 @@ struct State {
     role: Role,
     highest: Generation,
     history: History,
+    /// Lengths of the volumes at the checkpoint.
+    lens: Vec<u64>,
     digest: Digest,
     /// Oldest first; the last is open.
     layers: VecDeque<Layer>,
@@ -150,14 +156,16 @@ struct State {
     switches: u64,
     /// Where the image comes from before the first of the layers that are committed: redo, what the disks hold at least.
     base: History,
+    /// The lengths there.
+    base_lens: Vec<u64>,
     /// Undo: what committed epochs overwrote, oldest first, for as long as the checkpoint before them is kept.
     retained: VecDeque<Layer>,
     /// Checkpoints older than the newest that are to be kept.
     retain: u64,
     /// Redo: no older one can be had.
     oldest: Epoch,
-    /// Undo: up to where the log is not needed any more, and the history there.
-    needless: Option<(u64, History)>,
+    /// Undo: up to where the log is not needed any more, and history and lengths there.
+    needless: Option<(u64, History, Vec<u64>)>,
     garbage: Vec<RangeMap>,
     /// Before the first checkpoint: where the primary's changes went to the disks.
     touched: Touched,
@@ -231,11 +239,6 @@ impl Store {
         self.state.borrow().role
     }
 
-    /// Lengths of the volumes.
-    pub fn lens(&self) -> Vec<u64> {
-        self.volumes.iter().map(|v| v.len()).collect()
-    }
-
     /// Figures.
     pub fn usage(&self) -> Usage {
         let s = self.state.borrow();
@@ -290,11 +293,12 @@ impl Store {
         u8::try_from(bytes.max(ranges).min(100)).unwrap_or(100)
     }
 
-    /// A new session begins: the generation is durable, what was open and undecided is void.
+    /// A new session begins: the generation is durable, what was open and undecided is void. The volumes have these lengths from here on;
+    /// none: the same ones.
     ///
     /// # Errors
-    /// Of the log.
-    pub async fn begin(&self, generation: Generation) -> Result<()> {
+    /// Of the log; a disk that does not become so long.
+    pub async fn begin(&self, generation: Generation, lens: &[u64]) -> Result<()> {
         let _one = self.intake.acquire(1).await;
         if generation > self.highest() {
             self.log.write_anchor(|a| a.highest = generation).await?;
@@ -312,8 +316,13 @@ impl Store {
         };
         if idle {
             // Sessions that broke off before their first checkpoint must not fill the log.
-            let (head, history) = (self.log.head(), self.history());
-            self.log.cut_at(head, |a| a.history = history).await?;
+            let (head, history, lens) = (self.log.head(), self.history(), self.lens());
+            self.log.cut_at(head, |a| (a.history, a.lens) = (history, lens)).await?;
+        }
+        drop(turn);
+        let now = self.lens();
+        for (volume, (len, _)) in lens.iter().zip(now).enumerate().filter(|(_, (len, now))| *len != now) {
+            self.resize_next(u16::try_from(volume).unwrap_or(u16::MAX), *len).await?;
         }
         Ok(())
     }
@@ -325,6 +334,10 @@ impl Store {
     pub async fn keep(&self, changes: &[Change]) -> Result<()> {
         let _one = self.intake.acquire(1).await;
         self.still_secondary()?;
+        self.keep_next(changes).await
+    }
+
+    async fn keep_next(&self, changes: &[Change]) -> Result<()> {
         self.touch(changes)?;
         let kept = match self.engine {
             _ if self.state.borrow().is_blank() => self.to_disk(changes).await,
@@ -385,7 +398,8 @@ impl Store {
                 else {
                     continue;
                 };
-                let whole = c.at.align_out(GRANULE).intersect(&Span::new(0, v.len()));
+                let end = v.len().min(s.reach(i));
+                let whole = c.at.align_out(GRANULE).intersect(&Span::new(0, end));
                 let holes = resolve([map, &*planned].into_iter(), whole);
                 for (span, _) in holes.into_iter().filter(|p| p.1 == Place::Disk) {
                     planned.insert(span, Place::Zero);

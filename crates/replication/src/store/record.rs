@@ -49,12 +49,14 @@ pub(crate) enum Kind {
     Intent = 8,
     /// Nothing until the end of the ring.
     Pad = 9,
+    /// A volume has another length (the number) from here on.
+    Resize = 10,
 }
 
 impl Kind {
     fn from_byte(b: u8) -> Option<Kind> {
         use Kind::*;
-        [Change, Preimage, Own, Prepare, Abort, Commit, Reset, Intent, Pad]
+        [Change, Preimage, Own, Prepare, Abort, Commit, Reset, Intent, Pad, Resize]
             .into_iter()
             .find(|k| *k as u8 == b)
     }

@@ -58,6 +58,7 @@ impl State {
         let is_it = |l: &Layer| l.sealed.as_ref().is_some_and(|s| s.0 == epoch);
         self.clear_own();
         let Some(at) = self.layers.iter().position(is_it) else { return };
+        self.lens = self.lens_once_committed(at);
         if let Some((_, digest, history)) = self.layers.get(at).and_then(|l| l.sealed.clone()) {
             self.digest = digest;
             self.history = history;
@@ -83,7 +84,10 @@ impl State {
                 }
                 self.layers.push_back(Layer::new(volumes));
             }
-            Engine::Undo => self.layers.iter_mut().for_each(|l| l.sealed = None),
+            Engine::Undo => self.layers.iter_mut().for_each(|l| {
+                l.sealed = None;
+                l.lens.clear();
+            }),
         }
     }
 
@@ -129,6 +133,7 @@ impl Store {
             history,
             retain: 0,
             oldest: Epoch(0),
+            lens: Vec::new(),
         };
         Log::create(file, &anchor).await
     }
@@ -158,15 +163,20 @@ impl Store {
         let log = Log::open(file, each, planted(Bug::EmptiedOnRestart)).await?;
         let anchor = log.anchor();
         let engine = if anchor.engine == 1 { Engine::Undo } else { Engine::Redo };
+        let disks: Vec<u64> = volumes.iter().map(|v| v.len()).collect();
+        // nobody has ever opened it, or nobody who knew of other lengths
+        let lens = if anchor.lens.len() == count { anchor.lens.clone() } else { disks };
         let s = state.get_or_insert_with(|| State {
             role: role_of(anchor.role),
             highest: anchor.highest,
             history: anchor.history.clone(),
+            lens: lens.clone(),
             digest: Digest::default(),
             layers: [Layer::new(count)].into(),
             own: Layer::new(count),
             merging: None,
             base: anchor.history.clone(),
+            base_lens: lens.clone(),
             retained: Default::default(),
             retain: anchor.retain,
             oldest: anchor.oldest,
@@ -197,7 +207,7 @@ impl Store {
             given_up: Cell::new(None),
         };
         // the new incarnation is durable before its first record
-        store.log.write_anchor(|_| {}).await?;
+        store.log.write_anchor(|a| a.lens = lens).await?;
         Ok(Rc::new(store))
     }
 }
@@ -229,6 +239,11 @@ impl State {
                 let at = payload.get(1..9).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
                 let at = at.map_or(self.history.epoch(), Epoch);
                 self.promote(Generation(r.number), keep, at, engine, volumes);
+            }
+            Kind::Resize => {
+                if let Some(open) = self.layers.back_mut() {
+                    open.lens.insert(r.volume, r.number);
+                }
             }
             Kind::Pad => {}
         }

@@ -38,7 +38,7 @@ impl Hold {
 
     /// Lengths of the volumes.
     pub fn lens(&self) -> Vec<u64> {
-        self.store.lens()
+        self.store.lens_at(self.epoch)
     }
 
     /// What the checkpoint has there.
@@ -119,8 +119,19 @@ impl State {
         }
     }
 
+    /// The layers that lead from the oldest checkpoint that there is to `epoch`.
+    pub(super) fn committed_through(&self, engine: Engine, epoch: Epoch) -> impl Iterator<Item = &Layer> {
+        let count = self.layers.iter().take_while(|l| l.committed).count();
+        let (layers, count) = match engine {
+            Engine::Redo => (&self.layers, through(self.layers.range(..count), epoch)),
+            Engine::Undo => (&self.retained, through(self.retained.iter(), epoch)),
+        };
+        layers.range(..count)
+    }
+
     /// Goes back to checkpoint `epoch`: what was committed behind it is not, any more.
     pub(super) fn rewind(&mut self, engine: Engine, epoch: Epoch) {
+        self.lens = self.lens_after(self.committed_through(engine, epoch));
         let gone: VecDeque<Layer> = match engine {
             Engine::Redo => {
                 let count = self.layers.iter().take_while(|l| l.committed).count();
@@ -145,9 +156,10 @@ impl State {
     pub(super) fn forget_before(&mut self, keep: Epoch) {
         for _ in 0..through(self.retained.iter(), keep) {
             let Some(l) = self.retained.pop_front() else { return };
+            self.base_lens = self.lens_after([&l]);
             if let Some((_, _, history)) = l.sealed {
                 self.base = history.clone();
-                self.needless = Some((l.end, history));
+                self.needless = Some((l.end, history, self.base_lens.clone()));
             }
             self.garbage.extend(l.maps);
         }

@@ -1,6 +1,6 @@
 //! A disk of the group, as the store sees it.
 
-use block::{Data, Io, ReqFlags, Span};
+use block::{Data, Io, Prealloc, ReqFlags, Span};
 use graph::Edge;
 use std::rc::Rc;
 
@@ -15,6 +15,8 @@ pub trait Volume {
     fn write(&self, offset: u64, data: Data) -> Io<'_>;
     /// Makes `at` read as zero.
     fn zero(&self, at: Span) -> Io<'_>;
+    /// Gives it another length; what is new reads as zero.
+    fn resize(&self, len: u64) -> Io<'_>;
     /// Everything completed before is on stable storage after.
     fn flush(&self) -> Io<'_>;
 }
@@ -34,6 +36,9 @@ impl Volume for EdgeVolume {
     }
     fn zero(&self, at: Span) -> Io<'_> {
         Box::pin(self.0.zero(at, ReqFlags { may_unmap: true, ..ReqFlags::NONE }))
+    }
+    fn resize(&self, len: u64) -> Io<'_> {
+        Box::pin(self.0.resize(len, Prealloc::Off))
     }
     fn flush(&self) -> Io<'_> {
         Box::pin(self.0.flush())
@@ -55,6 +60,9 @@ impl Volume for FileVolume {
     }
     fn zero(&self, at: Span) -> Io<'_> {
         self.0.write(at.start, Data::zeroes(usize::try_from(at.len).unwrap_or(usize::MAX)))
+    }
+    fn resize(&self, len: u64) -> Io<'_> {
+        self.0.set_len(len)
     }
     fn flush(&self) -> Io<'_> {
         self.0.barrier()

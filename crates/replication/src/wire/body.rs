@@ -162,7 +162,7 @@ fn reject_parts(why: Reject) -> (u8, u64) {
 pub(super) fn payload_len(body: &Body) -> u64 {
     match body {
         Body::Write { data, .. } => data.len() as u64,
-        Body::Zero { .. } | Body::Flush => 0,
+        Body::Zero { .. } | Body::Resize { .. } | Body::Flush => 0,
         other => fields(other).payload.len() as u64,
     }
 }
@@ -212,6 +212,7 @@ pub(super) fn fields(body: &Body) -> Fields {
             payload: Data::empty(),
             payload_crc: Some(0),
         },
+        Body::Resize { volume, len } => Fields { volume: *volume, offset: *len, ..none(Kind::Resize) },
         Body::Flush => none(Kind::Flush),
         Body::Ack(a) => {
             let w = Writer::new().n64(a.received.0).n64(a.written.0).n64(a.durable.0).n64(a.applied.0);
@@ -312,6 +313,7 @@ pub(super) fn parse(f: &Fields) -> Result<Body> {
             };
             Body::Reject { why, text: r.text()? }
         }
+        Kind::Resize => Body::Resize { volume: f.volume, len: f.offset },
         Kind::Flush => Body::Flush,
         Kind::Ack => Body::Ack(Ack {
             received: Seq(r.n64()?),
@@ -377,6 +379,7 @@ pub(super) const fn kind_name(kind: Kind) -> &'static str {
         Kind::Reject => "REJECT",
         Kind::Write => "WRITE",
         Kind::Zero => "ZERO",
+        Kind::Resize => "RESIZE",
         Kind::Flush => "FLUSH",
         Kind::Ack => "ACK",
         Kind::Nack => "NACK",

@@ -15,7 +15,7 @@ pub const MAX_TEXT: usize = 512;
 /// A disk of the group.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct VolumeInfo {
-    /// Length in bytes.
+    /// Length in bytes, of what users see; the disk beneath may be longer.
     pub len: u64,
 }
 
@@ -140,6 +140,11 @@ pub enum Body {
         at: Span,
         unmap: bool,
         catch_up: bool,
+    },
+    /// In the order of the changes, and counted as one.
+    Resize {
+        volume: u16,
+        len: u64,
     },
     Flush,
     Ack(Ack),

@@ -7,7 +7,7 @@
 //! | at | bytes | what |
 //! |---|---|---|
 //! | 0 | 4 | magic `lbR1` |
-//! | 4 | 1 | version, 2 |
+//! | 4 | 1 | version, 3 |
 //! | 5 | 1 | type |
 //! | 6 | 2 | flags |
 //! | 8 | 4 | CRC32C of the header with this field zero |

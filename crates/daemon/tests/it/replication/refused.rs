@@ -45,19 +45,3 @@ fn a_peer_of_another_version_is_named() {
     let info = s.info();
     assert!(info["last-error"].as_str().is_some_and(names_both), "{info}");
 }
-
-/// A replicated disk keeps its length, also where it is asked for by the name of the disk below; nothing has happened then.
-#[test]
-fn a_replicated_disk_is_not_resized() {
-    let (mut p, mut s) = pair("redo", &json!({}));
-    for side in [&mut p, &mut s] {
-        for node in ["f0", "d0"] {
-            let e = side.c.command("block_resize", json!({"node-name": node, "size": 32 << 20})).unwrap_err();
-            assert!(e.contains("disk of replication group 'g'"), "{node}: {e}");
-        }
-        assert_eq!(side.raw(0).len(), 16 << 20);
-    }
-    p.io(0, "write -P 1 15M 1M").unwrap();
-    p.checkpoint();
-    s.io(0, "read -P 1 15M 1M").unwrap();
-}

@@ -264,6 +264,7 @@ impl Group {
             self.close_with(None);
         }
         *self.acting.borrow_mut() = acting;
+        self.lengths_changed();
     }
 
     fn idle(&self) -> Result<()> {
@@ -595,9 +596,24 @@ impl Group {
         Ok(store)
     }
 
+    /// Users of the fronts see other lengths.
+    fn lengths_changed(&self) {
+        for cell in self.cells() {
+            self.graph.length_changed(&cell);
+        }
+    }
+
+    /// The node that shows the disk `name`, which may be its own name.
+    pub fn front_of(&self, name: &str) -> Option<Rc<NodeCell>> {
+        let i = self.new.volumes.iter().position(|(disk, front)| disk == name || front == name)?;
+        self.fronts.get(i).map(|f| f.1.clone())
+    }
+
     /// The group is `secondary` from now on, which listens there, and a primary when it is handed over.
     async fn follow(self: &Rc<Self>, secondary: &Rc<SecondaryGroup>, listener: Rc<dyn Listener>) {
         secondary.serve(listener.clone());
+        let group = Rc::downgrade(self);
+        secondary.when_resized(Rc::new(move || group.upgrade().iter().for_each(|g| g.lengths_changed())));
         self.act(Acting::Secondary(secondary.clone()));
         if !self.is_porch(&listener) {
             *self.porch.borrow_mut() = Some((listener.address(), listener));

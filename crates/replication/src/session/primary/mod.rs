@@ -10,6 +10,7 @@ mod connection;
 mod external;
 mod hand_over;
 mod owners;
+mod resize;
 mod verify;
 
 pub use external::Prepared;

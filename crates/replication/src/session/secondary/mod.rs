@@ -73,6 +73,8 @@ pub struct SecondaryGroup {
     former: RefCell<Option<Former>>,
     /// The record of that owner: places are in it before they are overwritten, so that it stays true across crashes.
     owners: RefCell<Option<Rc<Activity>>>,
+    /// Called when what users see has another length.
+    resized: RefCell<Option<Rc<dyn Fn()>>>,
     /// What the primary gave when it handed the group over to this side.
     handed: RefCell<Option<HandOver>>,
     tell: Tell,
@@ -83,7 +85,8 @@ impl SecondaryGroup {
     pub fn new(env: &Env, store: Rc<Store>, record: PathBuf, tell: Tell) -> Rc<SecondaryGroup> {
         let volumes = store.lens().into_iter().map(|len| VolumeInfo { len }).collect();
         let promoted = store.role() != Role::Secondary;
-        let core = Secondary::new(store.group(), volumes, store.highest(), store.history(), promoted);
+        let mut core = Secondary::new(store.group(), volumes, store.highest(), store.history(), promoted);
+        core.disks_are(store.disk_lens());
         let group = Rc::new(SecondaryGroup {
             env: env.clone(),
             core: RefCell::new(core),
@@ -110,6 +113,7 @@ impl SecondaryGroup {
             refuses_own: RefCell::default(),
             former: RefCell::default(),
             owners: RefCell::default(),
+            resized: RefCell::default(),
             handed: RefCell::default(),
             tell,
             store,
@@ -185,6 +189,22 @@ impl SecondaryGroup {
         self.store.history()
     }
 
+    /// Length of a volume, as users see it.
+    pub fn len(&self, volume: u16) -> u64 {
+        self.store.lens().get(usize::from(volume)).copied().unwrap_or(0)
+    }
+
+    /// From now on `told` is called when what users see has another length.
+    pub fn when_resized(&self, told: Rc<dyn Fn()>) {
+        *self.resized.borrow_mut() = Some(told);
+    }
+
+    /// What users see may have had other lengths.
+    pub(super) fn tell_lengths(&self, before: &[u64]) {
+        let told = self.resized.borrow().clone().filter(|_| self.store.lens() != before);
+        told.into_iter().for_each(|told| told());
+    }
+
     /// QEMU's stage.
     pub fn stage(&self) -> Stage {
         self.stage.get()
@@ -254,6 +274,7 @@ impl SecondaryGroup {
     /// The disks were an owner's, and hold no checkpoint of another yet; what the owner's record was, if it can be read. To be said
     /// before anybody is let in.
     pub fn follows(&self, former: Former, record: Option<Rc<Activity>>) {
+        self.core.borrow_mut().was_owner();
         *self.former.borrow_mut() = Some(former);
         *self.owners.borrow_mut() = record;
     }
@@ -466,6 +487,7 @@ impl SecondaryGroup {
         let owners = self.owners.borrow().clone();
         if let Some(record) = owners {
             for c in changes {
+                record.grow(c.volume, c.at.end())?;
                 record.cover(c.volume, c.at).await?;
             }
         }
@@ -503,14 +525,14 @@ impl SecondaryGroup {
                     c.out.close();
                 }
             }
-            Output::Begin { session, generation } => match self.store.begin(generation).await {
+            Output::Begin { session, generation, lens } => match self.store.begin(generation, &lens).await {
                 Ok(()) => {
                     self.state("detached", "connected");
                     let limit = self.store.room();
                     let former = self.former.borrow().clone();
                     let left = self.store.left_on_disk();
                     let everywhere = Doubt { former: None, places: None };
-                    let doubt = doubt(&self.store.lens(), former.as_ref(), &left).unwrap_or(everywhere);
+                    let doubt = doubt(&self.store.disk_lens(), former.as_ref(), &left).unwrap_or(everywhere);
                     if former.is_some() && self.owners.borrow().is_none() {
                         // what comes now overwrites the disks in places that the record does not name
                         let _ = self.env.remove(&self.record).await;
@@ -523,6 +545,14 @@ impl SecondaryGroup {
                 }
             },
             Output::Keep => {}
+            Output::Resize(volume, len) => {
+                if let Err(e) = self.store.resize(volume, len).await {
+                    *self.last_error.borrow_mut() = Some(format!("resizing volume {volume}: {e}"));
+                    let text = format!("it cannot have {len} bytes: {e}");
+                    let refused = Input::Refused { volume, offset: len, errno: e.errno(), text };
+                    Box::pin(self.step(refused)).await;
+                }
+            }
             Output::Flush(session) => match self.store.flush_kept().await {
                 Ok(()) => Box::pin(self.kept(session, true)).await,
                 Err(e) => {
@@ -585,9 +615,11 @@ impl SecondaryGroup {
 
     /// Carries out a decision. The caller has the line.
     async fn commit(self: &Rc<Self>, epoch: Epoch) -> Result<()> {
+        let lens = self.store.lens();
         match self.store.commit(epoch).await {
             Ok(()) => {
                 let digest = self.store.digest();
+                self.tell_lengths(&lens);
                 self.committed.set(Some(self.env.now()));
                 if self.former.take().is_some() {
                     // from here on its history tells

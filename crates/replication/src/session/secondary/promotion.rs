@@ -79,8 +79,8 @@ impl SecondaryGroup {
         let own = if keep_own { self.store.own_ranges() } else { Vec::new() };
         let mode = OpenMode { write: true, existing: Existing::CreateTruncate, ..OpenMode::default() };
         let file = self.env.open(&self.record, mode).await?;
-        let activity =
-            Activity::create(file, self.store.group(), &self.store.lens(), history, Some(&own)).await?;
+        let (before, lens) = (self.store.lens(), self.store.lens_at(epoch));
+        let activity = Activity::create(file, self.store.group(), &lens, history, Some(&own)).await?;
         let place = self.place.borrow().clone();
         if let Some(place) = place {
             // a later process that begins as primary is found there
@@ -91,6 +91,7 @@ impl SecondaryGroup {
             self.activity.take();
             return Err(e);
         }
+        self.tell_lengths(&before);
         // own writes that came meanwhile
         self.cover_own().await?;
         // A former owner that handed over, and is one again.

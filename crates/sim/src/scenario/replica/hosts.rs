@@ -55,6 +55,24 @@ impl Site {
         values_of(&image.read(Span::new(0, SECTORS * SECTOR)), 0)
     }
 
+    /// Of the disk itself.
+    pub(super) fn length(&self) -> u64 {
+        self.host.image("/disk").map_or(0, |i| i.len())
+    }
+
+    /// Of the disk itself, from `from` to `end`.
+    pub(super) fn tail(&self, from: u64, end: u64) -> Vec<u8> {
+        self.host.image("/disk").map_or_else(Vec::new, |i| i.read(Span::between(from, end)))
+    }
+
+    /// The disk's length, as its users see it.
+    pub(super) async fn shown(&self, world: &World) -> Result<u64, Refusal> {
+        let disk = self.disk(world).await.map_err(|_| Refusal::Gone)?;
+        let len = disk.facts().size;
+        disk.disconnect();
+        Ok(len)
+    }
+
     /// Of the disk itself, where guests never write.
     pub(super) fn far(&self) -> Vec<Value> {
         let image = self.host.image("/disk").unwrap_or_default();
@@ -146,6 +164,10 @@ impl Run {
 
     pub(super) async fn serve(&self, m: &Manager) -> Result<(), Refusal> {
         m.execute("nbd-server-start", json!({"addr": Booted::nbd_address()})).await?;
+        self.export(m).await
+    }
+
+    pub(super) async fn export(&self, m: &Manager) -> Result<(), Refusal> {
         let export = json!({"type": "nbd", "id": "e", "node-name": "f", "name": "f", "writable": true});
         m.execute("block-export-add", export).await.map(drop)
     }

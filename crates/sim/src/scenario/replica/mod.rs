@@ -7,11 +7,14 @@
 //! * I4: a secondary's checkpoint never goes back; I3: what was promoted is the last one, and then a disk like any other;
 //! * I7, F2: nothing of the old primary reaches a promoted disk; the old primary is fenced when it meets it;
 //! * I8: after everything, also after crashes of the primary, all disks are alike;
+//! * D5: a disk that grows does so on all sides or on none, is never shorter than what its users see, and a promoted one is as long as its
+//!   checkpoint;
 //! * liveness: once nothing fails any more, everybody is in sync, a checkpoint succeeds, and guests are answered.
 
 mod changes;
 mod hosts;
 mod looks;
+mod quiet;
 mod turns;
 
 pub use turns::turns;
@@ -292,6 +295,61 @@ impl Run {
             }
             _ => self.primary_dies().await?,
         }
+        if self.draw_aside(|r| r.chance(0.08)) {
+            self.grow().await?;
+        }
+        Ok(())
+    }
+
+    /// The disk becomes longer, by command, which may be refused while things fail; its owner writes there.
+    async fn grow(self: &Rc<Self>) -> Result<(), Refusal> {
+        let (primary, more) = (self.primary(), self.draw_aside(|r| r.between(1, 16)) * 4096);
+        let before = primary.length();
+        let resize = json!({"node-name": "f", "size": before + more});
+        // no NBD server may have it meanwhile: its clients would not be told
+        let m = primary.manager()?;
+        self.guests.take().iter().for_each(Guest::abandon);
+        m.must("block-export-del", json!({"id": "e", "mode": "hard"})).await?;
+        let patience = self.env().now() + Duration::from_secs(10);
+        let done = loop {
+            match m.execute("block_resize", resize.clone()).await {
+                // a request that waits for secondaries, or for a checkpoint, keeps the server
+                Err(Refusal::Error(e)) if e.contains("Permission conflict") => {
+                    if self.env().now() > patience {
+                        self.world.count("growths given up", 1);
+                        return self.primary_dies().await;
+                    }
+                    self.env().sleep(Duration::from_millis(10)).await;
+                }
+                done => break done,
+            }
+        };
+        self.export(&m).await?;
+        self.start_guests();
+        match done {
+            Err(Refusal::Error(_)) => {
+                self.world.count("growths refused", 1);
+                if primary.length() != before {
+                    self.bad("D5: the disk has grown, and the command failed");
+                }
+                return Ok(());
+            }
+            done => drop(done?),
+        }
+        self.world.count("disks that grew", 1);
+        for s in self.sites.iter().filter(|s| s.length() < before + more) {
+            self.bad(format!("D5: the disk of {} has not grown", s.name));
+        }
+        let Ok(disk) = primary.disk(&self.world).await else { return Ok(()) };
+        let tail = stamped(SECOND_LIFE + 9, before / SECTOR, more / SECTOR);
+        let written = disk.write(before, tail, false);
+        match self.env().timeout(Duration::from_secs(20), written).await {
+            Some(Err(e)) if self.policy == "degrade" => {
+                self.bad(format!("D5: writing behind the former end: {e}"));
+            }
+            _ => {}
+        }
+        disk.disconnect();
         Ok(())
     }
 
@@ -365,9 +423,17 @@ impl Run {
     /// The primary's host dies and comes back; its guests find what they flushed, and the secondaries what it then has.
     async fn primary_dies(self: &Rc<Self>) -> Result<(), Refusal> {
         let primary = self.primary();
-        let power = self.draw(|r| r.chance(0.5));
+        let mut power = self.draw(|r| r.chance(0.5));
+        // where there is room for places that are forgotten apart from one another
+        if self.wishes.disk > turns::FAR && self.draw_aside(|r| r.chance(0.5)) {
+            power |= self.quiet().await?;
+        }
         self.world.count(if power { "power losses of the primary" } else { "kills of the primary" }, 1);
+        let length = primary.length();
         primary.stop(power);
+        if primary.length() < length {
+            self.bad(format!("D5: a power loss made the disk of {} shorter", primary.name));
+        }
         for g in self.guests.take() {
             g.abandon();
         }
@@ -463,6 +529,14 @@ impl Run {
                 self.bad(format!(
                     "I8: sector {at} holds {:?} on {} and {:?} on {} ({})",
                     here[at], primary.name, there[at], s.name, s.engine
+                ));
+            }
+            let lengths = (primary.length(), s.length());
+            let tail = |s: &Site| s.tail(self.wishes.disk, lengths.0);
+            if lengths.1 < lengths.0 || tail(primary) != tail(s) {
+                self.bad(format!(
+                    "D5: what has grown is not the same on {} and {}: {lengths:?}",
+                    primary.name, s.name
                 ));
             }
             self.world.count("disks compared", 1);
@@ -604,6 +678,9 @@ impl Run {
         self.world.within(self.env(), PATIENCE, "the merge", merged).await;
         if site.raw() != *now {
             self.bad("I3: the merged disk is not what its users see");
+        }
+        if site.length() != site.shown(&self.world).await? {
+            self.bad("D5: the merged disk is longer than what its users see");
         }
         self.same(site, now, "after the merge").await?;
         Ok(listens)
