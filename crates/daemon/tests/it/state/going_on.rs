@@ -170,6 +170,12 @@ fn behind_a_link_the_rest_of_the_last_life_is_waited_for_and_another_disk_is_not
 
 #[test]
 fn what_is_written_after_the_instant_of_a_copy_is_not_forgotten() {
+    // on a busy machine the next flush of the mirror may come before the instant: then nothing was shown
+    assert!((0..20).any(|_| written_after_the_instant()), "never fast enough to show anything");
+}
+
+/// Whether it was shown.
+fn written_after_the_instant() -> bool {
     let dir = quick();
     let daemon = served(&dir);
     let mut c = daemon.client();
@@ -184,7 +190,9 @@ fn what_is_written_after_the_instant_of_a_copy_is_not_forgotten() {
     c.command("block-job-cancel", json!({"device": "j"})).unwrap();
     reaches(&mut c, "pending");
     tool(&dir, "qemu-io", &["-f", "raw", "-c", "write -P 9 1M 64k", "-c", "flush", URI]);
-    assert!(begun.elapsed() < PERIOD, "too slow to show anything");
+    if begun.elapsed() >= PERIOD {
+        return false;
+    }
     std::thread::sleep(PERIOD + PERIOD / 2);
     drop(c);
     let daemon = killed(&dir, daemon);
@@ -196,4 +204,5 @@ fn what_is_written_after_the_instant_of_a_copy_is_not_forgotten() {
     c.command("job-finalize", json!({"id": "j"})).unwrap();
     reaches(&mut c, "");
     tool(&dir, "qemu-io", &["-f", "raw", "-c", "read -P 8 3M 64k", "-c", "read -P 9 1M 64k", URI]);
+    true
 }
