@@ -7,6 +7,7 @@
 
 use crate::Env;
 use crate::backend::{Backend, Turn};
+use crate::handoff::{Handoff, Put};
 use crate::sync::Notify;
 use slab::Slab;
 use std::cell::{Cell, RefCell};
@@ -37,17 +38,9 @@ fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 
 struct Remote {
     executor: u64,
-    queue: Mutex<RemoteQueue>,
-    /// Whether the queue may hold something: saves taking the lock between any two polls.
-    any: AtomicBool,
+    /// Woken elsewhere. Closed when the executor is gone: keeping its wakers would keep the queue itself alive for ever.
+    woken: Handoff<Arc<TaskWaker>>,
     signal: Arc<dyn Fn() + Send + Sync>,
-}
-
-#[derive(Default)]
-struct RemoteQueue {
-    woken: Vec<Arc<TaskWaker>>,
-    /// The executor is gone. Keeping its wakers would keep the queue itself alive for ever.
-    closed: bool,
 }
 
 struct TaskWaker {
@@ -78,16 +71,7 @@ impl TaskWaker {
             return;
         }
         let remote = self.remote.clone();
-        let first = {
-            let mut q = lock(&remote.queue);
-            if q.closed {
-                return;
-            }
-            q.woken.push(self);
-            remote.any.store(true, Ordering::Release);
-            q.woken.len() == 1
-        };
-        if first {
+        if remote.woken.put(self) == Put::First {
             (remote.signal)();
         }
     }
@@ -307,9 +291,7 @@ impl Executor {
     /// An executor over `backend`, for the current thread.
     pub fn new(backend: Rc<dyn Backend>) -> Executor {
         let id = NEXT_EXECUTOR.fetch_add(1, Ordering::Relaxed);
-        let queue = Mutex::new(RemoteQueue::default());
-        let remote =
-            Arc::new(Remote { executor: id, queue, any: AtomicBool::new(false), signal: backend.waker() });
+        let remote = Arc::new(Remote { executor: id, woken: Handoff::new(), signal: backend.waker() });
         let tasks = Rc::new(Tasks {
             slots: RefCell::new(Slab::new()),
             generation: Cell::new(1),
@@ -398,7 +380,7 @@ impl Executor {
             left -= 1;
         }
         let waited_for = !self.tasks.after_turn.borrow().is_empty();
-        let nothing = READY.with_borrow(|r| r.is_empty()) && !self.tasks.remote.any.load(Ordering::Acquire);
+        let nothing = READY.with_borrow(|r| r.is_empty()) && !self.tasks.remote.woken.any();
         let turned = self.backend.turn(nothing && !waited_for);
         self.tasks.turns.set(self.tasks.turns.get() + 1);
         if waited_for {
@@ -409,16 +391,7 @@ impl Executor {
     }
 
     fn take_remote(&self) {
-        let remote = &self.tasks.remote;
-        if !remote.any.load(Ordering::Acquire) {
-            return;
-        }
-        let woken = {
-            let mut q = lock(&remote.queue);
-            remote.any.store(false, Ordering::Release);
-            std::mem::take(&mut q.woken)
-        };
-        READY.with_borrow_mut(|r| r.extend(woken));
+        READY.with_borrow_mut(|r| self.tasks.remote.woken.take(r));
     }
 }
 
@@ -434,10 +407,8 @@ impl Drop for Entered<'_> {
         HERE.set(self.before);
         // what is still runnable stays so for the next run
         let left = READY.replace(std::mem::take(&mut self.outer));
-        if !left.is_empty() {
-            let mut q = lock(&self.remote.queue);
-            q.woken.extend(left);
-            self.remote.any.store(true, Ordering::Release);
+        for waker in left {
+            let _this_thread_needs_no_bell = self.remote.woken.put(waker);
         }
     }
 }
@@ -449,11 +420,7 @@ impl Drop for Executor {
             let slots = std::mem::take(&mut *self.tasks.slots.borrow_mut());
             drop(slots);
         }
-        let mut q = lock(&self.tasks.remote.queue);
-        q.closed = true;
-        let left = std::mem::take(&mut q.woken);
-        drop(q);
-        drop(left);
+        drop(self.tasks.remote.woken.close());
     }
 }
 

@@ -15,9 +15,16 @@ mod backend;
 pub mod bugs;
 mod executor;
 mod file;
+mod handoff;
 mod net;
 pub mod os;
 pub mod sync;
+
+/// What [`handoff`] is made of.
+mod threads {
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+    pub(crate) use std::sync::{Mutex, MutexGuard};
+}
 
 pub use backend::{Backend, Turn};
 pub use executor::{Executor, Mailbox, MailboxSender, Stuck, TaskGroup, TaskHandle};

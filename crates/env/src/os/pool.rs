@@ -6,9 +6,9 @@
 
 use super::op::Request;
 use super::wake::Bell;
+use crate::handoff::{Handoff, Put};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,34 +20,24 @@ const IDLE: Duration = Duration::from_secs(5);
 
 /// Finished jobs on their way home.
 pub(super) struct Returns {
-    done: Mutex<Vec<(usize, i32)>>,
-    any: AtomicBool,
+    done: Handoff<(usize, i32)>,
     bell: Arc<Bell>,
 }
 
 impl Returns {
     pub(super) fn new(bell: Arc<Bell>) -> Returns {
-        Returns { done: Mutex::new(Vec::new()), any: AtomicBool::new(false), bell }
+        Returns { done: Handoff::new(), bell }
     }
 
     fn put(&self, key: usize, result: i32) {
-        let mut done = lock(&self.done);
-        done.push((key, result));
-        let first = done.len() == 1;
-        self.any.store(true, Ordering::Release);
-        drop(done);
-        if first {
+        if self.done.put((key, result)) == Put::First {
             self.bell.ring();
         }
     }
 
     /// Everything that came back, moved to `out`.
     pub(super) fn collect(&self, out: &mut Vec<(usize, i32)>) {
-        if self.any.load(Ordering::Acquire) {
-            let mut done = lock(&self.done);
-            self.any.store(false, Ordering::Release);
-            out.append(&mut done);
-        }
+        self.done.take(out);
     }
 }
 

@@ -1,26 +1,20 @@
 //! Waking a thread that sleeps in the kernel, from any other thread: an eventfd that is written only when needed.
 //!
-//! What must stay true: a wake-up is never lost. The waker first makes its work visible (a queue behind a mutex), then
-//! swaps the state to NOTIFIED; the home thread looks at that queue, then moves RUNNING to SLEEPING. Either the home
-//! thread's exchange sees NOTIFIED and does not sleep, or the waker's swap sees SLEEPING and writes.
+//! What must stay true, and why no wake-up is lost: [`Alarm`].
 
 use super::sys::{self, check};
+use crate::handoff::Alarm;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicU8, Ordering};
-
-const RUNNING: u8 = 0;
-const SLEEPING: u8 = 1;
-const NOTIFIED: u8 = 2;
 
 /// The bell of one home thread.
 pub(super) struct Bell {
-    state: AtomicU8,
+    alarm: Alarm,
     event: OwnedFd,
 }
 
 impl Bell {
     pub(super) fn new() -> Result<Bell, i32> {
-        Ok(Bell { state: AtomicU8::new(RUNNING), event: sys::eventfd()? })
+        Ok(Bell { alarm: Alarm::new(), event: sys::eventfd()? })
     }
 
     /// What becomes readable (each time anew: wait for it edge-triggered) when somebody rings while the home sleeps.
@@ -30,21 +24,20 @@ impl Bell {
 
     /// Ends the home thread's sleep, or prevents the next one.
     pub(super) fn ring(&self) {
-        if self.state.swap(NOTIFIED, Ordering::SeqCst) == SLEEPING {
+        if self.alarm.ring() {
             let one = 1u64.to_ne_bytes();
             // SAFETY: the buffer is valid for its 8 bytes. The counter is never read; it cannot reach 2^64.
             let _ = check(unsafe { libc::write(self.fd(), one.as_ptr().cast(), one.len()) } as i64);
         }
     }
 
-    /// Before the home thread sleeps: `false` if somebody rang since it last woke.
+    /// As [`Alarm::may_sleep`].
     pub(super) fn may_sleep(&self) -> bool {
-        self.state.compare_exchange(RUNNING, SLEEPING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        self.alarm.may_sleep()
     }
 
-    /// After the home thread slept, and *before* it looks at what the wakers made visible: a bell that rings between the
-    /// look and this would be forgotten. Whether somebody rang.
+    /// As [`Alarm::awake`].
     pub(super) fn awake(&self) -> bool {
-        self.state.swap(RUNNING, Ordering::SeqCst) == NOTIFIED
+        self.alarm.awake()
     }
 }
