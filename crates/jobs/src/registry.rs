@@ -20,8 +20,10 @@ use std::rc::Rc;
 /// Most jobs at once, concluded ones included: far beyond what managers start, and a bound for their memory.
 pub const MAX_JOBS: usize = 4096;
 
-/// Writes down that jobs are over, before anybody is told.
+/// Writes down what a later life of the process has to know of jobs.
 pub trait JobKeeper {
+    /// A job is about to change what that life finds (headers of images, the graph): it has to know that the job runs.
+    fn keep_running(&self) -> block::Io<'_>;
     /// The state of a job has changed in a way that a later life of the process has to know.
     fn keep(&self) -> Pin<Box<dyn Future<Output = ()> + '_>>;
 }
@@ -43,6 +45,15 @@ impl Shared {
     /// Whether anything is written down for a later life.
     pub(crate) fn is_kept(&self) -> bool {
         self.keeper.borrow().is_some()
+    }
+
+    /// Before a job changes what a later life finds.
+    async fn keep_running(&self) -> block::Result<()> {
+        let keeper = self.keeper.borrow().clone();
+        match keeper {
+            Some(keeper) => keeper.keep_running().await,
+            None => Ok(()),
+        }
     }
 
     /// The job is over; that is written down before it is told.
@@ -111,7 +122,12 @@ impl Group {
         let members = self.members();
         for m in &members {
             let Some(body) = m.body() else { continue };
-            if let Err(error) = body.prepare().await {
+            // a job that has nothing to copy may be here before its command was recorded
+            let mut prepared = m.shared.keep_running().await;
+            if prepared.is_ok() {
+                prepared = body.prepare().await;
+            }
+            if let Err(error) = prepared {
                 m.set_error(error);
                 self.abort(m).await;
                 return;

@@ -222,6 +222,10 @@ impl Keeper for Recorder {
 }
 
 impl JobKeeper for Recorder {
+    fn keep_running(&self) -> block::Io<'_> {
+        Box::pin(self.record())
+    }
+
     fn keep(&self) -> Pin<Box<dyn Future<Output = ()> + '_>> {
         Box::pin(async move {
             if let (Err(e), Some(daemon)) = (self.record().await, self.daemon.upgrade()) {
