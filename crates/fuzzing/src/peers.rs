@@ -161,7 +161,7 @@ fn sound_store(engine: Engine) -> Vec<u8> {
             let new = NewStore { group: GroupId::of_name("g"), engine, size: MIN_SIZE };
             Store::create(&file, &new, History::none()).await?;
             let store = open_store(&env).await?;
-            store.begin(Generation(1)).await?;
+            store.begin(Generation(1), &[LEN]).await?;
             for epoch in 1..=3 {
                 checkpoint(&store, epoch).await?;
             }
@@ -193,7 +193,7 @@ pub(crate) fn store(bytes: &[u8]) {
             let _may_fail = store.read(volume, Span::new(0, len.min(LEN))).await;
         }
         let went_on = async {
-            store.begin(store.highest()).await?;
+            store.begin(store.highest(), &store.lens()).await?;
             checkpoint(&store, epoch.0.saturating_add(1)).await
         };
         let went_on = went_on.await.is_ok();
