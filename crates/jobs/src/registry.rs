@@ -120,18 +120,10 @@ impl Group {
             return;
         }
         let members = self.members();
-        for m in &members {
-            let Some(body) = m.body() else { continue };
-            // a job that has nothing to copy may be here before its command was recorded
-            let mut prepared = m.shared.keep_running().await;
-            if prepared.is_ok() {
-                prepared = body.prepare().await;
-            }
-            if let Err(error) = prepared {
-                m.set_error(error);
-                self.abort(m).await;
-                return;
-            }
+        if let Err((culprit, error)) = prepare_all(&members).await {
+            culprit.set_error(error);
+            self.abort(culprit).await;
+            return;
         }
         for m in &members {
             if m.begin_end() {
@@ -163,6 +155,20 @@ impl Group {
             }
         }
     }
+}
+
+/// The graph changes of all; the error of the first that fails, and whose it is.
+async fn prepare_all(members: &[Rc<Job>]) -> std::result::Result<(), (&Rc<Job>, BlockError)> {
+    if let Some(any) = members.first() {
+        // a job that has nothing to copy may be here before its command was recorded
+        any.shared.keep_running().await.map_err(|e| (any, e))?;
+    }
+    for m in members {
+        if let Some(body) = m.body() {
+            body.prepare().await.map_err(|e| (m, e))?;
+        }
+    }
+    Ok(())
 }
 
 /// Clean-up and conclusion of a job that failed (its error is set) or was cancelled.
