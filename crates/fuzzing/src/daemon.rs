@@ -3,10 +3,12 @@
 //! What must stay true, whatever is said: everything that was asked on a monitor is answered; others are served as before; the daemon
 //! ends in order and gives everything back.
 
+use crate::nbd::{NAME, Shop};
 use crate::{choice, judge};
-use ::nbd::proto::{flag, handshake, opt, rep};
+use ::nbd::proto::{OPTION_REPLY_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC, flag, rep};
 use ::nbd::{
-    Catalog, ExportFacts, HandshakeStep, Inbox, Mode, Outbox, ReplyWriter, RequestParser, ServerHandshake,
+    ClientHandshake, ClientStep, ClientWants, ExportFacts, HandshakeStep, Inbox, Mode, Outbox, ReplyWriter,
+    RequestParser, ServerHandshake,
 };
 use block::{Data, SECTOR, Span};
 use env::{Address, Env, Stream};
@@ -137,27 +139,30 @@ pub(crate) fn monitor(bytes: &[u8]) {
     }));
 }
 
-/// One option of a client's handshake.
-fn option(number: u32, data: &[u8]) -> Vec<u8> {
-    [b"IHAVEOPT", &number.to_be_bytes()[..], &(data.len() as u32).to_be_bytes(), data].concat()
-}
-
-/// What a client says to come to the transmission phase of `export`.
+/// What a client of ours says to come to the transmission phase of `export`.
 fn introduction(mode: Mode, export: &str) -> Vec<u8> {
-    let name = [&(export.len() as u32).to_be_bytes()[..], export.as_bytes()].concat();
-    let context = b"base:allocation";
-    let contexts = [&name[..], &1u32.to_be_bytes(), &(context.len() as u32).to_be_bytes(), context].concat();
-    let mut said = (handshake::FIXED_NEWSTYLE | handshake::NO_ZEROES).to_be_bytes().to_vec();
-    match mode {
-        Mode::Simple => {}
-        Mode::Structured => said.extend(option(opt::STRUCTURED_REPLY, b"")),
-        Mode::Extended => said.extend(option(opt::EXTENDED_HEADERS, b"")),
+    let contexts = vec!["base:allocation".into()];
+    let wants = ClientWants { export: export.to_owned(), mode, contexts, tls: false };
+    let Ok(mut client) = ClientHandshake::new(wants) else { panic!("a client cannot begin") };
+    let (mut server, shop) = (ServerHandshake::new(), far());
+    let (mut heard, mut asked, mut says, mut answers) =
+        (Inbox::new(), Inbox::new(), Outbox::new(), Outbox::new());
+    let mut said = Vec::new();
+    ServerHandshake::greeting(&mut answers);
+    loop {
+        heard.push(answers.take().contiguous(), 0);
+        let step = client.step(&mut heard, &mut says);
+        let bytes = says.take().contiguous();
+        said.extend_from_slice(&bytes);
+        match step {
+            Ok(ClientStep::NeedBytes) => asked.push(bytes, 0),
+            Ok(_) => return said,
+            Err(e) => panic!("our own server: {e}"),
+        }
+        while let Ok(HandshakeStep::Handled) = server.step(&mut asked, &mut answers, &shop) {}
+        // the last word is the server's, in the reply to GO
+        assert!(!answers.is_empty(), "both wait");
     }
-    if mode != Mode::Simple {
-        said.extend(option(opt::SET_META_CONTEXT, &contexts));
-    }
-    said.extend(option(opt::GO, &[&name[..], &[0, 0]].concat()));
-    said
 }
 
 /// Any bytes from an NBD client, while another is served.
@@ -165,7 +170,7 @@ pub(crate) fn export(bytes: &[u8]) {
     let Some((first, rest)) = choice(bytes) else { return };
     let mut said = match first & 3 {
         0 => Vec::new(),
-        n => introduction([Mode::Simple, Mode::Structured, Mode::Extended][n - 1], "hostile"),
+        n => introduction([Mode::Simple, Mode::Structured, Mode::Extended][n - 1], NAME),
     };
     let cut = [usize::MAX, 1000, 61, 28][first >> 2 & 3];
     said.extend_from_slice(rest);
@@ -182,7 +187,7 @@ pub(crate) fn export(bytes: &[u8]) {
             .await?;
             m.must("nbd-server-start", json!({"addr": Booted::nbd_address()})).await?;
             for (id, node) in [("e0", "a"), ("e1", "q")] {
-                let name = if node == "a" { "witness" } else { "hostile" };
+                let name = if node == "a" { "witness" } else { NAME };
                 let export =
                     json!({"type": "nbd", "id": id, "node-name": node, "name": name, "writable": true});
                 m.must("block-export-add", export).await?;
@@ -225,23 +230,19 @@ pub(crate) fn export(bytes: &[u8]) {
     }));
 }
 
-struct Far;
-
-impl Catalog for Far {
-    fn facts(&self, _name: &str) -> Option<ExportFacts> {
-        Some(ExportFacts {
-            size: LEN,
-            flags: flag::HAS_FLAGS
-                | flag::SEND_FLUSH
-                | flag::SEND_FUA
-                | flag::SEND_WRITE_ZEROES
-                | flag::SEND_TRIM,
-            description: String::new(),
-            block_sizes: (1, 4096, 32 << 20),
-            contexts: vec!["base:allocation".into()],
-        })
-    }
-    fn list(&self, _each: &mut dyn FnMut(&str, &str)) {}
+/// A disk of [`LEN`] bytes, as a plain server has it.
+fn far() -> Shop {
+    Shop(ExportFacts {
+        size: LEN,
+        flags: flag::HAS_FLAGS
+            | flag::SEND_FLUSH
+            | flag::SEND_FUA
+            | flag::SEND_WRITE_ZEROES
+            | flag::SEND_TRIM,
+        description: String::new(),
+        block_sizes: (1, 4096, 32 << 20),
+        contexts: vec!["base:allocation".into()],
+    })
 }
 
 /// The bytes that decide what a server does, taken one after the other.
@@ -260,13 +261,14 @@ impl Moves {
 async fn misbehave(env: &Env, stream: Rc<dyn Stream>, mut moves: Moves) {
     let (mut hand, mut inbox, mut out) = (ServerHandshake::new(), Inbox::new(), Outbox::new());
     ServerHandshake::greeting(&mut out);
+    let shop = far();
     let mut phase: Option<(RequestParser, ReplyWriter, Mode)> = None;
     loop {
         if !out.is_empty() && stream.send(out.take()).await.is_err() {
             return;
         }
         let idle = match &mut phase {
-            None => match hand.step(&mut inbox, &mut out, &Far) {
+            None => match hand.step(&mut inbox, &mut out, &shop) {
                 Ok(HandshakeStep::NeedBytes) => true,
                 Ok(HandshakeStep::Handled) => {
                     match moves.next() % 8 {
@@ -280,7 +282,7 @@ async fn misbehave(env: &Env, stream: Rc<dyn Stream>, mut moves: Moves) {
                             out.take();
                             let kind = rep::ERROR | u32::from(moves.next() % 12);
                             let option = u32::from(moves.next() % 12);
-                            out.put(&0x0003_e889_0455_65a9u64.to_be_bytes());
+                            out.put(&OPTION_REPLY_MAGIC.to_be_bytes());
                             [option, kind, 0].iter().for_each(|n| out.put(&n.to_be_bytes()));
                         }
                         _ => {}
@@ -307,12 +309,12 @@ async fn misbehave(env: &Env, stream: Rc<dyn Stream>, mut moves: Moves) {
                             let body = moves.take(usize::from(n));
                             match mode {
                                 Mode::Simple => {
-                                    out.put(&0x6744_6698u32.to_be_bytes());
+                                    out.put(&SIMPLE_REPLY_MAGIC.to_be_bytes());
                                     out.put(&u32::from(kind).to_be_bytes());
                                     out.put(&cookie.to_be_bytes());
                                 }
                                 _ => {
-                                    out.put(&0x668e_33efu32.to_be_bytes());
+                                    out.put(&STRUCTURED_REPLY_MAGIC.to_be_bytes());
                                     out.put(&u16::from(flags).to_be_bytes());
                                     let kind = u16::from(kind & 15) | u16::from(kind & 16) << 11;
                                     out.put(&kind.to_be_bytes());
@@ -368,7 +370,7 @@ pub(crate) fn far_server(bytes: &[u8]) {
                 }
             });
             let node = json!({
-                "driver": "nbd", "node-name": "n", "export": "x", "server": {"type": "unix", "path": FAR},
+                "driver": "nbd", "node-name": "n", "export": NAME, "server": {"type": "unix", "path": FAR},
                 "open-timeout": first & 1, "reconnect-delay": first >> 1 & 3
             });
             let Ok(_) = m.execute("blockdev-add", node).await else {

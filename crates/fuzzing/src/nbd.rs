@@ -4,7 +4,7 @@
 //! was asked; a client believes nothing outside of what it asked for, and waits for no more than that.
 
 use crate::choice;
-use ::nbd::proto::MAX_PAYLOAD;
+use ::nbd::proto::{MAX_PAYLOAD, OPTION_REPLY_MAGIC};
 use ::nbd::{
     Agreed, Answer, Catalog, ClientHandshake, ClientStep, ClientWants, Expected, ExportFacts, HandshakeStep,
     Inbox, Mode, Outbox, Protection, Reply, ReplyParser, Request, RequestParser, ServerHandshake,
@@ -15,17 +15,18 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 /// The name by which the targets know their export.
-const NAME: &str = "disk";
+pub(crate) const NAME: &str = "disk";
 /// Pieces shorter than this are copied: between the lengths of the pieces that streams are cut into.
 const COPY_BELOW: usize = 24;
 /// More than a server says to any one option.
 const MOST_A_REPLY: usize = 8192;
 
-struct Shop;
+/// A server's only export, under [`NAME`] and as the default.
+pub(crate) struct Shop(pub(crate) ExportFacts);
 
-impl Catalog for Shop {
-    fn facts(&self, name: &str) -> Option<ExportFacts> {
-        (name == NAME || name.is_empty()).then(|| ExportFacts {
+impl Shop {
+    fn new() -> Shop {
+        Shop(ExportFacts {
             size: 1 << 24,
             flags: 0x1ded,
             description: "hello".into(),
@@ -37,9 +38,15 @@ impl Catalog for Shop {
             ],
         })
     }
+}
+
+impl Catalog for Shop {
+    fn facts(&self, name: &str) -> Option<ExportFacts> {
+        (name == NAME || name.is_empty()).then(|| self.0.clone())
+    }
     fn list(&self, each: &mut dyn FnMut(&str, &str)) {
-        each(NAME, "hello");
-        each("", "");
+        each(NAME, &self.0.description);
+        each("", &self.0.description);
     }
 }
 
@@ -56,11 +63,11 @@ struct Served {
 fn serve(protection: Protection, stream: &[u8], cut: usize) -> Served {
     let (mut hand, mut inbox, mut out) = (ServerHandshake::with(protection), Inbox::new(), Outbox::new());
     let mut served = Served { said: Vec::new(), agreed: None, requests: Vec::new(), end: String::new() };
-    let mut parser = None;
+    let (shop, mut parser) = (Shop::new(), None);
     let mut pieces = stream.chunks(cut.max(1));
     loop {
         let wants_more = match &mut parser {
-            None => match hand.step(&mut inbox, &mut out, &Shop) {
+            None => match hand.step(&mut inbox, &mut out, &shop) {
                 Ok(HandshakeStep::NeedBytes) => true,
                 Ok(HandshakeStep::Handled) => false,
                 Ok(HandshakeStep::Enter(agreed)) => {
@@ -102,7 +109,7 @@ fn serve(protection: Protection, stream: &[u8], cut: usize) -> Served {
 
 /// The option replies are whole, and none is longer than there is reason for; gives what follows them.
 fn well_formed(mut said: &[u8]) -> &[u8] {
-    const REPLY: [u8; 8] = 0x0003_e889_0455_65a9u64.to_be_bytes();
+    const REPLY: [u8; 8] = OPTION_REPLY_MAGIC.to_be_bytes();
     while said.starts_with(&REPLY) {
         let len = u32::from_be_bytes([said[16], said[17], said[18], said[19]]) as usize;
         assert!(len <= MOST_A_REPLY, "an option reply of {len} bytes");
