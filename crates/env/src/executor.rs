@@ -7,7 +7,7 @@
 
 use crate::Env;
 use crate::backend::{Backend, Turn};
-use crate::handoff::{Handoff, Put};
+use crate::handoff::{Handoff, Put, lock};
 use crate::sync::Notify;
 use slab::Slab;
 use std::cell::{Cell, RefCell};
@@ -16,7 +16,7 @@ use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
@@ -31,10 +31,6 @@ thread_local! {
     static READY: RefCell<VecDeque<Arc<TaskWaker>>> = const { RefCell::new(VecDeque::new()) };
 }
 static NEXT_EXECUTOR: AtomicU64 = AtomicU64::new(1);
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
 
 struct Remote {
     executor: u64,

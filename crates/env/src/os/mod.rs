@@ -29,6 +29,7 @@ mod wake;
 pub use signal::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, Signals, signals};
 
 use crate::backend::{Backend, Turn};
+use crate::handoff::lock;
 use crate::{Address, Executor, File, Io, Listener, OpenMode, Stream};
 use block::{BlockError, Result};
 use op::{Handle, Memory, OnDrop, Op, Request, Slots};
@@ -207,11 +208,11 @@ impl Core {
             handle,
             Box::new(move || {
                 let value = work();
-                *slot.lock().unwrap_or_else(|e| e.into_inner()) = Some(value);
+                *lock(&slot) = Some(value);
             }),
         );
         let (result, _) = op.await;
-        let value = out.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let value = lock(&out).take();
         value.ok_or_else(|| BlockError::from_errno(if result < 0 { -result } else { BlockError::EIO }))
     }
 

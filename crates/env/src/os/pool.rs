@@ -6,10 +6,10 @@
 
 use super::op::Request;
 use super::wake::Bell;
-use crate::handoff::{Handoff, Put};
+use crate::handoff::{Handoff, Put, lock};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Threads for blocking calls, in the whole process: enough to keep a disk's queue busy, few enough that a burst on one
@@ -70,10 +70,6 @@ pub(super) struct Pool {
 
 static IO: Pool = Pool::new("liveblk-io");
 static CPU: Pool = Pool::new("liveblk-cpu");
-
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Pool {
     const fn new(name: &'static str) -> Pool {
