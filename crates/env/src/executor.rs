@@ -39,6 +39,11 @@ struct Remote {
     signal: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// Whether a task waits for its turn on this thread; the one that asks does not count.
+pub(crate) fn any_ready() -> bool {
+    READY.with_borrow(|r| !r.is_empty())
+}
+
 struct TaskWaker {
     index: usize,
     generation: u64,

@@ -89,6 +89,11 @@ impl Env {
         self.tasks.mailbox()
     }
 
+    /// Whether other tasks of this thread could run now.
+    pub fn others_are_ready(&self) -> bool {
+        executor::any_ready()
+    }
+
     /// Lets other ready tasks run once.
     pub fn yield_now(&self) -> impl Future<Output = ()> + 'static {
         sync::yield_now()

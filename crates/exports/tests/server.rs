@@ -9,6 +9,7 @@ use env::Address;
 use exports::{DeleteMode, ServerOptions};
 use nbd::proto::{MAX_PAYLOAD, cmd_flag, opt};
 use nbd::{ClientHandshake, ClientWants, Cmd, Inbox, Mode, Negotiated, Outbox, encode_request};
+use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -217,6 +218,48 @@ fn requests_that_have_begun_end_when_their_client_is_gone() {
     eventually("the client's task ends", || server.call(|s| async move { s.registry.connections() }) == 0);
     let disk = std::fs::read(dir.path("disk")).unwrap();
     assert!(disk[..50 * 512].iter().all(|b| *b == 9), "all that was sent was done");
+}
+
+/// Bytes of replies that a client who asks for sixteen sectors at once has when the last of them is read. With `busy` the server's
+/// thread has something else to do.
+fn replied_before_the_last(busy: bool) -> usize {
+    const SECTOR: u64 = 512;
+    let dir = Dir::new();
+    let server = start(&dir, at(&dir));
+    let mut s = connect(&dir);
+    enter(&mut s, Mode::Simple);
+    let (tell, told) = std::sync::mpsc::channel();
+    let mut client = s.try_clone().unwrap();
+    server.call(move |served| async move {
+        let env = served.env.clone();
+        let received = move |at: Span| match at.start / SECTOR {
+            0 if busy => drop(env.spawn("something else", async {})),
+            15 => {
+                client.set_nonblocking(true).unwrap();
+                let early = client.read(&mut [0; 16384]).unwrap_or(0);
+                client.set_nonblocking(false).unwrap();
+                tell.send(early).unwrap();
+            }
+            _ => {}
+        };
+        let received = RefCell::new(received);
+        *served.node.on_read.borrow_mut() = Some(Box::new(move |at| received.borrow_mut()(at)));
+    });
+    let asked = |n| request(Mode::Simple, Cmd::Read, n, Span::new(n * SECTOR, SECTOR), Data::empty());
+    s.write_all(&(0..16).flat_map(asked).collect::<Vec<u8>>()).unwrap();
+    let early = told.recv().unwrap();
+    s.read_exact(&mut vec![0; 16 * (16 + SECTOR as usize) - early]).unwrap();
+    early
+}
+
+#[test]
+fn half_of_many_replies_go_out_before_the_rest_is_done() {
+    assert_eq!(replied_before_the_last(false), 8 * (16 + 512));
+}
+
+#[test]
+fn replies_go_out_together_where_there_is_more_to_do() {
+    assert_eq!(replied_before_the_last(true), 0);
 }
 
 #[test]

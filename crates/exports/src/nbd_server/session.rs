@@ -2,7 +2,8 @@
 //!
 //! One task does everything for a client: it receives, starts all requests that a receive brought, collects replies and
 //! sends them. A request that ends at once (most do, when the page cache has the bytes) is answered in the same batch;
-//! the others are polled here as they wake. Replies are sent together, one gathered send for all that is there.
+//! the others are polled here as they wake. Replies are sent together, one gathered send for all that is there; where this thread has
+//! nothing else to do, in two halves: the client works on the first while the second is made, and neither side goes to sleep.
 //!
 //! What can happen: a client sends faster than the disk or reads slower than we answer (then we stop receiving: the
 //! byte budget bounds what one client can make us hold); it sends nonsense (an error reply, or the connection ends); it
@@ -33,6 +34,9 @@ const REQUEST_COST: u64 = 4096;
 const RECEIVE: usize = 256 << 10;
 /// Pieces of a receive shorter than this are copied rather than kept.
 const COPY_BELOW: usize = 512;
+/// Replies that are worth a send of their own before the rest of what a receive brought is done: enough to keep a client busy for as
+/// long as a wake-up takes.
+const EARLY: usize = 4;
 /// Receives handled before other tasks of this thread get their turn.
 const RECEIVES_PER_TURN: usize = 4;
 
@@ -89,6 +93,8 @@ struct Pump<'a> {
     running: FuturesUnordered<Running>,
     running_cost: u64,
     out: Outbox,
+    /// Replies in `out`.
+    answers: usize,
     receiving: Option<Io<'a, Bytes>>,
     sending: Option<Io<'a>>,
     sending_len: u64,
@@ -116,6 +122,7 @@ pub(super) async fn serve(session: Rc<Session>, stream: &dyn Stream, inbox: Inbo
         running: FuturesUnordered::new(),
         running_cost: 0,
         out: Outbox::new(),
+        answers: 0,
         receiving: None,
         sending: None,
         sending_len: 0,
@@ -166,6 +173,7 @@ impl Pump<'_> {
             // the answer goes to a request that still runs
             cookie = self.running.iter().next().map_or(cookie, |r| r.cookie);
         }
+        self.answers += 1;
         let (w, out) = (self.writer, &mut self.out);
         match outcome {
             Outcome::Ok => w.ok(out, cookie, offset),
@@ -182,6 +190,7 @@ impl Pump<'_> {
     }
 
     fn start_requests(&mut self, cx: &mut Context<'_>) {
+        let mut half = self.inbox.len() / 2;
         while !self.closing {
             let (request, cost) = match self.held.take() {
                 Some(held) => held,
@@ -199,6 +208,12 @@ impl Pump<'_> {
                 return;
             }
             self.start(request, cost, cx);
+            if self.inbox.len() <= half && self.answers >= EARLY && !self.inbox.is_empty() {
+                half = 0;
+                if !self.session.env.others_are_ready() {
+                    self.send(cx);
+                }
+            }
         }
     }
 
@@ -247,12 +262,14 @@ impl Pump<'_> {
                 // The peer is gone: what has begun ends, and nothing more is taken.
                 self.closing = true;
                 self.out.take();
+                self.answers = 0;
                 return;
             }
             if self.out.is_empty() {
                 return;
             }
             let data = self.out.take();
+            self.answers = 0;
             self.sending_len = data.len() as u64;
             self.sending = Some(self.stream.send(data));
         }

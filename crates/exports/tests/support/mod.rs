@@ -23,6 +23,8 @@ pub struct Plain {
     pub flushes: Cell<u64>,
     /// How the last zeroing was asked for.
     pub zeroed: Cell<ReqFlags>,
+    /// Told of each read before it begins.
+    pub on_read: RefCell<Option<Box<dyn Fn(Span)>>>,
 }
 
 impl Plain {
@@ -38,6 +40,7 @@ impl Plain {
             fail: Cell::default(),
             flushes: Cell::default(),
             zeroed: Cell::default(),
+            on_read: RefCell::default(),
         })
     }
 
@@ -69,6 +72,9 @@ impl Node for Plain {
         above
     }
     fn read(&self, at: Span) -> Io<'_, Data> {
+        if let Some(told) = &*self.on_read.borrow() {
+            told(at);
+        }
         if self.delay.get().is_zero() && self.fail.get() == 0 {
             return self.file.read(at);
         }
