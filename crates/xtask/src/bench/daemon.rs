@@ -18,10 +18,20 @@ const TRIES: u32 = 3;
 impl Daemon {
     /// Starts with `arguments`, and a monitor on `DIR/qmp-SIDE.sock`.
     pub(super) fn start(side: Side, dir: &std::path::Path, arguments: &[String]) -> Outcome<Daemon> {
+        Daemon::start_with(side, dir, arguments, false)
+    }
+
+    /// The same; with `threads` as where io_uring is forbidden. (The reference uses threads unless it is told otherwise.)
+    pub(super) fn start_with(
+        side: Side,
+        dir: &std::path::Path,
+        arguments: &[String],
+        threads: bool,
+    ) -> Outcome<Daemon> {
         let qmp = dir.join(format!("qmp-{side:?}.sock"));
         let _ = std::fs::remove_file(&qmp);
         let mut command = Command::new(side.program());
-        command.args(arguments);
+        command.args(arguments).envs(threads.then_some(("LIVEBLK_IO", "threads")));
         command
             .args(["--chardev", &format!("socket,id=q,path={},server=on,wait=off", qmp.display())])
             .args(["--monitor", "chardev=q"]);

@@ -4,7 +4,7 @@
 
 use super::daemon::Daemon;
 use super::nbd::{Load, make_image, number, serving, socket};
-use super::table::{Better, Figures, row};
+use super::table::{Better, Figures};
 use super::{Options, Side};
 use crate::shell::Outcome;
 use serde_json::{Value, json};
@@ -12,13 +12,9 @@ use std::path::Path;
 
 pub(super) fn measure(options: &Options) -> Outcome {
     let cases: Vec<_> = ["raw", "qcow2"].map(|f| (f, format!("{f} randwrite 4 KiB, bitmap"))).into();
-    if !cases.iter().any(|(_, name)| options.wants(name)) {
-        return Ok(());
-    }
-    println!("\nBitmaps that survive a crash, 4 KiB random writes, depth 16 x 1");
-    println!(
-        "{:<46} {:<12} {:>24} {:>24} {:>8} {:>24}",
-        "case", "figure", "in memory", "kept", "ratio", "QSD, in memory"
+    options.report.heading_with(
+        "Bitmaps that survive a crash, 4 KiB random writes, depth 16 x 1",
+        ["in memory", "kept", "QSD, in memory"],
     );
     for (format, name) in cases.into_iter().filter(|(_, name)| options.wants(name)) {
         compare(options, format, &name)?;
@@ -45,9 +41,9 @@ fn compare(options: &Options, format: &str, name: &str) -> Outcome {
             p99.add(column, number(&result, "p99_us"));
         }
     }
-    row(name, "IOPS", Better::Higher, &iops);
-    row("", "CPU us/req", Better::Lower, &cpu);
-    row("", "p99 us", Better::Lower, &p99);
+    options.report.row(name, "IOPS", Better::Higher, &iops);
+    options.report.row("", "CPU us/req", Better::Lower, &cpu);
+    options.report.row("", "p99 us", Better::Lower, &p99);
     Ok(())
 }
 

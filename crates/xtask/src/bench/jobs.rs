@@ -7,7 +7,7 @@ use super::chain::{Disk, Layout, check, overlay};
 use super::daemon::Daemon;
 use super::limit;
 use super::nbd::{Load, finish, make_image, number, order, socket};
-use super::table::{Better, Figures, heading, row};
+use super::table::{Better, Figures};
 use super::{Options, Side};
 use crate::shell::{self, Outcome, fail};
 use qmpclient::Client;
@@ -132,13 +132,17 @@ const CASES: [Case; 7] = [
 ];
 
 pub(super) fn measure(options: &Options) -> Outcome {
-    heading("Jobs, nobody writing (time from command to end, or to READY; beside it a loop of plain calls)");
+    options.report.heading(
+        "Jobs, nobody writing (time from command to end, or to READY; beside it a loop of plain calls)",
+    );
     for case in CASES {
         if options.wants(case.name) {
             quiet(options, &case)?;
         }
     }
-    heading("A client at full speed, 4 KiB random writes, depth 16, for as long as a job runs");
+    options
+        .report
+        .heading("A client at full speed, 4 KiB random writes, depth 16, for as long as a job runs");
     if options.wants("client alone") {
         alone(options)?;
     }
@@ -321,14 +325,14 @@ fn quiet(options: &Options, case: &Case) -> Outcome {
             cpu.add(side, used * 1024.0 / mib as f64);
             scene.verify(options, case)?;
         }
-        let small = Options { image_mib: mib, dir: options.dir.clone(), only: None, ..*options };
+        let small = Options { image_mib: mib, only: None, ..options.clone() };
         let from = make_image(&small, "raw", "source-plain", true)?;
         limit::warm(mib);
         rate.add(Side::Nothing, limit::copy(&from, &options.path("target-plain"))?);
         let _ = std::fs::remove_file(&from);
     }
-    row(case.name, "MiB/s", Better::Higher, &rate);
-    row("", "CPU s/GiB", Better::Lower, &cpu);
+    options.report.row(case.name, "MiB/s", Better::Higher, &rate);
+    options.report.row("", "CPU s/GiB", Better::Lower, &cpu);
     Ok(())
 }
 
@@ -349,10 +353,14 @@ impl Felt {
         self.p99.add(side, number(result, "p99_us"));
     }
 
-    fn print(&self) {
-        row("", "client IOPS", Better::Higher, &self.iops);
-        row("", "client p50 us", Better::Lower, &self.p50);
-        row("", "client p99 us", Better::Lower, &self.p99);
+    fn print(&self, options: &Options) {
+        options.report.row("", "client IOPS", Better::Higher, &self.iops);
+        self.waits(options);
+    }
+
+    fn waits(&self, options: &Options) {
+        options.report.row("", "client p50 us", Better::Lower, &self.p50);
+        options.report.row("", "client p99 us", Better::Lower, &self.p99);
     }
 }
 
@@ -365,8 +373,8 @@ fn alone(options: &Options) -> Outcome {
             felt.add(side, &Load { seconds: options.seconds, ..CLIENT }.run(&socket(options, side))?);
         }
     }
-    println!("client alone, raw");
-    felt.print();
+    options.report.row("client alone, raw", "client IOPS", Better::Higher, &felt.iops);
+    felt.waits(options);
     Ok(())
 }
 
@@ -407,8 +415,8 @@ fn beside(options: &Options, name: &str, case: &Case, both: bool) -> Outcome {
             felt.add(side, &finish(load)?);
         }
     }
-    row(name, "seconds", Better::Lower, &took);
-    felt.print();
+    options.report.row(name, "seconds", Better::Lower, &took);
+    felt.print(options);
     if missed != [0, 0] {
         let [qsd, ours] = missed;
         println!("  did not end within {} s: QSD {qsd} times, liveblkd {ours} times", BESIDE_LIMIT.as_secs());

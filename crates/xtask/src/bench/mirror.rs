@@ -3,7 +3,7 @@
 use super::daemon::Daemon;
 use super::limit;
 use super::nbd::{Load, finish, make_image, number, order, serving, socket};
-use super::table::{Better, Figures, heading, row};
+use super::table::{Better, Figures};
 use super::{Options, Side};
 use crate::shell::{self, Outcome, fail};
 use qmpclient::Client;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) fn measure(options: &Options) -> Outcome {
-    heading(
+    options.report.heading(
         "Mirror, full, nobody writing (time from start to READY; beside it a loop of plain calls from file to file)",
     );
     for (name, source, target) in [
@@ -36,7 +36,7 @@ pub(super) fn measure(options: &Options) -> Outcome {
             sparse(options, &name, format)?;
         }
     }
-    heading("A client at full speed, depth 16, while a mirror runs");
+    options.report.heading("A client at full speed, depth 16, while a mirror runs");
     for (op, mode) in [
         ("randwrite", "background"),
         ("randwrite", "write-blocking"),
@@ -151,8 +151,8 @@ fn throughput(options: &Options, name: &str, from: &str, to: &str) -> Outcome {
         limit::warm(options.image_mib);
         rate.add(Side::Nothing, limit::copy(&from, &options.path("target-plain"))?);
     }
-    row(name, "MiB/s", Better::Higher, &rate);
-    row("", "CPU s/GiB", Better::Lower, &cpu);
+    options.report.row(name, "MiB/s", Better::Higher, &rate);
+    options.report.row("", "CPU s/GiB", Better::Lower, &cpu);
     Ok(())
 }
 
@@ -191,7 +191,7 @@ fn sparse(options: &Options, name: &str, format: &str) -> Outcome {
             let _ = (std::fs::remove_file(&file), std::fs::remove_file(&copy));
         }
     }
-    row(name, "READY s", Better::Lower, &ready);
+    options.report.row(name, "READY s", Better::Lower, &ready);
     Ok(())
 }
 
@@ -225,9 +225,9 @@ fn latency(options: &Options, name: &str, op: &'static str, mode: &str) -> Outco
             p99.add(side, number(&result, "p99_us"));
         }
     }
-    row(name, "READY s", Better::Lower, &ready);
-    row("", "client IOPS", Better::Higher, &iops);
-    row("", "client p99", Better::Lower, &p99);
+    options.report.row(name, "READY s", Better::Lower, &ready);
+    options.report.row("", "client IOPS", Better::Higher, &iops);
+    options.report.row("", "client p99", Better::Lower, &p99);
     if missed > 0 {
         println!("{:<46} {missed} runs were not ready within {} s", "", READY_LIMIT.as_secs());
     }

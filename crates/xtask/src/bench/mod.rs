@@ -3,7 +3,7 @@
 //! What must stay true: both get the same command line, the same images and the same load; they take turns within a round,
 //! and who goes first alternates; every load stamps its blocks and checks what it reads (`nbdload --verify`); what is
 //! printed is medians with spread, and ratios; memory that is needed was in use just before (see `limit`). A do-nothing server (`nbdideal`) shows what the load client could see.
-//! Machines differ and are noisy: ratios are the result, not absolute numbers.
+//! Machines differ and are noisy: ratios are the result, not absolute numbers. The tables are printed, and drawn into an SVG file.
 
 mod chain;
 mod daemon;
@@ -12,6 +12,7 @@ mod jobs;
 mod limit;
 mod mirror;
 mod nbd;
+mod plot;
 mod replication;
 mod table;
 mod verify;
@@ -20,6 +21,8 @@ mod vhost;
 use crate::setup;
 use crate::shell::{self, Outcome, fail};
 use std::path::PathBuf;
+use std::rc::Rc;
+use table::Report;
 
 /// What is measured against what.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -45,7 +48,8 @@ impl Side {
     }
 }
 
-/// How much to do.
+/// How much to do, and what came of it.
+#[derive(Clone)]
 pub(super) struct Options {
     pub(super) rounds: usize,
     /// Seconds of one load.
@@ -58,6 +62,10 @@ pub(super) struct Options {
     pub(super) priority: bool,
     /// Where images lie; tmpfs unless told otherwise, so that the daemons and not the disk are measured.
     pub(super) dir: PathBuf,
+    /// Where the plots go.
+    svg: PathBuf,
+    /// What was measured.
+    report: Rc<Report>,
 }
 
 impl Options {
@@ -69,6 +77,8 @@ impl Options {
             only: None,
             priority: false,
             dir: PathBuf::from(format!("/dev/shm/liveblk-bench-{}", std::process::id())),
+            svg: shell::target().join("bench.svg"),
+            report: Rc::default(),
         };
         let mut args = args.iter();
         while let Some(a) = args.next() {
@@ -81,10 +91,11 @@ impl Options {
                 "--priority" => o.priority = true,
                 "--only" => o.only = Some(value()?.clone()),
                 "--dir" => o.dir = PathBuf::from(value()?).join("liveblk-bench"),
+                "--svg" => o.svg = PathBuf::from(value()?),
                 other => {
                     return fail(format!(
                         "no such option: {other} (--quick, --rounds N, --seconds S, --mib N, --priority, \
-                         --only WORD, --dir D)"
+                         --only WORD, --dir D, --svg FILE)"
                     ));
                 }
             }
@@ -124,7 +135,7 @@ fn priority(nice: i32) -> Outcome {
 }
 
 fn measure(options: &Options) -> Outcome {
-    println!(
+    let about = format!(
         "liveblkd against {} on {} ({} rounds of {} s, images of {} MiB in {})",
         shell::output(std::process::Command::new("qemu-storage-daemon").arg("--version"))?
             .lines()
@@ -136,6 +147,16 @@ fn measure(options: &Options) -> Outcome {
         options.image_mib,
         options.dir.display()
     );
+    println!("{about}");
+    let outcome = measure_all(options);
+    // also of a run that failed half way
+    let picture = plot::svg(&about, &options.report.sections());
+    std::fs::write(&options.svg, picture).map_err(|e| format!("{}: {e}", options.svg.display()))?;
+    println!("\nas plots: {}", options.svg.display());
+    outcome
+}
+
+fn measure_all(options: &Options) -> Outcome {
     nbd::measure(options)?;
     vhost::measure(options)?;
     dirty::measure(options)?;

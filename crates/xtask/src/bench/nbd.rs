@@ -1,7 +1,7 @@
 //! Loads over NBD: small random and large sequential requests, at several depths and numbers of connections.
 
 use super::daemon::Daemon;
-use super::table::{Better, Figures, heading, row};
+use super::table::{Better, Figures};
 use super::{Options, SIDES, Side};
 use crate::shell::{self, Outcome};
 use serde_json::Value;
@@ -112,32 +112,83 @@ pub(super) fn image_at(format: &str, file: &str, mib: u64, full: bool) -> Outcom
     Ok(())
 }
 
+/// What is loaded how.
+struct Case {
+    format: &'static str,
+    /// The image is full of data.
+    full: bool,
+    load: Load,
+    io: Io,
+}
+
+/// How the daemons reach the image.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Io {
+    /// As they do if nothing is said: liveblkd with io_uring.
+    Usual,
+    /// On threads: liveblkd as where io_uring is forbidden.
+    Threads,
+    /// The same with an image on a disk, past the page cache.
+    ThreadsDirect,
+}
+
+impl Case {
+    fn name(&self) -> String {
+        let io = match self.io {
+            Io::Usual => "",
+            Io::Threads => "threads: ",
+            Io::ThreadsDirect => "threads, direct: ",
+        };
+        io.to_owned() + &self.load.name(if self.full { self.format } else { "qcow2, empty:" })
+    }
+}
+
 pub(super) fn measure(options: &Options) -> Outcome {
-    heading("NBD (images in memory, stamped and checked)");
+    options.report.heading("NBD (images in memory, stamped and checked)");
     let small =
         |op, depth, connections| Load { op, block: 4096, depth, connections, seconds: options.seconds };
+    let usual = |format, full, load| Case { format, full, load, io: Io::Usual };
     let mut cases = Vec::new();
     for format in ["raw", "qcow2"] {
         for (depth, connections) in [(1, 1), (1, 4), (16, 1), (16, 4), (64, 1), (64, 4)] {
-            cases.push((format, true, small("randread", depth, connections)));
-            cases.push((format, true, small("randwrite", depth, connections)));
+            cases.push(usual(format, true, small("randread", depth, connections)));
+            cases.push(usual(format, true, small("randwrite", depth, connections)));
         }
         for op in ["seqread", "seqwrite"] {
-            cases.push((format, true, Load { block: 1 << 20, ..small(op, 4, 1) }));
+            cases.push(usual(format, true, Load { block: 1 << 20, ..small(op, 4, 1) }));
         }
     }
-    cases.push(("qcow2", false, small("randwrite", 1, 1)));
-    cases.push(("qcow2", false, small("randwrite", 16, 1)));
-    for (format, full, load) in cases {
-        let name = load.name(if full { format } else { "qcow2, empty:" });
-        if options.wants(&name) {
-            compare(options, &name, format, full, &load)?;
+    cases.push(usual("qcow2", false, small("randwrite", 1, 1)));
+    cases.push(usual("qcow2", false, small("randwrite", 16, 1)));
+    for io in [Io::Threads, Io::ThreadsDirect] {
+        for depth in [1, 16] {
+            for op in ["randread", "randwrite"] {
+                cases.push(Case { io, ..usual("raw", true, small(op, depth, 1)) });
+            }
         }
+    }
+    for case in cases.iter().filter(|c| options.wants(&c.name())) {
+        compare(options, case)?;
     }
     Ok(())
 }
 
-fn compare(options: &Options, name: &str, format: &str, full: bool, load: &Load) -> Outcome {
+/// The image of a case, and the command line that serves it.
+fn served(options: &Options, side: Side, case: &Case) -> Outcome<(String, Vec<String>)> {
+    let name = format!("image-{side:?}");
+    if case.io != Io::ThreadsDirect {
+        let file = make_image(options, case.format, &name, case.full)?;
+        return Ok((file.clone(), serving(options, side, case.format, &file)));
+    }
+    let file = format!("/var/tmp/liveblk-bench-{}-{name}", std::process::id());
+    image_at(case.format, &file, options.image_mib, case.full)?;
+    let mut arguments = serving(options, side, case.format, &file);
+    arguments[1].push_str(",file.cache.direct=on");
+    Ok((file, arguments))
+}
+
+fn compare(options: &Options, case: &Case) -> Outcome {
+    let load = &case.load;
     let (mut iops, mut rate, mut cpu, mut p50, mut p99) =
         <(Figures, Figures, Figures, Figures, Figures)>::default();
     let mut add = |side, result: &Value, used: f64| {
@@ -149,26 +200,31 @@ fn compare(options: &Options, name: &str, format: &str, full: bool, load: &Load)
     };
     for round in 0..options.rounds {
         for side in order(round) {
-            let file = make_image(options, format, &format!("image-{side:?}"), full)?;
-            let daemon = Daemon::start(side, &options.dir, &serving(options, side, format, &file))?;
+            let (file, arguments) = served(options, side, case)?;
+            let daemon = Daemon::start_with(side, &options.dir, &arguments, case.io != Io::Usual)?;
             // Nobody is charged for start-up.
             std::thread::sleep(Duration::from_millis(50));
             let before = daemon.cpu();
-            let result = load.run(&socket(options, side))?;
+            let result = load.run(&socket(options, side));
             let used = daemon.cpu() - before;
-            add(side, &result, used);
+            drop(daemon);
+            if case.io == Io::ThreadsDirect {
+                let _ = std::fs::remove_file(file);
+            }
+            add(side, &result?, used);
         }
         let (result, used) = limit(options, load)?;
         add(Side::Nothing, &result, used);
     }
+    let (name, report) = (case.name(), &options.report);
     if load.block > 65536 {
-        row(name, "MiB/s", Better::Higher, &rate);
-        row("", "CPU us/req", Better::Lower, &cpu);
+        report.row(&name, "MiB/s", Better::Higher, &rate);
+        report.row("", "CPU us/req", Better::Lower, &cpu);
     } else {
-        row(name, "IOPS", Better::Higher, &iops);
-        row("", "CPU us/req", Better::Lower, &cpu);
-        row("", "p50 us", Better::Lower, &p50);
-        row("", "p99 us", Better::Lower, &p99);
+        report.row(&name, "IOPS", Better::Higher, &iops);
+        report.row("", "CPU us/req", Better::Lower, &cpu);
+        report.row("", "p50 us", Better::Lower, &p50);
+        report.row("", "p99 us", Better::Lower, &p99);
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
-//! Figures of one case and how they are printed.
+//! Figures of a case, and the tables they are printed in.
 
 use super::Side;
+use std::cell::{Ref, RefCell};
 use std::collections::BTreeMap;
 
 /// Values of one metric, by side, over the rounds.
@@ -23,14 +24,17 @@ impl Figures {
         v.get(v.len() / 2).copied()
     }
 
+    /// Lowest, median, highest.
+    fn spread(&self, side: Side) -> Option<[f64; 3]> {
+        let v = self.sorted(side);
+        Some([*v.first()?, self.median(side)?, *v.last()?])
+    }
+
     /// `12.3k [11.0k-14.1k]`.
     fn shown(&self, side: Side) -> String {
-        let v = self.sorted(side);
-        match (v.first(), self.median(side), v.last()) {
-            (Some(low), Some(middle), Some(high)) => {
-                format!("{} [{}-{}]", short(middle), short(*low), short(*high))
-            }
-            _ => "-".to_owned(),
+        match self.spread(side).map(|all| all.map(short)) {
+            Some([low, middle, high]) => format!("{middle} [{low}-{high}]"),
+            None => "-".to_owned(),
         }
     }
 }
@@ -54,29 +58,78 @@ pub(super) enum Better {
     Lower,
 }
 
-pub(super) fn heading(title: &str) {
-    println!("\n{title}");
-    println!(
-        "{:<46} {:<12} {:>24} {:>24} {:>8} {:>24}",
-        "case", "figure", "QSD", "liveblkd", "ratio", "do-nothing server"
-    );
+/// The three columns of most tables.
+const COLUMNS: [&str; 3] = ["QSD", "liveblkd", "do-nothing server"];
+
+/// One line of a table.
+pub(super) struct Row {
+    pub(super) case: String,
+    pub(super) figure: String,
+    /// By column: lowest, median, highest.
+    pub(super) values: [Option<[f64; 3]>; 3],
+    /// As shown.
+    pub(super) shown: [String; 3],
+    pub(super) ratio: String,
 }
 
-/// One line. The ratio is written so that above 1 is better for us, whatever the figure.
-pub(super) fn row(case: &str, figure: &str, better: Better, figures: &Figures) {
-    let ratio = match (figures.median(Side::Qsd), figures.median(Side::Liveblk)) {
-        (Some(q), Some(l)) if q > 0.0 && l > 0.0 => {
-            let r = if better == Better::Higher { l / q } else { q / l };
-            format!("{r:.2}x")
+/// A table.
+pub(super) struct Section {
+    pub(super) title: String,
+    pub(super) columns: [&'static str; 3],
+    pub(super) rows: Vec<Row>,
+}
+
+/// All tables of a run: printed line by line, and kept for the plots.
+#[derive(Default)]
+pub(super) struct Report(RefCell<Vec<Section>>);
+
+impl Report {
+    /// The lines that follow are about this. It is printed with the first of them.
+    pub(super) fn heading(&self, title: &str) {
+        self.heading_with(title, COLUMNS);
+    }
+
+    /// The same, with other names for the columns.
+    pub(super) fn heading_with(&self, title: &str, columns: [&'static str; 3]) {
+        self.0.borrow_mut().push(Section { title: title.to_owned(), columns, rows: Vec::new() });
+    }
+
+    /// One line; without a case it belongs to the case before. The ratio is written so that above 1 is better for us,
+    /// whatever the figure.
+    pub(super) fn row(&self, case: &str, figure: &str, better: Better, figures: &Figures) {
+        let sides = [Side::Qsd, Side::Liveblk, Side::Nothing];
+        let ratio = match (figures.median(Side::Qsd), figures.median(Side::Liveblk)) {
+            (Some(q), Some(l)) if q > 0.0 && l > 0.0 => {
+                let r = if better == Better::Higher { l / q } else { q / l };
+                format!("{r:.2}x")
+            }
+            _ => "-".to_owned(),
+        };
+        let row = Row {
+            case: case.to_owned(),
+            figure: figure.to_owned(),
+            values: sides.map(|s| figures.spread(s)),
+            shown: sides.map(|s| figures.shown(s)),
+            ratio,
+        };
+        let mut sections = self.0.borrow_mut();
+        let Some(section) = sections.last_mut() else { return };
+        let line = |case: &str, figure: &str, [a, b, c]: [&str; 3], ratio: &str| {
+            println!("{case:<46} {figure:<12} {a:>24} {b:>24} {ratio:>8} {c:>24}");
+        };
+        if section.rows.is_empty() {
+            println!("\n{}", section.title);
+            line("case", "figure", section.columns, "ratio");
         }
-        _ => "-".to_owned(),
-    };
-    println!(
-        "{case:<46} {figure:<12} {:>24} {:>24} {ratio:>8} {:>24}",
-        figures.shown(Side::Qsd),
-        figures.shown(Side::Liveblk),
-        figures.shown(Side::Nothing)
-    );
+        line(case, figure, row.shown.each_ref().map(String::as_str), &row.ratio);
+        section.rows.push(row);
+    }
+
+    /// What was measured; tables without a line are left out.
+    pub(super) fn sections(&self) -> Ref<'_, [Section]> {
+        self.0.borrow_mut().retain(|s| !s.rows.is_empty());
+        Ref::map(self.0.borrow(), Vec::as_slice)
+    }
 }
 
 #[cfg(test)]

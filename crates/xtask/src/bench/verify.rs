@@ -4,7 +4,7 @@
 use super::daemon::Daemon;
 use super::limit;
 use super::nbd::make_image;
-use super::table::{Better, Figures, heading, row};
+use super::table::{Better, Figures};
 use super::{Options, Side};
 use crate::shell::{self, Outcome, fail};
 use serde_json::{Value, json};
@@ -19,7 +19,7 @@ const STEP: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
 
 pub(super) fn measure(options: &Options) -> Outcome {
-    heading(
+    options.report.heading(
         "Verification of an idle pair (MiB of both images a second; beside it reading both, one after the other)",
     );
     for format in ["raw", "qcow2"] {
@@ -47,7 +47,7 @@ fn pair(options: &Options, name: &str, format: &str) -> Outcome {
         rate.add(Side::Qsd, mib / begin.elapsed().as_secs_f64());
         rate.add(Side::Liveblk, mib / verify(options, format, &a, &b)?);
     }
-    row(name, "MiB/s", Better::Higher, &rate);
+    options.report.row(name, "MiB/s", Better::Higher, &rate);
     [&a, &b].into_iter().for_each(|f| drop(std::fs::remove_file(f)));
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use super::daemon::Daemon;
 use super::nbd::{finish, make_image, number, order};
-use super::table::{Better, Figures, heading, row};
+use super::table::{Better, Figures};
 use super::{Options, Side};
 use crate::shell::{self, Outcome};
 use serde_json::Value;
@@ -31,7 +31,7 @@ impl Load {
 }
 
 pub(super) fn measure(options: &Options) -> Outcome {
-    heading(
+    options.report.heading(
         "vhost-user-blk (images in memory, stamped and checked; the last column: plain calls on the file)",
     );
     for format in ["raw", "qcow2"] {
@@ -75,11 +75,11 @@ fn compare(options: &Options, name: &str, format: &str, load: &Load) -> Outcome 
         let result = load.run(options, ["--file", &file], false)?;
         add(Side::Nothing, &result, number(&result, "cpu_seconds"));
     }
-    row(name, "IOPS", Better::Higher, &iops);
-    row("", "IOPS/core", Better::Higher, &core);
-    row("", "CPU us/req", Better::Lower, &cpu);
-    row("", "p50 us", Better::Lower, &p50);
-    row("", "p99 us", Better::Lower, &p99);
+    options.report.row(name, "IOPS", Better::Higher, &iops);
+    options.report.row("", "IOPS/core", Better::Higher, &core);
+    options.report.row("", "CPU us/req", Better::Lower, &cpu);
+    options.report.row("", "p50 us", Better::Lower, &p50);
+    options.report.row("", "p99 us", Better::Lower, &p99);
     Ok(())
 }
 

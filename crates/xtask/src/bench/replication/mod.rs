@@ -9,7 +9,7 @@ mod wire;
 
 use super::Options;
 use super::nbd::{Load, finish, number};
-use super::table::{Better, Figures, row};
+use super::table::{Better, Figures};
 use crate::shell::Outcome;
 use pair::{KINDS, Kind, Make, Pair};
 use serde_json::json;
@@ -39,11 +39,7 @@ pub(super) fn measure(options: &Options) -> Outcome {
         ("replication: failover", failover),
     ];
     for (name, part) in parts.into_iter().filter(|p| options.wants(p.0)) {
-        println!("\n{name}");
-        println!(
-            "{:<46} {:<12} {:>24} {:>24} {:>8} {:>24}",
-            "case", "figure", "QEMU pair", "liveblk redo", "ratio", "liveblk undo"
-        );
+        options.report.heading_with(name, ["QEMU pair", "liveblk redo", "liveblk undo"]);
         part(options)?;
     }
     Ok(())
@@ -51,15 +47,15 @@ pub(super) fn measure(options: &Options) -> Outcome {
 
 /// The longest wait of a client during a checkpoint, in milliseconds, by what is buffered.
 fn holds(options: &Options) -> Outcome {
-    hold(options, 0, None)?.print();
-    hold(options, 1024, None)?.print();
+    hold(options, 0, None)?.print(options);
+    hold(options, 1024, None)?.print(options);
     if options.only.is_none() {
         // it takes a disk, and minutes
         return Ok(());
     }
     let dir = PathBuf::from("/var/tmp");
     match [10, 4].into_iter().find(|gib| has_room(gib << 30)) {
-        Some(gib) => hold(options, gib * 1024, Some(&dir))?.print(),
+        Some(gib) => hold(options, gib * 1024, Some(&dir))?.print(options),
         None => println!("10 GiB buffered: not measured, {} has not the room", dir.display()),
     }
     Ok(())
@@ -96,10 +92,10 @@ fn amplification(options: &Options) -> Outcome {
             }
         }
     }
-    row("until the flush", "written", Better::Lower, &figures[0]);
-    row("", "read", Better::Lower, &figures[1]);
-    row("with the checkpoint, applied", "written", Better::Lower, &figures[2]);
-    row("", "read", Better::Lower, &figures[3]);
+    options.report.row("until the flush", "written", Better::Lower, &figures[0]);
+    options.report.row("", "read", Better::Lower, &figures[1]);
+    options.report.row("with the checkpoint, applied", "written", Better::Lower, &figures[2]);
+    options.report.row("", "read", Better::Lower, &figures[3]);
     Ok(())
 }
 
@@ -140,9 +136,9 @@ fn levels(options: &Options) -> Outcome {
                     p99.add(kind.column(), number(&result, "p99_us"));
                 }
             }
-            row(&format!("{level}, depth {depth}"), "IOPS", Better::Higher, &iops);
-            row("", "p50 us", Better::Lower, &p50);
-            row("", "p99 us", Better::Lower, &p99);
+            options.report.row(&format!("{level}, depth {depth}"), "IOPS", Better::Higher, &iops);
+            options.report.row("", "p50 us", Better::Lower, &p50);
+            options.report.row("", "p99 us", Better::Lower, &p99);
         }
     }
     Ok(())
@@ -168,12 +164,12 @@ struct Hold {
 }
 
 impl Hold {
-    fn print(&self) {
-        row(&self.name, "secondary", Better::Lower, &self.view);
-        row("", "without", Better::Lower, &self.calm);
-        row("", "primary", Better::Lower, &self.guest);
-        row("", "without", Better::Lower, &self.guest_calm);
-        row("", "the command", Better::Lower, &self.whole);
+    fn print(&self, options: &Options) {
+        options.report.row(&self.name, "secondary", Better::Lower, &self.view);
+        options.report.row("", "without", Better::Lower, &self.calm);
+        options.report.row("", "primary", Better::Lower, &self.guest);
+        options.report.row("", "without", Better::Lower, &self.guest_calm);
+        options.report.row("", "the command", Better::Lower, &self.whole);
     }
 }
 
@@ -260,7 +256,7 @@ fn failover(options: &Options) -> Outcome {
             first.add(kind.column(), begin.elapsed().as_secs_f64() * 1e3);
         }
     }
-    row("4 MiB open, 32 MiB behind", "the command", Better::Lower, &command);
-    row("", "first service", Better::Lower, &first);
+    options.report.row("4 MiB open, 32 MiB behind", "the command", Better::Lower, &command);
+    options.report.row("", "first service", Better::Lower, &first);
     Ok(())
 }
