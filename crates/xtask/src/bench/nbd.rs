@@ -128,8 +128,20 @@ enum Io {
     Usual,
     /// On threads: liveblkd as where io_uring is forbidden.
     Threads,
-    /// The same with an image on a disk, past the page cache.
+    /// With an image on a disk, past the page cache; both with io_uring.
+    Direct,
+    /// The same on threads.
     ThreadsDirect,
+}
+
+impl Io {
+    fn on_threads(self) -> bool {
+        matches!(self, Io::Threads | Io::ThreadsDirect)
+    }
+
+    fn on_disk(self) -> bool {
+        matches!(self, Io::Direct | Io::ThreadsDirect)
+    }
 }
 
 impl Case {
@@ -137,6 +149,7 @@ impl Case {
         let io = match self.io {
             Io::Usual => "",
             Io::Threads => "threads: ",
+            Io::Direct => "direct: ",
             Io::ThreadsDirect => "threads, direct: ",
         };
         io.to_owned() + &self.load.name(if self.full { self.format } else { "qcow2, empty:" })
@@ -160,7 +173,7 @@ pub(super) fn measure(options: &Options) -> Outcome {
     }
     cases.push(usual("qcow2", false, small("randwrite", 1, 1)));
     cases.push(usual("qcow2", false, small("randwrite", 16, 1)));
-    for io in [Io::Threads, Io::ThreadsDirect] {
+    for io in [Io::Direct, Io::Threads, Io::ThreadsDirect] {
         for depth in [1, 16] {
             for op in ["randread", "randwrite"] {
                 cases.push(Case { io, ..usual("raw", true, small(op, depth, 1)) });
@@ -176,14 +189,15 @@ pub(super) fn measure(options: &Options) -> Outcome {
 /// The image of a case, and the command line that serves it.
 fn served(options: &Options, side: Side, case: &Case) -> Outcome<(String, Vec<String>)> {
     let name = format!("image-{side:?}");
-    if case.io != Io::ThreadsDirect {
+    if !case.io.on_disk() {
         let file = make_image(options, case.format, &name, case.full)?;
         return Ok((file.clone(), serving(options, side, case.format, &file)));
     }
     let file = format!("/var/tmp/liveblk-bench-{}-{name}", std::process::id());
     image_at(case.format, &file, options.image_mib, case.full)?;
     let mut arguments = serving(options, side, case.format, &file);
-    arguments[1].push_str(",file.cache.direct=on");
+    let aio = if case.io.on_threads() { "threads" } else { "io_uring" };
+    arguments[1] += &format!(",file.cache.direct=on,file.aio={aio}");
     Ok((file, arguments))
 }
 
@@ -201,14 +215,14 @@ fn compare(options: &Options, case: &Case) -> Outcome {
     for round in 0..options.rounds {
         for side in order(round) {
             let (file, arguments) = served(options, side, case)?;
-            let daemon = Daemon::start_with(side, &options.dir, &arguments, case.io != Io::Usual)?;
+            let daemon = Daemon::start_with(side, &options.dir, &arguments, case.io.on_threads())?;
             // Nobody is charged for start-up.
             std::thread::sleep(Duration::from_millis(50));
             let before = daemon.cpu();
             let result = load.run(&socket(options, side));
             let used = daemon.cpu() - before;
             drop(daemon);
-            if case.io == Io::ThreadsDirect {
+            if case.io.on_disk() {
                 let _ = std::fs::remove_file(file);
             }
             add(side, &result?, used);
