@@ -145,8 +145,10 @@ async fn checkpoint(store: &Rc<Store>, epoch: u64) -> block::Result<()> {
         store.keep(&[Change { volume: 0, at: Span::new(place * 8192 + epoch * 512, 3000), data }]).await?;
     }
     history.advance(Epoch(epoch));
-    store.prepare(Epoch(epoch), Digest::default(), history).await?;
-    store.commit(Epoch(epoch)).await
+    store.seal(Epoch(epoch), Digest::default(), history).await?;
+    store.harden().await.kept?;
+    store.decide(Epoch(epoch)).await?;
+    store.harden().await.kept
 }
 
 fn sound_store(engine: Engine) -> Vec<u8> {

@@ -46,6 +46,12 @@ pub enum Bug {
     OldestNotDurable,
     /// Undo: what a committed epoch overwrote is forgotten although the checkpoint before it is kept.
     RetainedForgotten,
+    /// That the disks hold all of an epoch is recorded before they are flushed.
+    StoredTooEarly,
+    /// What is recorded while the log is being flushed counts as flushed.
+    LateCountsAsFlushed,
+    /// An own write of the view before a decision is there after a crash.
+    OwnOutlivesDecision,
 }
 
 impl Bug {
@@ -63,7 +69,7 @@ impl Bug {
         Bug::HandOverResumes,
     ];
     /// Those of the store.
-    pub const STORE: [Bug; 11] = [
+    pub const STORE: [Bug; 14] = [
         Bug::PreimageNotDurable,
         Bug::OwnNotFlushed,
         Bug::DataNotFlushedBeforeCommit,
@@ -75,6 +81,9 @@ impl Bug {
         Bug::NoRecheck,
         Bug::OldestNotDurable,
         Bug::RetainedForgotten,
+        Bug::StoredTooEarly,
+        Bug::LateCountsAsFlushed,
+        Bug::OwnOutlivesDecision,
     ];
 }
 

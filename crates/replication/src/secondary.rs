@@ -36,12 +36,12 @@ pub enum Input<'a> {
         /// Where the disks may hold something else than the checkpoint.
         doubt: Doubt,
     },
-    /// All changes handed out so far in the session are with the host, `durable` on stable storage.
+    /// All changes handed out so far in the session are with the host.
     Kept {
         /// In this session.
         session: SessionId,
-        /// On stable storage as well.
-        durable: bool,
+        /// Up to this one they are on stable storage as well, as far as that is known; zero if not.
+        durable: Seq,
         /// Whether they are on the raw disk, too (the undo engine).
         applied: bool,
         /// Bytes that may be sent, from the session's start.
@@ -90,7 +90,7 @@ pub enum Output {
     Keep,
     /// A volume has another length from here on. It can be so long durably before anything else is done; else say [`Input::Refused`].
     Resize(u16, u64),
-    /// Make all that was kept durable, then say [`Input::Kept`].
+    /// Make all that was kept so far durable, then say [`Input::Kept`]; more may come meanwhile, here and with the next two.
     Flush(SessionId),
     /// The open epoch ends: make it durable, and say [`Input::Prepared`]. If it is decided, this is where the image comes from.
     Prepare(Epoch, Digest, History),
@@ -238,7 +238,7 @@ impl Secondary {
                     let ack = Ack {
                         received: last,
                         written: last,
-                        durable: if durable { last } else { none },
+                        durable,
                         applied: if applied { last } else { none },
                         limit,
                         fill,

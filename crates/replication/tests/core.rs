@@ -57,11 +57,21 @@ struct Host {
     former: Option<(History, Epoch)>,
     /// Block and value; or behind the blocks, how many there are from here on.
     layers: Vec<(Option<Epoch>, Vec<(usize, u8)>)>,
+    /// Where the image comes from once an epoch that ended is decided.
+    histories: BTreeMap<u64, History>,
+    /// What waits for stable storage.
+    waiting: VecDeque<Wait>,
     durable: (Generation, History, bool),
     promoted: bool,
     /// The image with everything received, by number, in this session.
     seen: BTreeMap<u64, Image>,
     next_session: u64,
+}
+
+enum Wait {
+    Flush(u64, Seq),
+    Prepare(Epoch),
+    Commit(Epoch),
 }
 
 /// A connection, seen from the primary.
@@ -134,6 +144,8 @@ impl Host {
             left: vec![],
             former: None,
             layers,
+            histories: BTreeMap::new(),
+            waiting: VecDeque::new(),
             durable,
             promoted: false,
             seen,
@@ -188,7 +200,27 @@ impl Host {
         }
     }
 
-    fn crash(&mut self) {
+    fn decide(&mut self, e: Epoch) {
+        if !self.waiting.iter().any(|w| matches!(w, Wait::Commit(x) if *x >= e)) {
+            self.waiting.push_back(Wait::Commit(e));
+        }
+    }
+
+    fn is_deciding(&self) -> bool {
+        self.waiting.iter().any(|w| matches!(w, Wait::Commit(_)))
+    }
+
+    /// Decisions that were under way are on the medium up to one of them.
+    fn crash(&mut self, rng: &mut Rng) {
+        for wait in std::mem::take(&mut self.waiting) {
+            let Wait::Commit(e) = wait else { continue };
+            if rng.chance(0.5) {
+                break;
+            }
+            let upto = self.layers.iter().position(|l| l.0 == Some(e)).unwrap();
+            self.commit(upto);
+            self.durable.1 = self.histories[&e.0].clone();
+        }
         let (highest, history, promoted) = self.durable.clone();
         self.void();
         self.core = Secondary::new(self.group, volumes(self.len), highest, history, promoted);
@@ -338,7 +370,11 @@ impl World {
                     }
                 }
                 secondary::Output::Begin { session, generation, lens } => {
+                    if host.is_deciding() {
+                        return Err("a session begins while a decision is under way".into());
+                    }
                     host.durable.0 = generation;
+                    host.waiting.clear();
                     host.void();
                     let len = (lens[0] / GRANULE) as usize;
                     if len != host.len {
@@ -375,35 +411,23 @@ impl World {
                     }
                 }
                 secondary::Output::Flush(session) => {
-                    let k = secondary::Input::Kept {
-                        session,
-                        durable: true,
-                        applied: false,
-                        limit: u64::MAX,
-                        fill: 0,
-                    };
-                    host.core.step(k, &mut again);
+                    host.waiting.push_back(Wait::Flush(session, host.core.received().0));
                 }
                 secondary::Output::Prepare(e, _, history) => {
                     host.layers.last_mut().unwrap().0 = Some(e);
                     host.layers.push((None, vec![]));
-                    host.durable.1 = host.durable.1.clone();
-                    host.core.step(secondary::Input::Prepared(e, Ok(())), &mut again);
-                    // the history that comes with the decision
+                    host.histories.insert(e.0, history);
+                    host.waiting.push_back(Wait::Prepare(e));
                     host.seen.insert(frame.unwrap().seq.0, host.latest());
-                    let _ = history;
                 }
+                // a manager may have decided here meanwhile
+                secondary::Output::Abort(_) if host.is_deciding() => {}
                 secondary::Output::Abort(e) => {
                     if let Some(l) = host.layers.iter_mut().find(|l| l.0 == Some(e)) {
                         l.0 = None;
                     }
                 }
-                secondary::Output::Commit(e) => {
-                    let upto = host.layers.iter().position(|l| l.0 == Some(e)).unwrap();
-                    host.commit(upto);
-                    host.core.step(secondary::Input::Decided(e), &mut again);
-                    host.durable.1 = host.core.history().clone();
-                }
+                secondary::Output::Commit(e) => host.decide(e),
                 secondary::Output::TakeOver(_) => {
                     self.generations += 1;
                     let (g, at) = (Generation(self.generations), host.core.history().epoch());
@@ -418,6 +442,36 @@ impl World {
             let rest = out.split_off(i);
             out.extend(again);
             out.extend(rest);
+        }
+        Ok(())
+    }
+
+    /// What has waited longest for stable storage is there.
+    fn hardens(&mut self, p: usize) -> Result<(), String> {
+        let host = &mut self.hosts[p];
+        match host.waiting.pop_front() {
+            None => Ok(()),
+            Some(Wait::Flush(session, durable)) => {
+                let limit = u64::MAX;
+                let kept = secondary::Input::Kept { session, durable, applied: false, limit, fill: 0 };
+                self.host_does(p, kept, None)
+            }
+            Some(Wait::Prepare(e)) => self.host_does(p, secondary::Input::Prepared(e, Ok(())), None),
+            Some(Wait::Commit(e)) => {
+                let upto = host.layers.iter().position(|l| l.0 == Some(e)).unwrap();
+                host.commit(upto);
+                self.host_does(p, secondary::Input::Decided(e), None)?;
+                let host = &mut self.hosts[p];
+                host.durable.1 = host.core.history().clone();
+                Ok(())
+            }
+        }
+    }
+
+    /// As `session/secondary/hardening.rs` does before a session begins, and before a promotion.
+    fn decisions_end(&mut self, p: usize) -> Result<(), String> {
+        while self.hosts[p].is_deciding() {
+            self.hardens(p)?;
         }
         Ok(())
     }
@@ -610,17 +664,15 @@ impl World {
 
     /// A manager commits a prepared epoch on a secondary, for itself.
     fn decide_there(&mut self, p: usize, e: Epoch) -> Result<(), String> {
+        // what it agrees to is for this one
+        self.decisions_end(p)?;
         let host = &mut self.hosts[p];
-        let Some(upto) = host.layers.iter().position(|l| l.0 == Some(e)).filter(|_| !host.promoted) else {
-            return Ok(());
-        };
-        host.commit(upto);
-        let mut history = self.primary.history().clone();
-        history.advance(e);
-        host.core.agree(history);
-        self.host_does(p, secondary::Input::Decided(e), None)?;
-        let host = &mut self.hosts[p];
-        host.durable.1 = host.core.history().clone();
+        let waits = |w: &Wait| matches!(w, Wait::Prepare(x) if *x == e);
+        let there = host.layers.iter().any(|l| l.0 == Some(e)) && !host.waiting.iter().any(waits);
+        if there && !host.promoted {
+            host.core.agree(host.histories[&e.0].clone());
+            host.decide(e);
+        }
         Ok(())
     }
 
@@ -650,6 +702,9 @@ impl World {
             self.resize();
         }
         let p = self.rng.index(self.hosts.len());
+        if self.rng.chance(0.4) {
+            self.hardens(p)?;
+        }
         let trouble = self.rng.chance(self.rough);
         match self.rng.below(100) {
             94.. if !trouble => self.write(),
@@ -659,6 +714,9 @@ impl World {
                     // a defect below may lose a frame; the session must not go on as if nothing had happened
                     let lost = frame.body.is_change() && trouble && self.rng.chance(0.03);
                     if !lost {
+                        if matches!(frame.body, Body::Hello(_)) {
+                            self.decisions_end(p)?;
+                        }
                         let id = self.links[p].up.unwrap();
                         self.host_does(p, secondary::Input::Frame(id, &frame), Some(&frame))?;
                     }
@@ -697,7 +755,7 @@ impl World {
             94..96 => self.cut(p),
             96 => {
                 self.cut(p);
-                self.hosts[p].crash();
+                self.hosts[p].crash(&mut self.rng);
             }
             97 => {
                 if self.rng.chance(0.5) {
@@ -706,6 +764,7 @@ impl World {
             }
             98 => {
                 // A promotion, while the old primary knows nothing and writes on.
+                self.decisions_end(p)?;
                 let host = &mut self.hosts[p];
                 if self.handing.is_some() {
                 } else if host.core.history().now().is_some() && !host.promoted && self.rng.chance(0.6) {
@@ -988,4 +1047,60 @@ fn owners_that_meet_agree_who_was_left_behind() {
     assert_eq!((p.meet(&stray, &mut out).0, p.fenced()), (Reject::Busy, None));
     p.meet(&Hello { group, history: a, volumes: volumes(BLOCKS) }, &mut out);
     assert_eq!(p.fenced(), Some(Generation(9)));
+}
+
+/// L1: what a user waits for, and is for a secondary to do, is told from what waits for somebody else.
+#[test]
+fn a_secondary_owes_what_is_for_it_to_do() {
+    use AckLevel::{RemoteApplied, RemoteDurable, RemoteReceived};
+    use replication::primary::Input;
+    use replication::wire::{Ack, Welcome};
+    let group = GroupId::of_name("model");
+    let history = History::begin(Generation(1));
+    let dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], Epoch(0));
+    let mut p = Primary::new(group, volumes(BLOCKS), history, Epoch(0), dirty, config());
+    p.add_peer();
+    p.reserve(Epoch(10));
+    let says = |p: &mut Primary, epoch: u64, body: Body| {
+        let frame = Frame { generation: Generation(1), seq: Seq(0), epoch: Epoch(epoch), body };
+        p.step(Input::Frame(0, &frame), &mut Vec::new()).unwrap();
+    };
+    let committed = Body::Committed { epoch_digest: Digest::default() };
+    let ack = |n: [u64; 4]| {
+        let [received, written, durable, applied] = n.map(Seq);
+        Body::Ack(Ack { received, written, durable, applied, limit: 0, fill: 0 })
+    };
+    p.step(Input::Connected(0), &mut Vec::new()).unwrap();
+    let welcome = Welcome { history: History::none(), limit: 0, doubt: Doubt::none() };
+    says(&mut p, 0, Body::Welcome(Box::new(welcome)));
+    p.step(Input::SyncDone(0), &mut Vec::new()).unwrap();
+    assert_eq!(p.owes(0, Seq(1), RemoteReceived), None, "it is no copy yet");
+    p.step(Input::Mark { external: false }, &mut Vec::new()).unwrap();
+    says(&mut p, 1, Body::Prepared);
+    says(&mut p, 1, committed.clone());
+    let (seq, _) = p.admit(0, block(0), 0).unwrap();
+    for level in [RemoteReceived, RemoteDurable, RemoteApplied] {
+        assert!(p.owes(0, seq, level).is_some(), "{level:?}");
+    }
+    says(&mut p, 0, ack([seq.0, seq.0, 0, 0]));
+    assert_eq!(p.owes(0, seq, RemoteReceived), None);
+    let stuck = p.owes(0, seq, RemoteDurable);
+    // more that it receives does not bring the first further
+    let (next, _) = p.admit(0, block(1), 0).unwrap();
+    says(&mut p, 0, ack([next.0, next.0, 0, 0]));
+    assert!(stuck.is_some() && p.owes(0, seq, RemoteDurable) == stuck);
+    assert_eq!(p.owes(0, seq, RemoteApplied), None, "nobody has asked for a checkpoint");
+    p.step(Input::Mark { external: true }, &mut Vec::new()).unwrap();
+    let marked = p.owes(0, seq, RemoteApplied);
+    assert!(marked.is_some(), "it has to prepare it");
+    says(&mut p, 2, Body::Prepared);
+    assert_eq!(p.owes(0, seq, RemoteApplied), None, "the manager has to decide");
+    p.step(Input::Decide(Epoch(2), Ok(())), &mut Vec::new()).unwrap();
+    let decided = p.owes(0, seq, RemoteApplied);
+    assert!(decided.is_some() && decided != marked);
+    says(&mut p, 2, committed);
+    let behind = p.owes(0, seq, RemoteApplied);
+    assert!(behind.is_some() && behind != decided, "it has to bring it to its disk");
+    says(&mut p, 0, ack([next.0, next.0, next.0, next.0]));
+    assert_eq!(p.owes(0, seq, RemoteApplied), None);
 }

@@ -2,9 +2,11 @@
 //! it is never passed over for an older checkpoint. A tail that a crash tore off is no damage.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod common;
+
 use block::{Data, Span};
+use common::{commit, prepare};
 use env::{Env, OpenMode};
-use replication::digest::Digest;
 use replication::history::History;
 use replication::store::{Change, Engine, FileVolume, MIN_SIZE, NewStore, Store};
 use replication::{Epoch, Generation, GroupId};
@@ -48,8 +50,8 @@ fn a_flipped_bit_in_what_was_committed_is_told_with_its_place() {
                 store.keep(&[Change { volume: 0, at, data }]).await.unwrap();
                 proven = TAIL + store.usage().used;
                 history.advance(Epoch(u64::from(epoch)));
-                store.prepare(Epoch(u64::from(epoch)), Digest::default(), history.clone()).await.unwrap();
-                store.commit(Epoch(u64::from(epoch))).await.unwrap();
+                prepare(&store, Epoch(u64::from(epoch)), history.clone()).await.unwrap();
+                commit(&store, Epoch(u64::from(epoch))).await.unwrap();
             }
             let end = TAIL + store.usage().used;
             process.kill();

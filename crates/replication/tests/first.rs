@@ -2,10 +2,12 @@
 //! mark does not spoil it.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod common;
+
 use block::{Data, Span};
+use common::{commit, prepare};
 use env::{Env, OpenMode};
 use replication::bugs::{Bug, plant};
-use replication::digest::Digest;
 use replication::history::History;
 use replication::store::{Change, Engine, FileVolume, MIN_SIZE, NewStore, Store, Volume};
 use replication::{Epoch, Generation, GroupId};
@@ -70,12 +72,12 @@ fn first_checkpoint(engine: Engine) -> Option<String> {
                 [(0, Span::new(0, LEN))],
                 "a former owner's disk is touched there"
             );
-            store.prepare(Epoch(1), Digest::default(), history(1)).await.unwrap();
+            prepare(&store, Epoch(1), history(1)).await.unwrap();
             let behind = everything(2).next().unwrap();
             store.keep(&[behind]).await.unwrap();
             assert!(store.room() < room, "what comes behind the mark is kept where the engine keeps it");
             if session == 1 {
-                store.commit(Epoch(1)).await.unwrap();
+                commit(&store, Epoch(1)).await.unwrap();
             }
         }
         assert!(is_all(&store, 1).await, "I1: the view is the checkpoint");

@@ -5,11 +5,13 @@
 //! A row about a lease service is tried as far as there is one: what a secondary does between a grant and its intent.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod common;
+
 use block::{BlockError, Data, Span};
+use common::{commit, prepare};
 use env::{Env, Existing, OpenMode};
 use replication::ack::{AckLevel, Quorum};
 use replication::bugs::{Bug, plant};
-use replication::digest::Digest;
 use replication::dirty::{Dirty, GRANULE};
 use replication::history::History;
 use replication::primary::{Config, Input, Output, Primary, Standing};
@@ -104,8 +106,8 @@ type Step = for<'a> fn(&'a Rc<Store>) -> Going<'a>;
 /// What must be afterwards, told whether the step had ended.
 type Check = for<'a> fn(&'a World, &'a Rc<Store>, bool) -> Going<'a>;
 
-/// One row about a secondary: `prepare` without a crash, `step` with one at each of its I/Os, `check` after the restart.
-fn secondary_row(engine: Engine, prepare: Step, step: Step, check: Check) -> u64 {
+/// One row about a secondary: `first` without a crash, `step` with one at each of its I/Os, `check` after the restart.
+fn secondary_row(engine: Engine, first: Step, step: Step, check: Check) -> u64 {
     for at in 0..MOST {
         let ended = Rc::new(Cell::new(false));
         for draw in 0..DRAWS {
@@ -126,15 +128,15 @@ fn secondary_row(engine: Engine, prepare: Step, step: Step, check: Check) -> u64
                 let store = open(&env).await;
                 store.begin(Generation(1), &[]).await.unwrap();
                 store.keep(&all(1, 0..GRANULES)).await.unwrap();
-                store.prepare(Epoch(1), Digest::default(), history(1)).await.unwrap();
-                store.commit(Epoch(1)).await.unwrap();
+                prepare(&store, Epoch(1), history(1)).await.unwrap();
+                commit(&store, Epoch(1)).await.unwrap();
                 store.tidy().await.unwrap();
                 for v in 0..VOLUMES {
                     let nines = Data::from(vec![9; GRANULE as usize]);
                     store.own_write(v as u16, change(v, GRANULES - 1, 9).at, nines).await.unwrap();
                 }
                 store.own_flush().await.unwrap();
-                prepare(&store).await;
+                first(&store).await;
                 let done = until_io(&w, at, step(&store)).await;
                 told.set(done);
                 drop(store);
@@ -161,12 +163,12 @@ fn write_twos(store: &Rc<Store>) -> Going<'_> {
         for c in all(2, 0..4) {
             store.keep(&[c]).await.unwrap();
         }
-        store.flush_kept().await.unwrap();
+        store.harden().await.kept.unwrap();
     })
 }
 
 fn get_prepared(store: &Rc<Store>) -> Going<'_> {
-    Box::pin(async { store.prepare(Epoch(2), Digest::default(), history(2)).await.unwrap() })
+    Box::pin(async { prepare(store, Epoch(2), history(2)).await.unwrap() })
 }
 
 fn write_and_get_prepared(store: &Rc<Store>) -> Going<'_> {
@@ -177,7 +179,7 @@ fn write_and_get_prepared(store: &Rc<Store>) -> Going<'_> {
 }
 
 fn decide(store: &Rc<Store>) -> Going<'_> {
-    Box::pin(async { store.commit(Epoch(2)).await.unwrap() })
+    Box::pin(async { commit(store, Epoch(2)).await.unwrap() })
 }
 
 fn write_and_decide(store: &Rc<Store>) -> Going<'_> {
@@ -211,8 +213,8 @@ async fn delivered_again(store: &Store) {
     store.begin(Generation(1), &[]).await.unwrap();
     store.keep(&all(1, 4..GRANULES)).await.unwrap();
     store.keep(&all(2, 0..4)).await.unwrap();
-    store.prepare(Epoch(2), Digest::default(), history(2)).await.unwrap();
-    store.commit(Epoch(2)).await.unwrap();
+    prepare(store, Epoch(2), history(2)).await.unwrap();
+    commit(store, Epoch(2)).await.unwrap();
     assert_eq!(seen(store).await, CHECKPOINT_2);
 }
 
@@ -449,8 +451,8 @@ fn torn_metadata(engine: Engine) {
                 let going = async {
                     store.begin(Generation(1), &[]).await?;
                     store.keep(&all(n as u8, 0..GRANULES)).await?;
-                    store.prepare(Epoch(n), Digest::default(), history(n)).await?;
-                    store.commit(Epoch(n)).await?;
+                    prepare(&store, Epoch(n), history(n)).await?;
+                    commit(&store, Epoch(n)).await?;
                     acknowledged = n;
                     store.tidy().await
                 };
@@ -535,9 +537,9 @@ fn a_store_that_was_not_completely_made_is_made_again() {
     assert_eq!(outcome.violation, None);
 }
 
-fn both_engines(prepare: Step, step: Step, check: Check) {
+fn both_engines(first: Step, step: Step, check: Check) {
     for engine in [Engine::Redo, Engine::Undo] {
-        let ios = secondary_row(engine, prepare, step, check);
+        let ios = secondary_row(engine, first, step, check);
         println!("  {engine:?}: a crash at each of {ios} I/Os");
     }
 }

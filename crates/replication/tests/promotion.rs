@@ -1,9 +1,11 @@
 //! A promotion while much of a checkpoint is still on its way to the disk: it does not wait for that (X2), and nothing is lost by it.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+mod common;
+
 use block::{Data, Span};
+use common::{commit, prepare};
 use env::OpenMode;
-use replication::digest::Digest;
 use replication::history::History;
 use replication::store::{Change, Engine, FileVolume, NewStore, Role, Store, Volume};
 use replication::{Epoch, Generation, GroupId};
@@ -43,8 +45,8 @@ fn a_promotion_does_not_wait_for_what_is_being_brought_to_the_disk() {
             (0..PIECES).map(|n| Change { volume: 0, at: place(n), data: data.clone() }).collect();
         store.keep(&all).await.unwrap();
         history.advance(Epoch(2));
-        store.prepare(Epoch(2), Digest::default(), history).await.unwrap();
-        store.commit(Epoch(2)).await.unwrap();
+        prepare(&store, Epoch(2), history).await.unwrap();
+        commit(&store, Epoch(2)).await.unwrap();
         w.host().adjust(|p| (p.inline, p.latency) = (0.0, (SLOW, SLOW)));
         let bringing = store.clone();
         let task = env.spawn("tidy", async move { bringing.tidy().await.unwrap() });

@@ -56,6 +56,9 @@ struct Model {
     own: Vec<Vec<Own>>,
     lines: Vec<Vec<Line>>,
     next: u64,
+    /// Counts what took own writes away, and the own write that is under way.
+    views: u64,
+    writing: Option<(usize, std::ops::Range<usize>, u8)>,
     wrong: Option<String>,
 }
 
@@ -67,6 +70,25 @@ impl Model {
             }
         }
     }
+
+    /// What users see is this from here on, with the own write over it that is under way, or without.
+    fn shows(&mut self, content: &Content) {
+        self.views += 1;
+        self.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
+        for (v, sectors) in content.iter().enumerate() {
+            for (s, b) in sectors.iter().enumerate() {
+                let line = &mut self.lines[v][s];
+                line.values.push(*b);
+                line.settled = line.values.len() - 1;
+            }
+        }
+        if let Some((v, at, fill)) = self.writing.clone() {
+            for s in at {
+                self.own[v][s].values.push(fill);
+                self.lines[v][s].values.push(fill);
+            }
+        }
+    }
 }
 
 struct Life {
@@ -74,7 +96,7 @@ struct Life {
     store: Rc<Store>,
     model: Rc<RefCell<Model>>,
     rng: RefCell<Rng>,
-    /// Own writes and decisions exclude one another here, so that the model knows which came first.
+    /// One decision or promotion at a time.
     quiet: env::sync::Semaphore,
 }
 
@@ -102,6 +124,17 @@ fn span_of(at: usize, len: usize) -> Span {
 impl Life {
     fn draw<T>(&self, f: impl FnOnce(&mut Rng) -> T) -> T {
         f(&mut self.rng.borrow_mut())
+    }
+
+    /// A decision that is shown is durable.
+    fn learn(&self) {
+        let now = self.store.history().epoch().0;
+        let m = &mut *self.model.borrow_mut();
+        if self.store.role() == Role::Secondary && m.trying == Some(now) {
+            (m.acked, m.trying) = (now, None);
+            let content = m.checkpoints[&now].clone();
+            m.shows(&content);
+        }
     }
 
     fn shown(&self) -> [usize; VOLUMES] {
@@ -148,12 +181,13 @@ impl Life {
                 return;
             }
             if self.draw(|r| r.chance(0.4)) {
-                self.checkpoint().await;
+                self.clone().checkpoint().await;
             }
         }
     }
 
-    async fn checkpoint(&self) {
+    /// The epoch ends; what follows waits for stable storage, while the primary goes on.
+    async fn checkpoint(self: Rc<Life>) {
         let (epoch, content) = {
             let mut m = self.model.borrow_mut();
             m.next += 1;
@@ -164,14 +198,27 @@ impl Life {
         let mut history = History::begin(Generation(1));
         history.advance(Epoch(epoch));
         self.model.borrow_mut().checkpoints.insert(epoch, content.clone());
-        if self.store.prepare(Epoch(epoch), Digest::default(), history).await.is_err() {
+        if self.store.seal(Epoch(epoch), Digest::default(), history).await.is_err() {
             return;
         }
+        if self.draw(|r| r.chance(0.3)) {
+            return self.decide(epoch, content).await;
+        }
+        let life = self.clone();
+        self.env.spawn("decision", async move { life.decide(epoch, content).await });
+    }
+
+    async fn decide(self: Rc<Life>, epoch: u64, content: Content) {
+        self.store.harden().await;
         if self.draw(|r| r.chance(0.2)) {
             let _ = self.store.abort(Epoch(epoch)).await;
             return;
         }
         let _quiet = self.quiet.acquire(1).await;
+        if !self.store.prepared().iter().any(|p| p.0 == Epoch(epoch)) {
+            // a later one was decided, and this one with it; or this side has taken over
+            return;
+        }
         {
             let mut m = self.model.borrow_mut();
             m.trying = Some(epoch);
@@ -181,13 +228,14 @@ impl Life {
                 }
             }
         }
-        if self.store.commit(Epoch(epoch)).await.is_err() {
+        if self.store.decide(Epoch(epoch)).await.is_err() {
+            self.model.borrow_mut().trying = None;
             return;
         }
-        let mut m = self.model.borrow_mut();
-        (m.acked, m.trying) = (epoch, None);
-        m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
-        m.lines.iter_mut().flatten().for_each(|l| l.settled = l.values.len() - 1);
+        while self.store.is_deciding() {
+            self.store.harden().await;
+        }
+        self.learn();
     }
 
     /// The user of this side writes and flushes.
@@ -195,14 +243,19 @@ impl Life {
         loop {
             let pause = self.draw(|r| r.duration(Duration::from_micros(20), Duration::from_millis(5)));
             self.env.sleep(pause).await;
-            let _quiet = self.quiet.acquire(1).await;
+            self.learn();
+            let view = self.model.borrow().views;
             if self.draw(|r| r.chance(0.3)) {
                 let marks: Vec<Vec<usize>> =
                     self.model.borrow().own.iter().map(|v| v.iter().map(|o| o.completed).collect()).collect();
                 if self.store.own_flush().await.is_err() {
                     continue;
                 }
+                self.learn();
                 let mut m = self.model.borrow_mut();
+                if m.views != view {
+                    continue;
+                }
                 for (v, marks) in marks.iter().enumerate() {
                     for (s, done) in marks.iter().enumerate().filter(|x| *x.1 > 0) {
                         m.own[v][s].flushed = Some(done - 1);
@@ -213,19 +266,26 @@ impl Life {
             let shown = self.shown();
             let ((v, at, len), fill) = self.draw(|r| (some_span(r, shown), r.draw() as u8));
             {
-                let mut m = self.model.borrow_mut();
+                let m = &mut *self.model.borrow_mut();
+                m.writing = Some((v, at..at + len, fill));
                 for s in at..at + len {
                     m.own[v][s].values.push(fill);
                     m.lines[v][s].values.push(fill);
                 }
             }
-            if self.store.own_write(v as u16, span_of(at, len), bytes_of(&vec![fill; len])).await.is_err() {
+            let done = self.store.own_write(v as u16, span_of(at, len), bytes_of(&vec![fill; len])).await;
+            self.learn();
+            let m = &mut *self.model.borrow_mut();
+            m.writing = None;
+            // else it may be of the view before
+            if done.is_err() || m.views != view {
                 continue;
             }
-            let mut m = self.model.borrow_mut();
             for s in at..at + len {
                 m.own[v][s].completed = m.own[v][s].values.len();
-                m.lines[v][s].settled = m.lines[v][s].values.len() - 1;
+                if m.trying.is_none() && m.promoting.is_none() {
+                    m.lines[v][s].settled = m.lines[v][s].values.len() - 1;
+                }
             }
         }
     }
@@ -233,6 +293,7 @@ impl Life {
     /// The user of this side reads, all the time (I2).
     async fn reader(self: Rc<Life>) {
         loop {
+            self.learn();
             let shown = self.shown();
             let (v, at, len) = self.draw(|r| some_span(r, shown));
             let before: Vec<usize> =
@@ -337,8 +398,8 @@ impl Life {
             m.promoting = None;
             m.acked = epoch.0;
             if !keep {
-                m.own = vec![vec![Own::default(); SECTORS]; VOLUMES];
-                m.lines.iter_mut().flatten().for_each(|l| l.settled = l.values.len() - 1);
+                let content = m.checkpoints[&epoch.0].clone();
+                m.shows(&content);
             }
             drop(m);
             drop(quiet);
@@ -429,10 +490,13 @@ async fn check(store: &Store, model: &Rc<RefCell<Model>>) -> Result<(), String> 
     // What was kept is there still, and is what it was.
     let retain = m.offered.1;
     let mut expected = std::mem::take(&mut m.offered.0);
+    let there = store.checkpoints();
+    // a decision is about those before it, too
+    let last = expected.last().copied().unwrap_or(0);
+    expected.extend(there.iter().map(|e| e.0).filter(|e| *e > last && *e < c));
     if c > 0 && !expected.contains(&c) {
         expected.push(c);
     }
-    let there = store.checkpoints();
     for e in expected.iter().rev().take(retain as usize + 1) {
         if !there.contains(&Epoch(*e)) {
             return Err(format!(
@@ -464,6 +528,38 @@ async fn check_kept(store: &Rc<Store>, model: &Rc<RefCell<Model>>) -> Result<(),
     Ok(())
 }
 
+/// A manager decides about what was prepared before the crash.
+async fn decided_late(store: &Rc<Store>, model: &Rc<RefCell<Model>>, rng: &mut Rng) -> Result<(), String> {
+    let prepared = store.prepared();
+    if prepared.is_empty() {
+        return Ok(());
+    }
+    let epoch = rng.choose(&prepared).0;
+    store.decide(epoch).await.unwrap();
+    while store.is_deciding() {
+        store.harden().await;
+    }
+    let lens = sectors_long(&store.lens());
+    let content = model.borrow().checkpoints[&epoch.0].clone();
+    {
+        let mut m = model.borrow_mut();
+        m.acked = epoch.0;
+        m.shows(&content);
+    }
+    if lens != model.borrow().lengths[&epoch.0] {
+        return Err(format!("D5: decided after a restart, checkpoint {epoch} is {lens:?} long"));
+    }
+    for v in 0..VOLUMES {
+        let data = store.read(v as u16, span_of(0, lens[v])).await.unwrap().to_vec();
+        if data != bytes_of(&content[v][..lens[v]]).to_vec() {
+            return Err(format!(
+                "C3: checkpoint {epoch} was prepared, and is something else after a restart"
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn run(seed: u64, engine: Engine) -> Result<u64, String> {
     let checkpoints = Rc::new(Cell::new(0));
     let seen = checkpoints.clone();
@@ -489,6 +585,8 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
             own: vec![vec![Own::default(); SECTORS]; VOLUMES],
             lines: vec![vec![Line { values: vec![0], settled: 0 }; SECTORS]; VOLUMES],
             next: 0,
+            views: 0,
+            writing: None,
             wrong: None,
         }));
         {
@@ -517,6 +615,13 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
                 w.verdict().violation(e);
                 return;
             }
+            if store.role() == Role::Secondary
+                && rng.chance(0.5)
+                && let Err(e) = decided_late(&store, &model, &mut rng).await
+            {
+                w.verdict().violation(e);
+                return;
+            }
             let life = Rc::new(Life {
                 env: env.clone(),
                 store: store.clone(),
@@ -534,6 +639,7 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
             }
             let long = rng.duration(Duration::from_micros(100), Duration::from_millis(150));
             env::sync::race(std::future::pending::<()>(), w.executor().env().sleep(long)).await;
+            life.learn();
             if rng.chance(0.6) {
                 w.host().power_loss(&[&process]);
             } else {

@@ -13,6 +13,7 @@ use crate::wire::{Body, Frame};
 
 pub(super) struct Pending {
     pub(super) epoch: Epoch,
+    pub(super) seq: Seq,
     pub(super) digest: Digest,
     /// Peers that got the mark and are still there, and whether each is prepared.
     pub(super) parties: Vec<(usize, bool)>,
@@ -107,6 +108,7 @@ impl Primary {
         let digest = std::mem::take(&mut self.open_digest);
         self.marks.push_back(Pending {
             epoch,
+            seq: self.last,
             digest,
             parties,
             external,

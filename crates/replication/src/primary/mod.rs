@@ -114,6 +114,7 @@ impl Primary {
             limit: 0,
             fill: 0,
             committed: None,
+            due: Seq(0),
             open: Digest::default(),
         });
         self.peers.len() - 1
@@ -316,6 +317,27 @@ impl Primary {
         }
     }
 
+    /// How far a peer is on the way of change `seq` to `level`, for somebody who waits for that; nothing if it is not up to this peer. One that
+    /// gets no further can be alive: its disk is what is stuck.
+    pub fn owes(&self, peer: usize, seq: Seq, level: AckLevel) -> Option<(Seq, Seq, usize)> {
+        let p = self.peers.get(peer).filter(|p| p.counts())?;
+        let at = p.progress.at(level);
+        if at >= seq {
+            return None;
+        }
+        let mut steps = 0;
+        if level == AckLevel::RemoteApplied && p.progress.written >= seq && p.due < seq {
+            // it can be brought to the disk only behind a checkpoint, as far as that is for this peer to make
+            let m = self.marks.iter().find(|m| m.seq >= seq)?;
+            let prepared = m.parties.iter().find(|x| x.0 == peer)?.1;
+            if prepared && !m.decided {
+                return None;
+            }
+            steps = usize::from(prepared);
+        }
+        Some((at, p.due, steps))
+    }
+
     /// Takes a step.
     ///
     /// # Errors
@@ -391,7 +413,7 @@ impl Primary {
         let Some(p) = self.peers.get_mut(peer) else { return };
         p.progress = Progress::default();
         p.open = Digest::default();
-        p.limit = 0;
+        (p.limit, p.due) = (0, Seq(0));
         let new = if p.state.is_final() { p.state } else { PeerState::Down };
         self.set_state(peer, new, why, out);
         self.leaves_marks(peer, why, out);
@@ -555,6 +577,9 @@ impl Primary {
             return; // of an epoch that was never marked
         }
         p.committed = Some(p.committed.map_or(epoch, |c| c.max(epoch)));
+        if let Some(m) = self.marks.iter().find(|m| m.epoch == epoch) {
+            p.due = m.seq;
+        }
         if p.state == PeerState::Synced {
             self.set_state(peer, PeerState::Running, "the catch-up is committed", out);
         }

@@ -3,7 +3,7 @@
 use crate::ack::Progress;
 use crate::bugs::{Bug, planted};
 use crate::digest::Digest;
-use crate::types::Epoch;
+use crate::types::{Epoch, Seq};
 
 /// State of a peer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,6 +61,8 @@ pub struct Peer {
     pub fill: u8,
     /// Newest checkpoint that it committed, if it ever said so.
     pub committed: Option<Epoch>,
+    /// The number of its mark, if that was in this session.
+    pub(super) due: Seq,
     /// What was sent of the open epoch.
     pub(super) open: Digest,
 }

@@ -21,7 +21,9 @@ use std::rc::Rc;
 const SLOT: u64 = 128 * 1024;
 /// Where the ring begins.
 pub(crate) const RING_START: u64 = 2 * SLOT;
-const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore3");
+const SLOT_MAGIC: u64 = u64::from_le_bytes(*b"lbStore4");
+/// Slots of the time before epochs ended in the log ahead of the disks' flush: the same, but their log has no such records.
+const SLOT_MAGIC_3: u64 = u64::from_le_bytes(*b"lbStore3");
 /// Slots of the time before disks were resized: without the lengths.
 const SLOT_MAGIC_2: u64 = u64::from_le_bytes(*b"lbStore2");
 /// Slots of the time before checkpoints were retained: without the two numbers before those as well.
@@ -89,7 +91,7 @@ impl Anchor {
         let more = 96usize.checked_add(history_len)?;
         let volumes = || usize::try_from(n64(more + 16)?).ok().filter(|n| *n <= MAX_VOLUMES);
         let (volumes, end) = match n64(0)? {
-            SLOT_MAGIC => (volumes()?, more.checked_add(24 + 8 * volumes()?)?),
+            SLOT_MAGIC | SLOT_MAGIC_3 => (volumes()?, more.checked_add(24 + 8 * volumes()?)?),
             SLOT_MAGIC_2 => (0, more.checked_add(16)?),
             SLOT_MAGIC_1 => (0, more),
             _ => return None,
@@ -264,7 +266,7 @@ impl Log {
         r
     }
 
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.broken.borrow().clone().map_or(Ok(()), Err)
     }
 

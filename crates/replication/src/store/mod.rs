@@ -17,6 +17,7 @@
 
 mod apply;
 mod first;
+mod harden;
 mod lengths;
 mod log;
 pub(crate) mod map;
@@ -25,6 +26,7 @@ mod recover;
 mod retain;
 mod volume;
 
+pub use harden::Hardened;
 pub(crate) use record::{history_bytes, parse_history};
 pub use retain::{Hold, MAX_RETAIN};
 pub use volume::{EdgeVolume, FileVolume, Volume};
@@ -121,6 +123,10 @@ pub struct Usage {
 struct Layer {
     /// The epoch that ends here, if it was marked and not aborted.
     sealed: Option<(Epoch, Digest, History)>,
+    /// It ended while changes went to the disks before they were decided.
+    marked: bool,
+    /// All of it is on stable storage: it may be decided.
+    ready: bool,
     committed: bool,
     maps: Vec<RangeMap>,
     /// Volumes that have another length from this epoch on.
@@ -152,6 +158,10 @@ struct State {
     own: Layer,
     /// Own writes that a merge is bringing to the disk.
     merging: Option<Layer>,
+    /// Decided epochs whose record is not known to be on stable storage.
+    deciding: Vec<Epoch>,
+    /// Grows with every session.
+    session: u64,
     /// Grows with every change of the views that is not an addition.
     switches: u64,
     /// Where the image comes from before the first of the layers that are committed: redo, what the disks hold at least.
@@ -198,6 +208,12 @@ pub struct Store {
     stopping: Cell<bool>,
     /// Undo: where the log ended after the last old content.
     preserved: Cell<u64>,
+    /// One flush of everything at a time.
+    hardening: env::sync::Semaphore,
+    /// Something for [`Store::harden`] to do.
+    pub(crate) to_harden: Notify,
+    /// Bytes of changes that went to the disks since the last flush of them began.
+    unflushed: Cell<u64>,
     /// Something for the background to do.
     pub(crate) work: Notify,
     /// Reads and writes that go straight to the disk: they may, once the merge is done.
@@ -294,7 +310,7 @@ impl Store {
     }
 
     /// A new session begins: the generation is durable, what was open and undecided is void. The volumes have these lengths from here on;
-    /// none: the same ones.
+    /// none: the same ones. Not while [`Store::is_deciding`].
     ///
     /// # Errors
     /// Of the log; a disk that does not become so long.
@@ -347,6 +363,9 @@ impl Store {
         if self.is_tight() {
             // older checkpoints make room
             self.work.notify_all();
+        }
+        if kept.is_ok() && self.lags_behind() {
+            self.to_harden.notify_all();
         }
         kept
     }
@@ -419,7 +438,12 @@ impl Store {
     async fn to_disk(&self, changes: &[Change]) -> Result<()> {
         for c in changes {
             let Some(v) = self.volumes.get(usize::from(c.volume)) else { continue };
-            if c.data.is_empty() { v.zero(c.at).await? } else { v.write(c.at.start, c.data.clone()).await? }
+            if c.data.is_empty() {
+                v.zero(c.at).await?
+            } else {
+                v.write(c.at.start, c.data.clone()).await?
+            }
+            self.unflushed.set(self.unflushed.get().saturating_add(c.at.len));
         }
         Ok(())
     }
@@ -464,75 +488,28 @@ impl Store {
         kept_by([&s.own].into_iter().chain(&s.merging))
     }
 
-    /// Everything kept so far survives a crash.
-    ///
-    /// # Errors
-    /// Of the log or a disk.
-    pub async fn flush_kept(&self) -> Result<()> {
-        if self.is_written_through() {
-            self.flush_volumes().await?;
-        }
-        self.log.barrier().await
-    }
-
     /// Whether what was kept may be on the disks before it is decided.
     fn is_written_through(&self) -> bool {
         self.engine == Engine::Undo || self.state.borrow().history.now().is_none()
     }
 
-    /// The open epoch ends and is durable; it may be decided. `history` is where the image comes from then.
-    ///
-    /// # Errors
-    /// Of the log or a disk; the epoch must not be decided then.
-    pub async fn prepare(&self, epoch: Epoch, digest: Digest, history: History) -> Result<()> {
-        if self.is_written_through() && !planted(Bug::DataNotFlushedBeforeCommit) {
-            self.flush_volumes().await?;
-        }
-        let payload = record::history_bytes(&history, &digest);
-        {
-            let turn = self.log.turn().await;
-            self.still_secondary()?;
-            self.log.append(&turn, &[Record::control(Kind::Prepare, epoch.0, payload)], 0).await?;
-            let end = self.log.head();
-            self.state.borrow_mut().seal(epoch, digest, history, end, self.volumes.len());
-        }
-        self.log.barrier().await
-    }
-
-    /// The decision: durable and visible when done.
-    ///
-    /// # Errors
-    /// Of the log; what is decided is then known only after a restart.
-    pub async fn commit(&self, epoch: Epoch) -> Result<()> {
-        // Own writes wait for the barrier: what comes after the record belongs to the next view.
-        let turn = self.log.turn().await;
-        self.still_secondary()?;
-        if !self.state.borrow().layers.iter().any(|l| l.sealed.as_ref().is_some_and(|x| x.0 == epoch)) {
-            return Err(BlockError::invalid(format!("epoch {epoch} is not prepared")));
-        }
-        self.log.append(&turn, &[Record::control(Kind::Commit, epoch.0, Vec::new())], 0).await?;
-        if !planted(Bug::CommitNotDurable) {
-            self.log.barrier().await?;
-        }
-        self.state.borrow_mut().commit(epoch, self.engine);
-        self.work.notify_all();
-        Ok(())
-    }
-
     /// Epochs that are prepared and not decided, with where the image comes from if they are.
     pub fn prepared(&self) -> Vec<(Epoch, History)> {
         let s = self.state.borrow();
-        let open = s.layers.iter().filter(|l| !l.committed);
+        let open = s.layers.iter().filter(|l| l.ready && !l.committed);
         open.filter_map(|l| l.sealed.as_ref().map(|x| (x.0, x.2.clone()))).collect()
     }
 
     /// The epoch goes on as part of the next.
     ///
     /// # Errors
-    /// Of the log.
+    /// It is decided; of the log.
     pub async fn abort(&self, epoch: Epoch) -> Result<()> {
         let turn = self.log.turn().await;
         self.still_secondary()?;
+        if self.state.borrow().deciding.contains(&epoch) {
+            return Err(BlockError::new(ErrorKind::Busy, format!("epoch {epoch} is decided")));
+        }
         self.log.append(&turn, &[Record::control(Kind::Abort, epoch.0, Vec::new())], 0).await?;
         self.state.borrow_mut().unseal(epoch);
         Ok(())
@@ -626,11 +603,12 @@ impl Store {
                 return if data.is_empty() { v.zero(at).await } else { v.write(at.start, data).await };
             }
             let mut records = Vec::new();
+            let number = self.state.borrow().own_number();
             for piece in at.pieces(crate::wire::MAX_PAYLOAD as u64) {
                 let from = usize::try_from(piece.start - at.start).unwrap_or(usize::MAX);
                 let len = usize::try_from(piece.len).unwrap_or(usize::MAX);
                 let payload = if data.is_empty() { Data::empty() } else { data.slice(from, len) };
-                records.push(Record { kind: Kind::Own, volume, at: piece, number: 0, payload });
+                records.push(Record { kind: Kind::Own, volume, at: piece, number, payload });
             }
             let used = self.usage();
             let need: u64 = records.iter().map(Record::size).sum();

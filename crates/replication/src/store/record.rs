@@ -13,7 +13,7 @@
 //! | 32 | 8 | incarnation: how often the log has been opened |
 //! | 40 | 8 | offset in the volume |
 //! | 48 | 8 | length in the volume |
-//! | 56 | 8 | epoch or generation |
+//! | 56 | 8 | epoch or generation; of an own write, one more than the checkpoint that it lies over |
 
 use crate::digest::Digest;
 use crate::history::History;
@@ -51,12 +51,16 @@ pub(crate) enum Kind {
     Pad = 9,
     /// A volume has another length (the number) from here on.
     Resize = 10,
+    /// As Prepare, where changes may be on the disks before they are decided: until Stored it may not be decided.
+    Mark = 11,
+    /// The disks hold all of the epoch.
+    Stored = 12,
 }
 
 impl Kind {
     fn from_byte(b: u8) -> Option<Kind> {
         use Kind::*;
-        [Change, Preimage, Own, Prepare, Abort, Commit, Reset, Intent, Pad, Resize]
+        [Change, Preimage, Own, Prepare, Abort, Commit, Reset, Intent, Pad, Resize, Mark, Stored]
             .into_iter()
             .find(|k| *k as u8 == b)
     }

@@ -37,9 +37,11 @@ impl State {
         self.discard(own);
     }
 
-    pub(super) fn seal(&mut self, epoch: Epoch, digest: Digest, history: History, end: u64, volumes: usize) {
+    /// The open epoch ends with a record of this kind; `end` is behind it.
+    pub(super) fn seal(&mut self, kind: Kind, ends: (Epoch, Digest, History), end: u64, volumes: usize) {
         if let Some(open) = self.layers.back_mut() {
-            open.sealed = Some((epoch, digest, history));
+            open.sealed = Some(ends);
+            (open.marked, open.ready) = (kind == Kind::Mark, false);
             open.end = end;
         }
         self.layers.push_back(Layer::new(volumes));
@@ -49,7 +51,7 @@ impl State {
         for l in
             self.layers.iter_mut().filter(|l| !l.committed && l.sealed.as_ref().is_some_and(|s| s.0 == epoch))
         {
-            l.sealed = None;
+            (l.sealed, l.ready) = (None, false);
         }
     }
 
@@ -74,6 +76,7 @@ impl State {
 
     /// A new session. Redo: undecided layers are void. Undo: what they preserved still stands between the disk and the checkpoint.
     pub(super) fn reset(&mut self, engine: Engine, volumes: usize) {
+        self.session += 1;
         match engine {
             Engine::Undo if self.history.now().is_none() => self.forget_first(volumes),
             Engine::Redo => {
@@ -85,7 +88,7 @@ impl State {
                 self.layers.push_back(Layer::new(volumes));
             }
             Engine::Undo => self.layers.iter_mut().for_each(|l| {
-                l.sealed = None;
+                (l.sealed, l.ready) = (None, false);
                 l.lens.clear();
             }),
         }
@@ -180,6 +183,8 @@ impl Store {
             retained: Default::default(),
             retain: anchor.retain,
             oldest: anchor.oldest,
+            deciding: Vec::new(),
+            session: 0,
             switches: 0,
             needless: None,
             garbage: Vec::new(),
@@ -201,6 +206,9 @@ impl Store {
             applying: Semaphore::new(1),
             stopping: Cell::new(false),
             preserved: Cell::new(0),
+            hardening: Semaphore::new(1),
+            to_harden: Notify::new(),
+            unflushed: Cell::new(0),
             work: Notify::new(),
             direct,
             held: RefCell::default(),
@@ -220,12 +228,18 @@ impl State {
                     open.add(r, place);
                 }
             }
-            Kind::Own => self.own.add(r, place),
-            Kind::Prepare => {
+            Kind::Own if self.is_own_now(r.number) => self.own.add(r, place),
+            // acknowledged while the decision behind which it stands was under way
+            Kind::Own => {}
+            Kind::Prepare | Kind::Mark => {
                 if let Some((history, digest)) = record::parse_history(&r.payload.contiguous()) {
-                    self.seal(Epoch(r.number), digest, history, end, volumes);
+                    self.seal(r.kind, (Epoch(r.number), digest, history), end, volumes);
+                }
+                if r.kind == Kind::Prepare {
+                    self.stored(Epoch(r.number));
                 }
             }
+            Kind::Stored => self.stored(Epoch(r.number)),
             Kind::Abort => self.unseal(Epoch(r.number)),
             Kind::Commit => self.commit(Epoch(r.number), engine),
             Kind::Reset => {

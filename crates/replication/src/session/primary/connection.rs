@@ -6,6 +6,8 @@
 use super::super::RECV;
 use super::super::link::Outgoing;
 use super::{Peer, PrimaryGroup};
+use crate::Seq;
+use crate::ack::AckLevel;
 use crate::primary::{Input, PeerState};
 use crate::wire::{Body, Decoder};
 use block::{BlockError, Result};
@@ -17,6 +19,9 @@ use std::time::Duration;
 
 /// Between attempts to connect: doubled from the first to the last.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+
+/// A level that somebody waits for, and how far a peer is on the way to it.
+type Owed = (AckLevel, (Seq, Seq, usize));
 
 impl PrimaryGroup {
     pub(super) async fn keep_connected(self: &Rc<Self>, number: usize, peer: &Rc<Peer>) {
@@ -85,8 +90,6 @@ impl PrimaryGroup {
     }
 
     fn takes_nothing(&self, number: usize, session: &Outgoing) {
-        let peers = self.peers.borrow();
-        let Some(peer) = peers.get(number) else { return };
         let syncing = self.look(|c| c.peers().get(number).is_some_and(|p| p.state == PeerState::Syncing));
         let (operation, why) = match syncing {
             true => {
@@ -94,7 +97,12 @@ impl PrimaryGroup {
             }
             false => ("forward", "its replication store is full, and no checkpoint makes room"),
         };
-        let why = format!("the secondary takes nothing more: {why}");
+        self.give_up(number, session, operation, format!("the secondary takes nothing more: {why}"));
+    }
+
+    fn give_up(&self, number: usize, session: &Outgoing, operation: &str, why: String) {
+        let peers = self.peers.borrow();
+        let Some(peer) = peers.get(number) else { return };
         (self.tell)(
             "REPLICATION_ERROR",
             vec![
@@ -138,10 +146,21 @@ impl PrimaryGroup {
         }
     }
 
+    /// What users wait for from a peer, and how far that is: for each level, of the request that waits for the least.
+    fn owed(&self, number: usize) -> Vec<Owed> {
+        let waits = self.waits.borrow();
+        let of = |level: &AckLevel| {
+            let ((_, seq), _) = waits.range((*level, Seq(0))..=(*level, Seq(u64::MAX))).next()?;
+            Some((*level, self.look(|c| c.owes(number, *seq, *level))?))
+        };
+        AckLevel::ALL.iter().filter_map(of).collect()
+    }
+
     async fn send_all(&self, number: usize, session: &Rc<Outgoing>, stream: &Rc<dyn Stream>) -> Result<()> {
         let beat = self.timeout.get() / 3;
         let mut next_ping = self.env.now() + beat;
         let (mut sent, mut since) = (session.sent(), self.env.now());
+        let mut stuck: Vec<(Owed, Duration)> = Vec::new();
         loop {
             let wake = session.wake.wait();
             let limit = self.look(|c| c.peers().get(number).map_or(0, |p| p.limit));
@@ -163,6 +182,17 @@ impl PrimaryGroup {
                 && !env::bugs::planted("replication: guests wait for a store that is full")
             {
                 self.takes_nothing(number, session);
+                return Ok(());
+            }
+            // Or for what it has, and does not get further with: its disk hangs, while it answers.
+            let now = self.env.now();
+            let before = |o: &Owed| stuck.iter().find(|s| s.0 == *o).map_or(now, |s| s.1);
+            stuck = self.owed(number).into_iter().map(|o| (o, before(&o))).collect();
+            if let Some(((level, _), _)) = stuck.iter().find(|s| now >= s.1 + self.timeout.get())
+                && !env::bugs::planted("replication: guests wait for a disk that hangs")
+            {
+                let why = format!("the secondary gets nothing further to level '{}'", level.name());
+                self.give_up(number, session, "acknowledge", why);
                 return Ok(());
             }
             if self.env.now() >= next_ping {

@@ -101,6 +101,8 @@ pub struct PrimaryGroup {
     peers: RefCell<Vec<Rc<Peer>>>,
     activity: Rc<Activity>,
     progress: Notify,
+    /// What requests of users wait for, and how many do.
+    waits: RefCell<BTreeMap<(AckLevel, Seq), usize>>,
     failed: RefCell<BTreeMap<Epoch, String>>,
     /// When epochs were marked, newest last; what is older was marked before this began.
     marked: RefCell<BTreeMap<Epoch, Duration>>,
@@ -157,6 +159,7 @@ impl PrimaryGroup {
             peers: RefCell::default(),
             activity,
             progress: Notify::new(),
+            waits: RefCell::default(),
             failed: RefCell::default(),
             marked: RefCell::default(),
             began: env.now(),
@@ -610,6 +613,7 @@ impl PrimaryGroup {
     }
 
     async fn done(self: &Rc<Self>, seq: Seq, level: AckLevel) -> Result<()> {
+        let mut told = None;
         loop {
             let progress = self.progress.wait();
             if self.stopped.get() {
@@ -618,6 +622,7 @@ impl PrimaryGroup {
             match self.look(|c| c.standing(seq, level)) {
                 Standing::Done => return Ok(()),
                 Standing::Wait => {
+                    told.get_or_insert_with(|| Waits::new(self, seq, level));
                     if level == AckLevel::RemoteApplied {
                         self.ask_applied(seq);
                     }
@@ -663,6 +668,32 @@ impl PrimaryGroup {
         for peer in self.peers.borrow().iter() {
             if let Some(s) = peer.stream.borrow().as_ref() {
                 s.shutdown();
+            }
+        }
+    }
+}
+
+/// A request that waits for secondaries.
+struct Waits<'a> {
+    group: &'a PrimaryGroup,
+    what: (AckLevel, Seq),
+}
+
+impl<'a> Waits<'a> {
+    fn new(group: &'a PrimaryGroup, seq: Seq, level: AckLevel) -> Waits<'a> {
+        let what = (level, seq);
+        *group.waits.borrow_mut().entry(what).or_default() += 1;
+        Waits { group, what }
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let mut waits = self.group.waits.borrow_mut();
+        if let Some(n) = waits.get_mut(&self.what) {
+            *n -= 1;
+            if *n == 0 {
+                waits.remove(&self.what);
             }
         }
     }

@@ -1,8 +1,9 @@
 //! The secondary's side of a group: takes connections, does what the state machine says, serves the view, takes over.
 //!
 //! What must stay true: frames and their consequences are worked off one after the other, over all connections; a promotion stands in
-//! the same line, so nothing of an older generation is under way when it is done (I7, X3).
+//! the same line, so nothing of an older generation is under way when it is done (I7, X3). Stable storage is waited for beside it.
 
+mod hardening;
 mod promotion;
 
 pub use promotion::Failover;
@@ -14,14 +15,15 @@ use super::{DEFAULT_TIMEOUT, RECV, Tell};
 use crate::history::History;
 use crate::secondary::{Input, Output, Secondary, SessionId};
 use crate::store::{Change, Engine, Hold, Role, Store, Usage};
-use crate::types::{Epoch, Generation};
+use crate::types::{Epoch, Generation, Seq};
 use crate::wire::{Body, Decoder, Doubt, Frame, HandOver, VolumeInfo};
 use block::{BlockError, Data, Result, Span};
 use drivers::filters::replication::Stage;
 use env::sync::{Notify, Queue, Semaphore, race};
 use env::{Env, Listener, Stream};
+use hardening::Pass;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
@@ -50,6 +52,11 @@ pub struct SecondaryGroup {
     next: Cell<SessionId>,
     /// One thing at a time.
     line: Semaphore,
+    /// A session that wants what it has sent, up to this number, on stable storage.
+    asked: Cell<Option<(SessionId, Seq)>>,
+    /// What became durable, and is not told in the line yet.
+    passes: RefCell<VecDeque<Pass>>,
+    passed: Notify,
     stopped: Cell<bool>,
     stop: Notify,
     listening: Cell<bool>,
@@ -93,6 +100,9 @@ impl SecondaryGroup {
             connections: RefCell::default(),
             next: Cell::new(1),
             line: Semaphore::new(1),
+            asked: Cell::new(None),
+            passes: RefCell::default(),
+            passed: Notify::new(),
             stopped: Cell::new(false),
             stop: Notify::new(),
             listening: Cell::new(false),
@@ -120,6 +130,8 @@ impl SecondaryGroup {
         });
         let tidy = group.clone();
         group.env.spawn("replication store", async move { tidy.background().await });
+        let hardening = group.clone();
+        group.env.spawn("replication flush", async move { hardening.keep_hardening().await });
         group
     }
 
@@ -179,6 +191,7 @@ impl SecondaryGroup {
         self.stop.notify_all();
         self.merged.notify_all();
         self.store.work.notify_all();
+        self.store.to_harden.notify_all();
         self.connections.borrow().values().for_each(|c| c.stream.shutdown());
     }
 
@@ -221,7 +234,7 @@ impl SecondaryGroup {
     }
 
     /// The last change received in the session, and bytes of the open epoch.
-    pub fn received(&self) -> (crate::Seq, u64) {
+    pub fn received(&self) -> (Seq, u64) {
         self.core.borrow().received()
     }
 
@@ -391,7 +404,7 @@ impl SecondaryGroup {
                 let text = e.to_string();
                 let frame = Frame {
                     generation: group.generation(),
-                    seq: crate::Seq(0),
+                    seq: Seq(0),
                     epoch: Epoch(0),
                     body: Body::Bye { text },
                 };
@@ -445,6 +458,11 @@ impl SecondaryGroup {
             if connection.closing.get() {
                 break;
             }
+            if matches!(frame.body, Body::Hello(_)) {
+                // the session stands on what was decided before it
+                self.keep(&mut pending).await;
+                self.decisions_end().await;
+            }
             let mut out = Vec::new();
             self.core.borrow_mut().step(Input::Frame(id, frame), &mut out);
             for o in out {
@@ -460,7 +478,7 @@ impl SecondaryGroup {
         }
         self.keep(&mut pending).await;
         if any {
-            self.kept(id, false).await;
+            self.kept(id, Seq(0)).await;
         }
     }
 
@@ -494,7 +512,8 @@ impl SecondaryGroup {
         self.store.keep(changes).await
     }
 
-    async fn kept(self: &Rc<Self>, session: SessionId, durable: bool) {
+    /// `durable`: up to which number that is known; zero if not.
+    async fn kept(self: &Rc<Self>, session: SessionId, durable: Seq) {
         let received = self.connections.borrow().get(&session).map(|c| c.received.get());
         let Some(received) = received else { return };
         let fill = self.store.fill();
@@ -553,19 +572,17 @@ impl SecondaryGroup {
                     Box::pin(self.step(refused)).await;
                 }
             }
-            Output::Flush(session) => match self.store.flush_kept().await {
-                Ok(()) => Box::pin(self.kept(session, true)).await,
-                Err(e) => {
-                    let text = format!("flush: {e}");
-                    let refused = Input::Refused { volume: 0, offset: 0, errno: e.errno(), text };
-                    Box::pin(self.step(refused)).await;
-                }
-            },
+            Output::Flush(session) => self.ask_flush(session),
             Output::Prepare(epoch, digest, history) => {
-                let result = self.store.prepare(epoch, digest, history).await.map_err(|e| e.to_string());
-                Box::pin(self.step(Input::Prepared(epoch, result))).await;
+                if let Err(e) = self.store.seal(epoch, digest, history).await {
+                    Box::pin(self.step(Input::Prepared(epoch, Err(e.to_string())))).await;
+                }
             }
-            Output::Commit(epoch) => drop(Box::pin(self.commit(epoch)).await),
+            Output::Commit(epoch) => {
+                if let Err(e) = self.store.decide(epoch).await {
+                    Box::pin(self.not_decided(epoch, &e)).await;
+                }
+            }
             Output::Abort(epoch) => {
                 if let Err(e) = self.store.abort(epoch).await {
                     *self.last_error.borrow_mut() = Some(e.to_string());
@@ -613,68 +630,6 @@ impl SecondaryGroup {
         }
     }
 
-    /// Carries out a decision. The caller has the line.
-    async fn commit(self: &Rc<Self>, epoch: Epoch) -> Result<()> {
-        let lens = self.store.lens();
-        match self.store.commit(epoch).await {
-            Ok(()) => {
-                let digest = self.store.digest();
-                self.tell_lengths(&lens);
-                self.committed.set(Some(self.env.now()));
-                if self.former.take().is_some() {
-                    // from here on its history tells
-                    self.owners.take();
-                    let _ = self.env.remove(&self.record).await;
-                }
-                Box::pin(self.step(Input::Decided(epoch))).await;
-                (self.tell)(
-                    "REPLICATION_CHECKPOINT",
-                    vec![
-                        ("epoch", epoch.0.into()),
-                        ("bytes", digest.bytes.into()),
-                        ("digest", digest.to_string().into()),
-                    ],
-                );
-                Ok(())
-            }
-            Err(e) => {
-                // what was decided is known after the next start
-                *self.last_error.borrow_mut() = Some(format!("commit of {epoch}: {e}"));
-                let sessions: Vec<SessionId> = self.connections.borrow().keys().copied().collect();
-                for id in sessions {
-                    Box::pin(self.carry_out(Output::Close(id))).await;
-                }
-                Err(e)
-            }
-        }
-    }
-
-    /// Epochs that are prepared here and not decided.
-    pub fn prepared(&self) -> Vec<Epoch> {
-        self.store.prepared().into_iter().map(|p| p.0).collect()
-    }
-
-    /// An external manager decides here that a prepared epoch is committed, whether the primary is there or not. Repeating it changes
-    /// nothing.
-    ///
-    /// # Errors
-    /// It is not prepared; this side has taken over; of the store.
-    pub async fn decide(self: &Rc<Self>, epoch: Epoch) -> Result<()> {
-        let _turn = self.line.acquire(1).await;
-        if self.store.role() == Role::Secondary && self.history().epoch() == epoch {
-            return Ok(());
-        }
-        let prepared = self.store.prepared().into_iter().find(|p| p.0 == epoch);
-        let Some((_, history)) = prepared.filter(|_| self.store.role() == Role::Secondary) else {
-            return Err(BlockError::new(
-                block::ErrorKind::Busy,
-                format!("checkpoint {epoch} is not prepared here"),
-            ));
-        };
-        self.core.borrow_mut().agree(history);
-        self.commit(epoch).await
-    }
-
     /// Applies what is committed, frees what is not needed, gives the primary the space.
     async fn background(self: Rc<Self>) {
         while !self.stopped.get() {
@@ -691,7 +646,7 @@ impl SecondaryGroup {
             let session = self.core.borrow().session();
             if let Some(id) = session {
                 let _turn = self.line.acquire(1).await;
-                self.kept(id, false).await;
+                self.kept(id, Seq(0)).await;
             }
             work.await;
         }

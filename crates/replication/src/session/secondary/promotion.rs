@@ -66,6 +66,7 @@ impl SecondaryGroup {
         at: Option<Epoch>,
         began: Duration,
     ) -> Result<Failover> {
+        self.decisions_end().await;
         self.synchronized()?;
         let epoch = self.store.choose(at)?;
         let keep_own = keep_own && epoch == self.store.history().epoch();
