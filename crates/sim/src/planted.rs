@@ -66,6 +66,7 @@ pub const TURNING: &[&str] = &[
     "replication: forgotten without a flush here",
     "replication: what is under way counts as written",
     "replication: guests wait for a store that is full",
+    "replication: guests wait for a disk that hangs",
     "replication: who handed over never writes again",
     "replication: histories are not compared",
     "replication: a disk is shown before its first checkpoint",

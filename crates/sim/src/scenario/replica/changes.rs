@@ -344,16 +344,25 @@ impl Run {
         if kept.len() > 1 && self.draw(|r| r.chance(0.4)) {
             command["epoch"] = kept[self.draw(|r| r.index(kept.len()))].clone();
         }
-        let done = match new.manager()?.execute("replication-failover", command.clone()).await {
-            Ok(done) => done,
-            Err(Refusal::Error(e)) if at == 0 && e.contains("never been synchronized") => return Ok(None),
-            // a disk that failed at the wrong moment; started anew it can
-            Err(Refusal::Error(_)) => {
-                new.stop(false);
-                self.bring_up(new, false).await?;
-                new.manager()?.must("replication-failover", command.clone()).await?
+        let mut again = false;
+        let done = loop {
+            match new.manager()?.execute("replication-failover", command.clone()).await {
+                Ok(done) => break done,
+                Err(Refusal::Error(e)) if at == 0 && e.contains("never been synchronized") => {
+                    return Ok(None);
+                }
+                // another came meanwhile, and the oldest had to go
+                Err(Refusal::Error(e)) if command["epoch"].is_u64() && e.contains("is not kept here") => {
+                    command = json!({"group": "g"});
+                }
+                // a disk that failed at the wrong moment; started anew it can
+                Err(Refusal::Error(_)) if !again => {
+                    again = true;
+                    new.stop(false);
+                    self.bring_up(new, false).await?;
+                }
+                Err(e) => return Err(e),
             }
-            Err(e) => return Err(e),
         };
         self.world.count("failovers", 1);
         let epoch = done["epoch"].as_u64().unwrap_or(0);

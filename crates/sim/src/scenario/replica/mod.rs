@@ -11,6 +11,8 @@
 //!   checkpoint;
 //! * liveness: once nothing fails any more, everybody is in sync, a checkpoint succeeds, and guests are answered.
 
+#[cfg(test)]
+mod beside;
 mod changes;
 mod hosts;
 mod looks;
@@ -280,9 +282,16 @@ impl Run {
                 self.world.count("disk errors", 1);
             }
             88..92 => {
-                site.host.fault(Rule::once("", Op::Write, Fault::Hang));
+                let flushes = self.draw_aside(|r| r.chance(0.5));
+                site.host.fault(match flushes {
+                    true => Rule::always("", Op::Barrier, Fault::Hang),
+                    false => Rule::once("", Op::Write, Fault::Hang),
+                });
                 self.world.count("disks that hang", 1);
                 self.pause(Duration::from_millis(2500)).await;
+                if flushes && self.policy == "degrade" {
+                    self.is_answered().await;
+                }
                 site.host.clear_faults();
                 site.host.release_hung();
             }
@@ -299,6 +308,18 @@ impl Run {
             self.grow().await?;
         }
         Ok(())
+    }
+
+    /// L1: whatever a secondary's disk does, nobody waits for it for ever who need not.
+    async fn is_answered(&self) {
+        let Ok(disk) = self.primary().disk(&self.world).await else { return };
+        // each of them may be believed alive for the time-out
+        let most = Duration::from_secs(5 * self.sites.len() as u64);
+        if self.env().timeout(most, disk.flush()).await.is_none() {
+            self.bad("L1: a flush waits for a secondary whose disk hangs");
+        }
+        disk.disconnect();
+        self.world.count("flushes while a disk hangs", 1);
     }
 
     /// The disk becomes longer, by command, which may be refused while things fail; its owner writes there.

@@ -28,7 +28,8 @@ impl Run {
         self.guests.borrow().iter().for_each(Guest::abandon);
         // what they had begun ends
         self.env().sleep(Duration::from_millis(100)).await;
-        let Ok(disk) = primary.disk(&self.world).await else { return Err(Refusal::Gone) };
+        // a disk that could not grow has no server: what waits for a secondary keeps it
+        let Ok(disk) = primary.disk(&self.world).await else { return Ok(false) };
         let (at, under_way) = self.draw_aside(|r| (r.below(super::SECTORS - LEN), r.chance(0.5)));
         if under_way {
             primary.host.fault(Rule::once("/disk", Op::Write, Fault::Hang));
