@@ -89,22 +89,26 @@ impl Parser {
 
     /// The stream has ended: an unfinished number or keyword is finished, anything else unfinished is an error.
     pub fn finish(&mut self, mut out: impl FnMut(Result<Value, String>)) {
-        self.byte(b' ', &mut out);
+        match self.state {
+            State::Text(_) | State::TextEscape(_) => self.stray(&mut out),
+            _ => self.byte(b' ', &mut out),
+        }
         if !self.tokens.is_empty() {
+            // it lacks its end, and something else may be wrong before that
+            let value = Tokens { text: &self.text, tokens: &self.tokens, at: 0 }.value();
             self.reset();
-            out(Err("JSON parse error, premature EOI".to_owned()));
+            out(value.map_err(|e| format!("JSON parse error, {e}")));
         }
     }
 
     fn byte(&mut self, b: u8, out: &mut impl FnMut(Result<Value, String>)) {
         use State::*;
         let next = match (self.state, b) {
-            (Recovery, b'{' | b'}' | b'[' | b']' | b',' | b':') => {
+            // a border is looked at like any other byte
+            (Recovery, b'{' | b'}' | b'[' | b']' | b',' | b':' | 0xfe | 0xff | 0..=8 | 10..0x20) => {
                 self.state = Start;
                 return self.byte(b, out);
             }
-            (Recovery, 0xfe | 0xff) => return self.state = Start,
-            (Recovery, b) if b < 0x20 && b != b'\t' => return self.state = Start,
             (Recovery, _) => return,
             (Start, b' ' | b'\t' | b'\r' | b'\n') => return,
             (Start, b'{' | b'}' | b'[' | b']' | b',' | b':') => {
@@ -142,12 +146,17 @@ impl Parser {
             Some(_) => self.give_up("JSON token size limit exceeded", out),
             None => {
                 self.text.push(b);
-                let stray = &self.text[self.begun..];
-                let end = stray.iter().position(|b| *b == 0).unwrap_or(stray.len());
-                let stray = lossy(&stray[..end.min(MAX_SHOWN)]);
-                self.give_up(&format!("JSON parse error, stray '{stray}'"), out);
+                self.stray(out);
             }
         }
+    }
+
+    /// The unfinished token is none.
+    fn stray(&mut self, out: &mut impl FnMut(Result<Value, String>)) {
+        let stray = &self.text[self.begun..];
+        let end = stray.iter().position(|b| *b == 0).unwrap_or(stray.len());
+        let stray = lossy(&stray[..end.min(MAX_SHOWN)]);
+        self.give_up(&format!("JSON parse error, stray '{stray}'"), out);
     }
 
     /// The kind of a token that ends where another begins.
@@ -408,7 +417,28 @@ fn push_checked(s: &str, out: &mut String) -> Option<()> {
     Some(())
 }
 
-/// Bytes for a message: each byte that is not UTF-8 shown as U+FFFD.
+/// Bytes for a message: what is no character is shown as U+FFFD, a sequence that is long enough for one but means none (a
+/// surrogate, something longer than needed) as one of them.
 fn lossy(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+    let mut out = String::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while let [first, after @ ..] = rest {
+        let wanted = match first {
+            0xc0..=0xdf => 1,
+            0xe0..=0xef => 2,
+            0xf0..=0xf7 => 3,
+            0xf8..=0xfb => 4,
+            0xfc..=0xfd => 5,
+            _ => 0,
+        };
+        let there = after.iter().take(wanted).take_while(|b| matches!(b, 0x80..=0xbf)).count();
+        let (sequence, left) = rest.split_at(1 + there);
+        let mut one = String::new();
+        match push_utf8(sequence, &mut one) {
+            Ok(()) => out.push_str(&one),
+            Err(_) => out.push(char::REPLACEMENT_CHARACTER),
+        }
+        rest = left;
+    }
+    out
 }

@@ -88,6 +88,11 @@ const CASES: &[(&[u8], &[&str])] = &[
     (b"{execute:1}", &["invalid keyword 'execute'"]),
     (b"{'a':1,'a':2}", &["duplicate key"]),
     (b"{'a':{'x':1,'x':2}}", &["duplicate key"]),
+    // what ends the skipping after an error is wrong itself
+    (b";\xff", &["stray ';'", "stray '\u{fffd}'"]),
+    (b"'\xed\xa0\x80\xc3\xa4\xc0\x80\xe2\x82\xff", &["stray ''\u{fffd}\u{e4}\u{0}\u{fffd}\u{fffd}'"]),
+    (b"; \x01\x02x", &["stray ';'", "stray '\u{1}'", "stray '\u{2}'"]),
+    (b";\t\x7f{}", &["stray ';'", "{}"]),
     (b"{}\x00{}", &["{}", "stray ''", "{}"]),
     (b"18446744073709551615", &["18446744073709551615"]),
     (b"18446744073709551616", &["1.8446744073709552e+19"]),
