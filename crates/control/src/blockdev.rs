@@ -124,6 +124,7 @@ fn file(f: &Fields<'_>) -> Result<FileSpec, QmpError> {
             _ => Locking::Auto,
         },
         threads: f.text("aio") == Some("threads"),
+        native: f.text("aio") == Some("native"),
     })
 }
 
@@ -158,6 +159,10 @@ fn nbd(f: &Fields<'_>) -> Result<NbdSpec, QmpError> {
 
 fn qcow2_spec(f: &Fields<'_>, depth: usize) -> Result<Qcow2Spec, QmpError> {
     f.refuse("encrypt")?;
+    // it changes nothing here, but has to be one
+    if f.size("cache-clean-interval")?.is_some_and(|s| u32::try_from(s).is_err()) {
+        return Err(QmpError::generic("Cache clean interval too big"));
+    }
     let default = qcow2::Options::default();
     let options = qcow2::Options {
         cache_size: f.size("cache-size")?,

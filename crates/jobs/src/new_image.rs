@@ -17,6 +17,11 @@ pub(crate) async fn create(
     len: u64,
     backing: Option<&Rc<NodeCell>>,
 ) -> Made<()> {
+    let file = match DefaultGate.protocol("", file)?.driver {
+        DriverSpec::File(f) => f.filename,
+        _ => return Err(JobError::refused(format!("'{file}' is no file that could be made"))),
+    };
+    let file = file.as_str();
     match format {
         "qcow2" => {}
         "raw" | "file" if backing.is_some() => {

@@ -57,7 +57,7 @@ struct Done {
 }
 
 impl Snapshot {
-    /// A snapshot of what `device` or `node` names.
+    /// A snapshot of what `node` names.
     pub fn new(
         opener: &Rc<Opener>,
         device: Option<String>,
@@ -73,8 +73,8 @@ impl Snapshot {
 
     fn find(&self) -> Result<Rc<NodeCell>> {
         let (device, node) = (self.device.as_deref(), self.node.as_deref());
-        let found = [device, node].into_iter().flatten().find_map(|name| self.graph().find(name));
-        found.ok_or_else(|| {
+        // a storage daemon has no guest's devices: that name is only shown
+        node.and_then(|name| self.graph().find(name)).ok_or_else(|| {
             let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
             let message = format!("Cannot find device='{device}' nor node-name='{node}'");
             BlockError::new(ErrorKind::NotFound, message)
@@ -206,7 +206,7 @@ impl Action for Snapshot {
             Overlay::Node(name) => Some(name.clone()),
             Overlay::Image(_) => None,
         };
-        [self.device.clone(), self.node.clone(), overlay].into_iter().flatten().collect()
+        [self.node.clone(), overlay].into_iter().flatten().collect()
     }
 
     fn prepare(&self) -> Doing<'_, std::result::Result<(), JobError>> {

@@ -6,6 +6,7 @@
 
 use crate::spec::{DriverSpec, NbdSpec, NodeSpec};
 use block::{BlockError, Result};
+use drivers::null::NullOptions;
 use env::Address;
 use std::path::Path;
 
@@ -18,7 +19,7 @@ pub trait ImplicitOpenGate {
     fn protocol(&self, image: &str, name: &str) -> Result<NodeSpec>;
 }
 
-/// QSD's rule: local files (relative ones beside the image) and NBD addresses; pseudo names that would smuggle options are
+/// QSD's rule: local files (relative ones beside the image), NBD addresses and disks that hold nothing; pseudo names that would smuggle options are
 /// refused, with what to do instead.
 pub struct DefaultGate;
 
@@ -46,13 +47,20 @@ impl ImplicitOpenGate for DefaultGate {
             })?;
             return Ok(nbd(Address::tcp(host, port), export));
         }
-        let plain = name.strip_prefix("file:").unwrap_or(name);
-        if let Some((protocol, _)) = plain.split_once(':').filter(|(p, _)| is_protocol(p)) {
+        if let Some(path) = name.strip_prefix("file:") {
+            // with a protocol in front it is no name beside the image: relative to the working directory, as in QSD
+            return Ok(NodeSpec::file(path));
+        }
+        if let Some(driver) = ["null-co", "null-aio"].into_iter().find(|d| name == format!("{d}://")) {
+            let driver = DriverSpec::NullCo(NullOptions { driver, ..NullOptions::default() });
+            return Ok(NodeSpec { common: Default::default(), driver });
+        }
+        if let Some((protocol, _)) = name.split_once(':').filter(|(p, _)| is_protocol(p)) {
             return Err(BlockError::unsupported(format!(
                 "image '{image}' names '{name}': protocol '{protocol}' is not supported"
             )));
         }
-        let path = Path::new(plain);
+        let path = Path::new(name);
         let full = match Path::new(image).parent() {
             Some(dir) if path.is_relative() => dir.join(path),
             _ => path.to_path_buf(),
@@ -88,7 +96,7 @@ mod tests {
     #[test]
     fn names_are_relative_to_the_image() {
         assert_eq!(filename("/a/b/top.qcow2", "base.qcow2"), "/a/b/base.qcow2");
-        assert_eq!(filename("/a/b/top.qcow2", "file:base.qcow2"), "/a/b/base.qcow2");
+        assert_eq!(filename("/a/b/top.qcow2", "file:base.qcow2"), "base.qcow2");
         assert_eq!(filename("/a/b/top.qcow2", "/c/base"), "/c/base");
         assert_eq!(filename("top", "./odd:name"), "./odd:name");
     }

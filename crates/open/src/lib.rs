@@ -298,6 +298,11 @@ impl Opener {
         if device && spec.filename.is_empty() {
             return Err(BlockError::invalid("The 'host_device' block driver requires a file name"));
         }
+        if spec.native && !now.direct {
+            return Err(BlockError::invalid(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+            ));
+        }
         let options = FileOptions {
             filename: spec.filename.clone(),
             device,

@@ -9,9 +9,11 @@ use crate::{
     zeroes_may_unmap,
 };
 use block::{BlockError, ErrorKind, Result};
+use drivers::filters::preallocate::{Preallocate, PreallocateOptions};
 use drivers::filters::throttle::Throttle;
 use drivers::raw::{RawNode, check_window};
 use graph::{Demand, Edge, NodeCell, NodeOptions, Parent, Plan, Role, Step};
+use qcow2::Qcow2;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -134,7 +136,7 @@ impl Opener {
             {
                 return Err(BlockError::invalid(format!("backing is missing for '{}'", cell.name())));
             }
-            fixed(&old, spec)?;
+            fixed(cell, &old, spec)?;
             let was = old.from.with(&old.spec.common);
             same("cache.direct", was.direct, now.direct)?;
             same("force-share", was.force_share, now.force_share)?;
@@ -166,12 +168,24 @@ impl Opener {
                     self.other_group(cell, group, &mut change.plan)?;
                     self.main_child(cell, file, above, change).await
                 }
+                FilterSpec::Preallocate { file, options } => {
+                    options.check()?;
+                    if let Some(edge) = cell.node().filtered()
+                        && self.other_child(cell, &edge, "file", file, above, change).await?.is_some()
+                    {
+                        // what was set aside in that one would stay there
+                        return Err(cannot_change("file"));
+                    }
+                    set_aside(cell, *options, &mut change.plan);
+                    Ok(())
+                }
                 _ => Ok(()),
             },
             DriverSpec::Qcow2(q) => {
                 self.backing(cell, &q.backing, above, change).await?;
                 self.main_child(cell, &q.file, above, change).await?;
-                self.data_file_stays(cell, q)
+                self.data_file_stays(cell, q)?;
+                format_options(cell, &q.options, &mut change.plan)
             }
             _ => Ok(()),
         }
@@ -257,7 +271,7 @@ impl Opener {
             (None, _) => true,
             (Some(Child::Reference(name)), Some(edge)) => edge.child().name() == name,
             (Some(Child::Inline(spec)), Some(edge)) => match self.given(&edge.child()) {
-                Ok(old) => fixed(&old, spec).is_ok(),
+                Ok(old) => fixed(&edge.child(), &old, spec).is_ok(),
                 Err(_) => false,
             },
             (Some(_), None) => false,
@@ -395,6 +409,38 @@ fn set(cell: &Rc<NodeCell>, spec: &NodeSpec, now: Inherited, plan: &mut Plan) {
     plan.steps.push(Step::Options { node: cell.clone(), options });
 }
 
+/// Lets a filter set aside another amount, when the rest of the list takes effect.
+fn set_aside(cell: &Rc<NodeCell>, new: PreallocateOptions, plan: &mut Plan) {
+    let node = cell.node();
+    let Some(filter) = node.as_any().downcast_ref::<Preallocate>() else { return };
+    let to = |options: PreallocateOptions| -> Rc<dyn Fn()> {
+        let cell = cell.clone();
+        Rc::new(move || {
+            if let Some(filter) = cell.node().as_any().downcast_ref::<Preallocate>() {
+                filter.set_options(options);
+            }
+        })
+    };
+    plan.steps.push(Step::At { what: to(new), undo: Some(to(filter.options())) });
+}
+
+/// Gives an image other run-time options, when the rest of the list takes effect.
+fn format_options(cell: &Rc<NodeCell>, new: &qcow2::Options, plan: &mut Plan) -> Result<()> {
+    let node = cell.node();
+    let Some(image) = node.as_any().downcast_ref::<Qcow2>() else { return Ok(()) };
+    image.check_options(new)?;
+    let to = |options: qcow2::Options| -> Rc<dyn Fn()> {
+        let cell = cell.clone();
+        Rc::new(move || {
+            if let Some(image) = cell.node().as_any().downcast_ref::<Qcow2>() {
+                image.set_options(&options);
+            }
+        })
+    };
+    plan.steps.push(Step::At { what: to(new.clone()), undo: Some(to(image.options())) });
+    Ok(())
+}
+
 async fn has_backing(cell: &NodeCell) -> Result<bool> {
     let node = cell.node();
     Ok(node.backing().is_some() || node.details().await?.backing_filename.is_some())
@@ -439,7 +485,7 @@ fn driver(spec: &NodeSpec) -> std::mem::Discriminant<DriverSpec> {
 }
 
 /// Fails if `spec` differs from the old description in something that an open node cannot change.
-fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
+fn fixed(cell: &NodeCell, old: &Given, spec: &NodeSpec) -> Result<()> {
     if let Some(option) = left_out(&old.spec, spec) {
         return Err(cannot_reset(&option));
     }
@@ -448,20 +494,39 @@ fn fixed(old: &Given, spec: &NodeSpec) -> Result<()> {
         (DriverSpec::File(a), DriverSpec::File(b))
         | (DriverSpec::HostDevice(a), DriverSpec::HostDevice(b)) => fixed_file(a, b),
         (DriverSpec::Raw { .. }, DriverSpec::Raw { .. }) => Ok(()),
-        (DriverSpec::Qcow2(a), DriverSpec::Qcow2(b)) => fixed_qcow2(&a.options, &b.options),
+        (DriverSpec::Qcow2(_), DriverSpec::Qcow2(_)) => Ok(()),
         (DriverSpec::Filter(a), DriverSpec::Filter(b))
             if matches!(
                 (a.as_ref(), b.as_ref()),
                 (FilterSpec::Throttle { .. }, FilterSpec::Throttle { .. })
+                    | (FilterSpec::Preallocate { .. }, FilterSpec::Preallocate { .. })
             ) =>
         {
             Ok(())
         }
         (a, b) if format!("{a:?}") == format!("{b:?}") => Ok(()),
+        _ if never_reopened(&spec.driver) => {
+            let (driver, name) = (cell.node().driver(), cell.name());
+            let message =
+                format!("Block format '{driver}' used by node '{name}' does not support reopening files");
+            Err(BlockError::unsupported(message))
+        }
         _ => Err(match differing(&old.spec, spec) {
             Some(option) => cannot_change(&option),
             None => BlockError::unsupported("The options of this driver cannot be changed"),
         }),
+    }
+}
+
+/// Whether QSD reopens no node of this driver. Here such a node can be described as it is, with other options of those that
+/// all drivers take.
+fn never_reopened(driver: &DriverSpec) -> bool {
+    match driver {
+        DriverSpec::CopyBeforeWrite(_) | DriverSpec::SnapshotAccess { .. } => true,
+        DriverSpec::Filter(filter) => {
+            !matches!(filter.as_ref(), FilterSpec::Throttle { .. } | FilterSpec::Blkdebug { .. })
+        }
+        _ => false,
     }
 }
 
@@ -477,8 +542,10 @@ fn differing(old: &NodeSpec, new: &NodeSpec) -> Option<String> {
 
 /// The first of the node's own options that the new description does not have, where it has no default to go back to.
 fn left_out(old: &NodeSpec, new: &NodeSpec) -> Option<String> {
-    if matches!(old.driver, DriverSpec::Qcow2(_) | DriverSpec::Raw { .. } | DriverSpec::Filter(_)) {
-        return None;
+    match &old.driver {
+        DriverSpec::Qcow2(_) | DriverSpec::Raw { .. } => return None,
+        DriverSpec::Filter(f) if !matches!(f.as_ref(), FilterSpec::Preallocate { .. }) => return None,
+        _ => {}
     }
     let (a, b) = (old.common.given.0.as_ref()?, new.common.given.0.as_ref()?);
     a.keys().find(|k| !COMMON.contains(&k.as_str()) && !b.contains_key(*k)).cloned()
@@ -486,19 +553,6 @@ fn left_out(old: &NodeSpec, new: &NodeSpec) -> Option<String> {
 
 fn fixed_file(a: &FileSpec, b: &FileSpec) -> Result<()> {
     same("filename", &a.filename, &b.filename)?;
-    same("aio", a.threads, b.threads)?;
+    same("aio", (a.threads, a.native), (b.threads, b.native))?;
     same("locking", a.locking, b.locking)
-}
-
-fn fixed_qcow2(a: &qcow2::Options, b: &qcow2::Options) -> Result<()> {
-    same("cache-size", a.cache_size, b.cache_size)?;
-    same("l2-cache-size", a.l2_cache_size, b.l2_cache_size)?;
-    same("l2-cache-entry-size", a.l2_cache_entry_size, b.l2_cache_entry_size)?;
-    same("refcount-cache-size", a.refcount_cache_size, b.refcount_cache_size)?;
-    same("lazy-refcounts", a.lazy_refcounts, b.lazy_refcounts)?;
-    same("pass-discard-request", a.pass_discard_request, b.pass_discard_request)?;
-    same("pass-discard-other", a.pass_discard_other, b.pass_discard_other)?;
-    same("pass-discard-snapshot", a.pass_discard_snapshot, b.pass_discard_snapshot)?;
-    same("discard-no-unref", a.discard_no_unref, b.discard_no_unref)?;
-    same("overlap-check", a.overlap_check, b.overlap_check)
 }

@@ -81,6 +81,8 @@ pub struct FileSpec {
     pub locking: drivers::file::Locking,
     /// `aio=threads`.
     pub threads: bool,
+    /// `aio=native`: it changes nothing, but is refused without `cache.direct`, as in QSD.
+    pub native: bool,
 }
 
 /// `qcow2`.

@@ -291,7 +291,10 @@ impl Core {
 
     async fn release_one(self: &Rc<Self>, f: Free) -> Result<()> {
         let bits = self.geo.cluster_bits();
-        let pass = if f.discard { self.opts.pass_discard_request } else { self.opts.pass_discard_other };
+        let pass = {
+            let o = self.opts.borrow();
+            if f.discard { o.pass_discard_request } else { o.pass_discard_other }
+        };
         let mut gone: Option<Span> = None;
         for c in f.first..f.first + f.n {
             let slot = self.loaded_counts(c).await?;

@@ -214,7 +214,7 @@ impl Core {
     /// Reads the image's bitmaps into memory. They are read-only until the image is made writable.
     pub(crate) async fn load_bitmaps(self: &Rc<Self>) -> Result<()> {
         // An internal snapshot has another disk than the one they are of.
-        if self.bitmaps.loaded.replace(true) || self.opts.snapshot.is_some() {
+        if self.bitmaps.loaded.replace(true) || self.opts.borrow().snapshot.is_some() {
             return Ok(());
         }
         self.load_directory().await?;

@@ -57,6 +57,14 @@ impl SliceCache {
         }
     }
 
+    /// Holds so many slices from now on. What is more than that and clean goes.
+    pub(crate) fn set_capacity(&mut self, capacity: usize) {
+        self.capacity = capacity.max(MIN_SLICES);
+        if self.slots.len() > self.capacity && self.slots.iter().all(|s| !s.dirty && !s.writing) {
+            self.clear();
+        }
+    }
+
     /// The slice, if it is here.
     pub(crate) fn get(&mut self, key: u64) -> Option<SlotId> {
         let line = key as usize % FRONT;
@@ -201,6 +209,23 @@ mod tests {
             assert!(c.insert(k, vec![0], false));
         }
         assert!(c.get(3).is_none());
+    }
+
+    #[test]
+    fn a_cache_that_is_to_hold_less_keeps_what_is_dirty() {
+        let mut c = SliceCache::new(4 * MIN_SLICES);
+        for k in 0..2 * MIN_SLICES as u64 {
+            assert!(c.insert(k, vec![0], false));
+        }
+        let s = c.get(3).unwrap();
+        c.bytes_mut(s)[0] = 77;
+        c.set_capacity(1);
+        assert!(c.get(3).is_some() && c.get(4).is_some());
+        let taken = c.take_dirty();
+        c.written(taken[0].slot, true);
+        c.set_capacity(1);
+        assert!(c.get(3).is_none());
+        assert!((100..200).all(|k| c.insert(k, vec![0], false)), "one goes for each that comes");
     }
 
     #[test]

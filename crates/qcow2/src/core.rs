@@ -45,7 +45,8 @@ pub(crate) struct Core {
     pub(crate) header: RefCell<Header>,
     /// Bytes of the guest's disk.
     pub(crate) size: Cell<u64>,
-    pub(crate) opts: Options,
+    /// What changes while the image is open is what [`Options::with_run_time`] says.
+    pub(crate) opts: RefCell<Options>,
     pub(crate) sizes: CacheSizes,
     pub(crate) writable: Cell<bool>,
     /// The header's number proves that nobody else has written to the image; as of its opening.
@@ -88,7 +89,7 @@ pub(crate) struct Core {
 impl Core {
     /// The name by which errors call the image.
     pub(crate) fn name(&self) -> String {
-        match self.opts.node_name.as_str() {
+        match self.opts.borrow().node_name.as_str() {
             "" => self.file.edge().child().name().to_owned(),
             name => name.to_owned(),
         }

@@ -84,6 +84,24 @@ impl Qcow2 {
         self.core.delete_snapshot(index).await
     }
 
+    /// The options that it is open with.
+    pub fn options(&self) -> Options {
+        self.core.opts.borrow().clone()
+    }
+
+    /// Whether it could be open with the run-time options of `new`: caches, lazy refcounts, what discards do, what is protected.
+    ///
+    /// # Errors
+    /// A sentence, if they contradict each other or the image.
+    pub fn check_options(&self, new: &Options) -> Result<()> {
+        self.core.check_options(new)
+    }
+
+    /// Takes those. The units of its caches stay what they are.
+    pub fn set_options(&self, new: &Options) {
+        self.core.set_options(new);
+    }
+
     /// Barriers issued on the image file so far.
     pub fn barriers(&self) -> u64 {
         self.core.file.barriers()

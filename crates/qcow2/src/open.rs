@@ -42,6 +42,7 @@ pub(crate) async fn open(
     let geo = header.geometry;
     // A disk is whole sectors; a stored length that is not is cut, as the reference does.
     let size = header.size & !511;
+    opts.check(&header)?;
     let sizes = opts.caches(&geo, size)?;
     let (writable, active) = (opts.writable, !opts.inactive);
     let background = Rc::new(Background::default());
@@ -57,7 +58,7 @@ pub(crate) async fn open(
         size: Cell::new(size),
         shortcut: Default::default(),
         skippable: Default::default(),
-        opts,
+        opts: RefCell::new(opts),
         sizes,
         writable: Cell::new(false),
         vouched: Cell::new(false),
@@ -129,7 +130,8 @@ impl Core {
         let rt = read_words(&self.file, h.refcount_table_offset, rt_bytes / 8).await?;
         *self.meta.borrow_mut() = MetaMap::default();
         self.load_snapshots(&h).await?;
-        let l1 = match &self.opts.snapshot {
+        let shown = self.opts.borrow().snapshot.clone();
+        let l1 = match &shown {
             None => read_words(&self.file, h.l1_offset, u64::from(h.l1_size)).await?,
             Some(name) => self.show_snapshot(name).await?,
         };
@@ -221,13 +223,7 @@ impl Core {
         if stale != 0 {
             self.write_features().await?;
         }
-        let lazy = self.wants_lazy();
-        if lazy && self.geo.version() < 3 {
-            return Err(BlockError::invalid(
-                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
-            ));
-        }
-        self.order.set_lazy(lazy);
+        self.order.set_lazy(self.wants_lazy());
         self.space.reset(self.geo.clusters_for(self.file.len()));
         self.vouch().await?;
         self.mark_bitmaps_in_use().await?;
@@ -238,7 +234,7 @@ impl Core {
 
     /// Whether the number in the header is that of who keeps the bitmaps elsewhere, too.
     pub(crate) fn check_vouched(&self) {
-        let Some(keeper) = self.opts.keeper else { return };
+        let Some(keeper) = self.opts.borrow().keeper else { return };
         let vouched = keeper.old.is_some() && self.header.borrow().kept_number() == keeper.old;
         self.vouched.set(vouched);
         self.kept_number.set(keeper.old.filter(|_| vouched));
@@ -248,7 +244,8 @@ impl Core {
     /// Before the first change after opening: from now on the header says that the bitmaps are kept elsewhere, too, under a new
     /// number. Once: whoever keeps them has to know it before it is used again.
     async fn vouch(self: &Rc<Self>) -> Result<()> {
-        let Some(number) = self.opts.keeper.map(|k| k.new).filter(|_| self.vouch_due.replace(false)) else {
+        let Some(number) = self.opts.borrow().keeper.map(|k| k.new).filter(|_| self.vouch_due.replace(false))
+        else {
             return Ok(());
         };
         self.writable.set(true);
@@ -267,7 +264,28 @@ impl Core {
 
     /// Whether refcounts may be behind while the image is in use.
     pub(crate) fn wants_lazy(&self) -> bool {
-        self.opts.lazy_refcounts.unwrap_or(self.header.borrow().lazy_refcounts())
+        self.opts.borrow().lazy_refcounts.unwrap_or(self.header.borrow().lazy_refcounts())
+    }
+
+    /// Takes the run-time options of `new`, which [`Core::check_options`] found to be right. The caches keep their units: what is in
+    /// them is in use.
+    pub(crate) fn set_options(&self, new: &Options) {
+        self.opts.replace_with(|o| o.with_run_time(new));
+        if let Ok(sizes) = new.caches(&self.geo, self.size.get()) {
+            let l2_bytes = (sizes.l2_slices as u64).saturating_mul(sizes.l2_slice);
+            let l2_slices = usize::try_from(l2_bytes / self.sizes.l2_slice).unwrap_or(usize::MAX / 2);
+            self.l2.borrow_mut().set_capacity(l2_slices);
+            self.rb.borrow_mut().set_capacity(sizes.rb_slices);
+        }
+        if self.writable.get() {
+            self.order.set_lazy(self.wants_lazy());
+        }
+    }
+
+    /// Whether the image can be open with the run-time options of `new`.
+    pub(crate) fn check_options(&self, new: &Options) -> Result<()> {
+        new.check(&self.header.borrow())?;
+        new.caches(&self.geo, self.size.get()).map(|_| ())
     }
 
     /// The L1 table of the snapshot of that id or name, whose disk this is from now on.
@@ -277,8 +295,9 @@ impl Core {
             let by = |f: fn(&Snapshot) -> &str| all.list.iter().find(|s| f(s) == name).cloned();
             by(|s| &s.id).or_else(|| by(|s| &s.name))
         };
-        let Some(s) = found.filter(|_| !self.opts.writable) else {
-            return Err(BlockError::invalid(match self.opts.writable {
+        let writable = self.opts.borrow().writable;
+        let Some(s) = found.filter(|_| !writable) else {
+            return Err(BlockError::invalid(match writable {
                 true => "An internal snapshot can only be opened read-only".to_owned(),
                 false => format!("image '{}' has no snapshot '{name}'", self.name()),
             }));

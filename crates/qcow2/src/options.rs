@@ -1,5 +1,6 @@
 //! How an image is opened: what QSD's `blockdev-add` knows for driver `qcow2`.
 
+use crate::header::Header;
 use crate::types::Geometry;
 
 /// Default for the largest L2 cache: 32 MiB map 256 GiB of disk at 64 KiB clusters.
@@ -134,6 +135,36 @@ pub(crate) struct CacheSizes {
 }
 
 impl Options {
+    /// These with what can be said anew of an open image, as `new` has it.
+    pub(crate) fn with_run_time(&self, new: &Options) -> Options {
+        Options {
+            writable: self.writable,
+            keeper: self.keeper,
+            inactive: self.inactive,
+            snapshot: self.snapshot.clone(),
+            node_name: self.node_name.clone(),
+            ..new.clone()
+        }
+    }
+
+    /// Whether an image with this header can be open so.
+    ///
+    /// # Errors
+    /// A sentence, if it is too old.
+    pub(crate) fn check(&self, header: &Header) -> block::Result<()> {
+        if self.lazy_refcounts.unwrap_or(header.lazy_refcounts()) && header.geometry.version() < 3 {
+            return Err(block::BlockError::invalid(
+                "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
+            ));
+        }
+        if self.discard_no_unref && header.geometry.version() < 3 {
+            return Err(block::BlockError::invalid(
+                "discard-no-unref is only supported since qcow2 version 3",
+            ));
+        }
+        Ok(())
+    }
+
     /// Sizes of the caches for a disk of `size` bytes.
     ///
     /// # Errors

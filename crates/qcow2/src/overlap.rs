@@ -102,7 +102,7 @@ impl Core {
         let last = (at.0.saturating_add(len.max(1)) - 1) >> g.cluster_bits();
         let found = self.meta.borrow().find(first, last - first + 1);
         match found {
-            Some(kind) if kind.checked(&self.opts.overlap_check) => {
+            Some(kind) if kind.checked(&self.opts.borrow().overlap_check) => {
                 let text = format!("Preventing invalid write on metadata (overlaps with {})", kind.name());
                 Err(self.found_corrupt(text, Some(at.0), Some(len)))
             }

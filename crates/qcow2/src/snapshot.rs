@@ -513,7 +513,7 @@ impl Core {
 
     /// Gives clusters that nobody uses any more back to the host. Nobody looks for space meanwhile.
     async fn discard_gone(&self, mut gone: Vec<u64>) {
-        if !self.opts.pass_discard_snapshot {
+        if !self.opts.borrow().pass_discard_snapshot {
             return;
         }
         gone.sort_unstable();

@@ -269,12 +269,14 @@ impl Core {
         if let Some(raw) = self.raw_data_file() {
             // Its bytes are the disk's: they have to read as zeroes there, too.
             raw.zero(whole, ReqFlags { may_unmap: true, ..ReqFlags::NONE }).await?;
-        } else if let Some(data) = self.data_file.as_ref().filter(|_| self.opts.pass_discard_request) {
+        } else if let Some(data) = self.data_file.as_ref().filter(|_| self.opts.borrow().pass_discard_request)
+        {
             self.erase(whole, Erase::Discard { unmap: true }).await?;
             // A host that cannot discard keeps the space; that is all.
             let _kept_on_error = data.discard(whole).await;
             return Ok(());
         }
-        self.erase(whole, Erase::Discard { unmap: !self.opts.discard_no_unref }).await
+        let unmap = !self.opts.borrow().discard_no_unref;
+        self.erase(whole, Erase::Discard { unmap }).await
     }
 }

@@ -203,6 +203,9 @@ fn written(spec: &NodeSpec) -> Map<String, Value> {
             if f.threads {
                 set("aio", json!("threads"));
             }
+            if f.native {
+                set("aio", json!("native"));
+            }
         }
         DriverSpec::Raw { offset, size, .. } => {
             set("driver", json!("raw"));

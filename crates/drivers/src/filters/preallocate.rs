@@ -19,6 +19,17 @@ pub struct PreallocateOptions {
     pub size: u64,
 }
 
+impl PreallocateOptions {
+    /// # Errors
+    /// Lengths that no file of sectors has.
+    pub fn check(&self) -> Result<()> {
+        if self.align > 0 && self.align.is_multiple_of(block::SECTOR) {
+            return Ok(());
+        }
+        Err(BlockError::invalid("prealloc-align parameter of preallocate filter is not aligned to 512"))
+    }
+}
+
 impl Default for PreallocateOptions {
     fn default() -> PreallocateOptions {
         PreallocateOptions { align: 1 << 20, size: 128 << 20 }
@@ -28,7 +39,7 @@ impl Default for PreallocateOptions {
 /// The filter.
 pub struct Preallocate {
     file: Rc<Edge>,
-    options: PreallocateOptions,
+    options: Cell<PreallocateOptions>,
     /// The length that users see, once it is not that of the file.
     len: Cell<Option<u64>>,
 }
@@ -36,13 +47,18 @@ pub struct Preallocate {
 impl Preallocate {
     /// A filter in front of the child of `file` (an edge of role `Filtered`, named `file`).
     pub fn open(file: Rc<Edge>, options: PreallocateOptions) -> Result<Rc<Preallocate>> {
-        let aligned = |size: u64| size > 0 && size.is_multiple_of(block::SECTOR);
-        if !aligned(options.align) {
-            return Err(BlockError::invalid(
-                "prealloc-align parameter of preallocate filter is not aligned to 512",
-            ));
-        }
-        Ok(Rc::new(Preallocate { file, options, len: Cell::new(None) }))
+        options.check()?;
+        Ok(Rc::new(Preallocate { file, options: Cell::new(options), len: Cell::new(None) }))
+    }
+
+    /// How much is set aside now.
+    pub fn options(&self) -> PreallocateOptions {
+        self.options.get()
+    }
+
+    /// Sets aside so much from now on.
+    pub fn set_options(&self, options: PreallocateOptions) {
+        self.options.set(options);
     }
 
     async fn set_len(&self, len: u64, prealloc: Prealloc) -> Result<()> {
@@ -56,8 +72,8 @@ impl Preallocate {
             self.len.set(None);
             return Ok(());
         }
-        let target =
-            len.checked_add(self.options.size).and_then(|l| l.checked_next_multiple_of(self.options.align));
+        let PreallocateOptions { align, size } = self.options.get();
+        let target = len.checked_add(size).and_then(|l| l.checked_next_multiple_of(align));
         let ahead = match target {
             Some(target) if prealloc == Prealloc::Off => self.file.resize(target, Prealloc::Falloc).await,
             _ => Err(BlockError::new(ErrorKind::Unsupported, "space is set aside as asked for")),
