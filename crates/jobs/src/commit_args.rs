@@ -121,16 +121,26 @@ impl CommitArgs {
         };
         let base = match self.base.find(graph, "base", &top, false).await? {
             Some(base) if walk::contains(&top, &base) => base,
+            Some(other) if other.id() == device.id() => return Err(into_itself()),
             Some(other) => return Err(not_in_chain(&other)),
             None => lowest(&top),
         };
         let between = chain::above(&top, Some(&base));
         chain::check_free(&between)?;
         base.check_not_blocked()?;
-        if top.id() == base.id() {
-            return Err(JobError::refused("cannot commit an image into itself"));
-        }
         let is_active = top.id() == device.id() || top.id() == active.id();
+        if top.id() == base.id() {
+            // with filters above it QSD has come further
+            let mirrored = is_active && base.id() != device.id();
+            return Err(if mirrored {
+                JobError::refused("Can't mirror node into itself")
+            } else {
+                into_itself()
+            });
+        }
+        if !is_active && walk::skip_filters(&top).id() == walk::skip_filters(&base).id() {
+            return Err(JobError::refused("Invalid files for merge: top and base are the same"));
+        }
         if is_active && self.backing_file.is_some() {
             return Err(JobError::refused("'backing-file' specified, but 'top' is the active layer"));
         }
@@ -188,6 +198,10 @@ impl ChainEnd {
             (None, None) => Ok(None),
         }
     }
+}
+
+fn into_itself() -> JobError {
+    JobError::refused("cannot commit an image into itself")
 }
 
 fn not_in_chain(node: &NodeCell) -> JobError {

@@ -140,9 +140,13 @@ impl StreamArgs {
             }
             base = bottom.below();
         }
+        let image = walk::skip_filters(&device);
+        if let Some(base) = base.as_ref().filter(|b| b.id() == image.id() || !walk::contains(&image, b)) {
+            let (base, device) = (base.name(), device.name());
+            return Err(JobError::refused(format!("'{base}' is not in the backing chain of '{device}'")));
+        }
         let taken = chain::above(&device, base.as_ref());
         chain::check_free(&taken)?;
-        let image = walk::skip_filters(&device);
         chain::closed_to_writing(&image)?;
         if let Some(name) = &self.filter_node_name {
             graph.check_name(name).map_err(|e| e.context("Could not create node"))?;
