@@ -142,7 +142,7 @@ impl SocketAddress {
             SocketAddress::Inet(a) => a.read(),
             SocketAddress::Fd(a) => match a.number.parse() {
                 Ok(n) if n >= 0 => Ok(Address::Fd(n)),
-                _ => Err(QmpError::generic(format!("File descriptor '{}' is no number", a.number))),
+                _ => Err(QmpError::generic(format!("Unable to parse FD number {}", a.number))),
             },
         }
     }

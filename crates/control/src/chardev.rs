@@ -87,7 +87,7 @@ async fn make(env: &Env, objects: &Rc<Objects>, spec: ChardevSpec) -> Result<Cha
     let (mut first, mut path) = (None, None);
     let (name, backend) = match spec.kind {
         Kind::Null => ("null".to_owned(), Backend::Null),
-        Kind::Ring(size) => ("ringbuf".to_owned(), Backend::Ring(RefCell::new(Ring::new(size)))),
+        Kind::Ring { name, size } => (name.to_owned(), Backend::Ring(RefCell::new(Ring::new(size)))),
         Kind::Stdio => {
             let at = Address::Stdio;
             first = Some(env.connect(&at).await.map_err(|e| failed("open", &at, e))?);
@@ -156,7 +156,8 @@ impl Chardevs {
         Ok(())
     }
 
-    fn check_room(&self, id: &str) -> Result<(), QmpError> {
+    /// Whether one may come by this name.
+    pub(crate) fn check_room(&self, id: &str) -> Result<(), QmpError> {
         if self.find(id).is_some() {
             return Err(QmpError::generic(format!("Chardev with id '{id}' already exists")));
         }

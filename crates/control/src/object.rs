@@ -72,6 +72,17 @@ fn text<'a>(properties: &'a Map<String, Value>, name: &str) -> Option<&'a str> {
     properties.get(name)?.as_str()
 }
 
+/// Whether each property has a value that it can have.
+fn check(kind: &Type, properties: &Map<String, Value>) -> Result<(), QmpError> {
+    if kind.name == "throttle-group" {
+        return throttle::read(properties).map(|_| ());
+    }
+    match properties.iter().find(|(_, value)| value.as_i64().is_some_and(|n| n < 0)) {
+        Some((name, _)) => Err(QmpError::generic(format!("{name} value must be in range [0, {}]", i64::MAX))),
+        None => Ok(()),
+    }
+}
+
 impl Objects {
     /// Creates an object; its properties have passed the schema.
     pub(crate) async fn add(
@@ -86,6 +97,8 @@ impl Objects {
         }
         let kind =
             types::find(kind).ok_or_else(|| QmpError::generic(format!("invalid object type: {kind}")))?;
+        // as in QSD, where properties are set before the object has its place
+        check(kind, &properties)?;
         self.check_room(kind, id)?;
         let content = self.make(env, kind, &properties).await?;
         // Somebody may have been quicker while files were read.
@@ -117,14 +130,9 @@ impl Objects {
         kind: &'static Type,
         properties: &Map<String, Value>,
     ) -> Result<Content, QmpError> {
+        check(kind, properties)?;
         if kind.name == "throttle-group" {
             return Ok(Content::Throttle(ThrottleGroup::new(env, throttle::read(properties)?)));
-        }
-        for (name, value) in properties {
-            if value.as_i64().is_some_and(|n| n < 0) {
-                let desc = format!("{name} value must be in range [0, {}]", i64::MAX);
-                return Err(QmpError::generic(desc));
-            }
         }
         let number = |name: &str| match properties.get(name).and_then(Value::as_i64) {
             Some(n) => Some(n),

@@ -73,6 +73,10 @@ impl Graph {
         let mut off: BTreeMap<u64, Rc<NodeCell>> = BTreeMap::new();
         let mut todo = tops;
         while let Some(cell) = todo.pop() {
+            // below one that is inactive already all stay as they are
+            if !cell.is_active() {
+                continue;
+            }
             // looked at again for each parent: the last one decides
             let quiet = |p: &Rc<NodeCell>| !p.is_active() || off.contains_key(&p.id());
             if self.parents_of(&cell).iter().all(quiet) && !off.contains_key(&cell.id()) {
@@ -80,7 +84,6 @@ impl Graph {
                 off.insert(cell.id(), cell);
             }
         }
-        off.retain(|_, cell| cell.is_active());
         let mut plan = Plan::new();
         for cell in off.into_values() {
             check_unchanged(&cell)?;

@@ -248,7 +248,7 @@ impl ServerHandshake {
                 HandshakeStep::Handled
             }
             opt::STARTTLS => match self.protection {
-                Protection::None => refuse(out, option, rep::ERR_POLICY, "TLS is not configured"),
+                Protection::None => refuse(out, option, rep::ERR_POLICY, "TLS not configured"),
                 Protection::Begun => refuse(out, option, rep::ERR_INVALID, "TLS has begun already"),
                 // What the client sent behind it came in the clear and would be taken for protected.
                 Protection::Required if !inbox.is_empty() => {

@@ -1,11 +1,11 @@
 //! What a character device is to be: from a `--chardev` argument or from JSON. What cannot be done is refused by name.
 
 use super::shown;
-use crate::address::LegacyAddress;
+use crate::address::{LegacyAddress, SocketAddress};
 use crate::error::QmpError;
 use crate::object::is_identifier;
 use env::Address;
-use qapi::{Map, Value};
+use qapi::{Map, Value, json};
 
 /// What a `--chardev` argument says.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -19,8 +19,11 @@ pub(super) enum Kind {
     Null,
     Stdio,
     Socket(Socket),
-    /// Keeps the last so many bytes that were written to it.
-    Ring(usize),
+    /// Keeps the last so many bytes that were written to it; `name` is one of the two that it goes by.
+    Ring {
+        name: &'static str,
+        size: usize,
+    },
 }
 
 /// A socket, either end.
@@ -39,47 +42,111 @@ const RING: u64 = 64 << 10;
 /// Most bytes that a ring keeps.
 const MAX_RING: u64 = 64 << 20;
 
-/// `a=x,b=y` as `--chardev` takes it: no nesting; `b` alone is `b=on`, `nob` is `b=off`.
-fn options(text: &str) -> Vec<(String, String)> {
-    let mut fields = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        match (c, fields.last_mut()) {
-            (',', Some(last)) if chars.peek() == Some(&',') => {
-                chars.next();
-                last.push(',');
-            }
-            (',', _) => fields.push(String::new()),
-            (c, Some(last)) => last.push(c),
-            (_, None) => {}
+/// What a `--chardev` parameter takes.
+#[derive(Clone, Copy)]
+enum Takes {
+    Text,
+    Flag,
+    Number,
+    Size,
+}
+
+/// The parameters of all kinds. As in QSD one that says nothing of the kind at hand is taken, if its value can be one.
+fn parameter(name: &str) -> Option<Takes> {
+    Some(match name {
+        "backend" | "id" | "path" | "host" | "port" | "fd" | "tls-creds" | "tls-authz" | "logfile" => {
+            Takes::Text
         }
-    }
-    let mut out = Vec::new();
-    for (i, field) in fields.into_iter().enumerate().filter(|(_, f)| !f.is_empty()) {
-        out.push(match field.split_once('=') {
-            Some((k, v)) => (k.to_owned(), v.to_owned()),
-            None if i == 0 => ("backend".to_owned(), field),
-            None => match field.strip_prefix("no") {
-                Some(k) if matches!(k, "wait" | "server" | "delay" | "telnet") => {
-                    (k.to_owned(), "off".into())
-                }
-                _ => (field, "on".to_owned()),
-            },
+        "server" | "wait" | "delay" | "nodelay" | "ipv4" | "ipv6" | "signal" | "logappend" | "tight"
+        | "keep-alive" | "telnet" | "tn3270" | "websocket" | "mux" | "abstract" => Takes::Flag,
+        "reconnect" | "reconnect-ms" | "to" => Takes::Number,
+        "size" => Takes::Size,
+        _ => return None,
+    })
+}
+
+/// `a=x,b=y` as `--chardev` takes it: no nesting; `b` alone is `b=on`, `nob` is `b=off`; a comma in a value is doubled.
+fn options(text: &str) -> Vec<(String, String)> {
+    let mut out: Vec<(String, String)> = Vec::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = rest.find(['=', ',']).unwrap_or(rest.len());
+        let named = rest[end..].starts_with('=');
+        if named || out.is_empty() {
+            let (name, from) = if named { (&rest[..end], end + 1) } else { ("backend", 0) };
+            let (value, after) = value(&rest[from..]);
+            out.push((name.to_owned(), value));
+            rest = after;
+            continue;
+        }
+        let flag = &rest[..end];
+        out.push(match flag.strip_prefix("no") {
+            Some(name) => (name.to_owned(), "off".to_owned()),
+            None => (flag.to_owned(), "on".to_owned()),
         });
+        rest = rest[end..].strip_prefix(',').unwrap_or_default();
     }
     out
 }
 
+/// The value at the start of `text`, and what comes after its comma.
+fn value(text: &str) -> (String, &str) {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(',') {
+        out.push_str(&rest[..at]);
+        let after = &rest[at + 1..];
+        match after.strip_prefix(',') {
+            Some(more) => {
+                out.push(',');
+                rest = more;
+            }
+            None => return (out, after),
+        }
+    }
+    out.push_str(rest);
+    (out, "")
+}
+
+fn flag(name: &str, value: &str) -> Result<bool, QmpError> {
+    match value {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(QmpError::generic(format!("Parameter '{name}' expects 'on' or 'off'"))),
+    }
+}
+
+/// A number of bytes, with the letter of a unit or without.
+fn size(name: &str, value: &str) -> Result<i64, QmpError> {
+    let end = value.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(value.len());
+    let (digits, unit) = value.split_at(end);
+    let shift = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => Some(0),
+        "k" => Some(10),
+        "m" => Some(20),
+        "g" => Some(30),
+        "t" => Some(40),
+        _ => None,
+    };
+    match (digits.parse::<f64>(), shift) {
+        // whole bytes, and no more of them than a ring can have
+        (Ok(n), Some(shift)) if n.fract() == 0.0 || shift > 0 => Ok((n * f64::from(1 << shift)) as i64),
+        _ => Err(QmpError::generic(format!("Parameter '{name}' expects a non-negative number below 2^64"))),
+    }
+}
+
+const AUTHZ_WITHOUT_CREDS: &str = "'tls_authz' option requires 'tls_creds' option";
 const WAIT_OF_CLIENT: &str = "'wait' option is incompatible with socket in client connect mode";
 
-/// The size of a ring, in bytes.
-fn ring(size: Option<i64>) -> Result<usize, QmpError> {
+/// A ring of so many bytes.
+fn ring(name: &str, size: Option<i64>) -> Result<Kind, QmpError> {
+    let name = if name == "memory" { "memory" } else { "ringbuf" };
     let size = size.map_or(Ok(RING), u64::try_from).unwrap_or(0);
     if size > MAX_RING {
         return Err(QmpError::generic(format!("size of ringbuf chardev must be at most {MAX_RING}")));
     }
     match usize::try_from(size) {
-        Ok(n) if n.is_power_of_two() => Ok(n),
+        Ok(size) if size.is_power_of_two() => Ok(Kind::Ring { name, size }),
         _ => Err(QmpError::generic("size of ringbuf chardev must be power of two")),
     }
 }
@@ -88,34 +155,37 @@ impl ChardevSpec {
     /// Reads a `--chardev` argument.
     pub fn parse(text: &str) -> Result<ChardevSpec, QmpError> {
         let all = options(text);
+        // as in QSD the first `id` counts, and the last of everything else
         let get = |key: &str| all.iter().rev().find(|(k, _)| k == key).map(|(_, v)| v.as_str());
+        let id = all.iter().find(|(k, _)| k == "id").map(|(_, v)| v.as_str());
         let fail = |desc: String| Err(QmpError::generic(desc));
-        let on = |key: &str, default: bool| match get(key) {
-            None => Ok(default),
-            Some("on" | "yes" | "true" | "y") => Ok(true),
-            Some("off" | "no" | "false" | "n") => Ok(false),
-            Some(_) => Err(QmpError::generic(format!("Parameter '{key}' expects 'on' or 'off'"))),
-        };
+        if id.is_some_and(|id| !is_identifier(id)) {
+            return fail("Parameter 'id' expects an identifier".into());
+        }
+        let mut ring_size = None;
         for (key, value) in &all {
-            match key.as_str() {
-                "backend" | "id" | "path" | "host" | "port" | "fd" | "server" | "wait" => {}
-                "nodelay" | "delay" | "ipv4" | "ipv6" | "signal" | "logappend" | "tight" | "keep-alive" => {}
-                "telnet" | "tn3270" | "websocket" | "mux" | "abstract" => {
-                    if on(key, false)? {
-                        return fail(format!("Parameter '{key}' is not supported by liveblkd"));
-                    }
+            match parameter(key) {
+                None => return fail(format!("Invalid parameter '{key}'")),
+                Some(Takes::Text) => {}
+                Some(Takes::Flag) => flag(key, value).map(|_| ())?,
+                Some(Takes::Number) if value.parse::<u64>().is_err() => {
+                    return fail(format!("Parameter '{key}' expects a number"));
                 }
-                "reconnect" | "reconnect-ms" if value == "0" => {}
-                "tls-creds" | "tls-authz" | "size" => {}
-                "reconnect" | "reconnect-ms" | "logfile" | "to" => {
-                    return fail(format!("Parameter '{key}' is not supported by liveblkd"));
-                }
-                _ => return fail(format!("Invalid parameter '{key}'")),
+                Some(Takes::Number) => {}
+                Some(Takes::Size) => ring_size = Some(size(key, value)?),
             }
         }
-        let Some(id) = get("id") else { return fail("chardev: no id specified".into()) };
-        if !is_identifier(id) {
-            return fail("Parameter 'id' expects an identifier".into());
+        let Some(id) = id else { return fail("chardev: no id specified".into()) };
+        let on = |key: &str, default: bool| get(key).map_or(Ok(default), |value| flag(key, value));
+        for key in ["telnet", "tn3270", "websocket", "mux", "abstract"] {
+            if on(key, false)? {
+                return fail(format!("Parameter '{key}' is not supported by liveblkd"));
+            }
+        }
+        for key in ["reconnect", "reconnect-ms", "logfile", "to"] {
+            if get(key).is_some_and(|v| v != "0" || key == "logfile") {
+                return fail(format!("Parameter '{key}' is not supported by liveblkd"));
+            }
         }
         let kind = match get("backend") {
             Some("null") => Kind::Null,
@@ -123,38 +193,34 @@ impl ChardevSpec {
             Some("socket") => {
                 let server = on("server", false)?;
                 let address = match (get("path"), get("host"), get("fd"), get("port")) {
-                    (Some(path), None, None, _) => Address::Unix(path.into()),
-                    (None, None, Some(fd), _) => match fd.parse() {
-                        Ok(n) if n >= 0 => Address::Fd(n),
-                        _ => return fail(format!("Unable to parse FD number {fd}")),
-                    },
-                    (None, host, None, Some(port)) => {
-                        let host = host.unwrap_or("localhost").to_owned();
-                        match port.parse() {
-                            Ok(port) => Address::tcp(&host, port),
-                            Err(_) => return fail(format!("chardev: socket: bad port '{port}'")),
+                    (Some(path), None, None, _) => json!({"type": "unix", "path": path}),
+                    (None, None, fd, _) => json!({"type": "fd", "str": fd.unwrap_or_default()}),
+                    (None, Some(host), None, Some(port)) => {
+                        let mut tcp = json!({"type": "inet", "host": host, "port": port});
+                        for family in ["ipv4", "ipv6"].into_iter().filter(|f| get(f).is_some()) {
+                            tcp[family] = on(family, true)?.into();
                         }
+                        tcp
                     }
                     (None, Some(_), None, None) => return fail("chardev: socket: no port given".into()),
-                    (None, None, None, None) => {
-                        return fail("chardev: socket: one of 'path', 'host' and 'fd' is needed".into());
-                    }
-                    _ => return fail("chardev: socket: 'path', 'host' and 'fd' exclude one another".into()),
+                    _ => return fail("None or one of 'path', 'fd' or 'host' option required.".into()),
                 };
+                let address: SocketAddress =
+                    qapi::from_value(address).map_err(|e| QmpError::generic(e.to_string()))?;
                 if get("wait").is_some() && !server {
                     return fail(WAIT_OF_CLIENT.into());
                 }
                 let text = |key: &str| get(key).map(str::to_owned);
                 let (tls_creds, tls_authz) = (text("tls-creds"), text("tls-authz"));
+                if tls_authz.is_some() && tls_creds.is_none() {
+                    return fail(AUTHZ_WITHOUT_CREDS.into());
+                }
+                let address = address.read()?;
                 Kind::Socket(Socket { address, server, wait: on("wait", true)?, tls_creds, tls_authz })
             }
-            Some("ringbuf" | "memory") => match get("size").map(str::parse) {
-                None => Kind::Ring(ring(None)?),
-                Some(Ok(size)) => Kind::Ring(ring(Some(size))?),
-                Some(Err(_)) => return fail("Parameter 'size' expects a size".into()),
-            },
+            Some(name @ ("ringbuf" | "memory")) => ring(name, ring_size)?,
             Some(other) => return fail(format!("'{other}' is not a valid char driver name")),
-            None => return fail("chardev: \"id\" has no backend".into()),
+            None => return fail(format!("chardev: \"{id}\" missing backend")),
         };
         Ok(ChardevSpec { id: id.to_owned(), kind })
     }
@@ -183,7 +249,7 @@ impl ChardevSpec {
         let kind = match backend.get("type").and_then(Value::as_str).unwrap_or_default() {
             "null" => Kind::Null,
             "stdio" => Kind::Stdio,
-            "ringbuf" | "memory" => Kind::Ring(ring(data.get("size").and_then(Value::as_i64))?),
+            name @ ("ringbuf" | "memory") => ring(name, data.get("size").and_then(Value::as_i64))?,
             "socket" => {
                 let address = data.get("addr").cloned().unwrap_or_default();
                 let address: LegacyAddress =
@@ -193,7 +259,7 @@ impl ChardevSpec {
                     return Err(QmpError::generic(WAIT_OF_CLIENT));
                 }
                 if data.contains_key("tls-authz") && !data.contains_key("tls-creds") {
-                    return Err(QmpError::generic("'tls_authz' option requires 'tls_creds' option"));
+                    return Err(QmpError::generic(AUTHZ_WITHOUT_CREDS));
                 }
                 Kind::Socket(Socket {
                     address: address.read()?,
@@ -207,6 +273,11 @@ impl ChardevSpec {
             other => return Err(QmpError::generic(format!("'{other}' is not a valid char driver name"))),
         };
         Ok(ChardevSpec { id: id.to_owned(), kind })
+    }
+
+    /// Whether it is the process's own input and output.
+    pub fn is_stdio(&self) -> bool {
+        self.kind == Kind::Stdio
     }
 
     /// Whether making it waits for a client; then the address, to tell people.
@@ -233,7 +304,8 @@ mod tests {
         assert_eq!(ok("socket,id=c,path=a,,b,server,nowait").kind, unix(true, false));
         assert_eq!(ok("socket,id=c,path=a,,b").kind, unix(false, true));
         assert_eq!(ok("backend=stdio,id=c,signal=off").kind, Kind::Stdio);
-        assert_eq!(ok("ringbuf,id=c,size=64").kind, Kind::Ring(64));
+        assert_eq!(ok("ringbuf,id=c,size=64").kind, Kind::Ring { name: "ringbuf", size: 64 });
+        assert_eq!(ok("memory,id=c,size=1K").kind, Kind::Ring { name: "memory", size: 1024 });
         for (text, want) in [
             ("ringbuf,id=c,size=0", "size of ringbuf chardev must be power of two"),
             ("ringbuf,id=c,size=100000000000", "size of ringbuf chardev must be at most 67108864"),
@@ -245,7 +317,17 @@ mod tests {
             ("socket,id=c,host=127.0.0.1,server=on", "chardev: socket: no port given"),
             ("socket,id=c,path=q,reconnect=1", "Parameter 'reconnect' is not supported by liveblkd"),
             ("socket,id=c,path=q,telnet=on", "Parameter 'telnet' is not supported by liveblkd"),
-            ("socket,id=c,path=q,fd=3", "chardev: socket: 'path', 'host' and 'fd' exclude one another"),
+            ("socket,id=c,path=q,fd=3", "None or one of 'path', 'fd' or 'host' option required."),
+            ("socket,id=c,port=1", "Unable to parse FD number "),
+            ("socket,id=c,host=::1,port=1,ipv4=off,ipv6=off", "Cannot disable IPv4 and IPv6 at same time"),
+            ("socket,id=c,path=q,reconnect=x", "Parameter 'reconnect' expects a number"),
+            ("socket,id=c,path=q,tls-authz=z", AUTHZ_WITHOUT_CREDS),
+            ("null,bogus=1,id=1c", "Parameter 'id' expects an identifier"),
+            ("null,id=c,,", "Parameter 'id' expects an identifier"),
+            ("null,id=c,server,,x", "Invalid parameter ''"),
+            ("null,id=c,nope", "Invalid parameter 'pe'"),
+            ("id=c", "chardev: \"c\" missing backend"),
+            ("ringbuf,id=c,size=1.7", "Parameter 'size' expects a non-negative number below 2^64"),
             (
                 "socket,id=c,path=q,wait=on",
                 "'wait' option is incompatible with socket in client connect mode",

@@ -60,6 +60,7 @@ struct ChardevAdd {
 impl Command for ChardevAdd {
     const NAME: &'static str = "chardev-add";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        daemon.chardevs().check_room(&self.id)?;
         let spec = ChardevSpec::from_backend(&self.id, &self.backend).map_err(named(&self.id))?;
         daemon.add_chardev(spec).await.map_err(named(&self.id))?;
         Ok(json!({}))

@@ -51,6 +51,8 @@ struct FileImage {
     filename: String,
     size: u64,
     preallocation: Option<Preallocation>,
+    /// Ours has no use for it.
+    extent_size_hint: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -174,6 +176,9 @@ impl Command for BlockdevAmend {
 }
 
 async fn file(opener: &Opener, o: FileImage) -> Result<()> {
+    if o.extent_size_hint.is_some_and(|hint| u32::try_from(hint).is_err()) {
+        return Err(BlockError::invalid("Extent size hint is too large"));
+    }
     let prealloc = o.preallocation.map_or(Prealloc::Off, Prealloc::from);
     opener.create_file(&o.filename, o.size, prealloc).await
 }

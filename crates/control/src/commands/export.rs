@@ -146,7 +146,7 @@ impl Command for BlockExportAdd {
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
         daemon.exports().check_id(&self.id)?;
         let cell = daemon.find_node(None, Some(&self.node_name))?;
-        if let Some(id) = self.iothread.filter(|id| daemon.objects().find(id).is_none()) {
+        if let Some(id) = self.iothread.filter(|id| daemon.objects().find(id) != Some("iothread")) {
             return Err(QmpError::generic(format!("iothread \"{id}\" not found")));
         }
         if self.allow_inactive && !matches!(self.kind, ExportType::Nbd) {
@@ -351,6 +351,9 @@ struct NbdServerRemove {
 impl Command for NbdServerRemove {
     const NAME: &'static str = "nbd-server-remove";
     async fn run(self, daemon: Rc<Daemon>) -> Reply {
+        if daemon.exports().query().iter().any(|e| e.id == self.name && e.kind != "nbd") {
+            return Err(QmpError::generic(format!("Block export '{}' is not an NBD export", self.name)));
+        }
         daemon.exports().delete(&self.name, self.mode.into())?;
         Ok(json!({}))
     }

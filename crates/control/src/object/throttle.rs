@@ -12,6 +12,9 @@ pub(super) fn read(properties: &Map<String, Value>) -> Result<Config, QmpError> 
     let mut config = Config::default();
     for (name, value) in properties {
         if let Some(name) = name.strip_prefix("x-") {
+            if value.as_i64().is_some_and(|n| n < 0) {
+                return Err(QmpError::generic("Property values cannot be negative"));
+            }
             put(&mut config, name, value)?;
         }
     }
