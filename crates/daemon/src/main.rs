@@ -32,7 +32,7 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: &[String]) -> Result<(), String> {
-    let given = options::read(arguments)?;
+    let (given, read) = options::read(arguments);
     for g in &given {
         match g.name {
             Name::Help => {
@@ -46,6 +46,7 @@ fn start(arguments: &[String]) -> Result<(), String> {
             _ => {}
         }
     }
+    read?;
     // as many files and clients as the host allows; where it refuses, the old limit stands
     let _ = process::raise_descriptor_limit();
     let detached = match given.iter().any(|g| g.name == Name::Daemonize) {
@@ -103,9 +104,10 @@ fn say(end: Result<(), QmpError>) {
 async fn set_up(daemon: &Rc<Daemon>, given: &[Given]) -> Result<Option<Option<PidFile>>, String> {
     let state = given.iter().rev().find(|g| g.name == Name::StateDir);
     let done = startup::restore(daemon, given).await;
+    let background = given.iter().any(|g| g.name == Name::Daemonize);
     let done = done.map_err(|e| format!("{}: {e}", state.map_or("--state-dir", |g| g.shown.as_str())))?;
     for (g, _) in given.iter().zip(done).filter(|(_, done)| !done) {
-        match startup::apply(daemon, g).await {
+        match startup::apply(daemon, g, background).await {
             Ok(Done::Applied) => {}
             Ok(Done::Text(text)) => {
                 print!("{text}");

@@ -3,9 +3,10 @@
 //! As `getopt_long` has it: `--name value`, `--name=value`, unambiguous beginnings of names, `-V`, `-Tvalue`; `--` ends the
 //! options. Whatever is no option is refused: QSD takes no positional arguments.
 
-/// The options, in alphabetical order.
+/// The options, in alphabetical order; before them what is none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Name {
+    Argument,
     Blockdev,
     Chardev,
     Daemonize,
@@ -46,26 +47,30 @@ pub(crate) struct Given {
     pub(crate) shown: String,
 }
 
-/// Reads the arguments after the program's name.
-pub(crate) fn read(arguments: &[String]) -> Result<Vec<Given>, String> {
+/// Reads the arguments after the program's name: the options before the first that is not understood, and what is wrong with
+/// that one. An argument that is no option is wrong when its turn comes, after the options before it have taken effect.
+pub(crate) fn read(arguments: &[String]) -> (Vec<Given>, Result<(), String>) {
     let mut out = Vec::new();
     let mut rest = arguments.iter();
-    while let Some(argument) = rest.next() {
-        if argument == "--" {
+    let argument = |a: &String| Given { name: Name::Argument, value: String::new(), shown: a.clone() };
+    while let Some(word) = rest.next() {
+        if word == "--" {
             break;
         }
-        if let Some(long) = argument.strip_prefix("--") {
-            out.push(read_long(argument, long, &mut rest)?);
-        } else if let Some(short) = argument.strip_prefix('-').filter(|s| !s.is_empty()) {
-            read_short(argument, short, &mut rest, &mut out)?;
+        let read = if let Some(long) = word.strip_prefix("--") {
+            read_long(word, long, &mut rest).map(|given| out.push(given))
+        } else if let Some(short) = word.strip_prefix('-').filter(|s| !s.is_empty()) {
+            read_short(word, short, &mut rest, &mut out)
         } else {
-            return Err(format!("{argument}: Unexpected argument"));
+            out.push(argument(word));
+            Ok(())
+        };
+        if read.is_err() {
+            return (out, read);
         }
     }
-    match rest.next() {
-        Some(argument) => Err(format!("{argument}: Unexpected argument")),
-        None => Ok(out),
-    }
+    out.extend(rest.map(argument));
+    (out, Ok(()))
 }
 
 fn read_long<'a>(
@@ -131,7 +136,8 @@ mod tests {
 
     fn run(line: &str) -> Result<Vec<(Name, String)>, String> {
         let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
-        Ok(read(&words)?.into_iter().map(|g| (g.name, g.value)).collect())
+        let (given, read) = read(&words);
+        read.map(|()| given.into_iter().map(|g| (g.name, g.value)).collect())
     }
 
     #[test]
@@ -146,11 +152,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_before_an_error_and_what_is_no_option() {
+        let words = ["-V", "x", "--bogus"].map(str::to_owned);
+        let (given, read) = read(&words);
+        assert_eq!(given.iter().map(|g| g.name).collect::<Vec<_>>(), [Name::Version, Name::Argument]);
+        assert_eq!(read, Err("unrecognized option '--bogus'".to_owned()));
+        assert_eq!(run("-- x").map(|all| all.len()), Ok(1));
+    }
+
+    #[test]
     fn errors() {
         for (line, want) in [
             ("--bogus", "unrecognized option '--bogus'"),
-            ("positional", "positional: Unexpected argument"),
-            ("-- positional", "positional: Unexpected argument"),
             ("--blockdev", "option '--blockdev' requires an argument"),
             ("-x", "invalid option -- 'x'"),
             ("--version=3", "option '--version' doesn't allow an argument"),

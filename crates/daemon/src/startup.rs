@@ -38,10 +38,12 @@ pub(crate) fn read(daemon: &Daemon, given: &Given) -> Result<Asked, QmpError> {
         Name::Object => match value {
             "help" | "?" => Ok(Asked::Text(help::objects().into())),
             value
-                if let Some(text) =
-                    value.strip_suffix(",help").or(value.strip_suffix(",?")).and_then(help::object) =>
+                if !value.starts_with('{')
+                    && let Ok(asked) = keyval::parse(value, Some("qom-type"))
+                    && asked.help =>
             {
-                Ok(Asked::Text(text.into()))
+                let kind = asked.values.get("qom-type").and_then(Value::as_str);
+                Ok(Asked::Text(kind.and_then(help::object).unwrap_or_else(help::objects).into()))
             }
             value => command("object-add", check(daemon, "--object", Some("qom-type"), value)?),
         },
@@ -55,25 +57,32 @@ pub(crate) fn read(daemon: &Daemon, given: &Given) -> Result<Asked, QmpError> {
             command("nbd-server-start", arguments)
         }
         Name::Chardev if value == "help" || value == "?" => Ok(Asked::Text(help::CHARDEVS.into())),
+        // there are no trace events to be listed
+        Name::Trace if value == "help" || value == "?" => Ok(Asked::Text("".into())),
         _ => Ok(Asked::Own),
     }
 }
 
-/// Makes one option take effect.
-pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given) -> Result<Done, QmpError> {
+/// Makes one option take effect. `background`: the process is to leave its terminal.
+pub(crate) async fn apply(daemon: &Rc<Daemon>, given: &Given, background: bool) -> Result<Done, QmpError> {
     match read(daemon, given)? {
         Asked::Command(option) => daemon.run_option(&option).await.map(|_| Done::Applied),
         Asked::Text(text) => Ok(Done::Text(text)),
-        Asked::Own => own(daemon, given).await.map(|()| Done::Applied),
+        Asked::Own => own(daemon, given, background).await.map(|()| Done::Applied),
     }
 }
 
 /// What the command line alone can ask for.
-async fn own(daemon: &Rc<Daemon>, given: &Given) -> Result<(), QmpError> {
+async fn own(daemon: &Rc<Daemon>, given: &Given, background: bool) -> Result<(), QmpError> {
     let value = given.value.as_str();
     match given.name {
+        Name::Argument => Err(QmpError::generic("Unexpected argument")),
+        Name::Trace => check_trace(value),
         Name::Chardev => {
             let spec = ChardevSpec::parse(value)?;
+            if background && spec.is_stdio() {
+                return Err(QmpError::generic("cannot use stdio with -daemonize"));
+            }
             if let Some(at) = spec.waits_at() {
                 eprintln!("liveblkd: {}: info: waiting for connection on: {at}", given.shown);
             }
@@ -91,6 +100,21 @@ async fn own(daemon: &Rc<Daemon>, given: &Given) -> Result<(), QmpError> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether a value of `--trace` is one, though nothing is traced.
+fn check_trace(value: &str) -> Result<(), QmpError> {
+    for (i, part) in value.split(',').filter(|p| !p.is_empty()).enumerate() {
+        match part.split_once('=') {
+            Some(("enable" | "events" | "file", _)) => {}
+            None if i == 0 => {}
+            _ => {
+                let name = part.split('=').next().unwrap_or_default();
+                return Err(QmpError::generic(format!("Invalid parameter '{name}'")));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The daemon of an earlier life, from the directory that `--state-dir` names, if it is given. Which of the options have

@@ -19,6 +19,12 @@ fn syntax() {
     fails(&["positional"], "positional: Unexpected argument");
     fails(&["--blockdev"], "option '--blockdev' requires an argument");
     fails(&["-x"], "invalid option -- 'x'");
+    // its turn comes after what is before it, and after what no option is at all
+    fails(
+        &["--blockdev", "nodriver", "positional"],
+        "--blockdev nodriver: Parameter 'driver' does not accept value 'nodriver'",
+    );
+    fails(&["positional", "-x"], "invalid option -- 'x'");
     fails(&["--version=3"], "option '--version' doesn't allow an argument");
 }
 
@@ -58,6 +64,10 @@ fn values() {
             "socket,id=c,path=nonexist.sock",
             "Failed to connect to 'nonexist.sock': No such file or directory",
         ),
+        ("--chardev", "null,bogus=1,id=1c", "Parameter 'id' expects an identifier"),
+        ("--object", "iothread,0=on,help", "Invalid parameter '0'"),
+        ("--trace", "bogus=1", "Invalid parameter 'bogus'"),
+        ("--export", "{\"id\":\"e", "JSON parse error, stray '\"e'"),
         ("--monitor", "zz", "chardev \"zz\" not found"),
         ("--monitor", "zz,mode=readline", "chardev \"zz\" not found"),
         ("--object", "iothread", "Parameter 'id' is missing"),
@@ -85,6 +95,10 @@ fn values() {
         "--object iothread,id=i0: attempt to add duplicate property 'i0' to object (type 'container')",
     );
     fails(
+        &["--daemonize", "--chardev", "stdio,id=c"],
+        "--chardev stdio,id=c: cannot use stdio with -daemonize",
+    );
+    fails(
         &["--pidfile", "/nonexistent/pid"],
         "cannot create PID file: Could not create '/nonexistent/pid': No such file or directory",
     );
@@ -100,7 +114,9 @@ fn texts() {
     for (arguments, want) in [
         (vec!["--version"], "liveblkd version 10.0.2 (liveblk "),
         (vec!["--help"], "Usage: liveblkd [options]\n"),
-        (vec!["-V", "--bogus-is-not-reached"], ""),
+        (vec!["-V", "--bogus-is-not-reached"], "liveblkd version 10.0.2 (liveblk "),
+        (vec!["-x", "-V"], ""),
+        (vec!["--object", "nope,help"], "List of user creatable objects:\n  authz-list\n"),
         (vec!["--object", "help"], "List of user creatable objects:\n  authz-list\n"),
         (vec!["--object", "iothread,help"], "iothread options:\n  aio-max-batch=<int>\n"),
         (vec!["--chardev", "help"], "Available chardev backend types: \n"),
