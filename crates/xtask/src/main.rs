@@ -31,7 +31,7 @@ cargo xtask COMMAND
   fuzz      coverage-guided fuzzing under AddressSanitizer: [--seconds N] [TARGET ...]
   interleave jobs in real processes, steered and failing at random: [--rounds N] [--seed S] [--job commit|active|stream|mirror|backup]
   bitmaps   random histories of persistent bitmaps exchanged with QEMU: --count N [--seed S]
-  wander    random scenes of commands, jobs and clients with QSD and liveblkd: what differs, cut down: [--rounds N] [--seed S]
+  wander    random scenes of commands, jobs and clients with QSD and liveblkd: what differs, cut down: [--kind KIND] [--rounds N] [--seed S]
   dirty     bitmaps under kill -9, beside what really changed, and a mirror killed at 90 %: [--rounds N] [--seed S]
   resume    a mirror of 10 GiB cut at 90 % in three ways, and how much more it copies: [--mib N] [--dir DIR] [--only killed|link|target]
   vast      seconds of jobs on a disk of 16 TiB with 1 GiB in it: [--format qcow2|raw] [--mib N] [JOB ...]

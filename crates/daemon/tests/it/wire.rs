@@ -100,6 +100,21 @@ fn scenes_that_nobody_recorded() {
     compare("twins.py", &["../twins/wandered.txt".to_owned()]);
 }
 
+/// Lines that are almost commands: what the parser and the checks of arguments say, byte by byte. The seeds repeat.
+#[test]
+fn random_lines() {
+    compare(
+        "wander.py",
+        &["--kind", "wire", "--seed", "5000", "--rounds", "20", "--no-shrink"].map(str::to_owned),
+    );
+}
+
+/// Random command lines: exit status and message (tests/compat/cmdline.py lists what may differ).
+#[test]
+fn random_command_lines() {
+    compare("cmdline.py", &["--seed", "1", "--rounds", "150"].map(str::to_owned));
+}
+
 /// Every command of QSD's schema with every member odd: the same answers (tests/compat/odd.py lists what may differ).
 #[test]
 fn every_argument_odd() {
