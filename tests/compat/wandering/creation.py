@@ -22,7 +22,7 @@ class Creation(Scene):
         self.command("query-named-block-nodes", flat=True)
         self.command("query-named-block-nodes")
         facts = "virtual size|backing|bitmap|name:|granul|compat|lazy|refcount bits|extended|data|compression|corrupt|cluster_size"
-        for say in ("qemu-img check -q $f 2>&1 | grep -v ^qemu-img", f"qemu-img info $f 2>/dev/null | grep -E '{facts}'", "test $(stat -c %s $f) -lt 99999999 && qemu-img convert -O raw $f out 2>/dev/null && sha256sum out; rm -f out"):
+        for say in ("qemu-img check -q $f 2>&1 | grep -v ^qemu-img", f"qemu-img info $f 2>/dev/null | grep -E '{facts}'", "test $(qemu-img info $f 2>/dev/null | grep -c TiB) = 0 && qemu-img convert -O raw $f out 2>/dev/null && sha256sum out; rm -f out"):
             self.lines.append(f"!! for f in 1.f 2.f 3.f over.q; do if test -e $f; then echo $f; {say}; fi; done")
 
     def some(self):
