@@ -184,11 +184,12 @@ impl PrimaryGroup {
                 self.takes_nothing(number, session);
                 return Ok(());
             }
-            // Or for what it has, and does not get further with: its disk hangs, while it answers.
+            // Or for what it has, with room for more, and does not get further with: its disk hangs, while it answers.
             let now = self.env.now();
             let before = |o: &Owed| stuck.iter().find(|s| s.0 == *o).map_or(now, |s| s.1);
             stuck = self.owed(number).into_iter().map(|o| (o, before(&o))).collect();
             if let Some(((level, _), _)) = stuck.iter().find(|s| now >= s.1 + self.timeout.get())
+                && !held_up
                 && !env::bugs::planted("replication: guests wait for a disk that hangs")
             {
                 let why = format!("the secondary gets nothing further to level '{}'", level.name());
