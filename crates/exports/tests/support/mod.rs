@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
+type OnRead = Box<dyn Fn(Span)>;
+
 /// One file, and knobs for trouble.
 pub struct Plain {
     env: env::Env,
@@ -24,7 +26,7 @@ pub struct Plain {
     /// How the last zeroing was asked for.
     pub zeroed: Cell<ReqFlags>,
     /// Told of each read before it begins.
-    pub on_read: RefCell<Option<Box<dyn Fn(Span)>>>,
+    pub on_read: RefCell<Option<OnRead>>,
 }
 
 impl Plain {
