@@ -99,7 +99,7 @@ impl Plan {
             l2_cache_size: r.one_in(2).then_some(1),
             refcount_cache_size: r.one_in(2).then_some(1),
             l2_cache_entry_size: r.one_in(3).then_some(512),
-            discard_no_unref: r.one_in(8),
+            discard_no_unref: r.one_in(8) && !old,
             pass_discard_other: r.one_in(2),
             ..Options::default()
         };
