@@ -123,14 +123,13 @@ impl Objects {
         Ok(())
     }
 
-    /// What an object of this type with these properties is good for.
+    /// What an object of this type with these properties, which were checked, is good for.
     async fn make(
         &self,
         env: &Env,
         kind: &'static Type,
         properties: &Map<String, Value>,
     ) -> Result<Content, QmpError> {
-        check(kind, properties)?;
         if kind.name == "throttle-group" {
             return Ok(Content::Throttle(ThrottleGroup::new(env, throttle::read(properties)?)));
         }
@@ -340,6 +339,7 @@ impl Objects {
             return Ok(json!({}));
         }
         properties.insert(property.to_owned(), value);
+        check(kind, &properties)?;
         let content = self.make(env, kind, &properties).await?;
         let lasting = lasting(env, &properties);
         self.at(&id, |o| (o.properties, o.lasting, o.content) = (properties, lasting, content))?;

@@ -223,15 +223,8 @@ impl Opener {
         if !cell.bitmaps().is_empty() {
             return in_use("it has dirty bitmaps");
         }
-        let to = |(offset, size): (u64, Option<u64>)| -> Rc<dyn Fn()> {
-            let cell = cell.clone();
-            Rc::new(move || {
-                if let Some(raw) = cell.node().as_any().downcast_ref::<RawNode>() {
-                    raw.set_window(offset, size);
-                }
-            })
-        };
-        plan.steps.push(Step::At { what: to((offset, size)), undo: Some(to(was)) });
+        let window = [(offset, size), was];
+        change(cell, window, |raw: &RawNode, (offset, size)| raw.set_window(*offset, *size), plan);
         Ok(())
     }
 
@@ -409,35 +402,32 @@ fn set(cell: &Rc<NodeCell>, spec: &NodeSpec, now: Inherited, plan: &mut Plan) {
     plan.steps.push(Step::Options { node: cell.clone(), options });
 }
 
-/// Lets a filter set aside another amount, when the rest of the list takes effect.
-fn set_aside(cell: &Rc<NodeCell>, new: PreallocateOptions, plan: &mut Plan) {
-    let node = cell.node();
-    let Some(filter) = node.as_any().downcast_ref::<Preallocate>() else { return };
-    let to = |options: PreallocateOptions| -> Rc<dyn Fn()> {
+/// Gives a node of driver `N` other settings when the rest of the list takes effect, and those that it has back if that fails.
+fn change<N: 'static, S: 'static>(cell: &Rc<NodeCell>, [new, was]: [S; 2], set: fn(&N, &S), plan: &mut Plan) {
+    let to = |settings: S| -> Rc<dyn Fn()> {
         let cell = cell.clone();
         Rc::new(move || {
-            if let Some(filter) = cell.node().as_any().downcast_ref::<Preallocate>() {
-                filter.set_options(options);
+            if let Some(node) = cell.node().as_any().downcast_ref() {
+                set(node, &settings);
             }
         })
     };
-    plan.steps.push(Step::At { what: to(new), undo: Some(to(filter.options())) });
+    plan.steps.push(Step::At { what: to(new), undo: Some(to(was)) });
 }
 
-/// Gives an image other run-time options, when the rest of the list takes effect.
+/// Lets a filter set aside another amount.
+fn set_aside(cell: &Rc<NodeCell>, new: PreallocateOptions, plan: &mut Plan) {
+    let node = cell.node();
+    let Some(filter) = node.as_any().downcast_ref::<Preallocate>() else { return };
+    change(cell, [new, filter.options()], |f: &Preallocate, o| f.set_options(*o), plan);
+}
+
+/// Gives an image other run-time options.
 fn format_options(cell: &Rc<NodeCell>, new: &qcow2::Options, plan: &mut Plan) -> Result<()> {
     let node = cell.node();
     let Some(image) = node.as_any().downcast_ref::<Qcow2>() else { return Ok(()) };
     image.check_options(new)?;
-    let to = |options: qcow2::Options| -> Rc<dyn Fn()> {
-        let cell = cell.clone();
-        Rc::new(move || {
-            if let Some(image) = cell.node().as_any().downcast_ref::<Qcow2>() {
-                image.set_options(&options);
-            }
-        })
-    };
-    plan.steps.push(Step::At { what: to(new.clone()), undo: Some(to(image.options())) });
+    change(cell, [new.clone(), image.options()], Qcow2::set_options, plan);
     Ok(())
 }
 

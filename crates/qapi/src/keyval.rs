@@ -58,8 +58,20 @@ pub fn parse(text: &str, implied: Option<&str>) -> Result<Keyval, String> {
     Ok(out)
 }
 
-/// The value up to the next single comma, and what is left behind it.
-fn value_of(text: &str) -> (String, &str) {
+/// A parameter that is on or off.
+///
+/// # Errors
+/// It is neither.
+pub fn flag(name: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" | "yes" | "true" | "y" => Ok(true),
+        "off" | "no" | "false" | "n" => Ok(false),
+        _ => Err(format!("Parameter '{name}' expects 'on' or 'off'")),
+    }
+}
+
+/// The value up to the next single comma, `,,` in it being one, and what is left behind it.
+pub fn value_of(text: &str) -> (String, &str) {
     let mut value = String::new();
     let mut rest = text;
     loop {

@@ -5,6 +5,7 @@
 //! enumeration values exist, every union has a known branch. Messages name the place by a dotted path, in QSD's words,
 //! because clients show them and tests compare them.
 
+use crate::keyval;
 use crate::schema::{Member, Object, Schema, Type};
 use serde_json::{Map, Value};
 
@@ -241,11 +242,9 @@ impl Walk<'_> {
     fn boolean(&self, value: Value, path: &Path<'_>) -> Result<Value, String> {
         match value {
             Value::Bool(b) if self.form == Form::Json => Ok(Value::Bool(b)),
-            Value::String(s) if self.form == Form::Keyval => match s.as_str() {
-                "on" | "yes" | "true" | "y" => Ok(Value::Bool(true)),
-                "off" | "no" | "false" | "n" => Ok(Value::Bool(false)),
-                _ => Err(format!("Parameter '{}' expects 'on' or 'off'", path.full(self.form))),
-            },
+            Value::String(s) if self.form == Form::Keyval => {
+                keyval::flag(&path.full(self.form), &s).map(Value::Bool)
+            }
             _ => Err(self.wrong(path, "boolean")),
         }
     }

@@ -57,7 +57,8 @@ impl SliceCache {
         }
     }
 
-    /// Holds so many slices from now on. What is more than that and clean goes.
+    /// Holds so many slices from now on. If it has more, all go; unless some are dirty: then none goes but for one that comes, and it
+    /// stays as large as it is.
     pub(crate) fn set_capacity(&mut self, capacity: usize) {
         self.capacity = capacity.max(MIN_SLICES);
         if self.slots.len() > self.capacity && self.slots.iter().all(|s| !s.dirty && !s.writing) {

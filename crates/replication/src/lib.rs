@@ -13,6 +13,7 @@
 
 pub mod ack;
 pub mod bugs;
+mod counts;
 pub mod digest;
 pub mod dirty;
 pub mod history;

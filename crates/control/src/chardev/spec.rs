@@ -5,7 +5,7 @@ use crate::address::{LegacyAddress, SocketAddress};
 use crate::error::QmpError;
 use crate::object::is_identifier;
 use env::Address;
-use qapi::{Map, Value, json};
+use qapi::{Map, Value, json, keyval};
 
 /// What a `--chardev` argument says.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -74,7 +74,7 @@ fn options(text: &str) -> Vec<(String, String)> {
         let named = rest[end..].starts_with('=');
         if named || out.is_empty() {
             let (name, from) = if named { (&rest[..end], end + 1) } else { ("backend", 0) };
-            let (value, after) = value(&rest[from..]);
+            let (value, after) = keyval::value_of(&rest[from..]);
             out.push((name.to_owned(), value));
             rest = after;
             continue;
@@ -89,31 +89,8 @@ fn options(text: &str) -> Vec<(String, String)> {
     out
 }
 
-/// The value at the start of `text`, and what comes after its comma.
-fn value(text: &str) -> (String, &str) {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some(at) = rest.find(',') {
-        out.push_str(&rest[..at]);
-        let after = &rest[at + 1..];
-        match after.strip_prefix(',') {
-            Some(more) => {
-                out.push(',');
-                rest = more;
-            }
-            None => return (out, after),
-        }
-    }
-    out.push_str(rest);
-    (out, "")
-}
-
 fn flag(name: &str, value: &str) -> Result<bool, QmpError> {
-    match value {
-        "on" | "yes" | "true" | "y" => Ok(true),
-        "off" | "no" | "false" | "n" => Ok(false),
-        _ => Err(QmpError::generic(format!("Parameter '{name}' expects 'on' or 'off'"))),
-    }
+    keyval::flag(name, value).map_err(QmpError::generic)
 }
 
 /// A number of bytes, with the letter of a unit or without.

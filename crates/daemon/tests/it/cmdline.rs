@@ -17,6 +17,7 @@ const CHARDEV: &str = "socket,id=c,path=q.sock,server=on,wait=off";
 fn syntax() {
     fails(&["--bogus"], "unrecognized option '--bogus'");
     fails(&["positional"], "positional: Unexpected argument");
+    fails(&["--", "positional"], "positional: Unexpected argument");
     fails(&["--blockdev"], "option '--blockdev' requires an argument");
     fails(&["-x"], "invalid option -- 'x'");
     // its turn comes after what is before it, and after what no option is at all

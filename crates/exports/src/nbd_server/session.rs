@@ -209,6 +209,7 @@ impl Pump<'_> {
             }
             self.start(request, cost, cx);
             if self.inbox.len() <= half && self.answers >= EARLY && !self.inbox.is_empty() {
+                // once for each receive
                 half = 0;
                 if !self.session.env.others_are_ready() {
                     self.send(cx);
@@ -262,7 +263,6 @@ impl Pump<'_> {
                 // The peer is gone: what has begun ends, and nothing more is taken.
                 self.closing = true;
                 self.out.take();
-                self.answers = 0;
                 return;
             }
             if self.out.is_empty() {

@@ -8,13 +8,13 @@
 //! * Space before the tail is used again only when the slot that names the new tail is durable and no reader is at it.
 
 use super::record::{self, HEADER, Header, Kind, Record};
+use crate::counts::Counts;
 use crate::history::History;
 use crate::types::{Epoch, Generation};
 use crate::wire::MAX_VOLUMES;
 use block::{BlockError, Data, ErrorKind, Result, Span};
 use env::sync::{Notify, Permit, Semaphore};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// Bytes of a slot: a full history (64 KiB) and more.
@@ -126,7 +126,7 @@ pub(crate) struct Log {
     /// Everything before is on stable storage.
     durable: Cell<u64>,
     /// Readers, by the tail there was when they began.
-    pins: RefCell<BTreeMap<u64, usize>>,
+    pins: Counts<u64>,
     /// One append at a time.
     turn: Semaphore,
     /// One slot at a time.
@@ -220,7 +220,7 @@ impl Log {
             anchor: RefCell::new(anchor),
             head: Cell::new(end),
             durable: Cell::new(0),
-            pins: RefCell::default(),
+            pins: Counts::default(),
             turn: Semaphore::new(1),
             slot: Semaphore::new(1),
             broken: RefCell::new(None),
@@ -286,14 +286,14 @@ impl Log {
     /// Bytes in use, counting what readers still hold.
     pub(crate) fn used(&self) -> u64 {
         let tail = self.anchor.borrow().tail;
-        let pinned = self.pins.borrow().keys().next().copied().unwrap_or(tail);
+        let pinned = self.pins.first(..).unwrap_or(tail);
         self.head.get() - tail.min(pinned)
     }
 
     /// Nothing at or after the present tail is overwritten until the pin is dropped.
     pub(crate) fn pin(&self) -> Pin<'_> {
         let tail = self.anchor.borrow().tail;
-        *self.pins.borrow_mut().entry(tail).or_default() += 1;
+        self.pins.hold(tail);
         Pin { log: self, tail }
     }
 
@@ -392,13 +392,8 @@ pub(crate) struct Pin<'a> {
 
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
-        let mut pins = self.log.pins.borrow_mut();
-        if let Some(n) = pins.get_mut(&self.tail) {
-            *n -= 1;
-            if *n == 0 {
-                pins.remove(&self.tail);
-                self.log.freed.notify_all();
-            }
+        if self.log.pins.release(self.tail) {
+            self.log.freed.notify_all();
         }
     }
 }

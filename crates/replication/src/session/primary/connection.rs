@@ -148,10 +148,9 @@ impl PrimaryGroup {
 
     /// What users wait for from a peer, and how far that is: for each level, of the request that waits for the least.
     fn owed(&self, number: usize) -> Vec<Owed> {
-        let waits = self.waits.borrow();
         let of = |level: &AckLevel| {
-            let ((_, seq), _) = waits.range((*level, Seq(0))..=(*level, Seq(u64::MAX))).next()?;
-            Some((*level, self.look(|c| c.owes(number, *seq, *level))?))
+            let (_, seq) = self.waits.first((*level, Seq(0))..=(*level, Seq(u64::MAX)))?;
+            Some((*level, self.look(|c| c.owes(number, seq, *level))?))
         };
         AckLevel::ALL.iter().filter_map(of).collect()
     }

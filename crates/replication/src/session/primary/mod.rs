@@ -22,6 +22,7 @@ use super::former::{Former, ranges};
 use super::link::{MAX_QUEUED, Outgoing};
 use super::secure::Connect;
 use crate::ack::AckLevel;
+use crate::counts::Counts;
 use crate::digest::Digest;
 use crate::dirty::Dirty;
 use crate::history::History;
@@ -102,7 +103,7 @@ pub struct PrimaryGroup {
     activity: Rc<Activity>,
     progress: Notify,
     /// What requests of users wait for, and how many do.
-    waits: RefCell<BTreeMap<(AckLevel, Seq), usize>>,
+    waits: Counts<(AckLevel, Seq)>,
     failed: RefCell<BTreeMap<Epoch, String>>,
     /// When epochs were marked, newest last; what is older was marked before this began.
     marked: RefCell<BTreeMap<Epoch, Duration>>,
@@ -159,7 +160,7 @@ impl PrimaryGroup {
             peers: RefCell::default(),
             activity,
             progress: Notify::new(),
-            waits: RefCell::default(),
+            waits: Counts::default(),
             failed: RefCell::default(),
             marked: RefCell::default(),
             began: env.now(),
@@ -682,20 +683,14 @@ struct Waits<'a> {
 impl<'a> Waits<'a> {
     fn new(group: &'a PrimaryGroup, seq: Seq, level: AckLevel) -> Waits<'a> {
         let what = (level, seq);
-        *group.waits.borrow_mut().entry(what).or_default() += 1;
+        group.waits.hold(what);
         Waits { group, what }
     }
 }
 
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
-        let mut waits = self.group.waits.borrow_mut();
-        if let Some(n) = waits.get_mut(&self.what) {
-            *n -= 1;
-            if *n == 0 {
-                waits.remove(&self.what);
-            }
-        }
+        self.group.waits.release(self.what);
     }
 }
 
