@@ -182,6 +182,26 @@ impl Bitmap {
         Some(Span::new(start, if max == 0 { len } else { len.min(max) }))
     }
 
+    /// The first byte of `within` that is dirty here and not in `other`, which has the same granularity (and is clean past its end).
+    pub fn next_beyond(&self, other: &Bitmap, within: Span) -> Option<u64> {
+        debug_assert_eq!(self.shift, other.shift);
+        let within = within.intersect(&Span::new(0, self.len));
+        if within.is_empty() {
+            return None;
+        }
+        let last = (within.end() - 1) >> self.shift;
+        let mut at = within.start >> self.shift;
+        while let Some(g) = self.next(at, true).filter(|g| *g <= last) {
+            let beyond = self.bits_from(g) & !other.bits_from(g);
+            if beyond != 0 {
+                let g = g + u64::from(beyond.trailing_zeros());
+                return (g <= last).then_some((g << self.shift).max(within.start));
+            }
+            at = g + 64;
+        }
+        None
+    }
+
     /// The dirty runs inside `within`, in order, each cut to `max` bytes (0: not cut).
     pub fn areas(&self, within: Span, max: u64) -> Areas<'_> {
         Areas { map: self, left: within, max }
@@ -249,33 +269,71 @@ impl Bitmap {
     /// stores a bitmap. Bits past the end are 0.
     pub fn export_bits(&self, first_byte: u64, out: &mut [u8]) {
         out.fill(0);
-        let lo = first_byte * 8;
-        let hi = self.granules.min(lo + out.len() as u64 * 8);
+        let (lo, hi) = (first_byte * 8, (first_byte + out.len() as u64) * 8);
         let mut at = lo;
-        while at < hi
-            && let Some(start) = self.next(at, true)
-            && start < hi
-        {
-            let end = self.next(start, false).unwrap_or(self.granules).min(hi);
-            for g in start..end {
-                out[((g - lo) / 8) as usize] |= 1 << ((g - lo) % 8);
-            }
-            at = end;
+        while let Some(found) = self.next(at, true).filter(|g| *g < hi) {
+            // the eight bytes of `out` that it is in
+            let place = (found - lo) / 64;
+            let rest = &mut out[place as usize * 8..];
+            let n = rest.len().min(8);
+            rest[..n].copy_from_slice(&self.bits_from(lo + place * 64).to_le_bytes()[..n]);
+            at = lo + (place + 1) * 64;
         }
     }
 
     /// Sets the granules whose bits are set in `bytes`, which begin with granule `8 * first_byte`. Bits past the end
     /// are left out (an image may hold anything there).
     pub fn import_bits(&mut self, first_byte: u64, bytes: &[u8]) {
-        let base = first_byte * 8;
-        for (i, b) in bytes.iter().enumerate().filter(|(_, b)| **b != 0) {
-            for bit in (0..8).filter(|bit| b >> bit & 1 == 1) {
-                let g = base + i as u64 * 8 + bit;
-                if g < self.granules {
-                    self.assign(g, g + 1, true);
-                }
+        for (place, b) in (first_byte * 8..self.granules).step_by(64).zip(bytes.chunks(8)) {
+            let mut word = [0; 8];
+            word[..b.len()].copy_from_slice(b);
+            let left = self.granules - place;
+            let there = if left < 64 { (1 << left) - 1 } else { !0 };
+            let new = u64::from_le_bytes(word) & there & !self.bits_from(place);
+            if new != 0 {
+                self.add_bits_from(place, new);
             }
         }
+    }
+
+    /// The 64 bits from granule `g` on. Past the end: 0.
+    fn bits_from(&self, g: u64) -> u64 {
+        match g % 64 {
+            0 => self.word(g / 64),
+            n => self.word(g / 64) >> n | self.word(g / 64 + 1) << (64 - n),
+        }
+    }
+
+    /// Sets what `bits` has of the 64 from granule `g` on; none of them is past the end.
+    fn add_bits_from(&mut self, g: u64, bits: u64) {
+        let n = g % 64;
+        self.add_word(g / 64, bits << n);
+        if n > 0 && bits >> (64 - n) != 0 {
+            self.add_word(g / 64 + 1, bits >> (64 - n));
+        }
+    }
+
+    fn word(&self, i: u64) -> u64 {
+        match self.slots.get((i / (Group::BITS / 64)) as usize) {
+            None | Some(Slot::Clean) => 0,
+            Some(Slot::Dirty) => !0,
+            Some(Slot::Mixed(g)) => g.word(i % (Group::BITS / 64)),
+        }
+    }
+
+    fn add_word(&mut self, i: u64, word: u64) {
+        let slot = &mut self.slots[(i / (Group::BITS / 64)) as usize];
+        let before = slot.count();
+        if matches!(slot, Slot::Clean) {
+            *slot = Slot::Mixed(Box::new(Group::uniform(false)));
+        }
+        if let Slot::Mixed(g) = slot {
+            g.add_word(i % (Group::BITS / 64), word);
+        }
+        if slot.count() == Group::BITS {
+            *slot = Slot::Dirty;
+        }
+        self.count = self.count - before + slot.count();
     }
 
     fn assign(&mut self, lo: u64, hi: u64, on: bool) {

@@ -20,6 +20,10 @@ pub(crate) trait Part: Sized + Clone {
     fn next(&self, from: u64, on: bool) -> Option<u64>;
     /// Sets all bits that `other` has.
     fn merge(&mut self, other: &Self);
+    /// The bits `[64 * i, 64 * i + 64)`, the first one lowest.
+    fn word(&self, i: u64) -> u64;
+    /// Sets those of the bits `[64 * i, 64 * i + 64)` that `word` has.
+    fn add_word(&mut self, i: u64, word: u64);
 }
 
 /// 64 words of 64 bits.
@@ -96,6 +100,14 @@ impl Part for Chunk {
             left &= left - 1;
             self.put(i, self.words[i] | other.words[i]);
         }
+    }
+
+    fn word(&self, i: u64) -> u64 {
+        self.words[i as usize]
+    }
+
+    fn add_word(&mut self, i: u64, word: u64) {
+        self.put(i as usize, self.words[i as usize] | word);
     }
 }
 
@@ -226,6 +238,21 @@ impl<P: Part> Part for Inner<P> {
                 None => self.assign(i * P::BITS, (i + 1) * P::BITS, true),
                 Some(theirs) => self.change(i, |ours| ours.merge(theirs)),
             }
+        }
+    }
+
+    fn word(&self, i: u64) -> u64 {
+        let words = P::BITS / 64;
+        match (self.state(i / words), &self.kids[(i / words) as usize]) {
+            (None, Some(k)) => k.word(i % words),
+            (all, _) => u64::from(all == Some(true)).wrapping_neg(),
+        }
+    }
+
+    fn add_word(&mut self, i: u64, word: u64) {
+        let words = P::BITS / 64;
+        if self.state(i / words) != Some(true) {
+            self.change(i / words, |k| k.add_word(i % words, word));
         }
     }
 }

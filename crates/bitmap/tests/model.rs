@@ -165,15 +165,45 @@ proptest! {
     }
 
     #[test]
-    fn bits_survive_the_stored_form(spans in prop::collection::vec((0u64..900 * G, 0..50 * G), 0..8)) {
+    fn bits_survive_the_stored_form(
+        spans in prop::collection::vec((0u64..900 * G, 0..50 * G), 0..8),
+        more in prop::collection::vec((0u64..900 * G, 0..50 * G), 0..8),
+        cut in 0usize..125,
+    ) {
         let b = build(1000 * G - 7, G, &spans);
-        let mut bytes = vec![0xffu8; 125];
-        b.export_bits(0, &mut bytes);
-        let mut again = build(1000 * G - 7, G, &[]);
-        again.import_bits(0, &bytes[..60]);
-        again.import_bits(60, &bytes[60..]);
         let all = Span::new(0, b.len());
-        assert_eq!(b.areas(all, 0).collect::<Vec<_>>(), again.areas(all, 0).collect::<Vec<_>>());
+        let (mut bytes, mut parts) = (vec![0xffu8; 127], vec![0xffu8; 127]);
+        b.export_bits(0, &mut bytes);
+        for (g, bit) in (0..1016u64).map(|g| (g, bytes[g as usize / 8] >> (g % 8) & 1 == 1)) {
+            assert_eq!(bit, b.get(g * G), "granule {g}");
+        }
+        b.export_bits(0, &mut parts[..cut]);
+        b.export_bits(cut as u64, &mut parts[cut..]);
+        assert_eq!(parts, bytes);
+        let mut again = build(1000 * G - 7, G, &more);
+        let mut merged = again.clone();
+        merged.merge(&b);
+        again.import_bits(0, &bytes[..cut]);
+        // nothing past the end is taken
+        bytes.resize(200, 0xff);
+        bytes[125..].fill(0xff);
+        again.import_bits(cut as u64, &bytes[cut..]);
+        assert_eq!(merged.areas(all, 0).collect::<Vec<_>>(), again.areas(all, 0).collect::<Vec<_>>());
+        assert_eq!(merged.count(), again.count());
+    }
+
+    #[test]
+    fn what_another_lacks_is_found(
+        ours in prop::collection::vec((0u64..900 * G, 0..50 * G), 0..8),
+        theirs in prop::collection::vec((0u64..900 * G, 0..200 * G), 0..8),
+        len in 0u64..1000 * G,
+        (start, bytes) in (0u64..1000 * G, 0..300 * G),
+    ) {
+        let (b, other) = (build(1000 * G - 7, G, &ours), build(len, G, &theirs));
+        let at = Span::new(start, bytes).intersect(&Span::new(0, b.len()));
+        let lacks = |g: &u64| b.get(g * G) && !(g * G < len && other.get(g * G));
+        let first = (at.start / G..at.end().div_ceil(G)).filter(|_| !at.is_empty()).find(lacks);
+        assert_eq!(b.next_beyond(&other, at), first.map(|g| (g * G).max(at.start)));
     }
 }
 
@@ -184,6 +214,33 @@ fn granularity_is_checked() {
     }
     assert!(Bitmap::new(u64::MAX, 512).unwrap_err().message().contains("cannot cover"));
     assert!(Bitmap::new(0, 512).unwrap().next_dirty(0).is_none());
+}
+
+/// Where chunks, inner levels and groups meet.
+#[test]
+fn the_stored_form_across_borders() {
+    let g = 512;
+    for border in [1u64 << 12, 1 << 18, 1 << 24, 1 << 25] {
+        let len = ((1 << 25) + 1000) * g;
+        let mut b = Bitmap::new(len, g).unwrap();
+        b.set(Span::new((border - 70) * g, 3 * g));
+        b.set(Span::new((border - 9) * g, 140 * g));
+        // a whole chunk
+        b.set(Span::new(0, g << 12));
+        for first in [border - 128, border - 72] {
+            let mut bytes = [0; 41];
+            b.export_bits(first / 8, &mut bytes);
+            let mut again = Bitmap::new(len, g).unwrap();
+            again.import_bits(first / 8, &bytes);
+            for i in 0..41 * 8 {
+                assert_eq!(again.get((first + i) * g), b.get((first + i) * g), "{border}: {first} + {i}");
+            }
+            let within = Span::new(first * g, 41 * 8 * g);
+            assert_eq!(b.next_beyond(&again, within), None);
+            assert_eq!(again.next_beyond(&b, Span::new(0, len)), None);
+            assert_eq!(again.count(), b.count_in(within));
+        }
+    }
 }
 
 /// 64 TiB at 64 KiB with 5000 scattered dirty granules: each whole-bitmap operation is done hundreds of times in the

@@ -58,23 +58,14 @@ impl Kept {
         let theirs = successor.as_ref().map(|s| s.bits());
         for bits in std::iter::once(&*self.bitmap.bits()).chain(theirs.as_deref()) {
             let mut left = within;
-            while let Some(area) = bits.next_area(left, 0) {
-                let next = match self.durable.next_clean(area.start) {
-                    Some(c) if c < area.end() => {
-                        let sector = self.sector_of(c);
-                        if !each(sector) {
-                            return;
-                        }
-                        self.sector_span(sector).end()
-                    }
-                    // a bitmap that has grown and is not stored in its new length yet
-                    None if area.end() > self.durable.len() => {
-                        each(u64::MAX);
-                        return;
-                    }
-                    _ => area.end(),
-                };
-                left = Span::between(next.max(left.start + 1), within.end());
+            while let Some(at) = bits.next_beyond(&self.durable, left) {
+                // a bitmap that has grown and is not stored in its new length yet
+                let grown = at >= self.durable.len();
+                let sector = self.sector_of(at);
+                if !each(if grown { u64::MAX } else { sector }) || grown {
+                    return;
+                }
+                left = Span::between(self.sector_span(sector).end().min(within.end()), within.end());
             }
         }
     }
