@@ -5,6 +5,7 @@
 //! printed is medians with spread, and ratios; memory that is needed was in use just before (see `limit`). A do-nothing server (`nbdideal`) shows what the load client could see.
 //! Machines differ and are noisy: ratios are the result, not absolute numbers. The tables are printed, and drawn into an SVG file.
 
+mod awake;
 mod chain;
 mod daemon;
 mod dirty;
@@ -60,6 +61,8 @@ pub(super) struct Options {
     pub(super) only: Option<String>,
     /// The daemons get the processor before all other sessions (root only): for machines that do other work meanwhile.
     pub(super) priority: bool,
+    /// No processor goes to sleep meanwhile.
+    awake: bool,
     /// Where images lie; tmpfs unless told otherwise, so that the daemons and not the disk are measured.
     pub(super) dir: PathBuf,
     /// Where the plots go.
@@ -76,6 +79,7 @@ impl Options {
             image_mib: 256,
             only: None,
             priority: false,
+            awake: false,
             dir: PathBuf::from(format!("/dev/shm/liveblk-bench-{}", std::process::id())),
             svg: shell::target().join("bench.svg"),
             report: Rc::default(),
@@ -89,12 +93,13 @@ impl Options {
                 "--seconds" => o.seconds = value()?.parse().map_err(|e| format!("--seconds: {e}"))?,
                 "--mib" => o.image_mib = value()?.parse().map_err(|e| format!("--mib: {e}"))?,
                 "--priority" => o.priority = true,
+                "--awake" => o.awake = true,
                 "--only" => o.only = Some(value()?.clone()),
                 "--dir" => o.dir = PathBuf::from(value()?).join("liveblk-bench"),
                 "--svg" => o.svg = PathBuf::from(value()?),
                 other => {
                     return fail(format!(
-                        "no such option: {other} (--quick, --rounds N, --seconds S, --mib N, --priority, \
+                        "no such option: {other} (--quick, --rounds N, --seconds S, --mib N, --priority, --awake, \
                          --only WORD, --dir D, --svg FILE)"
                     ));
                 }
@@ -113,6 +118,9 @@ impl Options {
 }
 
 pub(crate) fn run(args: &[String]) -> Outcome {
+    if awake::was_task(args) {
+        return Ok(());
+    }
     let options = Options::parse(args)?;
     setup::ready()?;
     shell::cargo(&["build", "--quiet", "--release", "--package", "daemon", "--package", "nbdload"])?;
@@ -121,7 +129,9 @@ pub(crate) fn run(args: &[String]) -> Outcome {
     if options.priority {
         priority(-20)?;
     }
+    let awake = options.awake.then(awake::Processors::keep).transpose()?;
     let outcome = measure(&options);
+    drop(awake);
     if options.priority {
         priority(0)?;
     }
@@ -136,7 +146,7 @@ fn priority(nice: i32) -> Outcome {
 
 fn measure(options: &Options) -> Outcome {
     let about = format!(
-        "liveblkd against {} on {} ({} rounds of {} s, images of {} MiB in {})",
+        "liveblkd against {} on {} ({} rounds of {} s, images of {} MiB in {}{}{})",
         shell::output(std::process::Command::new("qemu-storage-daemon").arg("--version"))?
             .lines()
             .next()
@@ -145,7 +155,9 @@ fn measure(options: &Options) -> Outcome {
         options.rounds,
         options.seconds,
         options.image_mib,
-        options.dir.display()
+        options.dir.display(),
+        if options.priority { ", with priority" } else { "" },
+        if options.awake { ", processors kept awake" } else { "" },
     );
     println!("{about}");
     let outcome = measure_all(options);

@@ -2,7 +2,7 @@
 //!
 //! What must stay true: all pairs have the same disk, full of data, and the same load; bytes are those of the secondary's system calls, and
 //! our secondary then does all file I/O by system calls, so that the kernel counts what it does; what a client waits for during a
-//! checkpoint is measured beside the same client's longest wait without one, as that is what the machine itself does.
+//! checkpoint is measured beside the same client's longest wait in the same time without one, as that is what the machine itself does.
 
 mod pair;
 mod wire;
@@ -45,7 +45,7 @@ pub(super) fn measure(options: &Options) -> Outcome {
     Ok(())
 }
 
-/// The longest wait of a client during a checkpoint, in milliseconds, by what is buffered.
+/// The longest waits of clients during a checkpoint, in milliseconds, by what is buffered.
 fn holds(options: &Options) -> Outcome {
     hold(options, 0, None)?.print(options);
     hold(options, 1024, None)?.print(options);
@@ -156,28 +156,50 @@ fn has_room(bytes: u64) -> bool {
 #[derive(Default)]
 struct Hold {
     name: String,
-    view: Figures,
-    calm: Figures,
-    guest: Figures,
-    guest_calm: Figures,
+    /// Of a client that reads on the secondary.
+    view: Waits,
+    /// Of a client that writes on the primary.
+    guest: Waits,
     whole: Figures,
+}
+
+/// The longest waits of one client, in milliseconds.
+#[derive(Default)]
+struct Waits {
+    /// While the command ran: what a checkpoint holds.
+    during: Figures,
+    /// In as much time just before: what it would have waited for anyway.
+    before: Figures,
+    /// Afterwards, when what was buffered is brought to the disk.
+    after: Figures,
+}
+
+impl Waits {
+    fn add(&mut self, column: super::Side, calls: &[(Instant, Duration)], begin: Instant, took: Duration) {
+        self.during.add(column, longest(calls, begin, begin + took));
+        self.before.add(column, longest(calls, begin - took.min(WINDOW), begin));
+        self.after.add(column, longest(calls, begin + took, begin + took + WINDOW));
+    }
+
+    fn print(&self, options: &Options, client: &str) {
+        options.report.row("", client, Better::Lower, &self.during);
+        options.report.row("", "  just before", Better::Lower, &self.before);
+        options.report.row("", "  0.3 s after", Better::Lower, &self.after);
+    }
 }
 
 impl Hold {
     fn print(&self, options: &Options) {
-        options.report.row(&self.name, "secondary", Better::Lower, &self.view);
-        options.report.row("", "without", Better::Lower, &self.calm);
-        options.report.row("", "primary", Better::Lower, &self.guest);
-        options.report.row("", "without", Better::Lower, &self.guest_calm);
-        options.report.row("", "the command", Better::Lower, &self.whole);
+        options.report.row(&self.name, "the command", Better::Lower, &self.whole);
+        self.view.print(options, "secondary");
+        self.guest.print(options, "primary");
     }
 }
 
 /// A checkpoint with `mib` buffered, under a client that reads on the secondary and one that writes on the primary.
 fn hold(options: &Options, mib: u64, hollow: Option<&PathBuf>) -> Outcome<Hold> {
     let mut hold = Hold { name: format!("{} GiB buffered", mib / 1024), ..Hold::default() };
-    let rounds = if hollow.is_some() { 1 } else { options.rounds };
-    for round in 0..rounds {
+    for round in 0..options.rounds {
         for i in 0..KINDS.len() {
             let kind = KINDS[(i + round) % KINDS.len()];
             if hollow.is_some() && kind != Kind::Redo {
@@ -225,12 +247,9 @@ fn one_hold(options: &Options, kind: Kind, mib: u64, place: Option<&PathBuf>, ho
     pair.checkpoint()?;
     let took = begin.elapsed();
     std::thread::sleep(WINDOW);
-    let (end, column) = (Instant::now(), kind.column());
-    let (reads, writes) = (reads.end()?, writes.end()?);
-    hold.view.add(column, longest(&reads, begin, end));
-    hold.calm.add(column, longest(&reads, begin - WINDOW, begin));
-    hold.guest.add(column, longest(&writes, begin, end));
-    hold.guest_calm.add(column, longest(&writes, begin - WINDOW, begin));
+    let column = kind.column();
+    hold.view.add(column, &reads.end()?, begin, took);
+    hold.guest.add(column, &writes.end()?, begin, took);
     hold.whole.add(column, took.as_secs_f64() * 1e3);
     Ok(())
 }
