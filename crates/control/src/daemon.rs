@@ -20,6 +20,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Commands that run at the same time, of all clients together: never met, since a client's own run one after another.
@@ -69,7 +70,7 @@ fn corrupted(node: &str, c: &qcow2::Corruption) -> Value {
 pub struct Daemon {
     env: Env,
     package: String,
-    schema: Schema,
+    schema: &'static Schema,
     commands: BTreeMap<&'static str, Entry>,
     events: Rc<Events>,
     graph: Rc<Graph>,
@@ -98,6 +99,20 @@ pub struct Daemon {
     recorder: Rc<RefCell<Option<Rc<Recorder>>>>,
 }
 
+/// All commands.
+fn entries() -> impl Iterator<Item = &'static Entry> {
+    TABLE.iter().flat_map(|family| family.iter())
+}
+
+/// Their schema. It never changes, so it is taken apart once, also where one process has many daemons (the simulator).
+fn schema() -> &'static Schema {
+    static SCHEMA: OnceLock<Schema> = OnceLock::new();
+    SCHEMA.get_or_init(|| {
+        let names: Vec<&str> = entries().map(|e| e.name).collect();
+        Schema::new(&names, EVENTS)
+    })
+}
+
 /// A session's place in the list; leaves it when dropped.
 pub(crate) struct Seat {
     daemon: Rc<Daemon>,
@@ -114,8 +129,6 @@ impl Drop for Seat {
 impl Daemon {
     /// A daemon without nodes, exports, jobs or monitors. `package` is what it calls itself to clients.
     pub fn new(env: &Env, package: &str) -> Rc<Daemon> {
-        let entries = || TABLE.iter().flat_map(|family| family.iter());
-        let names: Vec<&str> = entries().map(|e| e.name).collect();
         let events = Events::new(env);
         let graph = Graph::new(env);
         let opener = Opener::new(&graph);
@@ -163,7 +176,7 @@ impl Daemon {
         Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),
-            schema: Schema::new(&names, EVENTS),
+            schema: schema(),
             commands: entries().map(|e| (e.name, *e)).collect(),
             opener,
             colo: jobs::colo::Colo::new(env, &graph),
@@ -195,7 +208,7 @@ impl Daemon {
 
     /// Commands, types, and what checks arguments.
     pub fn schema(&self) -> &Schema {
-        &self.schema
+        self.schema
     }
 
     pub(crate) fn events(&self) -> &Rc<Events> {

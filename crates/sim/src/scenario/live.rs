@@ -102,6 +102,8 @@ struct Run {
     asking: Cell<bool>,
     /// How often the other daemon lost its power.
     far_losses: Cell<u64>,
+    /// How often the link to it was lost, and when at last.
+    far_lost: Cell<(u64, Duration)>,
     /// An export of the source is being added: the guest's disk must not change until it is.
     adding: Cell<bool>,
     /// Some guest discards: a discard that leaves data behind is compared by copying, and ends actively synced.
@@ -128,6 +130,7 @@ impl Run {
             asked: Cell::new(false),
             asking: Cell::new(false),
             far_losses: Cell::new(0),
+            far_lost: Cell::default(),
             adding: Cell::new(false),
             discards: Cell::new(false),
         }
@@ -333,6 +336,7 @@ impl Run {
                 for _ in 0..self.draw(|r| r.between(1, 4)) {
                     self.world.count("links cut", 1);
                     self.world.net().cut(FAR_NBD);
+                    self.lost_far();
                     self.pause(Duration::from_millis(300)).await;
                 }
             }
@@ -347,6 +351,7 @@ impl Run {
                     }
                 }
                 self.far_losses.set(self.far_losses.get() + u64::from(power));
+                self.lost_far();
                 self.world.count(if power { "far power losses" } else { "restarts" }, 1);
                 self.pause(Duration::from_millis(300)).await;
                 self.start_far().await;
@@ -488,12 +493,15 @@ impl Run {
         if !blocking(self.mode.get()) || self.asked.get() {
             return;
         }
-        let (asked_at, losses) = (self.history.tick(), self.far_losses.get());
+        let (asked_at, losses) = (self.history.tick(), self.far_lost.get().0);
+        if !self.keeps_far(losses) {
+            return;
+        }
         if let Ok(jobs) = m.execute("query-block-jobs", json!({})).await
             && jobs[0]["actively-synced"] == true
             && blocking(self.mode.get())
             && !self.asked.get()
-            && losses == self.far_losses.get()
+            && self.keeps_far(losses)
         {
             self.world.count("actively synced", 1);
             if !self.synced.get() {
@@ -502,10 +510,21 @@ impl Run {
             // A request that fails on either side leaves a part dirty, and that ends it, until it is copied.
             let fails = matches!(self.plan.trouble, Trouble::Source | Trouble::Target)
                 || self.loses_link()
-                || self.plan.bridges_in_job()
-                || (self.plan.far_power && self.plan.trouble == Trouble::Restart);
+                || self.plan.bridges_in_job();
             self.synced.set(!fails);
         }
+    }
+
+    /// The link to the other daemon is gone: what that had not flushed is in doubt, also if nobody is told, and copied again.
+    fn lost_far(&self) {
+        self.far_lost.set((self.far_lost.get().0 + 1, self.outside.now()));
+        self.synced.set(false);
+    }
+
+    /// Whether nothing has been lost since `losses` were counted, and the daemon knows of all of those.
+    fn keeps_far(&self, losses: u64) -> bool {
+        let (count, at) = self.far_lost.get();
+        count == losses && self.outside.now() >= at + Duration::from_millis(1)
     }
 
     /// Whether requests to the target may fail because the other daemon is not there for a while.
