@@ -6,8 +6,9 @@
 
 use super::buffers::Buf;
 use super::op::{Handle, Memory, OnDrop, Request};
+use super::pool::Lane;
 use super::sys::{self, again, check};
-use super::{Ask, Core};
+use super::{Ask, Core, Helpers};
 use crate::sync::Semaphore;
 use crate::{File, FileInfo, FileKind, LockRange, Punch};
 use block::{BlockError, Data, ErrorKind, Extent, Io, Result, Span};
@@ -15,6 +16,7 @@ use smallvec::SmallVec;
 use std::any::Any;
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Largest read or write in one request. Nothing above asks for more than a few MiB; a bound keeps a defect there from
@@ -139,8 +141,9 @@ pub(super) struct OsFile {
     read_luck: Luck,
     write_luck: Luck,
     patience: Patience,
-    /// Room for copies inside the host into this file.
+    /// Room for copies inside the host into this file, and those of them that run.
     pub(super) copies: Semaphore,
+    pub(super) lane: Arc<Lane>,
     /// The file system has no FALLOC_FL_ZERO_RANGE.
     pub(super) no_zero_range: Cell<bool>,
     /// The host has said that this file cannot have another's blocks.
@@ -157,7 +160,8 @@ impl OsFile {
             read_luck: Luck::default(),
             write_luck: Luck::default(),
             patience: Patience::default(),
-            copies: Semaphore::new(super::range::COPIES_AT_ONCE),
+            copies: Semaphore::new(super::range::COPIES_BEGUN),
+            lane: Lane::new(super::range::COPIES_AT_ONCE),
             no_zero_range: Cell::new(false),
             no_sharing: Cell::new(false),
         }
@@ -175,9 +179,9 @@ impl OsFile {
 
     /// Starts an operation and waits for its result.
     pub(super) async fn ask(&self, request: Request, memory: Memory) -> (i32, Memory) {
-        let threads = self.facts.threads;
+        let helpers = if self.facts.threads { Helpers::Always } else { Helpers::IfNeeded };
         let ask =
-            Ask { request, memory, handle: &self.handle, other: None, on_drop: OnDrop::Finish, threads };
+            Ask { request, memory, handle: &self.handle, other: None, on_drop: OnDrop::Finish, helpers };
         self.core.submit(ask).await
     }
 

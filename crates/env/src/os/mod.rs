@@ -33,7 +33,7 @@ use crate::handoff::lock;
 use crate::{Address, Executor, File, Io, Listener, OpenMode, Stream};
 use block::{BlockError, Result};
 use op::{Handle, Memory, OnDrop, Op, Request, Slots};
-use pool::{Pool, Returns, Work};
+use pool::{Lane, Pool, Returns, Work};
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::pin::Pin;
@@ -140,13 +140,15 @@ impl Core {
         }))
     }
 
-    /// Starts a file operation: in the ring, or on a helper thread where there is none, the ring lacks it, or `threads` says so.
+    /// Starts a file operation: in the ring, or on a helper thread where there is none, the ring lacks it, or `helpers` says so.
     fn submit(self: &Rc<Core>, ask: Ask<'_>) -> Op {
-        let Ask { request, memory, handle, other, on_drop, threads } = ask;
+        let Ask { request, memory, handle, other, on_drop, helpers } = ask;
         let key = self.slots.insert(memory, Some(handle.clone()), other.cloned(), request.changes());
         match (&self.driver, request.entry()) {
-            (Driver::Ring(ring), Some(entry)) if !threads => ring.push(entry, key),
-            _ => Pool::io().submit(key, Work::Request(request), &self.returns),
+            (Driver::Ring(ring), Some(entry)) if matches!(helpers, Helpers::IfNeeded) => {
+                ring.push(entry, key)
+            }
+            _ => Pool::io().submit(key, Work::Request(request), &self.returns, helpers.lane()),
         }
         Op { core: self.clone(), key, on_drop, ended: false }
     }
@@ -191,7 +193,7 @@ impl Core {
         work: Box<dyn FnOnce() + Send>,
     ) -> Op {
         let key = self.slots.insert(Memory::None, handle.cloned(), None, false);
-        pool.submit(key, Work::Call(work), &self.returns);
+        pool.submit(key, Work::Call(work), &self.returns, None);
         Op { core: self.clone(), key, on_drop: OnDrop::Finish, ended: false }
     }
 
@@ -306,7 +308,26 @@ struct Ask<'a> {
     handle: &'a Rc<Handle>,
     other: Option<&'a Rc<Handle>>,
     on_drop: OnDrop,
-    threads: bool,
+    helpers: Helpers<'a>,
+}
+
+/// Whether an operation goes to a helper thread.
+#[derive(Clone, Copy)]
+enum Helpers<'a> {
+    /// Where the ring cannot do it.
+    IfNeeded,
+    Always,
+    /// Always, among others of which only so many run at once.
+    In(&'a Arc<Lane>),
+}
+
+impl<'a> Helpers<'a> {
+    fn lane(self) -> Option<&'a Arc<Lane>> {
+        match self {
+            Helpers::In(lane) => Some(lane),
+            Helpers::IfNeeded | Helpers::Always => None,
+        }
+    }
 }
 
 struct Os {

@@ -6,7 +6,7 @@
 use super::copy::{Copy, Way};
 use super::file::OsFile;
 use super::op::{Memory, OnDrop, Request};
-use super::{Ask, sys};
+use super::{Ask, Helpers, sys};
 use crate::{File, FileKind, Punch};
 use block::{BlockError, Extent, Kind, Result, Span};
 use std::os::fd::RawFd;
@@ -21,6 +21,8 @@ const MAX_COPY: u64 = 16 << 20;
 /// Copies inside the host that go on at once into one file. The kernel writes to a file one request at a time; a second has
 /// its source looked up meanwhile, more would only wait, each holding a helper thread, and get in the way of each other.
 pub(super) const COPIES_AT_ONCE: usize = 2;
+/// Copies that are begun, so that behind each one that ends there is another; few, as one that is begun is carried out.
+pub(super) const COPIES_BEGUN: usize = 2 * COPIES_AT_ONCE;
 /// Extents that one query returns at the most, so that it ends in reasonable time on a file in a million pieces.
 const MAX_EXTENTS: usize = 1024;
 
@@ -211,7 +213,7 @@ impl OsFile {
                 handle: &to.handle,
                 other: Some(&self.handle),
                 on_drop: OnDrop::Finish,
-                threads: true,
+                helpers: Helpers::In(&to.lane),
             })
             .await;
         match -result {

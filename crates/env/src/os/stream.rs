@@ -9,7 +9,7 @@ use super::file::OsFile;
 use super::net::from_rustix;
 use super::op::{Handle, Memory, OnDrop, Op, Request};
 use super::sys::{again, check};
-use super::{Ask, Core, Driver};
+use super::{Ask, Core, Driver, Helpers};
 use crate::sync::{Notify, race};
 use crate::{Credentials, File, Stream};
 use block::{BlockError, Data, Io, Result, Span};
@@ -110,7 +110,7 @@ impl Socket {
             handle: &self.handle,
             other: None,
             on_drop: OnDrop::Cancel,
-            threads: false,
+            helpers: Helpers::IfNeeded,
         }));
         true
     }
@@ -223,7 +223,7 @@ impl Socket {
                     handle: &self.handle,
                     other: Some(&file.handle),
                     on_drop: OnDrop::Finish,
-                    threads: true,
+                    helpers: Helpers::Always,
                 })
                 .await;
             match result {
