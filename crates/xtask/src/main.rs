@@ -40,7 +40,7 @@ cargo xtask COMMAND
   guest     a Linux guest boots from a vhost-user-blk disk during jobs and kills of the daemon, or moves: [--rounds N] [--move] [--packed]
   kills     kill -9 at random instants under five verifying clients and jobs: [--kills N] [--seed S]
   replication  the same random histories on pairs of QEMU, of liveblkd, and mixed, against one oracle: [--ops N] [--seed S] [--pair NAME]
-  bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD]
+  bench     liveblkd against qemu-storage-daemon, in one run: [--quick] [--only WORD] [--priority] [--awake]
 ";
 
 fn main() {
