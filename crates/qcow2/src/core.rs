@@ -72,6 +72,8 @@ pub(crate) struct Core {
     pub(crate) unpacked: RefCell<Option<(Compressed, Bytes)>>,
     pub(crate) inflight: Rc<InFlight>,
     pub(crate) epochs: Epochs,
+    /// How often something was zeroed that kept its place.
+    pub(crate) kept_places: Cell<u64>,
     pub(crate) order: Order,
     pub(crate) meta: RefCell<MetaMap>,
     pub(crate) snapshots: RefCell<Snapshots>,

@@ -19,6 +19,8 @@ const MAX_EXTENT_SLICES: u64 = 256;
 /// Places read at a time by one request. More are taken up as the first ones end, so that a request that meets nothing
 /// but single clusters does not keep thousands of requests in flight.
 const READS_AT_ONCE: usize = 32;
+/// How often a request is read again at the most: a client that zeroes and writes what it reads gets some of both.
+const READ_AGAIN: usize = 16;
 
 /// Smaller pieces than this are not copied from file to file on a helper thread: a request of many of them is better read
 /// all at once and written in one go.
@@ -147,14 +149,35 @@ impl Core {
     }
 
     /// Reads `at`, which is inside the disk.
+    ///
+    /// What is zeroed meanwhile and keeps its place may be written to there before that is said in the table: bytes that nobody
+    /// else can see yet. So where something kept its place, and these places are others now, it is read again.
     pub(crate) async fn read(self: &Rc<Self>, at: Span) -> Result<Data> {
         let _ticket = self.epochs.enter();
+        let mut kept = self.kept_places.get();
         let mut pieces = Pieces::new();
         let (_, load) = self.map_now(at, &mut pieces)?;
         if load.is_some() {
             pieces = self.map(at).await?;
         }
-        match pieces.as_slice() {
+        let mut data = self.read_pieces(&pieces).await?;
+        for _ in 0..READ_AGAIN {
+            if self.kept_places.get() == kept {
+                break;
+            }
+            kept = self.kept_places.get();
+            let now = self.map(at).await?;
+            if now == pieces {
+                break;
+            }
+            pieces = now;
+            data = self.read_pieces(&pieces).await?;
+        }
+        Ok(data)
+    }
+
+    async fn read_pieces(self: &Rc<Self>, pieces: &[Piece]) -> Result<Data> {
+        match pieces {
             [one] => self.read_piece(*one).await,
             many => {
                 let mut out = Data::empty();

@@ -77,6 +77,7 @@ pub(crate) async fn open(
         unpacked: RefCell::new(None),
         inflight: Default::default(),
         epochs: Default::default(),
+        kept_places: Cell::new(0),
         order: Default::default(),
         meta: RefCell::new(MetaMap::default()),
         bitmaps: Bitmaps::default(),

@@ -204,6 +204,8 @@ impl Core {
             self.set_entry(slot, c, new);
             if new.host() != old.host() || matches!(old, L2Entry::Compressed(_)) {
                 self.free_entry(old, matches!(how, Erase::Discard { .. }));
+            } else {
+                self.kept_places.set(self.kept_places.get() + 1);
             }
         }
         Ok(true)
