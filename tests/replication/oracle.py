@@ -120,7 +120,7 @@ class Oracle:
             return
         for i, (v, e) in enumerate(zip(found, expected)):
             if v == TORN:
-                self.figures["torn reads"] = self.figures.get("torn reads", 0) + 1
+                self.figures["torn reads of QEMU"] = self.figures.get("torn reads of QEMU", 0) + 1
                 continue
             if v == e or (allowed_more and v in allowed_more.get(at + i, ())):
                 continue
@@ -163,9 +163,8 @@ class Oracle:
             if error:
                 raise Violation(f"{op}: error {error}")
             if op.kind == READ:
-                # a primary's reads and writes of one sector at a time are those of the page cache, which may mix them: QEMU's always,
-                # liveblkd's where one of the two is carried out by a helper (large writes on ext4, all of them for a while after a slow one)
-                mixed = writes["P"][op.disk] if op.side == "P" else ()
+                # QEMU's reads and writes of one sector at a time are those of the page cache, which may mix them
+                mixed = writes["P"][op.disk] if op.side == "P" and self.pair.p_qemu else ()
                 found = numbers(data, op, [b - op.at for b in mixed])
                 side, more = (self.p, writes["P"]) if op.side == "P" else (self.s, seen_s)
                 self.check(side, op.disk, op.at, found, more[op.disk])
