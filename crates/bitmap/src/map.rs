@@ -322,46 +322,44 @@ impl Bitmap {
     }
 
     fn add_word(&mut self, i: u64, word: u64) {
-        let slot = &mut self.slots[(i / (Group::BITS / 64)) as usize];
-        let before = slot.count();
-        if matches!(slot, Slot::Clean) {
-            *slot = Slot::Mixed(Box::new(Group::uniform(false)));
-        }
-        if let Slot::Mixed(g) = slot {
-            g.add_word(i % (Group::BITS / 64), word);
-        }
-        if slot.count() == Group::BITS {
-            *slot = Slot::Dirty;
-        }
-        self.count = self.count - before + slot.count();
+        let words = Group::BITS / 64;
+        self.change(i / words, true, |g| g.add_word(i % words, word));
     }
 
     fn assign(&mut self, lo: u64, hi: u64, on: bool) {
         for i in lo / Group::BITS..hi.div_ceil(Group::BITS) {
             let base = i * Group::BITS;
             let (l, h) = (lo.max(base) - base, hi.min(base + Group::BITS) - base);
-            let slot = &mut self.slots[i as usize];
-            let before = slot.count();
             if l == 0 && h == Group::BITS {
+                let slot = &mut self.slots[i as usize];
+                let before = slot.count();
                 *slot = if on { Slot::Dirty } else { Slot::Clean };
+                self.count = self.count - before + slot.count();
             } else {
-                match (&mut *slot, on) {
-                    (Slot::Clean, false) | (Slot::Dirty, true) => {}
-                    (Slot::Mixed(g), _) => g.assign(l, h, on),
-                    (_, _) => {
-                        let mut g = Box::new(Group::uniform(!on));
-                        g.assign(l, h, on);
-                        *slot = Slot::Mixed(g);
-                    }
-                }
-                match slot.count() {
-                    0 => *slot = Slot::Clean,
-                    Group::BITS => *slot = Slot::Dirty,
-                    _ => {}
-                }
+                self.change(i, on, |g| g.assign(l, h, on));
             }
-            self.count = self.count - before + slot.count();
         }
+    }
+
+    /// Lets `change` give bits of slot `i` the value `on`, if any has the other one, then keeps the group only if it is mixed.
+    fn change(&mut self, i: u64, on: bool, change: impl FnOnce(&mut Group)) {
+        let slot = &mut self.slots[i as usize];
+        let before = slot.count();
+        match (&mut *slot, on) {
+            (Slot::Clean, false) | (Slot::Dirty, true) => return,
+            (Slot::Mixed(g), _) => change(g),
+            (_, _) => {
+                let mut g = Box::new(Group::uniform(!on));
+                change(&mut g);
+                *slot = Slot::Mixed(g);
+            }
+        }
+        match slot.count() {
+            0 => *slot = Slot::Clean,
+            Group::BITS => *slot = Slot::Dirty,
+            _ => {}
+        }
+        self.count = self.count - before + slot.count();
     }
 
     /// First granule at or after `from` with the value `on`.
