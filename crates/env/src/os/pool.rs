@@ -158,11 +158,12 @@ impl Pool {
         home: &Arc<Returns>,
         lane: Option<&Arc<Lane>>,
     ) {
-        let mut job = Some(Job { key, work, home: home.clone(), lane: lane.cloned() });
-        if let Some(lane) = lane {
-            job = job.and_then(|j| lane.begin(j));
-        }
-        let Some(job) = job else { return };
+        let job = Job { key, work, home: home.clone(), lane: lane.cloned() };
+        let begun = match lane {
+            Some(lane) => lane.begin(job),
+            None => Some(job),
+        };
+        let Some(job) = begun else { return };
         let mut s = lock(&self.state);
         s.jobs.push_back(job);
         if s.idle >= s.jobs.len() {

@@ -103,7 +103,7 @@ struct Run {
     /// How often the other daemon lost its power.
     far_losses: Cell<u64>,
     /// How often the link to it was lost, and when at last.
-    far_lost: Cell<(u64, Duration)>,
+    link_lost: Cell<(u64, Duration)>,
     /// An export of the source is being added: the guest's disk must not change until it is.
     adding: Cell<bool>,
     /// Some guest discards: a discard that leaves data behind is compared by copying, and ends actively synced.
@@ -130,7 +130,7 @@ impl Run {
             asked: Cell::new(false),
             asking: Cell::new(false),
             far_losses: Cell::new(0),
-            far_lost: Cell::default(),
+            link_lost: Cell::default(),
             adding: Cell::new(false),
             discards: Cell::new(false),
         }
@@ -336,7 +336,7 @@ impl Run {
                 for _ in 0..self.draw(|r| r.between(1, 4)) {
                     self.world.count("links cut", 1);
                     self.world.net().cut(FAR_NBD);
-                    self.lost_far();
+                    self.link_is_lost();
                     self.pause(Duration::from_millis(300)).await;
                 }
             }
@@ -351,7 +351,7 @@ impl Run {
                     }
                 }
                 self.far_losses.set(self.far_losses.get() + u64::from(power));
-                self.lost_far();
+                self.link_is_lost();
                 self.world.count(if power { "far power losses" } else { "restarts" }, 1);
                 self.pause(Duration::from_millis(300)).await;
                 self.start_far().await;
@@ -493,15 +493,15 @@ impl Run {
         if !blocking(self.mode.get()) || self.asked.get() {
             return;
         }
-        let (asked_at, losses) = (self.history.tick(), self.far_lost.get().0);
-        if !self.keeps_far(losses) {
+        let (asked_at, losses) = (self.history.tick(), self.link_lost.get().0);
+        if !self.link_has_held(losses) {
             return;
         }
         if let Ok(jobs) = m.execute("query-block-jobs", json!({})).await
             && jobs[0]["actively-synced"] == true
             && blocking(self.mode.get())
             && !self.asked.get()
-            && self.keeps_far(losses)
+            && self.link_has_held(losses)
         {
             self.world.count("actively synced", 1);
             if !self.synced.get() {
@@ -516,14 +516,14 @@ impl Run {
     }
 
     /// The link to the other daemon is gone: what that had not flushed is in doubt, also if nobody is told, and copied again.
-    fn lost_far(&self) {
-        self.far_lost.set((self.far_lost.get().0 + 1, self.outside.now()));
+    fn link_is_lost(&self) {
+        self.link_lost.set((self.link_lost.get().0 + 1, self.outside.now()));
         self.synced.set(false);
     }
 
     /// Whether nothing has been lost since `losses` were counted, and the daemon knows of all of those.
-    fn keeps_far(&self, losses: u64) -> bool {
-        let (count, at) = self.far_lost.get();
+    fn link_has_held(&self, losses: u64) -> bool {
+        let (count, at) = self.link_lost.get();
         count == losses && self.outside.now() >= at + Duration::from_millis(1)
     }
 
