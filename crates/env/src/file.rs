@@ -86,7 +86,8 @@ pub struct LockRange {
 /// An open file or block device. Dropping the last `Rc` closes it: at once if nothing is under way, else when the last of its
 /// operations has ended. Whoever has to know that the host has the file closed calls [`File::settle`] first.
 pub trait File: 'static {
-    /// Reads exactly `at`. Bytes past the end of the file read as zero.
+    /// Reads exactly `at`. Bytes past the end of the file read as zero. A sector (512 bytes) that is being changed through this
+    /// `File` meanwhile reads as it was or as it will be, never as a mixture, unless the future of the change was dropped.
     fn read(&self, at: Span) -> Io<'_, Data>;
     /// Writes all of `data` at `offset`, growing a regular file as needed.
     fn write(&self, offset: u64, data: Data) -> Io<'_>;

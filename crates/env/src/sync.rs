@@ -3,6 +3,12 @@
 //! What must stay true: a waiter that is dropped leaves no trace; a wake-up given to a waiter that was dropped before it
 //! ran is passed on (a permit is never lost).
 
+mod ranges;
+mod turn;
+
+pub use ranges::{RangeLock, RangeLocks};
+pub use turn::Turn;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};

@@ -5,8 +5,9 @@
 mod common;
 use block::{BlockError, Data, ErrorKind, Kind, Span};
 use common::{Dir, each, pattern};
-use env::{Env, Existing, File, LockRange, OpenMode, Punch};
+use env::{Env, Existing, File, Io, LockRange, OpenMode, Punch};
 use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
 
 const CREATE: OpenMode =
     OpenMode { write: true, direct: false, existing: Existing::CreateTruncate, threads: false };
@@ -234,5 +235,74 @@ fn direct_io_bounces_memory_that_is_not_aligned() {
         let tail = f.read(Span::new(65536, 8192)).await.unwrap();
         assert_eq!(tail.slice(0, 100).to_vec(), pattern(9, 100));
         assert!(tail.slice(100, 8092).is_zero());
+    });
+}
+
+/// What `io` has to say at once.
+fn at_once<T>(io: &mut Io<'_, T>) -> Option<block::Result<T>> {
+    match io.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(result) => Some(result),
+        Poll::Pending => None,
+    }
+}
+
+#[test]
+fn a_read_and_a_change_of_the_same_bytes_take_turns() {
+    const LEN: usize = 2 << 20;
+    each(|env, dir| async move {
+        let f = create(&env, &dir, "f").await;
+        let (old, new) = (pattern(1, LEN), pattern(2, LEN));
+        f.write(0, Data::from(pattern(1, 2 * LEN))).await.unwrap();
+        let mut change = f.write(0, Data::from(new.clone()));
+        if at_once(&mut change).is_none() {
+            let (mut same, mut next) =
+                (f.read(Span::new(LEN as u64 - 512, 512)), f.read(Span::new(LEN as u64, 512)));
+            assert!(at_once(&mut same).is_none(), "somebody else may be writing there");
+            if dir.path("").starts_with("/dev/shm") {
+                assert!(at_once(&mut next).is_some(), "nobody has anything to do with these");
+            }
+            change.await.unwrap();
+            assert_eq!(same.await.unwrap().to_vec(), new[LEN - 512..]);
+        }
+        f.write(0, Data::from(old.clone())).await.unwrap();
+        let mut large = f.read(Span::new(0, LEN as u64));
+        if at_once(&mut large).is_none() {
+            let mut zero = f.zero(Span::new(4096, 4096), Punch::Release);
+            let mut change = f.write(512, Data::from(pattern(3, 512)));
+            assert!(at_once(&mut change).is_none() && at_once(&mut zero).is_none(), "it is being read");
+            assert_eq!(large.await.unwrap().to_vec(), old);
+            change.await.unwrap();
+            zero.await.unwrap();
+            assert_eq!(f.read(Span::new(512, 512)).await.unwrap().to_vec(), pattern(3, 512));
+        }
+    });
+}
+
+#[test]
+fn a_sector_is_never_seen_half_written() {
+    const LEN: usize = 128 << 10;
+    each(|env, dir| async move {
+        let f = create(&env, &dir, "f").await;
+        f.write(0, Data::zeroes(LEN)).await.unwrap();
+        for round in 0..200u32 {
+            let writes = (0..4).map(|i| {
+                let f = f.clone();
+                let data = Data::from(vec![(round * 4 + i) as u8; LEN]);
+                env.spawn("writer", async move { f.write(0, data).await.unwrap() })
+            });
+            let reads = (0..4).map(|_| {
+                let f = f.clone();
+                env.spawn("reader", async move {
+                    let seen = f.read(Span::new(0, LEN as u64)).await.unwrap().to_vec();
+                    for sector in seen.chunks(512) {
+                        assert!(sector.iter().all(|b| *b == sector[0]), "a mixture");
+                    }
+                })
+            });
+            let all: Vec<_> = writes.zip(reads).flat_map(|(w, r)| [w, r]).collect();
+            for task in &all {
+                task.join().await;
+            }
+        }
     });
 }

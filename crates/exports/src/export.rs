@@ -4,9 +4,8 @@
 //! while clients use it. What must stay true: the edge is held until the last request of the last client has ended.
 
 use bitmap::{Bitmap, DirtyBitmap};
-use env::sync::Notify;
+use env::sync::{Notify, RangeLocks};
 use graph::gate::Gated;
-use graph::ranges::RangeLocks;
 use graph::{Demand, Edge, Perms};
 use std::cell::{Cell, Ref, RefCell};
 use std::collections::BTreeMap;

@@ -7,11 +7,11 @@
 
 use crate::ahead::{Admitted, WriteAhead};
 use crate::exclusion::Exclusion;
-use crate::ranges::RangeLocks;
 use crate::tree::Reaper;
 use crate::{DebugEvent, Edge, HostBytes, Node};
 use bitmap::{BitmapList, DirtyBitmap};
 use block::{BlockError, Data, ErrorKind, Extent, Prealloc, ReqFlags, Result, Span};
+use env::sync::RangeLocks;
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 

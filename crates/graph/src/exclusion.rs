@@ -9,8 +9,8 @@
 //! * Whoever is inside waits for nobody who waits here: readers wait for the disk below alone, copies for disk and overlay
 //!   alone (reading the disk directly, not through the overlay). Waiting is in order of arrival, so nobody starves.
 
-use crate::ranges::{RangeLock, RangeLocks};
 use block::Span;
+use env::sync::{RangeLock, RangeLocks};
 use std::rc::Rc;
 
 /// See the top of this file. Ranges are widened to granules: a copy of one byte is a copy of its granule.

@@ -9,9 +9,8 @@
 //! that a request of a long chain need not enter each. Closing any of the gates disperses it for good: nobody enters it any more,
 //! and the closer waits for those in it that are inside its gate.
 
-use crate::turn::Turn;
 use env::bugs::planted;
-use env::sync::Notify;
+use env::sync::{Notify, Turn};
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;

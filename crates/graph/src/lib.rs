@@ -24,11 +24,9 @@ mod link;
 pub mod node;
 pub mod perm;
 mod plan;
-pub mod ranges;
 pub mod shape;
 mod shortcut;
 mod tree;
-mod turn;
 pub mod walk;
 mod watch;
 

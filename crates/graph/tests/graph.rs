@@ -6,8 +6,8 @@ use block::{Data, ErrorKind, Extent, Io, Kind, Limits, ReqFlags, Result, Span};
 use drivers::null::{NullNode, NullOptions};
 use env::Env;
 use env::os::{OsConfig, start};
+use env::sync::RangeLocks;
 use graph::gate::{Closed, Gate, Gated};
-use graph::ranges::RangeLocks;
 use graph::{
     Demand, Edge, Graph, Node, NodeCell, NodeDetails, NodeOptions, Parent, Perms, Plan, Role, Step, walk,
 };

@@ -1,8 +1,8 @@
 //! Waiting in line: gates and range locks under cancellation, with futures polled by hand, so that each order is exact.
 
 use block::Span;
+use env::sync::{RangeLock, RangeLocks};
 use graph::gate::{Closed, Gate, Gated, Pass};
-use graph::ranges::{RangeLock, RangeLocks};
 use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;

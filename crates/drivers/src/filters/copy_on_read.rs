@@ -9,7 +9,7 @@
 
 use super::{filter_basics, filter_passes};
 use block::{Data, Io, ReqFlags, Result, Span};
-use graph::ranges::RangeLocks;
+use env::sync::RangeLocks;
 use graph::walk::{self, ChainExtent};
 use graph::{DebugEvent, Demand, Edge, Node, NodeCell, Perms};
 use std::rc::{Rc, Weak};

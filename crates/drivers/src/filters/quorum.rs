@@ -8,7 +8,7 @@
 use super::Given;
 use super::basics::description;
 use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, ReqFlags, Result, Span};
-use graph::ranges::RangeLocks;
+use env::sync::RangeLocks;
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;

@@ -10,7 +10,7 @@
 
 use crate::filters::{Given, filter_basics, filter_passes};
 use block::{BlockError, Data, ErrorKind, Io, Limits, Prealloc, ReqFlags, Result, Span};
-use graph::ranges::RangeLocks;
+use env::sync::RangeLocks;
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::cell::Cell;
 use std::rc::Rc;

@@ -6,7 +6,7 @@
 
 use crate::filters::{all, description, filter_basics, filter_passes};
 use block::{BlockError, Data, ErrorKind, Io, Limits, Prealloc, ReqFlags, Result, Span};
-use graph::ranges::RangeLocks;
+use env::sync::RangeLocks;
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::rc::Rc;
 

@@ -2,14 +2,16 @@
 //!
 //! What can happen: fewer bytes than asked (the rest is asked for again; at the end of the file the rest reads as zero), a file
 //! system without RWF_NOWAIT (learned once), a cache that misses (the next tries are skipped for a while), a future that is
-//! dropped while the kernel works (see `op`), a file system that makes writers wait (see [`Patience`]).
+//! dropped while the kernel works (see `op`), a file system that makes writers wait (see [`Patience`]). What must stay true: a
+//! read and a change that have bytes in common do not run at once on two threads, because ext4 and tmpfs let a reader see a page
+//! that is half written.
 
 use super::buffers::Buf;
 use super::op::{Handle, Memory, OnDrop, Request};
 use super::pool::Lane;
 use super::sys::{self, again, check};
 use super::{Ask, Core, Helpers};
-use crate::sync::Semaphore;
+use crate::sync::{RangeLock, RangeLocks, Semaphore};
 use crate::{File, FileInfo, FileKind, LockRange, Punch};
 use block::{BlockError, Data, ErrorKind, Extent, Io, Result, Span};
 use smallvec::SmallVec;
@@ -141,6 +143,8 @@ pub(super) struct OsFile {
     read_luck: Luck,
     write_luck: Luck,
     patience: Patience,
+    /// What reads and changes have in hand.
+    in_hand: RangeLocks,
     /// Room for copies inside the host into this file, and those of them that run.
     pub(super) copies: Semaphore,
     pub(super) lane: Arc<Lane>,
@@ -160,6 +164,7 @@ impl OsFile {
             read_luck: Luck::default(),
             write_luck: Luck::default(),
             patience: Patience::default(),
+            in_hand: RangeLocks::new(),
             copies: Semaphore::new(super::range::COPIES_BEGUN),
             lane: Lane::new(super::range::COPIES_AT_ONCE),
             no_zero_range: Cell::new(false),
@@ -175,6 +180,16 @@ impl OsFile {
 
     pub(super) fn set_len_hint(&self, len: u64) {
         self.len.set(len);
+    }
+
+    /// Waits for reads of `at`, and for all that changes it.
+    pub(super) async fn to_change(&self, at: Span) -> Option<RangeLock<'_>> {
+        self.take(at, true).await
+    }
+
+    /// Nothing where bytes do not pass through the page cache: a device has whole sectors.
+    async fn take(&self, at: Span, exclusive: bool) -> Option<RangeLock<'_>> {
+        if self.facts.direct { None } else { Some(self.in_hand.lock(at, exclusive).await) }
     }
 
     /// Starts an operation and waits for its result.
@@ -235,6 +250,7 @@ impl OsFile {
         if want == 0 {
             return Ok(Data::empty());
         }
+        let _in_hand = self.take(at, false).await;
         let mut buf = Buf::take(want)?;
         let mut end = self.read_inline(&mut buf, want, at.start)?;
         while !end && buf.len() < want {
@@ -328,6 +344,7 @@ impl OsFile {
             data.parts().iter().for_each(|p| bounce.append(p));
             data = Data::from(bounce.into_bytes());
         }
+        let _in_hand = self.to_change(Span::between(offset, end)).await;
         let mut done = self.write_inline(offset, &data)?;
         while done < len {
             let at = offset + done as u64;

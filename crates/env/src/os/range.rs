@@ -63,6 +63,7 @@ impl OsFile {
         if at.is_empty() {
             return Ok(());
         }
+        let _in_hand = self.to_change(at).await;
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let keep = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
         let unsupported = |r: &Result<()>| r.as_ref().is_err_and(|e| e.errno() == libc::EOPNOTSUPP);
@@ -92,6 +93,7 @@ impl OsFile {
         if at.is_empty() {
             return Ok(());
         }
+        let _in_hand = self.to_change(at).await;
         if self.facts.kind == FileKind::BlockDevice {
             return self.device_range(false, at).await;
         }
@@ -178,6 +180,7 @@ impl OsFile {
             return way.map(|_| 0);
         }
         let _turn = to.copies.acquire(1).await;
+        let _in_hand = to.to_change(Span::new(to_offset, len)).await;
         let at = Span::new(at.start, len);
         if shares {
             match self.copy_by(Way::Share, at, to, to_offset).await {

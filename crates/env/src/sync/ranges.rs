@@ -1,11 +1,11 @@
-//! Range locks of a node: requests that must not overlap wait for one another, others run in parallel.
+//! Range locks: requests that must not overlap wait for one another, others run in parallel.
 //!
 //! Used where a request is more than it seems: an unaligned write is read-modify-write of whole blocks, so it excludes
 //! every other write to these blocks. What must stay true: overlapping requests are served in the order they came (no
 //! starvation either way); a request that does not overlap never waits; a dropped waiter or holder leaves no trace; a
 //! release looks at each claim once and wakes only who can go on.
 
-use crate::turn::Turn;
+use super::Turn;
 use block::Span;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

@@ -8,14 +8,14 @@ use std::task::{Poll, Waker};
 
 /// Not given when made.
 #[derive(Default)]
-pub(crate) struct Turn {
+pub struct Turn {
     given: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
 impl Turn {
     /// Lets the waiter go on.
-    pub(crate) fn give(&self) {
+    pub fn give(&self) {
         self.given.set(true);
         let waker = self.waker.borrow_mut().take();
         if let Some(waker) = waker {
@@ -24,12 +24,12 @@ impl Turn {
     }
 
     /// Whether the waiter may go on.
-    pub(crate) fn is_given(&self) -> bool {
+    pub fn is_given(&self) -> bool {
         self.given.get()
     }
 
     /// Waits until it is given.
-    pub(crate) async fn wait(&self) {
+    pub async fn wait(&self) {
         poll_fn(|cx| {
             if self.given.get() {
                 return Poll::Ready(());
