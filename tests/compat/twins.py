@@ -28,6 +28,7 @@ from replay import Connection, clean, differences, key, report  # noqa: E402
 
 # nbdsh takes the first python3 there is, and the system's alone knows libnbd
 ENV = {**os.environ, "PATH": "/usr/bin:" + os.environ.get("PATH", "")}
+REFERENCE = "qemu-storage-daemon"
 QUIET = 0.3  # seconds without a reply after which none is expected: some lines have none, some have several
 EVENT_LIMIT = 3.0  # seconds for an event that the twin emitted
 RUN_LIMIT = 60.0  # seconds for a client
@@ -59,6 +60,8 @@ class Side:
     """A daemon in a scene."""
 
     def __init__(self, daemon):
+        self.reference = os.path.basename(daemon) == REFERENCE
+        self.number = 0  # of the last command
         self.dir = tempfile.mkdtemp(prefix="twins-")
         socket = os.path.join(self.dir, "qmp.sock")
         words = [daemon, "--chardev", f"socket,id=c,path={socket},server=on,wait=off", "--monitor", "chardev=c"]
@@ -71,10 +74,15 @@ class Side:
         self.asked = []  # jobs that the scene paused, with the number of events before
 
     def ask(self, name, arguments):
-        seen = len(self.connection.replies)
-        self.connection.send((json.dumps({"execute": name, "arguments": arguments}) + "\n").encode())
-        self.connection.wait(lambda: len(self.connection.replies) > seen, REPLY_LIMIT)
-        return self.connection.replies[seen] if len(self.connection.replies) > seen else "no reply"
+        """The reply to a command. It is known by its number: the reference answers a good command with a parse error now and then,
+        and what it says then must not be taken for the reply to the next. We may not: a stray reply of ours is the reply."""
+        self.number += 1
+        seen, number = len(self.connection.replies), self.number
+        is_it = lambda r: isinstance(r, dict) and (r.get("id") == number or not self.reference and "id" not in r)  # noqa: E731
+        self.connection.send((json.dumps({"execute": name, "arguments": arguments, "id": number}) + "\n").encode())
+        self.connection.wait(lambda: any(map(is_it, self.connection.replies[seen:])), REPLY_LIMIT)
+        reply = next(filter(is_it, self.connection.replies[seen:]), None)
+        return "no reply" if reply is None else {k: v for k, v in reply.items() if k != "id"}
 
     def step(self, line):
         line = line.replace("DIR", self.dir).replace("SRC", os.path.dirname(os.path.abspath(__file__)))
