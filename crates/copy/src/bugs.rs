@@ -38,11 +38,15 @@ pub enum Bug {
     UnprovenEnd,
     /// What the target had taken and not flushed when its link was lost is not copied again.
     DoubtForgotten,
+    /// A second change of a granule of which only parts are to be copied is forgotten.
+    PartForgotten,
+    /// So is a synchronous write into a part of one that is not sent to the target.
+    PartLeftOut,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Bug; 17] = [
+    pub const ALL: [Bug; 19] = [
         Bug::NoRangeLock,
         Bug::ClearAfterRead,
         Bug::MarkBeforeWrite,
@@ -60,6 +64,8 @@ impl Bug {
         Bug::ChangeNotCompared,
         Bug::UnprovenEnd,
         Bug::DoubtForgotten,
+        Bug::PartForgotten,
+        Bug::PartLeftOut,
     ];
 }
 

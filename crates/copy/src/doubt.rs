@@ -8,6 +8,7 @@
 //! * Nobody is told that source and target are equal while a loss has not been taken into account.
 
 use crate::bugs::{Bug, planted};
+use crate::dirty::Dirty;
 use bitmap::Bitmap;
 use block::{Result, Span};
 use graph::Link;
@@ -96,13 +97,13 @@ impl Doubt {
     }
 
     /// All that is in doubt, added to `dirty`.
-    pub(crate) fn add_to(&self, dirty: &mut Bitmap) {
+    pub(crate) fn add_to(&self, dirty: &mut Dirty) {
         dirty.merge(&self.since.borrow());
         dirty.merge(&self.flushing.borrow());
     }
 
     /// Takes losses into account: what was in doubt goes to `dirty`.
-    pub(crate) fn notice(&self, dirty: &RefCell<Bitmap>) -> Option<InDoubt> {
+    pub(crate) fn notice(&self, dirty: &RefCell<Dirty>) -> Option<InDoubt> {
         let now = self.moment();
         if now == Moment(self.seen.get()) {
             return None;
@@ -187,10 +188,10 @@ mod tests {
 
     const G: u64 = 4096;
 
-    fn made() -> (Rc<Wire>, Doubt, RefCell<Bitmap>) {
+    fn made() -> (Rc<Wire>, Doubt, RefCell<Dirty>) {
         let wire = Rc::new(Wire::default());
         let doubt = Doubt::new(vec![wire.clone()], 64 * G, G).unwrap();
-        (wire, doubt, RefCell::new(Bitmap::new(64 * G, G).unwrap()))
+        (wire, doubt, RefCell::new(Dirty::new(Bitmap::new(64 * G, G).unwrap())))
     }
 
     fn lose(wire: &Wire) {

@@ -15,7 +15,7 @@ use crate::policy::{Action, Control, Next, Policy, Side, Standing};
 use crate::proof::Proof;
 use crate::ranges::Owner;
 use crate::status::status;
-use crate::window::{MAX_PIECE, MAX_PIECE_GUEST, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window};
+use crate::window::{MAX_CHECKS, MAX_IN_FLIGHT_GUEST, MAX_PIECE, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window};
 use crate::work::Work;
 use block::{BlockError, Extent, Kind, ReqFlags, Result, Span};
 use env::TaskHandle;
@@ -154,7 +154,8 @@ impl Engine {
 
     /// Pieces are kept short while requests pass through `node`. For a copy without a tap.
     pub fn watch(&mut self, node: Rc<NodeCell>) {
-        self.watched = Some((node, 0));
+        let counters = node.counters();
+        self.watched = Some((node, counters.reads + counters.writes));
     }
 
     /// At most `workers` copies in flight, in pieces of at most `piece` bytes (0: as by default).
@@ -364,8 +365,11 @@ impl Engine {
         self.look_at_guest();
         let active = work.guest_active();
         let (checks, checking) = work.proof().map_or((0, 0), |p| (p.checks.get(), p.checking.get()));
-        // What is compared passes through memory three times: few buffers, used again and again, stay near the processor.
-        let few = active || (checks > 0 && work.copies.get() == 0);
+        let few = match () {
+            () if checks > 0 && (active || work.copies.get() == 0) => Some(MAX_CHECKS),
+            () if active => Some(MAX_IN_FLIGHT_GUEST),
+            () => None,
+        };
         if !self.window.has_room(work.copies.get() + checks, work.copying.get() + checking, few) {
             return Err(None);
         }
@@ -398,7 +402,9 @@ impl Engine {
             Found::Piece(at) => (at, false),
             Found::Contended(at) => (at, true),
         };
-        let bulk = !waits && at.len > work.granularity();
+        // far from in sync pieces are as large as they may be, which is one granule if a guest is active
+        let far = dirty >= 16 * MAX_PIECE;
+        let bulk = !waits && (at.len > work.granularity() || far);
         let lock = work.locks.request(at, Owner::Copy { bulk });
         self.window.pay(at.len.min(most), now);
         // While a guest is active, short copies in turn with its requests are done sooner than those of a helper thread
@@ -445,7 +451,7 @@ impl Engine {
             }
             return Err(None);
         }
-        let most = if active { MAX_PIECE_GUEST } else { MAX_PIECE }.max(proof.unit());
+        let most = if active { self.window.guest_piece() } else { MAX_PIECE }.max(proof.unit());
         let at = match self.find_check(proof, most) {
             Found::Nothing => return Err(None),
             Found::Piece(at) | Found::Contended(at) => at,
@@ -519,8 +525,9 @@ impl Engine {
         let Some((node, seen)) = &mut self.watched else { return };
         let counters = node.counters();
         let now = counters.reads + counters.writes;
-        if std::mem::replace(seen, now) != now {
-            self.shared.work.guest_seen();
+        let requests = now - std::mem::replace(seen, now);
+        if requests > 0 {
+            self.shared.work.guest_seen(requests);
         }
     }
 

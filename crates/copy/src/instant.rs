@@ -126,7 +126,7 @@ impl Gated for PointInTime {
 impl PointInTime {
     /// Keeps what is dirty in `work` (which may change until the first request comes) of `source` on `target`.
     pub fn new(work: Rc<Work>, source: Rc<Edge>, target: Rc<Edge>, rules: KeepRules) -> Rc<PointInTime> {
-        let readable = RefCell::new(work.dirty.borrow().clone());
+        let readable = RefCell::new(Bitmap::clone(&work.dirty.borrow()));
         Rc::new(PointInTime {
             work,
             source,
@@ -153,11 +153,10 @@ impl PointInTime {
 
     /// From now on the instant consists of `bits`, none of which is on the target. Call it when no request is inside.
     pub fn begin(&self, bits: &Bitmap) {
-        for map in [&self.work.dirty, &self.readable] {
-            let mut map = map.borrow_mut();
-            map.clear_all();
-            map.merge(bits);
-        }
+        self.work.begin(bits);
+        let mut readable = self.readable.borrow_mut();
+        readable.clear_all();
+        readable.merge(bits);
     }
 
     /// From now on the instant is the whole disk. Call it when no request is inside.
@@ -302,7 +301,7 @@ impl PointInTime {
     }
 
     async fn save_all(&self, at: Span) -> Result<()> {
-        self.work.guest_seen();
+        self.work.guest_seen(1);
         let mut left = self.clusters(at);
         while !left.is_empty() {
             let now = self.step(left);

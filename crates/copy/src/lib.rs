@@ -9,6 +9,7 @@ pub mod bugs;
 mod check;
 mod cluster;
 pub mod digest;
+mod dirty;
 mod doubt;
 mod engine;
 pub mod first;

@@ -2,6 +2,7 @@
 
 use crate::bugs::{Bug, planted};
 use crate::check::{record, record_view};
+use crate::dirty::ToCopy;
 use crate::doubt::{Flushed, Moment};
 use crate::outage::{Links, SAMPLE, SAMPLES_PER_FLUSH};
 use crate::policy::{Control, Fate, Policy, Side};
@@ -13,10 +14,17 @@ use bitmap::Bitmap;
 use block::{BlockError, ErrorKind, Extent, Kind, ReqFlags, Span};
 use drivers::file::FileNode;
 use env::sync::{Queue, Semaphore};
+use futures_util::future::join_all;
 use graph::{Edge, NodeCell};
+use smallvec::SmallVec;
 use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
+
+/// Bytes that may be copied for each request of a guest: copying them takes about as long as the request did.
+const SHARE: u64 = 8 << 10;
+/// Most for all of them: the last turn may have been long ago.
+const MAX_SHARE: u64 = 256 << 10;
 
 /// What all pieces of an engine need.
 pub(crate) struct Shared {
@@ -39,19 +47,22 @@ pub(crate) struct Shared {
 }
 
 /// How much is copied between two looks at what has come from outside: a copy in memory takes the thread as long as dozens of
-/// a guest's requests, and many in a row would keep those waiting. One large piece; but twice what guests made dirty since the
-/// last turn, or a guest that writes as fast as it can would never be caught up with.
+/// a guest's requests, and many in a row would keep those waiting. One piece; but twice what guests changed since the
+/// last turn, or a guest that writes as fast as it can would never be caught up with; and something for each request since then, or
+/// guests that ask for much in each turn would leave the copy little of the thread's time.
 pub(crate) struct Turns {
     line: Semaphore,
     /// Bytes that may still begin in this turn.
     left: Cell<u64>,
-    /// What guests had made dirty in all at its beginning.
-    dirtied: Cell<u64>,
+    /// What guests had changed in all at its beginning.
+    churned: Cell<u64>,
+    /// Their requests so far, likewise.
+    requests: Cell<u64>,
 }
 
 impl Turns {
     pub(crate) fn new() -> Turns {
-        Turns { line: Semaphore::new(1), left: Cell::new(0), dirtied: Cell::new(0) }
+        Turns { line: Semaphore::new(1), left: Cell::new(0), churned: Cell::new(0), requests: Cell::new(0) }
     }
 
     /// Waits until a copy of `bytes` may begin.
@@ -59,9 +70,12 @@ impl Turns {
         let _first = self.line.acquire(1).await;
         if self.left.get() == 0 {
             work.env.next_turn().await;
-            let dirtied = work.meter.dirtied_so_far();
-            let since = dirtied - self.dirtied.replace(dirtied);
-            self.left.set((2 * since).max(MAX_PIECE_GUEST));
+            let churned = work.churned.get();
+            let since = churned - self.churned.replace(churned);
+            let requests = work.guest_requests.get();
+            let asked = requests - self.requests.replace(requests);
+            let share = asked.saturating_mul(SHARE).min(MAX_SHARE);
+            self.left.set((2 * since).max(share).max(MAX_PIECE_GUEST));
         }
         self.left.set(self.left.get().saturating_sub(bytes));
     }
@@ -203,7 +217,8 @@ impl PieceTask {
             slot.counted = true;
         }
         if !(data && shared.offload.get()) {
-            shared.turns.enter(&shared.work, at.len).await;
+            let bytes = shared.work.dirty.borrow().to_copy(at).iter().map(ToCopy::bytes).sum();
+            shared.turns.enter(&shared.work, bytes).await;
         }
         let begun = shared.work.env.now();
         let outcome = if shared.resting.get() {
@@ -244,18 +259,25 @@ impl Shared {
 
     async fn copy_dirty(&self, at: Span, data: bool) -> Result<(), Failure> {
         // Another piece or the guest may have cleaned some of it while this one waited for its lock.
-        let areas: Vec<Span> = self.work.dirty.borrow().areas(at, 0).collect();
-        let mut taken: Vec<Unfinished<'_>> = areas
+        let list = self.work.dirty.borrow().to_copy(at);
+        let mut taken: SmallVec<[Unfinished<'_>; 1]> = list
             .iter()
-            .map(|area| {
+            .map(|granules| {
                 if !planted(Bug::ClearAfterRead) {
-                    self.work.dirty.borrow_mut().clear(*area);
+                    self.work.dirty.borrow_mut().clear(granules.at);
                 }
-                Unfinished::new(&self.work, *area)
+                Unfinished::new(&self.work, granules.at)
             })
             .collect();
-        for unfinished in &mut taken {
-            self.copy_area(unfinished, data).await?;
+        for (unfinished, granules) in taken.iter_mut().zip(&list) {
+            if granules.parts.is_empty() {
+                self.copy_area(unfinished, data).await?;
+                continue;
+            }
+            // all of them end, also if one fails: none may land after the granule's lock was given back
+            let copied = join_all(granules.parts.iter().map(|part| self.copy(*part, false))).await;
+            copied.into_iter().collect::<Result<(), Failure>>()?;
+            unfinished.advance(granules.at.len);
         }
         Ok(())
     }

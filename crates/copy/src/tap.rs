@@ -157,7 +157,7 @@ impl CopyTap {
         if !matches!(change, Change::Write(..)) {
             self.work.zeroed.set(self.work.zeroed.get() + 1);
         }
-        self.work.guest_seen();
+        self.work.guest_seen(1);
         self.throttle().await;
         match self.policy.guest_write(at) {
             OnWrite::Pass => apply(source, at, change).await,
@@ -207,7 +207,17 @@ impl CopyTap {
         let parts = self.parts_for_target(at);
         let cleaned =
             if planted(Bug::PartialGranuleClean) { at.align_out(self.work.granularity()) } else { at };
-        self.work.dirty.borrow_mut().clear(cleaned);
+        {
+            let mut dirty = self.work.dirty.borrow_mut();
+            dirty.clear(cleaned);
+            // what the target does not get now comes with the copy of its granule
+            let sent = parts.first().copied().unwrap_or(Span::new(at.end(), 0));
+            for left_out in [Span::between(at.start, sent.start), Span::between(sent.end(), at.end())] {
+                if !left_out.is_empty() && !planted(Bug::PartLeftOut) {
+                    dirty.set_changed(left_out);
+                }
+            }
+        }
         let to_target = async {
             let mut counts = true;
             for part in &parts {
@@ -270,8 +280,9 @@ impl CopyTap {
     /// The guest no longer needs `at`. What the source reads as now may have changed (zeroes) or not (the discard was
     /// ignored): the target follows where it reads as zero, the rest is compared by copying. Whether all is done.
     async fn follow_discard(&self, source: &Edge, at: Span) -> bool {
-        let Ok(extents) = crate::status::status_all(source, at).await else { return false };
+        // before the look: what another write marks meanwhile must stay marked
         self.work.dirty.borrow_mut().clear(at);
+        let Ok(extents) = crate::status::status_all(source, at).await else { return false };
         for e in &extents {
             if e.kind == Kind::Data {
                 self.work.mark_guest(e.span);
@@ -294,7 +305,7 @@ impl CopyTap {
     }
 
     async fn read(&self, source: &Edge, at: Span) -> Result<Data> {
-        self.work.guest_seen();
+        self.work.guest_seen(1);
         if !self.policy.copy_reads() || !self.dirty_inside(at) || self.work.let_go.get() {
             return source.read(at).await;
         }

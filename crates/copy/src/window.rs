@@ -9,16 +9,22 @@ use std::time::Duration;
 /// Largest piece copied at once: with [`MAX_IN_FLIGHT`] of them a window of 16 MiB is full, and a larger one gains nothing
 /// where both sides are in the page cache.
 pub const MAX_PIECE: u64 = 1 << 20;
-/// Largest piece while a guest is active: about 50 µs of copying at memory speed, the most that a guest's request
-/// waits for the thread because of one copy.
-pub const MAX_PIECE_GUEST: u64 = 256 << 10;
+/// Largest piece while a guest is active and copies are quick: some 50 µs of copying into new pages, the most that a guest's
+/// request waits for the thread because of one copy.
+pub const MAX_PIECE_GUEST: u64 = 64 << 10;
+/// The same where copies are not quick: they wait for something else than this thread, and more of them for each byte would
+/// only make the wait longer.
+const MAX_SLOW_PIECE_GUEST: u64 = 256 << 10;
 /// Smaller pieces pass through the thread: what a guest changes in a disk that is nearly in sync is copied sooner without the
 /// hop to another thread, and seen to be zero if it is.
 pub(crate) const OFFLOAD_LEAST: u64 = 256 << 10;
 /// Most copies in flight.
 pub const MAX_IN_FLIGHT: u32 = 16;
 /// Most copies in flight while a guest is active and copies are quick, that is: cost the thread and not waiting.
-pub(crate) const MAX_IN_FLIGHT_GUEST: u32 = 4;
+pub(crate) const MAX_IN_FLIGHT_GUEST: u32 = 8;
+/// Most comparisons in flight, and copies beside them, where they are quick: what is compared passes through memory three times, and
+/// few buffers, used again and again, stay near the processor.
+pub(crate) const MAX_CHECKS: u32 = 4;
 /// Copies that take at least so long wait for a device or network, not for this thread.
 const SLOW_COPY: Duration = Duration::from_millis(2);
 /// Most bytes known to be zero that are made zero on the target as one piece.
@@ -75,7 +81,7 @@ impl Window {
     pub(crate) fn piece(&self, dirty: u64, guest_active: bool) -> u64 {
         let mut most = self.max_piece;
         if guest_active {
-            most = most.min(MAX_PIECE_GUEST);
+            most = most.min(self.guest_piece());
         }
         if self.chunk > 0 {
             let most = if self.speed > 0 { most.min(self.chunk) } else { most };
@@ -87,11 +93,20 @@ impl Window {
         (most.min(dirty / 16) & !(self.granularity - 1)).max(self.granularity)
     }
 
-    /// Whether one more piece may start.
-    pub(crate) fn has_room(&self, copies: u32, copying: u64, guest_active: bool) -> bool {
-        let quick = self.average < SLOW_COPY;
-        let most = if guest_active && quick { MAX_IN_FLIGHT_GUEST } else { MAX_IN_FLIGHT };
+    /// Largest piece while a guest is active.
+    pub(crate) fn guest_piece(&self) -> u64 {
+        if self.is_quick() { MAX_PIECE_GUEST } else { MAX_SLOW_PIECE_GUEST }
+    }
+
+    /// Whether one more piece may start; with `few` no more than so many in all as long as copies are quick.
+    pub(crate) fn has_room(&self, copies: u32, copying: u64, few: Option<u32>) -> bool {
+        let most = few.filter(|_| self.is_quick()).unwrap_or(MAX_IN_FLIGHT);
         copies < most.min(self.max_copies) && (copies == 0 || copying + self.granularity <= self.limit)
+    }
+
+    /// Whether copies cost this thread, and do not wait for a device or network.
+    fn is_quick(&self) -> bool {
+        self.average < SLOW_COPY
     }
 
     /// A piece has taken so long.
@@ -131,6 +146,9 @@ mod tests {
         let w = Window::new(16 << 20, 65536, 0);
         assert_eq!(w.piece(1 << 40, false), MAX_PIECE);
         assert_eq!(w.piece(1 << 40, true), MAX_PIECE_GUEST);
+        let mut slow = Window::new(16 << 20, 65536, 0);
+        (0..8).for_each(|_| slow.took(2 * SLOW_COPY));
+        assert_eq!((slow.piece(1 << 40, true), slow.has_room(15, 0, Some(4))), (MAX_SLOW_PIECE_GUEST, true));
         assert_eq!(w.piece(4 << 20, false), 256 << 10);
         assert_eq!(w.piece(65536, false), 65536);
         assert_eq!(Window::new(0, 65536, 0).piece(1 << 40, false), 65536);
@@ -141,10 +159,10 @@ mod tests {
     #[test]
     fn window_counts_pieces_and_bytes() {
         let w = Window::new(1 << 20, 65536, 0);
-        assert!(w.has_room(0, 0, false) && w.has_room(15, 15 * 65536, false));
-        assert!(!w.has_room(16, 0, false));
-        assert!(!w.has_room(1, 1 << 20, false));
-        assert!(!w.has_room(MAX_IN_FLIGHT_GUEST, 0, true));
+        assert!(w.has_room(0, 0, None) && w.has_room(15, 15 * 65536, None));
+        assert!(!w.has_room(16, 0, None));
+        assert!(!w.has_room(1, 1 << 20, None));
+        assert!(!w.has_room(MAX_IN_FLIGHT_GUEST, 0, Some(MAX_IN_FLIGHT_GUEST)));
     }
 
     #[test]

@@ -4,7 +4,8 @@
 //! * A dirty bit is cleared *before* the source is read for it, and set again before the range lock is given back if
 //!   the copy fails or is called off.
 //! * A guest write that does not reach the target marks its range dirty *after* the source has it and before the guest
-//!   is answered, also when it fails or is called off (it may have changed something).
+//!   is answered, also when it fails or is called off (it may have changed something). A part of a synchronous write that is left
+//!   to the copy of its granule is marked before: its lock keeps that copy away until the source has it.
 //! * A guest write that does reach the target holds the range lock from before the source is touched until both have
 //!   it, so no copy of older bytes can land after it.
 //! * What the target has taken over a link is dirty again if the link is lost before it was flushed: see [`crate::doubt`].
@@ -13,6 +14,7 @@
 
 use crate::RangeLocks;
 use crate::bugs::{Bug, planted};
+use crate::dirty::Dirty;
 use crate::doubt::{Doubt, Flushed, Moment};
 use crate::outage::Links;
 use crate::proof::Proof;
@@ -35,10 +37,12 @@ const MAX_DEBT: Duration = Duration::from_secs(2);
 /// Shared between one engine and the tap in front of its source.
 pub struct Work {
     pub(crate) env: Env,
-    pub(crate) dirty: RefCell<Bitmap>,
+    pub(crate) dirty: RefCell<Dirty>,
     pub(crate) locks: Rc<RangeLocks>,
     /// Which granules of the target are known to read as zero, if that is known of any.
     pub(crate) target_zero: RefCell<Option<Bitmap>>,
+    /// Bytes that guests made to be copied so far; see [`Dirty::set_changed`].
+    pub(crate) churned: Cell<u64>,
     /// Bytes taken out of `dirty` and not yet on the target.
     pub(crate) copying: Cell<u64>,
     /// Copies in flight.
@@ -74,6 +78,8 @@ pub struct Work {
     pub(crate) guest_limit: Cell<u64>,
     pub(crate) guest_owes_until: Cell<Duration>,
     last_guest: Cell<Duration>,
+    /// Requests of guests so far.
+    pub(crate) guest_requests: Cell<u64>,
     /// What is known of the equality of the two, where that is asked for.
     proof: RefCell<Option<Rc<Proof>>>,
     /// What the target may lose again, if it is over links.
@@ -89,11 +95,15 @@ pub struct Work {
 }
 
 impl Work {
+    /// Alignment in bytes of what is copied where only parts of granules are; see [`Work::keep_parts`].
+    pub const PART: u64 = crate::dirty::PART;
+
     /// For a disk of `len` bytes; nothing is dirty.
     pub fn new(env: Env, len: u64, granularity: u64) -> Result<Rc<Work>> {
         let now = env.now();
         Ok(Rc::new(Work {
-            dirty: RefCell::new(Bitmap::new(len, granularity)?),
+            dirty: RefCell::new(Dirty::new(Bitmap::new(len, granularity)?)),
+            churned: Cell::new(0),
             env,
             locks: RangeLocks::new(),
             target_zero: RefCell::new(None),
@@ -117,6 +127,7 @@ impl Work {
             guest_limit: Cell::new(0),
             guest_owes_until: Cell::new(Duration::ZERO),
             last_guest: Cell::new(Duration::ZERO),
+            guest_requests: Cell::new(0),
             proof: RefCell::new(None),
             doubt: OnceCell::new(),
             bridged: OnceCell::new(),
@@ -185,25 +196,39 @@ impl Work {
         proof.touch(at)
     }
 
+    /// From now on only what guests changed of a granule is copied once the rest of it is on the target. For a target of
+    /// which any part can be written by itself, whatever it holds there. Not where bytes are recorded as they are copied.
+    pub fn keep_parts(&self) {
+        if !self.proof().is_some_and(|p| p.is_recording()) {
+            self.dirty.borrow_mut().keep_parts();
+        }
+    }
+
     /// Marks `at` as to be copied.
     pub fn mark(&self, at: Span) {
+        self.mark_with(at, |dirty| dirty.set(at));
+    }
+
+    fn mark_with<R>(&self, at: Span, set: impl FnOnce(&mut Dirty) -> R) -> R {
         self.touch(at);
-        let clean_before = {
+        let (clean_before, result) = {
             let mut d = self.dirty.borrow_mut();
             let was = d.is_empty();
-            d.set(at);
-            was && !d.is_empty()
+            let result = set(&mut d);
+            (was && !d.is_empty(), result)
         };
         if clean_before {
             self.wake.notify_all();
         }
+        result
     }
 
     /// Marks what a guest changed; counted for the dirty rate and, where guests are slowed, for what they owe.
     pub(crate) fn mark_guest(&self, at: Span) {
         let before = self.dirty.borrow().count();
         let stale = self.touched(at, false);
-        self.mark(at);
+        let bytes = self.mark_with(at, |dirty| dirty.set_changed(at));
+        self.churned.set(self.churned.get() + bytes);
         let more = self.dirty.borrow().count() - before;
         self.meter.dirtied(more);
         self.owe(more.max(stale));
@@ -445,14 +470,14 @@ impl Work {
 
     /// What the target may lack at this instant: what is dirty, and what is being brought to it.
     pub fn unfinished(&self) -> Bitmap {
-        let mut all = self.dirty.borrow().clone();
+        let mut all = Bitmap::clone(&self.dirty.borrow());
         self.locks.each_held(|at, _| all.set(at));
         all
     }
 
     /// A set of marks like that of what is dirty, with all of the disk in it.
     pub fn everything(&self) -> Bitmap {
-        let mut all = self.dirty.borrow().clone();
+        let mut all = Bitmap::clone(&self.dirty.borrow());
         all.set_all();
         all
     }
@@ -486,7 +511,9 @@ impl Work {
         self.wake.notify_all();
     }
 
-    pub(crate) fn guest_seen(&self) {
+    /// Guests made so many requests just now.
+    pub(crate) fn guest_seen(&self, requests: u64) {
+        self.guest_requests.set(self.guest_requests.get() + requests);
         self.last_guest.set(self.env.now());
     }
 

@@ -179,6 +179,11 @@ async fn build(
     if let Some(rules) = args.verify.rules(graph.env()) {
         work.set_proof(Rc::new(Proof::new(work.len(), rules)?));
     }
+    // A target that is only complete together with an image it does not have yet takes whole clusters.
+    let complete = below.is_some() || (args.sync == Sync::Full && bitmap.is_none());
+    if complete && target_edge.limits().request_alignment <= Work::PART {
+        work.keep_parts();
+    }
     let to_target = graph::links_below(&target, false);
     work.depend_on(to_target.clone())?;
     let rule = args.on_link_loss;
