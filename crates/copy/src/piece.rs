@@ -23,8 +23,11 @@ use std::time::Duration;
 
 /// Bytes that may be copied for each request of a guest: copying them takes about as long as the request did.
 const SHARE: u64 = 8 << 10;
-/// Most for all of them: the last turn may have been long ago.
+/// Most for all of them.
 const MAX_SHARE: u64 = 256 << 10;
+/// If the last turn began longer ago than this, copies waited for something else meanwhile (a link that was lost, a slow target, or
+/// there was nothing to copy): what guests did in all that time says nothing of how much this turn must bring over.
+const LONG_TURN: Duration = Duration::from_millis(100);
 
 /// What all pieces of an engine need.
 pub(crate) struct Shared {
@@ -52,6 +55,7 @@ pub(crate) struct Shared {
 /// guests that ask for much in each turn would leave the copy little of the thread's time.
 pub(crate) struct Turns {
     line: Semaphore,
+    begun: Cell<Duration>,
     /// Bytes that may still begin in this turn.
     left: Cell<u64>,
     /// What guests had changed in all at its beginning.
@@ -62,7 +66,13 @@ pub(crate) struct Turns {
 
 impl Turns {
     pub(crate) fn new() -> Turns {
-        Turns { line: Semaphore::new(1), left: Cell::new(0), churned: Cell::new(0), requests: Cell::new(0) }
+        Turns {
+            line: Semaphore::new(1),
+            begun: Cell::default(),
+            left: Cell::new(0),
+            churned: Cell::new(0),
+            requests: Cell::new(0),
+        }
     }
 
     /// Waits until a copy of `bytes` may begin.
@@ -70,12 +80,16 @@ impl Turns {
         let _first = self.line.acquire(1).await;
         if self.left.get() == 0 {
             work.env.next_turn().await;
-            let churned = work.churned.get();
+            let (now, churned, requests) = (work.env.now(), work.churned.get(), work.guest_requests.get());
+            let took = now.saturating_sub(self.begun.replace(now));
             let since = churned - self.churned.replace(churned);
-            let requests = work.guest_requests.get();
             let asked = requests - self.requests.replace(requests);
-            let share = asked.saturating_mul(SHARE).min(MAX_SHARE);
-            self.left.set((2 * since).max(share).max(MAX_PIECE_GUEST));
+            let guests = if took < LONG_TURN {
+                since.saturating_mul(2).max(asked.saturating_mul(SHARE).min(MAX_SHARE))
+            } else {
+                0
+            };
+            self.left.set(guests.max(MAX_PIECE_GUEST));
         }
         self.left.set(self.left.get().saturating_sub(bytes));
     }
