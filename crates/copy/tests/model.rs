@@ -510,6 +510,33 @@ fn of_a_granule_that_was_copied_only_what_a_guest_changed_is_copied_again() {
     });
 }
 
+/// A write that began before the mirror wrote to both sides ends while the source is asked what a discard left there.
+#[test]
+fn a_write_that_ends_during_a_discard_stays_marked() {
+    for seed in 0..200 {
+        simulate(seed, |env, mut rng| async move {
+            let w = world(&env, &mut rng, Mode::Background).await;
+            let len = w.source.len();
+            w.work.mark(Span::new(0, len));
+            let mut engine = w.engine.take().unwrap();
+            engine.run().await.unwrap();
+            // where it reads as zero, so that the target is to follow
+            let zeroes: Vec<u64> = (0..len / 4096).filter(|b| !w.source.data.borrow()[*b as usize]).collect();
+            let Some(block) = zeroes.get(rng.below(zeroes.len() as u64) as usize) else { return };
+            let (writer, at) = (w.clone(), Span::new(block * 4096, 1));
+            let writing = env.spawn("writer", async move {
+                writer.top.write(at, Data::from(vec![0xaa]), ReqFlags::NONE).await.unwrap();
+            });
+            env.sleep(Duration::from_micros(rng.below(400))).await;
+            w.policy.mode.set(Mode::WriteBlocking);
+            w.top.discard(Span::new(0, len)).await.unwrap();
+            writing.join().await;
+            engine.run().await.unwrap();
+            assert!(*w.source.bytes.borrow() == *w.target.bytes.borrow(), "seed {seed}: {at:?}");
+        });
+    }
+}
+
 #[test]
 fn zero_length_and_nothing_to_do() {
     simulate(6, |env, _| async move {
