@@ -130,15 +130,23 @@ impl Bitmap {
     /// Clears every granule that lies *wholly* in `at` (a last granule cut by the disk's end counts as whole when
     /// `at` reaches the end); a granule only touched stays as it is.
     pub fn clear(&mut self, at: Span) {
+        let at = self.granules_within(at);
+        if !at.is_empty() {
+            self.assign(at.start >> self.shift, ((at.end() - 1) >> self.shift) + 1, false);
+        }
+    }
+
+    /// The granules that lie wholly in `at`; a last one that is cut by the disk's end counts as whole where `at` reaches the end.
+    pub fn granules_within(&self, at: Span) -> Span {
         let at = at.intersect(&Span::new(0, self.len));
-        if at.is_empty() {
-            return;
-        }
-        let lo = at.start.div_ceil(self.granularity());
-        let hi = if at.end() == self.len { self.granules } else { at.end() >> self.shift };
-        if lo < hi {
-            self.assign(lo, hi, false);
-        }
+        let g = self.granularity();
+        let end = if at.end() == self.len { self.len } else { at.end() & !(g - 1) };
+        Span::between(at.start.next_multiple_of(g).min(end), end)
+    }
+
+    /// The granules that `at` touches, up to the disk's end.
+    pub fn granules_around(&self, at: Span) -> Span {
+        at.align_out(self.granularity()).intersect(&Span::new(0, self.len))
     }
 
     /// Marks the whole disk.

@@ -60,17 +60,11 @@ impl Dirty {
         }
     }
 
-    /// The granules that `at` touches, cut at the end of the disk.
-    fn touched(&self, at: Span) -> Span {
-        at.align_out(self.granularity()).intersect(&Span::new(0, self.len()))
-    }
-
     /// Every granule that `at` touches is to be copied as a whole.
     pub(crate) fn set(&mut self, at: Span) {
         self.granules.set(at);
-        let whole = self.touched(at);
         if let Some(parts) = &mut self.parts {
-            parts.clear(whole);
+            parts.clear(self.granules.granules_around(at));
         }
     }
 
@@ -82,8 +76,8 @@ impl Dirty {
             self.granules.set(at);
             return self.count() - before;
         }
-        let first = self.touched(Span::new(at.start, 1));
-        let last = self.touched(Span::new(at.end() - 1, 1));
+        let first = self.granules_around(Span::new(at.start, 1));
+        let last = self.granules_around(Span::new(at.end() - 1, 1));
         if first == last {
             return self.set_inside(first, at);
         }
@@ -124,13 +118,8 @@ impl Dirty {
     /// Granules wholly inside `at` need not be copied; those that it only touches stay as they are.
     pub(crate) fn clear(&mut self, at: Span) {
         self.granules.clear(at);
-        let (granularity, len) = (self.granularity(), self.len());
         if let Some(parts) = &mut self.parts {
-            let end = if at.end() >= len { len } else { at.end() & !(granularity - 1) };
-            let start = at.start.next_multiple_of(granularity);
-            if start < end {
-                parts.clear(Span::between(start, end));
-            }
+            parts.clear(self.granules.granules_within(at));
         }
     }
 
@@ -179,7 +168,7 @@ impl Dirty {
     fn next_in_parts(&self, area: Span) -> Option<(Span, SmallVec<[Span; 2]>)> {
         let parts = self.parts.as_ref()?;
         let first = parts.next_area(area, 0)?;
-        let granule = self.touched(Span::new(first.start, 1));
+        let granule = self.granules_around(Span::new(first.start, 1));
         Some((granule, parts.areas(granule, 0).collect()))
     }
 }

@@ -289,7 +289,7 @@ impl PointInTime {
 
     /// The clusters that `at` touches.
     fn clusters(&self, at: Span) -> Span {
-        at.align_out(self.work.granularity()).intersect(&Span::new(0, self.work.len()))
+        self.work.dirty.borrow().granules_around(at)
     }
 
     fn step(&self, at: Span) -> Span {
@@ -556,10 +556,7 @@ impl PointInTime {
 
     async fn release_all(&self, at: Span) -> Result<()> {
         let _pass = self.gate.enter().await;
-        let g = self.work.granularity();
-        let len = self.work.len();
-        let end = if at.end() >= len { len } else { at.end() & !(g - 1) };
-        let inner = Span::between(at.start.next_multiple_of(g).min(end), end);
+        let inner = self.work.dirty.borrow().granules_within(at);
         if inner.is_empty() {
             return Ok(());
         }

@@ -204,14 +204,13 @@ impl CopyTap {
             unsure.settled = self.follow_discard(source, at).await;
             return Ok(());
         }
-        let parts = self.parts_for_target(at);
+        let sent = self.sent_to_target(at);
         let cleaned =
             if planted(Bug::PartialGranuleClean) { at.align_out(self.work.granularity()) } else { at };
         {
             let mut dirty = self.work.dirty.borrow_mut();
             dirty.clear(cleaned);
             // what the target does not get now comes with the copy of its granule
-            let sent = parts.first().copied().unwrap_or(Span::new(at.end(), 0));
             for left_out in [Span::between(at.start, sent.start), Span::between(sent.end(), at.end())] {
                 if !left_out.is_empty() && !planted(Bug::PartLeftOut) {
                     dirty.set_changed(left_out);
@@ -219,23 +218,22 @@ impl CopyTap {
             }
         }
         let to_target = async {
-            let mut counts = true;
-            for part in &parts {
-                let begun = self.work.moment();
-                self.work.target_written(*part);
-                let piece = match &change {
-                    Change::Write(data, flags) => {
-                        let from = usize::try_from(part.start - at.start).unwrap_or(usize::MAX);
-                        let len = usize::try_from(part.len).unwrap_or(usize::MAX);
-                        Change::Write(data.slice(from, len), *flags)
-                    }
-                    Change::Zero(flags) => Change::Zero(ReqFlags { no_fallback: false, ..*flags }),
-                    Change::Discard => Change::Discard,
-                };
-                apply(&self.target, *part, piece).await?;
-                counts &= self.work.taken(begun, *part);
+            if sent.is_empty() {
+                return Ok(true);
             }
-            Ok(counts)
+            let begun = self.work.moment();
+            self.work.target_written(sent);
+            let piece = match &change {
+                Change::Write(data, flags) => {
+                    let from = usize::try_from(sent.start - at.start).unwrap_or(usize::MAX);
+                    let len = usize::try_from(sent.len).unwrap_or(usize::MAX);
+                    Change::Write(data.slice(from, len), *flags)
+                }
+                Change::Zero(flags) => Change::Zero(ReqFlags { no_fallback: false, ..*flags }),
+                Change::Discard => Change::Discard,
+            };
+            apply(&self.target, sent, piece).await?;
+            Ok(self.work.taken(begun, sent))
         };
         let to_source = apply(source, at, change.share());
         let (on_source, on_target) = self.join(to_source, to_target).await;
@@ -246,9 +244,8 @@ impl CopyTap {
                 if let Some(proof) = self.work.proof() {
                     proof.wrote_source(at, true);
                 }
-                let bytes: u64 = parts.iter().map(|p| p.len).sum();
-                self.work.done.set(self.work.done.get() + bytes);
-                self.work.meter.copied(bytes);
+                self.work.done.set(self.work.done.get() + sent.len);
+                self.work.meter.copied(sent.len);
             }
             Some(Err(e)) => self.target_failed(e),
             None => {}
@@ -256,12 +253,12 @@ impl CopyTap {
         on_source
     }
 
-    /// The pieces of `at` that the target gets now: all but the parts of dirty granules that `at` covers only partly.
-    fn parts_for_target(&self, at: Span) -> Vec<Span> {
+    /// What of `at` the target gets now: all but the parts of dirty granules that `at` covers only partly. Empty, and at the end
+    /// of `at`, if that is nothing.
+    fn sent_to_target(&self, at: Span) -> Span {
         let dirty = self.work.dirty.borrow();
-        let whole = Span::new(0, dirty.len());
         let edge = |offset: u64| {
-            let granule = Span::new(offset, 1).align_out(dirty.granularity()).intersect(&whole);
+            let granule = dirty.granules_around(Span::new(offset, 1));
             let partial = !at.contains(&granule) && !planted(Bug::PartialGranuleClean);
             (partial && dirty.get(offset)).then_some(granule)
         };
@@ -274,7 +271,7 @@ impl CopyTap {
         {
             left = Span::between(left.start, tail.start.max(left.start));
         }
-        if left.is_empty() { Vec::new() } else { vec![left] }
+        if left.is_empty() { Span::new(at.end(), 0) } else { left }
     }
 
     /// The guest no longer needs `at`. What the source reads as now may have changed (zeroes) or not (the discard was
@@ -354,9 +351,7 @@ impl CopyTap {
     /// Dirty granules wholly inside `at`, as runs.
     fn whole_dirty_areas(&self, at: Span) -> Vec<Span> {
         let dirty = self.work.dirty.borrow();
-        let g = dirty.granularity();
-        let end = if at.end() == dirty.len() { at.end() } else { at.end() & !(g - 1) };
-        dirty.areas(Span::between(at.start.next_multiple_of(g), end), 0).collect()
+        dirty.areas(dirty.granules_within(at), 0).collect()
     }
 
     fn target_failed(&self, error: BlockError) {

@@ -449,12 +449,8 @@ impl Work {
             proof.wrote_target(at);
         }
         if let Some(z) = self.target_zero.borrow_mut().as_mut() {
-            let inner = if at.end() >= z.len() {
-                Span::between(at.start.next_multiple_of(z.granularity()), z.len())
-            } else {
-                at.align_in(z.granularity())
-            };
-            z.set(inner);
+            let whole = z.granules_within(at);
+            z.set(whole);
         }
     }
 
