@@ -55,6 +55,7 @@ pub(crate) struct Shared {
 /// guests that ask for much in each turn would leave the copy little of the thread's time.
 pub(crate) struct Turns {
     line: Semaphore,
+    /// When this turn began.
     begun: Cell<Duration>,
     /// Bytes that may still begin in this turn.
     left: Cell<u64>,
@@ -84,15 +85,19 @@ impl Turns {
             let took = now.saturating_sub(self.begun.replace(now));
             let since = churned - self.churned.replace(churned);
             let asked = requests - self.requests.replace(requests);
-            let guests = if took < LONG_TURN {
-                since.saturating_mul(2).max(asked.saturating_mul(SHARE).min(MAX_SHARE))
-            } else {
-                0
-            };
-            self.left.set(guests.max(MAX_PIECE_GUEST));
+            self.left.set(room_after(took, since, asked));
         }
         self.left.set(self.left.get().saturating_sub(bytes));
     }
+}
+
+/// Bytes that may be copied in a turn after one that took so long, in which guests changed so many bytes in so many requests.
+fn room_after(took: Duration, changed: u64, requests: u64) -> u64 {
+    if took >= LONG_TURN {
+        return MAX_PIECE_GUEST;
+    }
+    let share = requests.saturating_mul(SHARE).min(MAX_SHARE);
+    changed.saturating_mul(2).max(share).max(MAX_PIECE_GUEST)
 }
 
 /// How a task of the engine ended.
@@ -485,5 +490,20 @@ impl Shared {
             self.work.target_zeroed(at);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_has_room_for_what_guests_did_in_the_last_one_and_not_in_a_long_wait() {
+        let ms = Duration::from_millis;
+        assert_eq!(room_after(ms(1), 0, 1), MAX_PIECE_GUEST);
+        assert_eq!(room_after(ms(1), 0, 16), 16 * SHARE);
+        assert_eq!(room_after(ms(1), 0, u64::MAX), MAX_SHARE, "reads alone do not open it");
+        assert_eq!(room_after(ms(1), 1 << 20, 16), 2 << 20, "a guest that writes fast is caught up with");
+        assert_eq!(room_after(LONG_TURN, 1 << 40, 1 << 20), MAX_PIECE_GUEST);
     }
 }
