@@ -187,9 +187,10 @@ impl OsFile {
         self.take(at, true).await
     }
 
-    /// Nothing where bytes do not pass through the page cache: a device has whole sectors.
+    /// Nothing where bytes do not pass through the page cache, as a device has whole sectors, or where nothing changes them.
     async fn take(&self, at: Span, exclusive: bool) -> Option<RangeLock<'_>> {
-        if self.facts.direct { None } else { Some(self.in_hand.lock(at, exclusive).await) }
+        let alone = self.facts.direct || !self.facts.writable;
+        if alone { None } else { Some(self.in_hand.lock(at, exclusive).await) }
     }
 
     /// Starts an operation and waits for its result.

@@ -1,7 +1,7 @@
 //! Range locks: requests that must not overlap wait for one another, others run in parallel.
 //!
 //! Used where a request is more than it seems: an unaligned write is read-modify-write of whole blocks, so it excludes
-//! every other write to these blocks. What must stay true: overlapping requests are served in the order they came (no
+//! every other write to these blocks; a write to the page cache on another thread can be seen half done. What must stay true: overlapping requests are served in the order they came (no
 //! starvation either way); a request that does not overlap never waits; a dropped waiter or holder leaves no trace; a
 //! release looks at each claim once and wakes only who can go on.
 
@@ -26,7 +26,7 @@ impl Claim {
     }
 }
 
-/// Locks over ranges of one node.
+/// Locks over ranges of one thing: a node, an export, a file.
 #[derive(Default)]
 pub struct RangeLocks {
     /// Holders and waiters, in no order.
