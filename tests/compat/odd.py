@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from replay import clean, differences  # noqa: E402
 from schema import CUT, compat, told  # noqa: E402
-from twins import Side  # noqa: E402
+from twins import REFERENCE, Side  # noqa: E402
 
 # (what the request contains, what a difference contains, why it may differ)
 KNOWN = [
@@ -212,7 +212,7 @@ class Both:
     def begin(self):
         for s in self.sides:
             s.end()
-        self.sides = [Side(d) for d in ("qemu-storage-daemon", self.daemon)]
+        self.sides = [Side(d) for d in (REFERENCE, self.daemon)]
         for name in ("a", "b"):
             path = "{}/" + name + ".raw"
             for s in self.sides:

@@ -231,7 +231,7 @@ def play(lines, daemon, verbose, may=None):
     def found_in(line, want, got):
         return [d for d in compared(known, want, got) if not (may and may(line, d))]
 
-    theirs, ours = Side("qemu-storage-daemon"), Side(daemon)
+    theirs, ours = Side(REFERENCE), Side(daemon)
     try:
         for number, line in lines:
             if line.startswith("??"):
