@@ -7,21 +7,18 @@ Each function below whose name begins with `test_` is a test; it gets an empty d
 that we may mount (root, or fusermount3).
 """
 
-import argparse
 import ctypes
 import errno
 import os
 import random
-import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import traceback
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "vhost"))
+import cases
 import qmp
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "compat"))
@@ -438,38 +435,12 @@ def clean(path):
 
 def main():
     global BINARY
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--daemon", required=True)
-    parser.add_argument("names", nargs="*")
-    args = parser.parse_args()
-    BINARY = os.path.abspath(args.daemon)
+    BINARY, names = cases.arguments()
     if not os.path.exists("/dev/fuse"):
         sys.exit("this machine has no /dev/fuse: the FUSE export cannot be tested here (modprobe fuse)")
     if os.getuid() != 0:
         sys.exit("these tests mount as root and change users: run them as root")
-    tests = {n[5:]: f for n, f in globals().items() if n.startswith("test_")}
-    failed = []
-    for name in args.names or tests:
-        with tempfile.TemporaryDirectory(prefix="fuse-") as path:
-            began = time.monotonic()
-            try:
-                tests[name](path)
-                print(f"ok {name} {time.monotonic() - began:.2f} s", flush=True)
-            except BaseException:
-                failed.append(name)
-                print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
-                log = os.path.join(path, "log")
-                if os.path.exists(log):
-                    print("the daemon said:\n" + open(log, errors="replace").read(), flush=True)
-                pid = os.path.join(path, "pid")
-                if os.path.exists(pid) and (number := open(pid).read().strip()):
-                    try:
-                        os.kill(int(number), signal.SIGKILL)
-                    except OSError:
-                        pass
-            clean(path)
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    cases.run(globals(), names, "fuse-", clean)
 
 
 main()

@@ -6,18 +6,15 @@
 Each function below whose name begins with `test_` is a test; it gets a Daemon factory and an empty directory.
 """
 
-import argparse
 import os
 import random
-import signal
 import socket
 import struct
 import sys
-import tempfile
 import time
-import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import cases
 import front as v
 import qmp
 
@@ -824,34 +821,8 @@ def test_packed_writes_are_logged(path):
 
 def main():
     global BINARY
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--daemon", required=True)
-    parser.add_argument("names", nargs="*")
-    args = parser.parse_args()
-    BINARY = os.path.abspath(args.daemon)
-    tests = {n[5:]: f for n, f in globals().items() if n.startswith("test_")}
-    failed = []
-    for name in args.names or tests:
-        with tempfile.TemporaryDirectory(prefix="vhost-") as path:
-            began = time.monotonic()
-            try:
-                tests[name](path)
-                print(f"ok {name} {time.monotonic() - began:.2f} s", flush=True)
-            except BaseException:
-                failed.append(name)
-                log = os.path.join(path, "log")
-                print(f"FAILED {name}\n{traceback.format_exc()}", flush=True)
-                if os.path.exists(log):
-                    print("the daemon said:\n" + open(log, errors="replace").read(), flush=True)
-                with open(os.path.join(path, "pid"), errors="replace") if os.path.exists(os.path.join(path, "pid")) else open(os.devnull) as f:
-                    pid = f.read().strip()
-                if pid:
-                    try:
-                        os.kill(int(pid), signal.SIGKILL)
-                    except OSError:
-                        pass
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    BINARY, names = cases.arguments()
+    cases.run(globals(), names, "vhost-")
 
 
 main()

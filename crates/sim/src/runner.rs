@@ -102,6 +102,17 @@ pub fn run_one(scenario: Scenario, seed: u64, verbose: bool) -> Outcome {
 
 /// Runs all `seeds`.
 pub fn run(scenario: Scenario, seeds: Range<u64>, options: &Options) -> Report {
+    run_watched(scenario, seeds, options, |_, _| {})
+}
+
+/// Runs all `seeds`; `watch` is called after each one with the report so far, and with the seed if it failed: what takes hours
+/// says what it found when it finds it.
+pub fn run_watched(
+    scenario: Scenario,
+    seeds: Range<u64>,
+    options: &Options,
+    watch: impl Fn(&Report, Option<u64>) + Sync,
+) -> Report {
     let began = Instant::now();
     let next = AtomicU64::new(seeds.start);
     let report = Mutex::new(Report::default());
@@ -128,12 +139,15 @@ pub fn run(scenario: Scenario, seeds: Range<u64>, options: &Options) -> Report {
             for (name, n) in outcome.counts {
                 *r.counts.entry(name).or_default() += n;
             }
-            if let Some(v) = outcome.violation {
+            r.took = began.elapsed();
+            let failed = outcome.violation.map(|v| {
                 r.failures.insert(seed, v);
                 if r.failures.len() >= options.most_failures {
                     next.store(seeds.end, Ordering::Relaxed);
                 }
-            }
+                seed
+            });
+            watch(&r, failed);
         }
     };
     std::thread::scope(|s| {
@@ -162,7 +176,15 @@ mod tests {
 
     #[test]
     fn failing_seeds_are_found_and_panics_are_theirs_alone() {
-        let r = run(fails_at_seven, 0..20, &Options { jobs: 2, ..Options::default() });
+        let told = Mutex::new(Vec::new());
+        let r = run_watched(fails_at_seven, 0..20, &Options { jobs: 2, ..Options::default() }, |so_far, failed| {
+            told.lock().unwrap().push((so_far.seeds, failed));
+        });
+        let told = told.into_inner().unwrap();
+        assert!(told.iter().map(|t| t.0).eq(1..=20), "told of each seed as it ends");
+        let mut failed: Vec<u64> = told.iter().filter_map(|t| t.1).collect();
+        failed.sort_unstable();
+        assert_eq!(failed, [7, 9]);
         assert_eq!(r.seeds, 20);
         assert_eq!(r.failures[&7], "seven");
         assert_eq!(r.failures[&9], "panic: nine");

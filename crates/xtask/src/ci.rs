@@ -34,8 +34,21 @@ const STEPS: &[Step] = &[
         kills.arg(shell::root().join("tests/kills.py")).args(["--kills", "50"]);
         shell::run(kills.arg("--daemon").arg(shell::target().join("debug/liveblkd")))
     }),
+    ("simulation", simulation),
     ("documentation", || shell::cargo(&["doc", "--workspace", "--no-deps", "--quiet"])),
 ];
+
+/// Seeds of whole daemons in CI: those that come back from any death, replicating hosts, and hosts that change sides.
+const SHARES: &[(&str, &str)] = &[("again", "10000"), ("replica", "2500"), ("turns", "2500")];
+
+/// The built scenarios run in release, in which a seed takes a third of the time; the tests have a few of each as well.
+fn simulation() -> Outcome {
+    for (scenario, seeds) in SHARES {
+        let args = ["--scenario", scenario, "--seeds", seeds, "--no-keep"].map(str::to_owned);
+        crate::run_tool("sim", "simulate", &args)?;
+    }
+    Ok(())
+}
 
 fn tests() -> Outcome {
     // No nextest: one tool less on a fresh machine, and CI reads cargo test's closing lines.

@@ -1,13 +1,14 @@
 //! `cargo xtask sim`: many seeds of the whole daemon, or one of them line by line.
 //!
-//! What must stay true: a failing seed is printed with what was wrong and how to repeat it, and kept under
+//! What must stay true: a failing seed is printed when it fails, with what was wrong and how to repeat it, and kept under
 //! `crates/sim/regressions/`, where the tests replay it for ever.
 #![forbid(unsafe_code)]
 
-use sim::runner::{Options, Scenario, run, run_one};
+use sim::runner::{Options, Scenario, run, run_one, run_watched};
 use sim::scenario::{SCENARIOS, find, steps};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const HELP: &str = "\
 cargo xtask sim [--seeds N] [--start S] [--jobs J] [--scenario NAME]   many seeds
@@ -146,15 +147,22 @@ fn many(name: &str, scenario: Scenario, a: &Arguments) -> bool {
         println!("nth: {} cases in all", sim::scenario::nth::cases());
     }
     let options = Options { jobs: a.jobs, ..Options::default() };
-    let report = run(scenario, a.start..a.start.saturating_add(a.seeds), &options);
-    print!("{name}: {report}");
-    for (seed, violation) in &report.failures {
-        println!("VIOLATION, seed {seed}: {violation}");
-        println!("  repeat: cargo xtask sim --scenario {name} --seed {seed} -v");
-        if a.keep {
-            keep(name, *seed, violation);
+    let minutes = AtomicU64::new(0);
+    let report = run_watched(scenario, a.start..a.start.saturating_add(a.seeds), &options, |so_far, failed| {
+        if let Some(seed) = failed {
+            let violation = &so_far.failures[&seed];
+            println!("VIOLATION, seed {seed}: {violation}");
+            println!("  repeat: cargo xtask sim --scenario {name} --seed {seed} -v");
+            if a.keep {
+                keep(name, seed, violation);
+            }
         }
-    }
+        let minute = so_far.took.as_secs() / 60;
+        if minutes.swap(minute, Ordering::Relaxed) != minute {
+            eprintln!("{name}: {} of {} seeds after {minute} minutes", so_far.seeds, a.seeds);
+        }
+    });
+    print!("{name}: {report}");
     report.failures.is_empty()
 }
 

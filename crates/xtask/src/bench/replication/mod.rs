@@ -13,7 +13,7 @@ use super::table::{Better, Figures};
 use crate::shell::Outcome;
 use pair::{KINDS, Kind, Make, Pair};
 use serde_json::json;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use wire::{Disk, Watch, longest, random, scattered};
 
@@ -25,7 +25,7 @@ const COUNTED: u64 = 64;
 const PIECE: u64 = 64 << 10;
 /// How long clients are watched before and after a checkpoint.
 const WINDOW: Duration = Duration::from_millis(300);
-/// Free space that is left alone where a large buffer is made.
+/// Free space and memory that is left alone where a large buffer is made.
 const SPARE: u64 = 8 << 30;
 
 /// A name to choose it by, and what measures it.
@@ -53,10 +53,12 @@ fn holds(options: &Options) -> Outcome {
         // it takes a disk, and minutes
         return Ok(());
     }
-    let dir = PathBuf::from("/var/tmp");
-    match [10, 4].into_iter().find(|gib| has_room(gib << 30)) {
-        Some(gib) => hold(options, gib * 1024, Some(&dir))?.print(options),
-        None => println!("10 GiB buffered: not measured, {} has not the room", dir.display()),
+    // in memory it is the checkpoint that clients wait for, on a disk also what the kernel writes to it
+    for dir in [&options.dir, Path::new("/var/tmp")] {
+        match [10, 4].into_iter().find(|gib| has_room(dir, gib << 30)) {
+            Some(gib) => hold(options, gib * 1024, Some(dir))?.print(options),
+            None => println!("10 GiB buffered: not measured, {} has not the room", dir.display()),
+        }
     }
     Ok(())
 }
@@ -144,12 +146,29 @@ fn levels(options: &Options) -> Outcome {
     Ok(())
 }
 
-/// Whether a buffer of so many bytes fits into /var/tmp.
-fn has_room(bytes: u64) -> bool {
-    let out =
-        crate::shell::output(std::process::Command::new("df").args(["--output=avail", "-B1", "/var/tmp"]));
-    let free = out.ok().and_then(|text| text.lines().nth(1)?.trim().parse::<u64>().ok());
-    free.is_some_and(|free| free > bytes + SPARE)
+/// Whether a buffer of so many bytes fits into a directory, and into the machine where the directory is in memory.
+fn has_room(dir: &Path, bytes: u64) -> bool {
+    let needed = bytes + SPARE;
+    match free(dir) {
+        Some((kind, free)) if kind == "tmpfs" => free > needed && memory().is_some_and(|m| m > needed),
+        Some((_, free)) => free > needed,
+        None => false,
+    }
+}
+
+/// Kind and free bytes of the file system that holds a directory.
+fn free(dir: &Path) -> Option<(String, u64)> {
+    let mut df = std::process::Command::new("df");
+    let text = crate::shell::output(df.args(["--output=fstype,avail", "-B1"]).arg(dir)).ok()?;
+    let (kind, free) = text.lines().nth(1)?.trim().split_once(' ')?;
+    Some((kind.to_owned(), free.trim().parse().ok()?))
+}
+
+/// Bytes of memory that may be used.
+fn memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok().map(|kib| kib << 10)
 }
 
 /// What clients of both sides waited for at most.
@@ -197,8 +216,14 @@ impl Hold {
 }
 
 /// A checkpoint with `mib` buffered, under a client that reads on the secondary and one that writes on the primary.
-fn hold(options: &Options, mib: u64, hollow: Option<&PathBuf>) -> Outcome<Hold> {
-    let mut hold = Hold { name: format!("{} GiB buffered", mib / 1024), ..Hold::default() };
+/// With a place for it the log is there, and the disks are `null-co`.
+fn hold(options: &Options, mib: u64, hollow: Option<&Path>) -> Outcome<Hold> {
+    let name = format!("{} GiB buffered", mib / 1024);
+    let name = match hollow.and_then(free) {
+        Some((kind, _)) => format!("{name}, log on {kind}"),
+        None => name,
+    };
+    let mut hold = Hold { name, ..Hold::default() };
     for round in 0..options.rounds {
         for i in 0..KINDS.len() {
             let kind = KINDS[(i + round) % KINDS.len()];

@@ -60,10 +60,19 @@ impl Make {
     }
 }
 
+/// A directory of images, which goes when the daemon that has them open is gone: the next pair needs the memory.
+struct Images(PathBuf);
+
+impl Drop for Images {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 pub(super) struct Process {
     daemon: Daemon,
     pub(super) client: Client,
-    dir: PathBuf,
+    images: Images,
 }
 
 impl Process {
@@ -89,7 +98,7 @@ impl Process {
         let daemon =
             Daemon::run(if kind == Kind::Qemu { Side::Qsd } else { Side::Liveblk }, command, qmp.clone())?;
         let client = Client::connect(&qmp)?;
-        let mut process = Process { daemon, client, dir };
+        let mut process = Process { daemon, client, images: Images(dir) };
         process.client.execute(
             "nbd-server-start",
             &json!({"addr": {"type": "unix", "data": {"path": process.socket()}}, "max-connections": 16}),
@@ -98,7 +107,7 @@ impl Process {
     }
 
     pub(super) fn path(&self, name: &str) -> String {
-        self.dir.join(name).display().to_string()
+        self.images.0.join(name).display().to_string()
     }
 
     pub(super) fn socket(&self) -> String {
@@ -231,7 +240,7 @@ fn native(primary: &mut Process, secondary: &mut Process, make: &Make) -> Outcom
     for (side, place) in [(&mut *secondary, large), (&mut *primary, None)] {
         let disk = side.disk(make, "n")?;
         side.add(&disk)?;
-        let place = place.map_or_else(|| side.dir.clone(), Path::to_path_buf);
+        let place = place.map_or_else(|| side.images.0.clone(), Path::to_path_buf);
         let store = json!({"path": place.join("store").display().to_string(), "size": make.store});
         side.client.execute(
             "replication-group-add",
