@@ -21,6 +21,10 @@ pub enum Turn {
 pub trait Backend: 'static {
     /// See [`Env::now`](crate::Env::now).
     fn now(&self) -> Duration;
+    /// See [`Env::since_boot`](crate::Env::since_boot).
+    fn since_boot(&self) -> Duration {
+        self.now()
+    }
     /// See [`Env::wall`](crate::Env::wall).
     fn wall(&self) -> Duration;
     /// See [`Env::random`](crate::Env::random).

@@ -59,6 +59,11 @@ impl Env {
         self.backend.now()
     }
 
+    /// Time since the boot of the host, also while it slept; read at each call. For what must not go on after this process was stopped.
+    pub fn since_boot(&self) -> Duration {
+        self.backend.since_boot()
+    }
+
     /// Wall-clock time since 1970-01-01 UTC.
     pub fn wall(&self) -> Duration {
         self.backend.wall()

@@ -5,7 +5,8 @@
 //!
 //! * pure, no I/O: [`types`], [`history`] (where images come from), [`ack`] (what an acknowledgement means), [`digest`],
 //!   [`wire`] (bytes in, bytes out), [`dirty`] (what is owed to whom), the state machines [`primary`] and [`secondary`];
-//! * over files and disks: [`store`], where a secondary keeps what is not yet decided; [`session`]: connections, the guest's requests.
+//! * over files and disks: [`store`], where a secondary keeps what is not yet decided; [`session`]: connections, the guest's requests;
+//!   [`lease`]: who owns a group, by an arbiter's word.
 //!
 //! What must stay true above all: a secondary's image is, at every instant and after every crash, a committed checkpoint with
 //! its own writes over it; and no byte of an older generation reaches a medium.
@@ -17,6 +18,7 @@ mod counts;
 pub mod digest;
 pub mod dirty;
 pub mod history;
+pub mod lease;
 pub mod primary;
 pub mod secondary;
 pub mod session;

@@ -177,9 +177,14 @@ mod tests {
     #[test]
     fn failing_seeds_are_found_and_panics_are_theirs_alone() {
         let told = Mutex::new(Vec::new());
-        let r = run_watched(fails_at_seven, 0..20, &Options { jobs: 2, ..Options::default() }, |so_far, failed| {
-            told.lock().unwrap().push((so_far.seeds, failed));
-        });
+        let r = run_watched(
+            fails_at_seven,
+            0..20,
+            &Options { jobs: 2, ..Options::default() },
+            |so_far, failed| {
+                told.lock().unwrap().push((so_far.seeds, failed));
+            },
+        );
         let told = told.into_inner().unwrap();
         assert!(told.iter().map(|t| t.0).eq(1..=20), "told of each seed as it ends");
         let mut failed: Vec<u64> = told.iter().filter_map(|t| t.1).collect();

@@ -22,6 +22,8 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("fio", "fio"),
     ("fusermount3", "fuse3"),
     ("openssl", "openssl"),
+    // the arbiter of replicating groups
+    ("etcd", "etcd-server"),
     ("cc", "build-essential"),
     ("python3", "python3"),
     // the guest that boots from a vhost-user-blk disk (tests/vhost/guest.py)

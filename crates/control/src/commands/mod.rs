@@ -21,6 +21,7 @@ mod record;
 mod reopen;
 pub(crate) mod replication;
 mod replication_checkpoints;
+pub(crate) mod replication_fencing;
 mod snapshot;
 mod state;
 mod transaction;

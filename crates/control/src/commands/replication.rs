@@ -1,5 +1,6 @@
 //! Continuous replication: `replication-*` and `query-replication` (liveblk's own; reference/replication.md section 3).
 
+use super::replication_fencing::{self, FencingArg};
 use super::{Command, Entry, entry};
 use crate::Daemon;
 use crate::address::SocketAddress;
@@ -14,6 +15,7 @@ use replication::ack::{AckLevel, Quorum};
 use replication::primary::{Config, LinkPolicy, Primary};
 use replication::session::{
     Accept, Acting, Connect, DEFAULT_TIMEOUT, Fact, Group, NewGroup, PrimaryGroup, SecondaryGroup, Secure,
+    TakeOver,
 };
 use replication::store::{Engine, MAX_RETAIN};
 use serde::Deserialize;
@@ -91,17 +93,7 @@ impl TlsArg {
         let objects = daemon.objects();
         let connect = match &self.connect {
             None => None,
-            Some(id) => {
-                let (credentials, fixed) = (objects.tls(id, tls::Endpoint::Client)?, self.hostname);
-                let connect: Connect = Rc::new(move |stream, host| {
-                    let (credentials, host) = (credentials.clone(), fixed.clone().or(host));
-                    Box::pin(async move {
-                        let protected = credentials.connect(stream, host.as_deref()).await?;
-                        Ok(protected as Rc<dyn Stream>)
-                    })
-                });
-                Some(connect)
-            }
+            Some(id) => Some(client_tls(daemon, id, self.hostname)?),
         };
         let accept = objects.server_tls(self.listen.as_deref(), self.authz)?.map(|server| -> Accept {
             Rc::new(move |stream| {
@@ -116,10 +108,19 @@ impl TlsArg {
     }
 }
 
-#[derive(Deserialize)]
-struct FencingArg {
-    #[serde(rename = "type")]
-    kind: String,
+/// Connects with the credentials `id`; what is connected to has a certificate for `fixed`, or for its host's name.
+///
+/// # Errors
+/// There are no such credentials, or they are for the other end.
+pub(super) fn client_tls(daemon: &Daemon, id: &str, fixed: Option<String>) -> Result<Connect, QmpError> {
+    let credentials = daemon.objects().tls(id, tls::Endpoint::Client)?;
+    Ok(Rc::new(move |stream, host| {
+        let (credentials, host) = (credentials.clone(), fixed.clone().or(host));
+        Box::pin(async move {
+            let protected = credentials.connect(stream, host.as_deref()).await?;
+            Ok(protected as Rc<dyn Stream>)
+        })
+    }))
 }
 
 impl Command for GroupAdd {
@@ -136,6 +137,7 @@ impl Command for GroupAdd {
         if retain > MAX_RETAIN {
             return Err(QmpError::generic(format!("Parameter 'retain' expects 0 to {MAX_RETAIN}")));
         }
+        let fencing = self.fencing.unwrap_or_default();
         let new = NewGroup {
             id: self.id.clone(),
             retain,
@@ -143,7 +145,8 @@ impl Command for GroupAdd {
             volumes: self.volumes.into_iter().map(front).collect(),
             store: self.store.path.into(),
             size: self.store.size.unwrap_or(DEFAULT_SIZE),
-            manual_fencing: self.fencing.is_some_and(|f| f.kind == "manual"),
+            manual_fencing: fencing.by_hand(),
+            fencing: fencing.arbiter(&daemon, &self.id)?,
             engine: if self.engine.as_deref() == Some("undo") { Engine::Undo } else { Engine::Redo },
         };
         let names: Vec<String> = new.volumes.iter().map(|v| v.1.clone()).collect();
@@ -423,6 +426,8 @@ struct Failover {
     own_writes: Option<String>,
     fenced: Option<bool>,
     epoch: Option<u64>,
+    force: Option<bool>,
+    acknowledge_loss: Option<u64>,
 }
 
 impl Command for Failover {
@@ -446,7 +451,15 @@ impl Command for Failover {
                 "What was written on this side stands on the newest checkpoint: it cannot be kept with an older one",
             ));
         }
-        let done = secondary.failover(self.own_writes.as_deref() != Some("discard"), at).await?;
+        let force = self.force.unwrap_or(false);
+        let loses = secondary.history().epoch().0;
+        if force && first && self.acknowledge_loss != Some(loses) {
+            return Err(QmpError::generic(format!(
+                "What was written since checkpoint {loses} is lost by force: give 'acknowledge-loss': {loses}"
+            )));
+        }
+        let keep_own = self.own_writes.as_deref() != Some("discard");
+        let done = secondary.failover(&TakeOver { keep_own, at, force }).await?;
         if let Some(other) = at.filter(|e| *e != done.epoch) {
             return Err(QmpError::generic(format!(
                 "Replication group '{}' has failed over to checkpoint {} already, not to {other}",
@@ -580,6 +593,9 @@ fn describe(id: &str, group: &Group) -> Value {
             let test = |t: &(String, Epoch)| json!({"node-name": t.0, "epoch": t.1.0});
             out.insert("tests".into(), group.tests().iter().map(test).collect());
         }
+    }
+    if let Some(lease) = group.lease() {
+        replication_fencing::describe(lease, &mut out);
     }
     if let Some(why) = group.closed() {
         out.insert("state".into(), json!("closed"));

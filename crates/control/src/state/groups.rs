@@ -10,6 +10,7 @@ use super::restore::Record;
 use crate::Daemon;
 use crate::address::SocketAddress;
 use crate::commands::replication::TlsArg;
+use crate::commands::replication_fencing::FencingArg;
 use crate::error::QmpError;
 use crate::jobinfo::millis;
 use env::Address;
@@ -43,6 +44,7 @@ fn describe(daemon: &Daemon, group: &Group) -> Value {
         "volumes": new.volumes.iter().map(volume).collect::<Vec<_>>(),
         "store": store.to_string_lossy(), "size": new.size, "retain": new.retain,
         "undo": new.engine == Engine::Undo, "fenced-by-hand": new.manual_fencing,
+        "arbiter": new.fencing.as_ref().map(|f| f.named.clone()),
         "tls": new.secure.named.iter().map(|(key, v)| ((*key).to_owned(), json!(v))).collect::<Map<_, _>>(),
         "peers": group.peers().iter().map(peer).collect::<Vec<_>>(),
     });
@@ -82,6 +84,9 @@ struct Saved {
     retain: u64,
     undo: bool,
     fenced_by_hand: bool,
+    /// A text of JSON: what `replication-group-add` was told.
+    #[serde(default)]
+    arbiter: Option<String>,
     tls: TlsArg,
     peers: Vec<SavedPeer>,
     primary: Option<SavedPrimary>,
@@ -139,6 +144,14 @@ impl Daemon {
             // an earlier attempt came so far
             Some(group) => group,
             None => {
+                let fencing = match &saved.arbiter {
+                    Some(text) => {
+                        let arg: FencingArg =
+                            serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+                        arg.arbiter(self, record.key())?
+                    }
+                    None => None,
+                };
                 let new = NewGroup {
                     id: record.key().to_owned(),
                     volumes: saved.volumes.into_iter().map(|v| (v.node_name, v.front)).collect(),
@@ -147,6 +160,7 @@ impl Daemon {
                     engine: if saved.undo { Engine::Undo } else { Engine::Redo },
                     retain: saved.retain,
                     manual_fencing: saved.fenced_by_hand,
+                    fencing,
                     secure: saved.tls.secure(self)?,
                 };
                 let group = self.add_group(new).await?;

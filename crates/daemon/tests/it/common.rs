@@ -179,7 +179,7 @@ impl Client {
 }
 
 /// Waits until something is so.
-pub(crate) fn until(is: impl Fn() -> bool) {
+pub(crate) fn until(mut is: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !is() {
         assert!(begin.elapsed() < PATIENCE, "it does not come about");

@@ -1,6 +1,7 @@
 //! Continuous replication between real daemons: two or more of the built program, real sockets, QEMU's tools as guests.
 
 mod checkpoints;
+mod fenced;
 mod first;
 mod refused;
 mod resize;
@@ -39,6 +40,11 @@ impl Host {
     }
 
     fn begin(dir: Dir, engine: &str, disks: usize, retain: u64, more: &[&str]) -> Host {
+        Host::begin_with(dir, engine, disks, retain, more, &json!({}))
+    }
+
+    /// With more arguments for the daemon and for the group.
+    fn begin_with(dir: Dir, engine: &str, disks: usize, retain: u64, more: &[&str], group: &Value) -> Host {
         let nbd = format!("addr.type=unix,addr.path={}", dir.path("nbd.sock"));
         let daemon = Daemon::start(&dir, &[&["--nbd-server", &nbd], more].concat());
         let mut c = daemon.client();
@@ -53,11 +59,10 @@ impl Host {
             volumes.push(json!({"node-name": format!("d{n}"), "front": format!("f{n}")}));
         }
         let store = json!({"path": dir.path("store"), "size": 32 << 20});
-        c.command(
-            "replication-group-add",
-            json!({"id": "g", "volumes": volumes, "store": store, "engine": engine, "retain": retain}),
-        )
-        .unwrap();
+        let mut all =
+            json!({"id": "g", "volumes": volumes, "store": store, "engine": engine, "retain": retain});
+        group.as_object().unwrap().iter().for_each(|(k, v)| all[k] = v.clone());
+        c.command("replication-group-add", all).unwrap();
         for n in 0..disks {
             let export = json!({"type": "nbd", "id": format!("e{n}"), "node-name": format!("f{n}"), "name": format!("disk{n}"), "writable": true});
             c.command("block-export-add", export).unwrap();

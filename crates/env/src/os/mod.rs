@@ -339,6 +339,10 @@ impl Backend for Os {
         self.core.timers.now()
     }
 
+    fn since_boot(&self) -> Duration {
+        sys::clock(libc::CLOCK_BOOTTIME)
+    }
+
     fn wall(&self) -> Duration {
         sys::clock(libc::CLOCK_REALTIME)
     }

@@ -396,8 +396,7 @@ impl Primary {
 
     /// Says so if there are fewer copies than asked for, or enough again.
     fn judge(&mut self, out: &mut Vec<Output>) {
-        let peers = &self.peers;
-        let possible = self.config.quorum.possible(|p| peers.get(p).is_some_and(Peer::counts), peers.len());
+        let (peers, possible) = (&self.peers, self.enough());
         if possible == self.degraded && !self.no_peers() {
             self.degraded = !possible;
             out.push(Output::Event(if possible {
@@ -606,6 +605,16 @@ impl Primary {
     }
 
     /// Whether there is nobody to replicate to.
+    /// Whether changes are done here alone: with no peer, or with fewer than were asked for.
+    pub fn alone(&self) -> bool {
+        self.no_peers() || !self.enough()
+    }
+
+    fn enough(&self) -> bool {
+        let peers = &self.peers;
+        self.config.quorum.possible(|p| peers.get(p).is_some_and(Peer::counts), peers.len())
+    }
+
     fn no_peers(&self) -> bool {
         self.peers.iter().all(|p| p.state == PeerState::Removed)
     }

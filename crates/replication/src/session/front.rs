@@ -2,6 +2,7 @@
 
 use super::primary::PrimaryGroup;
 use super::secondary::SecondaryGroup;
+use crate::lease::Lease;
 use block::{BlockError, Data, Extent, Io, Kind, Limits, Prealloc, ReqFlags, Result, Span};
 use graph::{Demand, Edge, Node, NodeDetails, Perms};
 use std::any::Any;
@@ -30,11 +31,13 @@ pub struct Front {
     untracked: Cell<bool>,
     /// Why nothing is served, if so.
     closed: RefCell<Option<String>>,
+    /// By whose word an owner serves, if by anybody's.
+    lease: Option<Rc<Lease>>,
 }
 
 impl Front {
     /// Above the child of `disk` (an edge of role `Filtered`), which is number `volume` of its group.
-    pub fn new(disk: Rc<Edge>, volume: u16) -> Rc<Front> {
+    pub fn new(disk: Rc<Edge>, volume: u16, lease: Option<Rc<Lease>>) -> Rc<Front> {
         Rc::new(Front {
             disk,
             volume,
@@ -42,6 +45,7 @@ impl Front {
             pinned: Cell::new(false),
             untracked: Cell::new(false),
             closed: RefCell::default(),
+            lease,
         })
     }
 
@@ -95,6 +99,17 @@ impl Front {
     fn mode(&self) -> Mode {
         self.mode.borrow().clone()
     }
+
+    /// `request`, which begins and is answered while this side may serve.
+    fn owned<'a, T: 'a>(&'a self, request: Io<'a, T>) -> Io<'a, T> {
+        let Some(lease) = &self.lease else { return request };
+        Box::pin(async move {
+            lease.held().await?;
+            let answer = request.await;
+            lease.held().await?;
+            answer
+        })
+    }
 }
 
 impl Node for Front {
@@ -126,26 +141,30 @@ impl Node for Front {
     }
     fn read(&self, at: Span) -> Io<'_, Data> {
         match self.mode() {
-            Mode::Secondary(s) => Box::pin(async move { s.read(self.volume, at).await }),
-            Mode::Primary(p) => Box::pin(async move { p.read(self.volume, at).await }),
+            Mode::Secondary(s) => self.owned(Box::pin(async move { s.read(self.volume, at).await })),
+            Mode::Primary(p) => self.owned(Box::pin(async move { p.read(self.volume, at).await })),
             Mode::Unprotected => self.unprotected(false, self.disk.read(at)),
         }
     }
     fn write(&self, at: Span, data: Data, flags: ReqFlags) -> Io<'_> {
         match self.mode() {
-            Mode::Secondary(s) => Box::pin(async move { s.write(self.volume, at, data, flags.fua).await }),
-            Mode::Primary(p) => Box::pin(async move { p.write(self.volume, at, Some(data), flags).await }),
+            Mode::Secondary(s) => {
+                self.owned(Box::pin(async move { s.write(self.volume, at, data, flags.fua).await }))
+            }
+            Mode::Primary(p) => {
+                self.owned(Box::pin(async move { p.write(self.volume, at, Some(data), flags).await }))
+            }
             Mode::Unprotected => self.unprotected(true, self.disk.write(at.start, data, flags)),
         }
     }
     fn zero(&self, at: Span, flags: ReqFlags) -> Io<'_> {
         match self.mode() {
             Mode::Secondary(s) => {
-                Box::pin(async move { s.write(self.volume, at, Data::empty(), flags.fua).await })
+                self.owned(Box::pin(async move { s.write(self.volume, at, Data::empty(), flags.fua).await }))
             }
             Mode::Primary(p) => {
                 // a fast-or-fail request may not become a slow write on this side
-                Box::pin(async move { p.write(self.volume, at, None, flags).await })
+                self.owned(Box::pin(async move { p.write(self.volume, at, None, flags).await }))
             }
             Mode::Unprotected => self.unprotected(true, self.disk.zero(at, flags)),
         }
@@ -167,14 +186,14 @@ impl Node for Front {
     }
     fn flush(&self) -> Io<'_> {
         match self.mode() {
-            Mode::Secondary(s) => Box::pin(async move { s.flush().await }),
-            Mode::Primary(p) => Box::pin(async move { p.flush(self.volume).await }),
+            Mode::Secondary(s) => self.owned(Box::pin(async move { s.flush().await })),
+            Mode::Primary(p) => self.owned(Box::pin(async move { p.flush(self.volume).await })),
             Mode::Unprotected => Box::pin(self.disk.flush()),
         }
     }
     fn resize(&self, len: u64, _: Prealloc) -> Io<'_> {
         let why = match self.mode() {
-            Mode::Primary(p) => return Box::pin(async move { p.resize(self.volume, len).await }),
+            Mode::Primary(p) => return self.owned(Box::pin(async move { p.resize(self.volume, len).await })),
             Mode::Secondary(_) => "its length is that of its primary's disk",
             Mode::Unprotected => "the group has no role: its other sides would not follow",
         };

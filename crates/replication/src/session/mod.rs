@@ -22,7 +22,7 @@ pub use former::Former;
 pub use front::{Front, Mode};
 pub use group::{Acting, Group, NewGroup, SwitchedOver, Test};
 pub use primary::{CheckpointDone, PeerFacts, Prepared, PrimaryGroup, Verdict, Verify};
-pub use secondary::{Failover, SecondaryGroup};
+pub use secondary::{Failover, SecondaryGroup, TakeOver};
 pub use secure::{Accept, Connect, Secure};
 
 use std::time::Duration;

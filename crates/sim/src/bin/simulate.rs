@@ -148,20 +148,21 @@ fn many(name: &str, scenario: Scenario, a: &Arguments) -> bool {
     }
     let options = Options { jobs: a.jobs, ..Options::default() };
     let minutes = AtomicU64::new(0);
-    let report = run_watched(scenario, a.start..a.start.saturating_add(a.seeds), &options, |so_far, failed| {
-        if let Some(seed) = failed {
-            let violation = &so_far.failures[&seed];
-            println!("VIOLATION, seed {seed}: {violation}");
-            println!("  repeat: cargo xtask sim --scenario {name} --seed {seed} -v");
-            if a.keep {
-                keep(name, seed, violation);
+    let report =
+        run_watched(scenario, a.start..a.start.saturating_add(a.seeds), &options, |so_far, failed| {
+            if let Some(seed) = failed {
+                let violation = &so_far.failures[&seed];
+                println!("VIOLATION, seed {seed}: {violation}");
+                println!("  repeat: cargo xtask sim --scenario {name} --seed {seed} -v");
+                if a.keep {
+                    keep(name, seed, violation);
+                }
             }
-        }
-        let minute = so_far.took.as_secs() / 60;
-        if minutes.swap(minute, Ordering::Relaxed) != minute {
-            eprintln!("{name}: {} of {} seeds after {minute} minutes", so_far.seeds, a.seeds);
-        }
-    });
+            let minute = so_far.took.as_secs() / 60;
+            if minutes.swap(minute, Ordering::Relaxed) != minute {
+                eprintln!("{name}: {} of {} seeds after {minute} minutes", so_far.seeds, a.seeds);
+            }
+        });
     print!("{name}: {report}");
     report.failures.is_empty()
 }

@@ -18,6 +18,7 @@ use super::primary::PrimaryGroup;
 use super::secondary::SecondaryGroup;
 use super::secure::Secure;
 use crate::history::History;
+use crate::lease::{Fencing, Lease};
 use crate::primary::Config;
 use crate::store::{EdgeVolume, Engine, MIN_SIZE, NewStore, Role, Store, Volume};
 use crate::types::{Generation, GroupId};
@@ -26,7 +27,7 @@ use drivers::filters::replication::Stage;
 use env::{Address, Existing, Listener, OpenMode};
 use graph::{Demand, Graph, NodeCell, NodeOptions, Parent, Plan, Role as EdgeRole, Step};
 use std::cell::RefCell;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -49,6 +50,8 @@ pub struct NewGroup {
     pub secure: Secure,
     /// Whether a promotion needs somebody's word that the old primary cannot write any more.
     pub manual_fencing: bool,
+    /// Who grants the group to its owner, if anybody does.
+    pub fencing: Option<Fencing>,
 }
 
 /// What a group does.
@@ -86,6 +89,7 @@ pub struct Group {
     /// Where others come to: primaries to a secondary, other owners to a primary. As it was asked for, and what it became.
     porch: RefCell<Option<(Address, Rc<dyn Listener>)>>,
     closed: RefCell<Option<String>>,
+    lease: Option<Rc<Lease>>,
     tell: Tell,
 }
 
@@ -98,6 +102,41 @@ fn address_of(text: &str) -> Result<Address> {
         _ => Ok(Address::Unix(text.into())),
     }
 }
+
+/// A file, and whether it is a new one.
+async fn open_or_create(env: &env::Env, path: &Path) -> Result<(Rc<dyn env::File>, bool)> {
+    let write = true;
+    match env.open(path, OpenMode { write, ..OpenMode::default() }).await {
+        Ok(f) => Ok((f, false)),
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            let mode = OpenMode { write, existing: Existing::CreateNew, ..OpenMode::default() };
+            Ok((env.open(path, mode).await.map_err(|e| e.context(path.display()))?, true))
+        }
+        Err(e) => Err(e.context(path.display())),
+    }
+}
+
+/// What the arbiter knows this side by: the same after a restart, no other side's.
+async fn holder(env: &env::Env, new: &NewGroup) -> Result<String> {
+    let mut path = new.store.clone().into_os_string();
+    path.push(".holder");
+    let path = PathBuf::from(path);
+    let named = |e: BlockError| e.context(path.display());
+    let file = open_or_create(env, &path).await?.0;
+    let known = file.read(Span::new(0, HOLDER)).await.map_err(named)?.to_vec();
+    if known.iter().all(u8::is_ascii_hexdigit)
+        && let Ok(text) = String::from_utf8(known)
+    {
+        return Ok(text);
+    }
+    let name = format!("{:016x}{:016x}", env.random(), env.random());
+    file.write(0, name.clone().into_bytes().into()).await.map_err(named)?;
+    file.barrier().await.map_err(named)?;
+    Ok(name)
+}
+
+/// Bytes of such a name.
+const HOLDER: u64 = 32;
 
 fn refused(why: impl Into<String>) -> BlockError {
     BlockError::new(ErrorKind::Busy, why)
@@ -115,9 +154,13 @@ impl Group {
         if new.volumes.is_empty() || new.volumes.len() > crate::wire::MAX_VOLUMES {
             return Err(BlockError::invalid("a replication group has 1 to 1024 volumes"));
         }
+        let lease = match &new.fencing {
+            None => None,
+            Some(fencing) => Some(Lease::new(graph.env(), fencing.clone(), holder(graph.env(), &new).await?)),
+        };
         let mut fronts: Vec<(Rc<Front>, Rc<NodeCell>)> = Vec::new();
         for (number, (node, front)) in new.volumes.iter().enumerate() {
-            let made = Group::front(graph, number, node, front).await;
+            let made = Group::front(graph, number, node, front, lease.clone()).await;
             match made {
                 Ok(f) => fronts.push(f),
                 Err(e) => {
@@ -146,7 +189,7 @@ impl Group {
             Group::step_back(graph, &fronts).await;
             return Err(e);
         }
-        Ok(Rc::new(Group {
+        let group = Rc::new(Group {
             group: GroupId::of_name(&new.id),
             new,
             graph: graph.clone(),
@@ -155,8 +198,35 @@ impl Group {
             peers: RefCell::default(),
             porch: RefCell::default(),
             closed: RefCell::default(),
+            lease,
             tell,
-        }))
+        });
+        if let Some(lease) = &group.lease {
+            let weak = Rc::downgrade(&group);
+            lease.when_fenced(Rc::new(move |by| weak.upgrade().iter().for_each(|g| g.was_fenced(by))));
+        }
+        Ok(group)
+    }
+
+    /// The arbiter knows a newer owner.
+    fn was_fenced(&self, by: Generation) {
+        match self.acting() {
+            Acting::Primary(p) => p.fence(by),
+            Acting::Secondary(_) => (self.tell)("REPLICATION_FENCED", vec![("generation", by.0.into())]),
+            Acting::Unprotected => {}
+        }
+    }
+
+    /// Ownership by an arbiter's word, if the group has an arbiter.
+    pub fn lease(&self) -> Option<&Rc<Lease>> {
+        self.lease.as_ref()
+    }
+
+    /// This side gives the group up. With `forget` the arbiter knows nothing of it afterwards.
+    async fn release(&self, forget: bool) {
+        if let Some(lease) = &self.lease {
+            lease.release(forget).await;
+        }
     }
 
     /// Users of the fronts go on with the disks themselves.
@@ -182,13 +252,14 @@ impl Group {
         number: usize,
         node: &str,
         name: &str,
+        lease: Option<Rc<Lease>>,
     ) -> Result<(Rc<Front>, Rc<NodeCell>)> {
         let cell = graph.find(node).ok_or_else(|| {
             BlockError::new(ErrorKind::NotFound, format!("Cannot find device='' nor node-name='{node}'"))
         })?;
         let edge =
             graph.attach(&cell, "file", EdgeRole::Filtered, Parent::opening(), Demand::NOTHING).await?;
-        let front = Front::new(edge, u16::try_from(number).unwrap_or(u16::MAX));
+        let front = Front::new(edge, u16::try_from(number).unwrap_or(u16::MAX), lease);
         let options = NodeOptions {
             name: Some(name.to_owned()),
             discard: true,
@@ -313,16 +384,8 @@ impl Group {
         name.into()
     }
 
-    async fn file(&self, path: &std::path::Path) -> Result<(Rc<dyn env::File>, bool)> {
-        let (env, write) = (self.graph.env(), true);
-        match env.open(path, OpenMode { write, ..OpenMode::default() }).await {
-            Ok(f) => Ok((f, false)),
-            Err(e) if e.kind() == ErrorKind::NotFound => {
-                let mode = OpenMode { write, existing: Existing::CreateNew, ..OpenMode::default() };
-                Ok((env.open(path, mode).await.map_err(|e| e.context(path.display()))?, true))
-            }
-            Err(e) => Err(e.context(path.display())),
-        }
+    async fn file(&self, path: &Path) -> Result<(Rc<dyn env::File>, bool)> {
+        open_or_create(self.graph.env(), path).await
     }
 
     fn volumes(&self) -> Vec<Rc<dyn Volume>> {
@@ -373,6 +436,7 @@ impl Group {
             known.filter(|a| followed.as_ref().is_none_or(|h| h.generation() <= a.history().generation()));
         // In this process it has served since its promotion, and whoever came was told.
         let comes_back = from.is_none() && (known.is_some() || followed.is_some());
+        let is_new = known.is_none();
         let activity = match known {
             Some(known) => {
                 if self.fronts.iter().any(|(f, _)| f.is_untracked()) {
@@ -394,8 +458,18 @@ impl Group {
         };
         let tell = self.tell.clone();
         let (fenced, place) = (activity.fenced(), activity.place());
+        if let (Some(lease), None) = (&self.lease, fenced)
+            && let Err(e) = lease.begin(activity.history().generation()).await
+        {
+            if is_new {
+                // it is nobody's record: nothing was written under it
+                let _ = env.remove(&self.record_path()).await;
+            }
+            return Err(e);
+        }
         let primary = PrimaryGroup::new(&env, self.group, disks, activity.clone(), config, timeout, tell)?;
         primary.protect(self.new.secure.connect.clone());
+        primary.owned_by(self.lease.clone());
         if let Some(s) = from {
             s.stop();
         }
@@ -493,6 +567,8 @@ impl Group {
             // nobody waits for a secondary any more
             p.stop();
         }
+        // nor for the arbiter
+        self.release(false).await;
         let still = self.graph.env().timeout(GIVING_UP, self.graph.freeze(&self.cells())).await;
         let _still = still.ok_or_else(|| refused("requests under way do not end"))?;
         let former = match &acting {
@@ -579,6 +655,9 @@ impl Group {
         former.into_iter().for_each(|f| secondary.follows(f, known.clone()));
         if promoted {
             secondary.resume_promoted(known).await.inspect_err(|_| secondary.stop())?;
+            if let Some(lease) = &self.lease {
+                lease.begin(secondary.history().generation()).await.inspect_err(|_| secondary.stop())?;
+            }
         }
         let address = listener.address();
         self.follow(&secondary, listener).await;
@@ -611,6 +690,7 @@ impl Group {
 
     /// The group is `secondary` from now on, which listens there, and a primary when it is handed over.
     async fn follow(self: &Rc<Self>, secondary: &Rc<SecondaryGroup>, listener: Rc<dyn Listener>) {
+        secondary.owned_by(self.lease.clone());
         secondary.serve(listener.clone());
         let group = Rc::downgrade(self);
         secondary.when_resized(Rc::new(move || group.upgrade().iter().for_each(|g| g.lengths_changed())));
@@ -636,6 +716,7 @@ impl Group {
             Acting::Unprotected => Err(refused(format!("group '{}' does not replicate", self.new.id))),
             Acting::Primary(p) => {
                 p.stop();
+                self.release(true).await;
                 // Nobody may take these disks for the ones that were followed.
                 let _ = self.graph.env().remove(&self.record_path()).await;
                 self.act(Acting::Unprotected);
@@ -650,6 +731,7 @@ impl Group {
                     )));
                 }
                 s.stop();
+                self.release(true).await;
                 // what is written from now on is not remembered
                 let _ = self.graph.env().remove(&self.record_path()).await;
                 self.act(Acting::Unprotected);

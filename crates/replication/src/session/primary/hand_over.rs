@@ -61,12 +61,20 @@ impl PrimaryGroup {
                 }
             }
         };
+        let lease = self.lease.borrow().clone();
+        if let Some(lease) = &lease {
+            // it can take over only what nobody owns
+            lease.release(false).await;
+        }
         let body = Body::HandOver(Box::new(hand));
         // others do not get checkpoints that the new owner knows nothing of
         self.core.borrow_mut().hands_over(true);
         session.push(&self.look(|c| c.frame(c.last(), c.history().epoch(), body)));
         let done = self.was_taken(peer, &session).await;
         if done.is_err() {
+            if let Some(lease) = lease {
+                lease.insist(self.look(|c| c.history().generation()));
+            }
             self.core.borrow_mut().hands_over(false);
             // a catch-up may have ended meanwhile, and waits to be committed
             if self.look(|c| c.peers().iter().any(|p| p.state == PeerState::Synced)) {

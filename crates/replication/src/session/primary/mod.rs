@@ -26,6 +26,7 @@ use crate::counts::Counts;
 use crate::digest::Digest;
 use crate::dirty::Dirty;
 use crate::history::History;
+use crate::lease::Lease;
 use crate::primary::{Config, Event, Input, Output, PeerState, Primary, Standing};
 use crate::types::{Epoch, Generation, GroupId, Seq};
 use crate::wire::{Body, MAX_PAYLOAD, VolumeInfo, crc_of};
@@ -117,6 +118,7 @@ pub struct PrimaryGroup {
     wanted: Cell<Epoch>,
     verified: RefCell<Option<Verify>>,
     secure: RefCell<Option<Connect>>,
+    lease: RefCell<Option<Rc<Lease>>>,
     last_error: RefCell<Option<String>>,
     timeout: Cell<Duration>,
     /// Users wait: it may have been succeeded, and its peers have not said yet.
@@ -170,6 +172,7 @@ impl PrimaryGroup {
             wanted: Cell::new(Epoch(0)),
             verified: RefCell::default(),
             secure: RefCell::default(),
+            lease: RefCell::default(),
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
             uncertain: Cell::new(false),
@@ -271,6 +274,7 @@ impl PrimaryGroup {
             session.close();
         }
         self.step(Input::Remove(number));
+        self.leaves_behind();
         self.progress.notify_all();
         true
     }
@@ -289,6 +293,19 @@ impl PrimaryGroup {
     /// Sessions that begin from now on are protected so, or not.
     pub fn protect(&self, connect: Option<Connect>) {
         *self.secure.borrow_mut() = connect;
+    }
+
+    /// An arbiter knows this side as the owner, and is told who may not take over.
+    pub fn owned_by(&self, lease: Option<Rc<Lease>>) {
+        *self.lease.borrow_mut() = lease;
+    }
+
+    /// Nothing more is answered before the arbiter knows that nobody takes over who did not commit the open epoch: somebody lacks what is
+    /// written from now on. (The open one: who is gone may have committed every epoch that was marked.)
+    fn leaves_behind(&self) {
+        if let Some(lease) = &*self.lease.borrow() {
+            lease.need(self.look(Primary::open_epoch));
+        }
     }
 
     /// Another was promoted before a restart of this side: it serves nobody.
@@ -425,6 +442,11 @@ impl PrimaryGroup {
         match event {
             Event::PeerState { peer, old, new, reason } => {
                 if matches!(new, PeerState::Down | PeerState::Refused) {
+                    if old.gets_changes() && self.lease.borrow().is_some() {
+                        self.leaves_behind();
+                        // with this the others may take over again
+                        self.carry_out(Output::WantCheckpoint);
+                    }
                     *self.last_error.borrow_mut() = Some(format!("{}: {reason}", name(peer)));
                 }
                 tell(
@@ -621,7 +643,12 @@ impl PrimaryGroup {
                 return Ok(());
             }
             match self.look(|c| c.standing(seq, level)) {
-                Standing::Done => return Ok(()),
+                Standing::Done => {
+                    if self.look(Primary::alone) {
+                        self.leaves_behind();
+                    }
+                    return Ok(());
+                }
                 Standing::Wait => {
                     told.get_or_insert_with(|| Waits::new(self, seq, level));
                     if level == AckLevel::RemoteApplied {

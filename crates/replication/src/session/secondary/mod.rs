@@ -6,13 +6,14 @@
 mod hardening;
 mod promotion;
 
-pub use promotion::Failover;
+pub use promotion::{Failover, TakeOver};
 
 use super::activity::Activity;
 use super::former::{Former, doubt};
 use super::secure::Accept;
 use super::{DEFAULT_TIMEOUT, RECV, Tell};
 use crate::history::History;
+use crate::lease::Lease;
 use crate::secondary::{Input, Output, Secondary, SessionId};
 use crate::store::{Change, Engine, Hold, Role, Store, Usage};
 use crate::types::{Epoch, Generation, Seq};
@@ -63,6 +64,7 @@ pub struct SecondaryGroup {
     /// Where, as others are told.
     place: RefCell<Option<String>>,
     secure: RefCell<Option<Accept>>,
+    lease: RefCell<Option<Rc<Lease>>>,
     /// Connections that have not proved yet who they are.
     entering: Cell<usize>,
     stage: Cell<Stage>,
@@ -108,6 +110,7 @@ impl SecondaryGroup {
             listening: Cell::new(false),
             place: RefCell::default(),
             secure: RefCell::default(),
+            lease: RefCell::default(),
             entering: Cell::new(0),
             stage: Cell::new(match store.role() {
                 Role::Secondary => Stage::Running,
@@ -349,6 +352,11 @@ impl SecondaryGroup {
     }
 
     // ---- connections
+
+    /// An arbiter's word is needed to take over.
+    pub fn owned_by(&self, lease: Option<Rc<Lease>>) {
+        *self.lease.borrow_mut() = lease;
+    }
 
     /// Connections that begin from now on are protected so, or not.
     pub fn protect(&self, accept: Option<Accept>) {
@@ -618,7 +626,7 @@ impl SecondaryGroup {
             },
             Output::TakeOver(hand) => {
                 let began = self.env.now();
-                match Box::pin(self.promote(true, None, began)).await {
+                match Box::pin(self.promote(&TakeOver::at_newest(), began)).await {
                     Ok(_) => {
                         *self.handed.borrow_mut() = Some(*hand);
                         self.start_merge();

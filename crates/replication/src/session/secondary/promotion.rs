@@ -5,6 +5,7 @@
 //! was at the same checkpoint can be brought up to date later, and is never taken for being so.
 
 use super::SecondaryGroup;
+use crate::lease::Claim;
 use crate::secondary::Input;
 use crate::session::Fact;
 use crate::session::activity::Activity;
@@ -30,18 +31,36 @@ pub struct Failover {
     pub age: Option<Duration>,
 }
 
+/// How a secondary is to take over.
+#[derive(Clone, Copy, Debug)]
+pub struct TakeOver {
+    /// What was written on this side since the checkpoint stays.
+    pub keep_own: bool,
+    /// An older checkpoint than the newest.
+    pub at: Option<Epoch>,
+    /// Somebody has said that what this side lacks may be lost, and that another owner is to lose the group.
+    pub force: bool,
+}
+
+impl TakeOver {
+    /// As is usual.
+    pub const fn at_newest() -> TakeOver {
+        TakeOver { keep_own: true, at: None, force: false }
+    }
+}
+
 impl SecondaryGroup {
     /// Takes over (X1-X3, X7), at the newest checkpoint or an older one that is kept (X8; own writes stood on the newest, so they go):
     /// durable, served, and no older generation accepted when done; the merge follows in the background. After a failed merge, tries
     /// that again.
     ///
     /// # Errors
-    /// Never synchronized; no such checkpoint; of the store.
-    pub async fn failover(self: &Rc<Self>, keep_own: bool, at: Option<Epoch>) -> Result<Failover> {
+    /// Never synchronized; no such checkpoint; of the store; the arbiter does not grant the group, or does not answer.
+    pub async fn failover(self: &Rc<Self>, how: &TakeOver) -> Result<Failover> {
         let began = self.env.now();
         let _turn = self.line.acquire(1).await;
         if self.store.role() == Role::Secondary {
-            self.promote(keep_own, at, began).await?;
+            self.promote(how, began).await?;
         }
         if matches!(self.stage.get(), Stage::Failover | Stage::FailoverFailed)
             && self.store.role() == Role::Promoted
@@ -60,19 +79,43 @@ impl SecondaryGroup {
     }
 
     /// The caller has the line.
-    pub(super) async fn promote(
-        self: &Rc<Self>,
-        keep_own: bool,
-        at: Option<Epoch>,
-        began: Duration,
-    ) -> Result<Failover> {
+    pub(super) async fn promote(self: &Rc<Self>, how: &TakeOver, began: Duration) -> Result<Failover> {
         self.decisions_end().await;
         self.synchronized()?;
-        let epoch = self.store.choose(at)?;
-        let keep_own = keep_own && epoch == self.store.history().epoch();
+        let epoch = self.store.choose(how.at)?;
+        let keep_own = how.keep_own && epoch == self.store.history().epoch();
+        let lease = self.lease.borrow().clone();
+        let granted = match &lease {
+            Some(lease) => {
+                let history = self.store.history();
+                let from =
+                    Claim { generation: history.generation(), epoch: history.epoch(), force: how.force };
+                lease.claim(&from).await?
+            }
+            None => Generation(0),
+        };
+        let done = self.promote_as(granted, epoch, keep_own, began).await;
+        if let Some(lease) = lease {
+            match &done {
+                Ok(done) => lease.own(done.generation).await,
+                // nothing was promised
+                Err(_) => lease.release(false).await,
+            }
+        }
+        done
+    }
+
+    /// As a generation above all that were seen, here and by the arbiter.
+    async fn promote_as(
+        self: &Rc<Self>,
+        granted: Generation,
+        epoch: Epoch,
+        keep_own: bool,
+        began: Duration,
+    ) -> Result<Failover> {
         // Higher than all seen, and not what another secondary promoted at the same time takes: then both are told apart as a
         // split brain when they meet, instead of being taken for one.
-        let highest = self.core.borrow().highest().0.max(self.store.highest().0);
+        let highest = self.core.borrow().highest().max(self.store.highest()).max(granted).0;
         let generation = Generation(((highest >> 16) + 1) << 16 | (self.env.random() & 0xffff));
         let mut history = self.store.history_at(epoch);
         history.promote(generation, epoch);

@@ -1,0 +1,269 @@
+//! Who serves a group, by the word of a real etcd: promotions need it, who lost it answers nothing, and who lacks something does not take over.
+
+use super::*;
+use std::net::TcpListener;
+use std::process::{Child, Stdio};
+
+/// An etcd of its own.
+struct Etcd {
+    process: Child,
+    url: String,
+    _dir: Dir,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+impl Etcd {
+    fn start() -> Etcd {
+        let dir = Dir::new();
+        let (url, peers) =
+            (format!("http://127.0.0.1:{}", free_port()), format!("http://127.0.0.1:{}", free_port()));
+        let mut etcd = Command::new("etcd");
+        etcd.args(["--data-dir", &dir.path("etcd"), "--listen-client-urls", &url]);
+        etcd.args(["--advertise-client-urls", &url, "--listen-peer-urls", &peers]);
+        etcd.args([
+            "--initial-advertise-peer-urls",
+            &peers,
+            "--initial-cluster",
+            &format!("default={peers}"),
+        ]);
+        etcd.args(["--heartbeat-interval", "50", "--election-timeout", "500"]);
+        let process =
+            etcd.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("etcd (cargo xtask setup)");
+        let address = url.trim_start_matches("http://").to_owned();
+        until(|| std::net::TcpStream::connect(&address).is_ok());
+        Etcd { process, url, _dir: dir }
+    }
+
+    fn signal(&self, name: &str) {
+        assert!(
+            Command::new("kill")
+                .args([&format!("-{name}"), &self.process.id().to_string()])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+
+    /// Group `g` with this one as its arbiter. The first place does not answer.
+    fn fencing(&self) -> Value {
+        let nobody = format!("http://127.0.0.1:{}", free_port());
+        json!({"fencing": {"type": "etcd", "endpoints": [nobody, self.url], "ttl": 2}})
+    }
+
+    fn host(&self) -> Host {
+        let dir = Dir::new();
+        drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
+        Host::begin_with(dir, "redo", 1, 0, &["--state-dir", "state"], &self.fencing())
+    }
+
+    fn pair(&self) -> (Host, Host) {
+        let (mut p, mut s) = (self.host(), self.host());
+        s.secondary();
+        p.primary(&[&s], &json!({"timeout-ms": 500}));
+        p.until_running(1);
+        (p, s)
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Host {
+    fn state(&mut self) -> String {
+        self.info()["state"].as_str().unwrap().to_owned()
+    }
+
+    /// Takes over as soon as the lease of the other side is over.
+    fn take_over(&mut self, arguments: &Value) -> Value {
+        let mut done = None;
+        let c = std::cell::RefCell::new(&mut self.c);
+        until(|| {
+            let said = c.borrow_mut().command("replication-failover", arguments.clone());
+            match said {
+                Ok(record) => done = Some(record),
+                Err(e) => assert!(e.to_string().contains("owns the group by its lease"), "{e}"),
+            }
+            done.is_some()
+        });
+        done.unwrap()
+    }
+
+    /// A write that is begun now; whether it is done when it ends.
+    fn begins(&self, command: &str) -> Child {
+        let url = format!("nbd+unix:///disk0?socket={}", self.dir.path("nbd.sock"));
+        let mut io = Command::new("qemu-io");
+        io.args(["-f", "raw", "-c", command, &url]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        io.spawn().unwrap()
+    }
+}
+
+fn said(child: Child) -> String {
+    let out = child.wait_with_output().unwrap();
+    String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
+}
+
+/// F2, with a primary that is stopped and goes on after another took over: what it was asked meanwhile fails, as does all after it.
+#[test]
+fn an_owner_is_succeeded_when_its_lease_is_over_and_answers_nothing_afterwards() {
+    let etcd = Etcd::start();
+    let (mut p, mut s) = etcd.pair();
+    p.io(0, "write -P 1 0 1M").unwrap();
+    p.checkpoint();
+    let lease = p.info()["lease"].clone();
+    assert!(lease["remaining-ms"].as_u64().unwrap() > 0 && lease["holder"].is_string(), "{lease}");
+    let why = s.c.command("replication-failover", json!({"group": "g"})).unwrap_err().to_string();
+    assert!(why.contains("owns the group by its lease for another"), "{why}");
+    s.io(0, "read -P 1 0 1M").unwrap();
+    p.io(0, "write -P 2 0 64k").unwrap();
+    p.daemon.signal("STOP");
+    let (write, read) = (p.begins("write -P 6 0 64k"), p.begins("read 0 64k"));
+    s.take_over(&json!({"group": "g"}));
+    s.io(0, "read -P 1 0 1M").unwrap();
+    s.io(0, "write -P 3 1M 64k").unwrap();
+    p.daemon.signal("CONT");
+    for answer in [said(write), said(read)] {
+        assert!(answer.contains("Input/output error"), "{answer}");
+    }
+    until(|| p.state() == "fenced");
+    assert!(p.io(0, "write -P 6 0 64k").is_err() && p.io(0, "read 0 64k").is_err());
+    let held = s.info()["lease"]["holder"].clone();
+    assert_ne!(held, lease["holder"]);
+    assert!(s.info()["generation"].as_u64() > p.info()["generation"].as_u64());
+    // what serves now is not begun a second time by who was succeeded
+    let p = p.back();
+    assert!(p.io(0, "write -P 6 0 64k").is_err() && p.io(0, "read 0 64k").is_err());
+    assert_eq!(s.info()["lease"]["holder"], held);
+}
+
+/// The arbiter is gone for a while: the pair goes on for as long as the lease lasts, and then waits for it.
+#[test]
+fn without_the_arbiter_a_pair_goes_on_until_the_lease_is_over() {
+    let etcd = Etcd::start();
+    let (mut p, s) = etcd.pair();
+    p.io(0, "write -P 1 0 64k").unwrap();
+    etcd.signal("STOP");
+    p.io(0, "write -P 2 0 64k").unwrap();
+    until(|| p.state() == "suspended");
+    let mut waits = p.begins("write -P 3 0 64k");
+    p.checkpoint();
+    s.io(0, "read -P 2 0 64k").unwrap();
+    assert!(waits.try_wait().unwrap().is_none(), "it was answered without a lease");
+    etcd.signal("CONT");
+    let answer = said(waits);
+    assert!(!answer.contains("failed") && answer.contains("wrote"), "{answer}");
+    assert_eq!(p.state(), "running");
+    p.io(0, "read -P 3 0 64k").unwrap();
+}
+
+/// X4, L2: the primary has gone on alone, so its secondary has not all that was acknowledged. It takes over only if somebody says what is lost.
+#[test]
+fn who_lacks_what_was_acknowledged_takes_over_by_force_alone() {
+    let etcd = Etcd::start();
+    let (mut p, mut s) = etcd.pair();
+    p.io(0, "write -P 1 0 64k").unwrap();
+    let epoch = p.checkpoint();
+    s.daemon.signal("STOP");
+    p.io(0, "write -P 2 0 64k").unwrap();
+    assert_eq!(p.state(), "degraded");
+    p.daemon.signal("KILL");
+    p.daemon.wait();
+    s.daemon.signal("CONT");
+    until(|| {
+        let why = s.c.command("replication-failover", json!({"group": "g"})).unwrap_err().to_string();
+        why.contains("the primary has acknowledged writes that this side has not")
+    });
+    let forced = |loss: Option<u64>| json!({"group": "g", "force": true, "acknowledge-loss": loss});
+    let mut unsaid = forced(None);
+    unsaid.as_object_mut().unwrap().remove("acknowledge-loss");
+    for arguments in [unsaid, forced(Some(epoch + 1))] {
+        let why = s.c.command("replication-failover", arguments).unwrap_err().to_string();
+        assert!(why.contains(&format!("give 'acknowledge-loss': {epoch}")), "{why}");
+    }
+    s.c.command("replication-failover", forced(Some(epoch))).unwrap();
+    s.io(0, "read -P 1 0 64k").unwrap();
+    s.io(0, "write -P 3 0 64k").unwrap();
+}
+
+/// A secondary that was away and has caught up since may take over, without force; an owner that is started again has its lease at once.
+#[test]
+fn who_has_caught_up_takes_over() {
+    let etcd = Etcd::start();
+    let (mut p, mut s) = etcd.pair();
+    p.io(0, "write -P 1 0 64k").unwrap();
+    p.checkpoint();
+    s.daemon.signal("STOP");
+    p.io(0, "write -P 2 0 64k").unwrap();
+    assert_eq!(p.state(), "degraded");
+    s.daemon.signal("CONT");
+    p.until_running(1);
+    let holder = p.info()["lease"]["holder"].clone();
+    let mut p = p.back();
+    p.io(0, "write -P 4 64k 64k").unwrap();
+    assert_eq!(p.info()["lease"]["holder"], holder);
+    p.until_running(1);
+    p.checkpoint();
+    p.daemon.signal("KILL");
+    p.daemon.wait();
+    s.take_over(&json!({"group": "g"}));
+    s.io(0, "read -P 2 0 64k").unwrap();
+    s.io(0, "read -P 4 64k 64k").unwrap();
+}
+
+/// X9 with an arbiter: the group changes sides, and its lease with it, without waiting for an end.
+#[test]
+fn a_lease_changes_sides_with_its_group() {
+    let etcd = Etcd::start();
+    let (mut p, mut s) = etcd.pair();
+    p.io(0, "write -P 1 0 64k").unwrap();
+    let over = json!({"group": "g", "to": "p0", "listen": unix(&p.dir.path("back.sock"))});
+    p.c.command("replication-switchover", over).unwrap();
+    s.until_running(1);
+    s.io(0, "write -P 2 0 64k").unwrap();
+    s.checkpoint();
+    p.io(0, "read -P 2 0 64k").unwrap();
+    assert!(s.info()["lease"]["remaining-ms"].as_u64().unwrap() > 0);
+    assert_eq!(p.info()["lease"]["remaining-ms"], 0);
+    // a group that replicates no more is forgotten: other images may take its name
+    s.c.command("replication-stop", json!({"group": "g"})).unwrap();
+    s.io(0, "write -P 5 0 64k").unwrap();
+    let mut other = etcd.host();
+    other.primary(&[], &json!({}));
+    other.io(0, "write -P 7 0 64k").unwrap();
+    let mut late = etcd.host();
+    let why = late
+        .c
+        .command("replication-start", json!({"group": "g", "role": "primary"}))
+        .unwrap_err()
+        .to_string();
+    assert!(why.contains("owns the group by its lease"), "{why}");
+    late.io(0, "write -P 8 0 64k").unwrap();
+}
+
+/// What is not as it has to be is named.
+#[test]
+fn an_arbiter_is_described_with_care() {
+    let dir = Dir::new();
+    drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
+    let mut h = Host::begin(dir, "redo", 1, 0, &[]);
+    for (fencing, why) in [
+        (json!({"type": "etcd"}), "Parameter 'endpoints' is missing"),
+        (json!({"type": "etcd", "endpoints": ["x"], "ttl": 1}), "Parameter 'ttl' expects 2 to 3600"),
+        (json!({"type": "etcd", "endpoints": ["x"], "key": "a/"}), "Parameter 'key'"),
+        (json!({"type": "etcd", "endpoints": ["https://x"]}), "https needs 'tls-creds'"),
+        (json!({"type": "manual", "ttl": 3}), "Parameter 'ttl' is for fencing of type 'etcd'"),
+        (json!({"type": "zookeeper"}), "does not accept value 'zookeeper'"),
+    ] {
+        let mut arguments =
+            json!({"id": "g2", "volumes": [{"node-name": "f0"}], "store": {"path": h.dir.path("s2")}});
+        arguments["fencing"] = fencing;
+        let said = h.c.command("replication-group-add", arguments).unwrap_err().to_string();
+        assert!(said.contains(why), "{said}");
+    }
+}
