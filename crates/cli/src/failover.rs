@@ -25,7 +25,7 @@ pub(crate) struct FailoverArgs {
     /// Go back to this checkpoint, if it is kept (`liveblk replicate --keep`); what was written on this side since goes
     #[arg(long, value_name = "NUMBER")]
     checkpoint: Option<u64>,
-    /// Take over although the primary is connected (what it wrote since the last checkpoint is lost)
+    /// Take over although the primary is connected, or its arbiter does not allow it (what it wrote since the last checkpoint is lost)
     #[arg(long)]
     force: bool,
 }
@@ -54,6 +54,11 @@ pub(crate) fn run(args: &FailoverArgs) -> Outcome {
     }
     if let Some(epoch) = args.checkpoint {
         wanted["epoch"] = json!(epoch);
+    }
+    if args.force {
+        // what comes after this checkpoint is given up
+        wanted["force"] = json!(true);
+        wanted["acknowledge-loss"] = before["committed-epoch"].clone();
     }
     let done = client.execute("replication-failover", &wanted)?;
     let age = done.get("age-ms").and_then(Value::as_u64);
