@@ -131,7 +131,7 @@ pub(super) fn describe(lease: &Lease, out: &mut Map<String, Value>) {
 
 #[cfg(test)]
 mod tests {
-    use super::endpoint;
+    use super::{Address, endpoint};
 
     #[test]
     fn endpoints_are_named_in_several_ways() {
@@ -140,10 +140,12 @@ mod tests {
             ("etcd1:23", false, "etcd1:23"),
             ("http://10.0.0.1:2379/", false, "10.0.0.1:2379"),
             ("https://etcd1", true, "etcd1:2379"),
-            ("http://[::1]:5", false, "[::1]:5"),
-            ("[::1]", false, "[::1]:2379"),
+            ("http://[::1]:5", false, "::1:5"),
+            ("[::1]", false, "::1:2379"),
         ] {
-            assert_eq!(endpoint(text, secure).unwrap().address.to_string(), address, "{text}");
+            let (host, port) = address.rsplit_once(':').unwrap();
+            let expected = Address::tcp(host, port.parse().unwrap());
+            assert_eq!(endpoint(text, secure).unwrap().address, expected, "{text}");
         }
         for (text, secure, why) in [
             ("", false, "expected HOST"),
