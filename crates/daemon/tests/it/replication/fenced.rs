@@ -20,24 +20,27 @@ fn own_address() -> String {
 
 impl Etcd {
     fn start() -> Etcd {
-        let dir = Dir::new();
         let here = own_address();
-        let (url, peers) = (format!("http://{here}:2379"), format!("http://{here}:2380"));
+        Etcd::at(Dir::new(), &format!("http://{here}:2379"), &[])
+    }
+
+    fn at(dir: Dir, url: &str, more: &[&str]) -> Etcd {
+        let peers = format!("http://{}:2380", own_address());
         let mut etcd = Command::new("etcd");
-        etcd.args(["--data-dir", &dir.path("etcd"), "--listen-client-urls", &url]);
-        etcd.args(["--advertise-client-urls", &url, "--listen-peer-urls", &peers]);
+        etcd.args(["--data-dir", &dir.path("etcd"), "--listen-client-urls", url]);
+        etcd.args(["--advertise-client-urls", url, "--listen-peer-urls", &peers]);
         etcd.args([
             "--initial-advertise-peer-urls",
             &peers,
             "--initial-cluster",
             &format!("default={peers}"),
         ]);
-        etcd.args(["--heartbeat-interval", "50", "--election-timeout", "500"]);
+        etcd.args(["--heartbeat-interval", "50", "--election-timeout", "500"]).args(more);
         let log = std::fs::File::create(dir.path("log")).unwrap();
         let process = etcd.stdout(Stdio::null()).stderr(log).spawn().expect("etcd (cargo xtask setup)");
-        let address = url.trim_start_matches("http://").to_owned();
-        until(|| std::net::TcpStream::connect(&address).is_ok());
-        Etcd { process, url, dir }
+        let address = url.split_once("://").unwrap().1;
+        until(|| std::net::TcpStream::connect(address).is_ok());
+        Etcd { process, url: url.to_owned(), dir }
     }
 
     fn signal(&self, name: &str) {
@@ -256,6 +259,40 @@ fn a_lease_changes_sides_with_its_group() {
     let refused = ["owns the group by its lease", "was promoted elsewhere"];
     assert!(refused.iter().any(|r| why.contains(r)), "{why}");
     late.io(0, "write -P 8 0 64k").unwrap();
+}
+
+/// Over TLS, to an etcd whose certificate is the right one.
+#[test]
+fn an_arbiter_proves_who_it_is() {
+    let dir = Dir::new();
+    let pki = crate::tls::pki(&dir);
+    let ours = |name: &str| format!("{pki}/ours/{name}.pem");
+    let url = format!("https://localhost:{}", 21_000 + std::process::id() % 9000);
+    let (cert, key) = (ours("server-cert"), ours("server-key"));
+    let etcd = Etcd::at(
+        Dir::new(),
+        &url.replace("localhost", "127.0.0.1"),
+        &["--cert-file", &cert, "--key-file", &key],
+    );
+    for (authority, good) in [("ours", true), ("other", false)] {
+        let dir = Dir::new();
+        drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
+        let object = format!("tls-creds-x509,id=t,dir={pki}/{authority},endpoint=client");
+        let key = format!("/tests/{authority}");
+        let fencing =
+            json!({"fencing": {"type": "etcd", "endpoints": [url], "key": key, "tls-creds": "t", "ttl": 2}});
+        let mut h = Host::begin_with(dir, "redo", 1, 0, &["--object", &object], &fencing);
+        h.primary(&[], &json!({}));
+        let lease = h.info()["lease"].clone();
+        if good {
+            h.io(0, "write -P 1 0 64k").unwrap();
+            assert!(lease["remaining-ms"].as_u64().unwrap() > 0, "{lease}");
+        } else {
+            assert_eq!(h.state(), "suspended");
+            assert!(lease["last-error"].as_str().unwrap().contains("certificate"), "{lease}");
+        }
+    }
+    drop(etcd);
 }
 
 /// What is not as it has to be is named.
