@@ -86,6 +86,7 @@ errnos! {
     EMSGSIZE = 90, "Message too long";
     ENOTSUP = 95, "Operation not supported";
     EADDRINUSE = 98, "Address already in use";
+    EADDRNOTAVAIL = 99, "Cannot assign requested address";
     ENETUNREACH = 101, "Network is unreachable";
     ECONNRESET = 104, "Connection reset by peer";
     ENOTCONN = 107, "Transport endpoint is not connected";

@@ -4,6 +4,7 @@
 //! disk does. Options that only tune QEMU's own machinery are accepted and have no effect (docs/compat.md lists them).
 
 use crate::address::SocketAddress;
+use crate::blkcolo;
 use crate::blockdev_backup;
 use crate::blockdev_filters;
 use crate::error::QmpError;
@@ -19,6 +20,19 @@ use std::time::Duration;
 
 /// Nodes in one `blockdev-add`: what bounds the recursion. Deeper chains are opened one by one.
 const MAX_DEPTH: usize = 64;
+
+/// Options that every driver has: they are not part of a node's `json:{…}` file name.
+pub(crate) const COMMON: [&str; 9] = [
+    "driver",
+    "node-name",
+    "discard",
+    "cache",
+    "active",
+    "read-only",
+    "auto-read-only",
+    "force-share",
+    "detect-zeroes",
+];
 
 /// Members of one object, read by name.
 pub(crate) struct Fields<'a>(pub(crate) &'a Map<String, Value>);
@@ -86,6 +100,7 @@ fn read(f: &Fields<'_>, depth: usize) -> Result<NodeSpec, QmpError> {
         "snapshot-access" => DriverSpec::SnapshotAccess { file: child(f, "file", depth)? },
         "blkdebug" | "blklogwrites" | "blkverify" | "compress" | "copy-on-read" | "preallocate"
         | "quorum" | "replication" | "throttle" => blockdev_filters::filter(f, depth)?,
+        "blkcolo" => blkcolo::driver(f, depth)?,
         "qcow2" => DriverSpec::Qcow2(Box::new(qcow2_spec(f, depth)?)),
         "nbd" => DriverSpec::Nbd(nbd(f)?),
         other => return Err(QmpError::generic(format!("Unknown driver '{other}'"))),

@@ -1,6 +1,6 @@
 //! Options of filters and of drivers for tests: from JSON that fits the schema to what the crate `open` opens.
 
-use crate::blockdev::{Fields, child, node};
+use crate::blockdev::{COMMON, Fields, child, node};
 use crate::error::QmpError;
 use drivers::filters::Given;
 use drivers::filters::preallocate::PreallocateOptions;
@@ -13,19 +13,6 @@ use graph::{DebugEvent, Perms};
 use open::{DriverSpec, FilterSpec};
 use qapi::{Map, Value, json};
 use std::time::Duration;
-
-/// Options that every driver has: they are not part of a node's `json:{…}` file name.
-const COMMON: [&str; 9] = [
-    "driver",
-    "node-name",
-    "discard",
-    "cache",
-    "active",
-    "read-only",
-    "auto-read-only",
-    "force-share",
-    "detect-zeroes",
-];
 
 /// What the client said, flat, without common options and children.
 fn given(options: &Map<String, Value>, children: &[&str]) -> Given {

@@ -17,7 +17,7 @@ use jobs::Registry;
 use open::Opener;
 use qapi::{Map, Schema, Value, json};
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::OnceLock;
@@ -81,6 +81,8 @@ pub struct Daemon {
     objects: Rc<Objects>,
     chardevs: Chardevs,
     replication: RefCell<BTreeMap<String, Rc<replication::session::Group>>>,
+    /// Those groups that end with their node.
+    blkcolo: RefCell<BTreeSet<String>>,
     /// A transaction takes all of them, other commands one.
     turns: Semaphore,
     sessions: RefCell<Vec<Rc<Session>>>,
@@ -173,7 +175,7 @@ impl Daemon {
                 exports.tell_lengths();
             }
         }));
-        Rc::new(Daemon {
+        let daemon = Rc::new(Daemon {
             env: env.clone(),
             package: package.to_owned(),
             schema: schema(),
@@ -187,6 +189,7 @@ impl Daemon {
             objects,
             chardevs: Chardevs::default(),
             replication: RefCell::default(),
+            blkcolo: RefCell::default(),
             turns: Semaphore::new(TURNS),
             sessions: RefCell::new(Vec::new()),
             session_left: Notify::new(),
@@ -198,7 +201,9 @@ impl Daemon {
             phase_changed: Notify::new(),
             last_side: Cell::new("none"),
             recorder,
-        })
+        });
+        daemon.replicate_disks();
+        daemon
     }
 
     /// The daemon's door to the outside.
@@ -239,6 +244,10 @@ impl Daemon {
     }
     pub(crate) fn replication(&self) -> &RefCell<BTreeMap<String, Rc<replication::session::Group>>> {
         &self.replication
+    }
+
+    pub(crate) fn blkcolo(&self) -> &RefCell<BTreeSet<String>> {
+        &self.blkcolo
     }
 
     /// Replication as this side has ended because the other was lost.

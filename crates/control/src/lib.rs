@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod blkcolo;
 mod blockdev;
 mod blockdev_backup;
 mod blockdev_filters;

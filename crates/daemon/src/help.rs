@@ -21,9 +21,9 @@ Serves disk images, and works on them while they are in use. Options take effect
              [,discard=ignore|unmap][,detect-zeroes=on|off|unmap][,force-share=on|off]
              [,cache.direct=on|off][,cache.no-flush=on|off][,<option of the driver>=<value>...]
   --blockdev <JSON object>
-                         open a node. Drivers: blkdebug, blklogwrites, blkverify, compress, copy-before-write,
-                         copy-on-read, file, host_device, nbd, null-aio, null-co, preallocate, qcow2, quorum, raw,
-                         replication, snapshot-access, throttle
+                         open a node. Drivers: blkcolo, blkdebug, blklogwrites, blkverify, compress,
+                         copy-before-write, copy-on-read, file, host_device, nbd, null-aio, null-co, preallocate,
+                         qcow2, quorum, raw, replication, snapshot-access, throttle
 
   --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>][,handshake-max-seconds=<n>]
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,...]

@@ -4,7 +4,7 @@ use crate::JobError;
 use crate::chain::BackingName;
 use block::Prealloc;
 use graph::{NodeCell, walk};
-use open::{Backing, Child, Common, DefaultGate, DriverSpec, ImplicitOpenGate, NodeSpec, Opener};
+use open::{Backing, Child, Common, DriverSpec, NodeSpec, Opener};
 use std::rc::Rc;
 
 type Made<T> = std::result::Result<T, JobError>;
@@ -17,7 +17,7 @@ pub(crate) async fn create(
     len: u64,
     backing: Option<&Rc<NodeCell>>,
 ) -> Made<()> {
-    let file = match DefaultGate.protocol("", file)?.driver {
+    let file = match open::named(file)?.driver {
         DriverSpec::File(f) => f.filename,
         _ => return Err(JobError::refused(format!("'{file}' is no file that could be made"))),
     };
@@ -67,7 +67,7 @@ pub(crate) async fn open(
     below: Below,
     common: Common,
 ) -> Made<Rc<NodeCell>> {
-    let protocol = DefaultGate.protocol("", file)?;
+    let protocol = open::named(file)?;
     let format = match format {
         Some(format) => format.to_owned(),
         None => opener.probe_format(&protocol).await?.to_owned(),

@@ -31,6 +31,13 @@ impl ImplicitOpenGate for DefaultGate {
             ))
             .with_hint("open that node yourself and name it as `backing` (or `data-file`)"));
         }
+        if name.starts_with(crate::blkcolo::PREFIX) {
+            // it would let whoever made the image have a port opened, and a peer write to a file of this host
+            return Err(BlockError::unsupported(format!(
+                "image '{image}' names '{name}': a disk is not replicated because an image says so"
+            ))
+            .with_hint("add that node yourself and name it as `backing` (or `data-file`)"));
+        }
         if let Some(rest) = name.strip_prefix("nbd+unix://") {
             let (export, query) = rest.split_once('?').unwrap_or((rest, ""));
             let socket = query.split('&').find_map(|p| p.strip_prefix("socket="));
@@ -103,9 +110,14 @@ mod tests {
 
     #[test]
     fn pseudo_names_and_unknown_protocols_are_refused_by_name() {
-        for name in
-            ["json:{\"driver\":\"file\"}", "ssh://host/x", "http://host/x", "fat:rw:/dir", "nbd+unix:///x"]
-        {
+        for name in [
+            "json:{\"driver\":\"file\"}",
+            "blkcolo:h:1:/x",
+            "ssh://host/x",
+            "http://host/x",
+            "fat:rw:/dir",
+            "nbd+unix:///x",
+        ] {
             let e = DefaultGate.protocol("/i", name).expect_err(name);
             assert!(e.message().contains(name), "{e}");
         }

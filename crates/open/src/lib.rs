@@ -7,6 +7,7 @@
 
 mod again;
 mod bitmap_home;
+mod blkcolo;
 mod children;
 pub mod create;
 mod filters;
@@ -18,6 +19,7 @@ mod spec;
 
 pub use again::{Description, Inherits};
 pub use bitmap_home::{BitmapHome, BitmapsHook, log_of};
+pub use blkcolo::{BlkcoloAddress, BlkcoloHook, BlkcoloSpec, Replicating, named, read_port};
 pub use dirtylog::Geometry;
 pub use filters::{FilterSpec, ThrottleHook};
 pub use implicit::{DefaultGate, ImplicitOpenGate, MAX_CHAIN};
@@ -55,6 +57,7 @@ pub struct Opener {
     throttle: RefCell<Option<ThrottleHook>>,
     on_quorum: RefCell<Option<QuorumHook>>,
     on_replication: RefCell<Option<ReplicationHook>>,
+    blkcolo: RefCell<Option<BlkcoloHook>>,
     home: RefCell<Option<Rc<BitmapHome>>>,
     /// How nodes were described, by id.
     given: RefCell<BTreeMap<u64, reopen::Given>>,
@@ -125,6 +128,7 @@ impl Opener {
             throttle: RefCell::default(),
             on_quorum: RefCell::default(),
             on_replication: RefCell::default(),
+            blkcolo: RefCell::default(),
             home: RefCell::default(),
             given: RefCell::default(),
         })
@@ -189,6 +193,9 @@ impl Opener {
                 zeroes_may_unmap(spec, from.with(c))?;
             }
             self.check_name(spec, from.again)?;
+            if let DriverSpec::Blkcolo(blkcolo) = &spec.driver {
+                return self.blkcolo(spec, blkcolo, from, trail).await;
+            }
             let mut now = from.with(c);
             let may_turn = now.auto_read_only && !now.read_only;
             if c.force_share && !now.read_only {
@@ -265,6 +272,8 @@ impl Opener {
                 Ok(RawNode::open(edge, *offset, *size)?)
             }
             DriverSpec::Filter(spec) => self.filter(spec, *now, name, trail).await,
+            // made with its cell, in `node`
+            DriverSpec::Blkcolo(_) => Err(BlockError::unsupported("a replicated disk is not made so")),
             DriverSpec::CopyBeforeWrite(spec) => Ok(self.copy_before_write(spec, *now, name, trail).await?),
             DriverSpec::SnapshotAccess { file } => {
                 let child = self.child(file, now.to_file(), trail).await?;
@@ -528,6 +537,11 @@ impl Trail {
 impl Opener {
     /// The format of the image in the file that `protocol` would open; only for reading.
     pub async fn probe_format(&self, protocol: &NodeSpec) -> Result<&'static str> {
+        // a replicated disk is begun once, and then it is served
+        let protocol = match &protocol.driver {
+            DriverSpec::Blkcolo(BlkcoloSpec { file: Child::Inline(disk), .. }) => disk,
+            _ => protocol,
+        };
         let file = self.open(&protocol.clone().read_only(true)).await?;
         let found = match self.hold(&file, "file", Role::Primary, "", reading()).await {
             Ok(held) => probe(&held).await,

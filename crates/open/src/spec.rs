@@ -1,5 +1,6 @@
 //! What to open: plain structs, one for each driver, as `blockdev-add` knows them. `control` makes them from JSON.
 
+use crate::blkcolo::BlkcoloSpec;
 use crate::filters::FilterSpec;
 use graph::DetectZeroes;
 use qapi::{Map, Value};
@@ -129,6 +130,8 @@ pub struct CopyBeforeWriteSpec {
 pub enum DriverSpec {
     /// A filter, or a driver for tests.
     Filter(Box<FilterSpec>),
+    /// A replicated disk.
+    Blkcolo(BlkcoloSpec),
     /// Keeps what a disk contains now.
     CopyBeforeWrite(Box<CopyBeforeWriteSpec>),
     /// Shows what such a filter keeps.
@@ -165,6 +168,7 @@ impl DriverSpec {
             DriverSpec::Qcow2(q) => Some(&q.file),
             DriverSpec::CopyBeforeWrite(c) => Some(&c.file),
             DriverSpec::Filter(filter) => filter.file(),
+            DriverSpec::Blkcolo(b) => Some(&b.file),
             DriverSpec::File(_) | DriverSpec::HostDevice(_) | DriverSpec::NullCo(_) | DriverSpec::Nbd(_) => {
                 None
             }

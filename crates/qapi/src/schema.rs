@@ -126,6 +126,10 @@ impl Overlay {
                 e["values"].as_array_mut().into_iter().for_each(|l| l.push(json!(v)));
             }
         }
+        for (id, variants) in section("variants") {
+            let list = find(entities, id)["variants"].as_array_mut();
+            list.into_iter().for_each(|l| l.extend(variants.as_array().into_iter().flatten().cloned()));
+        }
         for (id, keep) in section("keep") {
             let keep = strings(keep);
             let kept = |v: &Value| v.as_str().is_some_and(|s| keep.iter().any(|k| k == s));

@@ -45,6 +45,10 @@ impl Command for BlockdevDel {
         let Some(cell) = daemon.graph().find(name) else {
             return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
         };
+        if let Some((id, group)) = daemon.bound_to(&cell) {
+            check_removable(&cell)?;
+            daemon.check_may_end(&id, &group).await?;
+        }
         // An error is answered only if the node stays: a command that says no has changed nothing. What was flushed before
         // is safe; what closing could not write back nobody was promised, but somebody should know.
         if let Err(e) = daemon.graph().remove_if(&cell, check_removable).await? {

@@ -191,7 +191,7 @@ impl Daemon {
     }
 }
 
-pub(super) fn group(daemon: &Daemon, id: &str) -> Result<Rc<Group>, QmpError> {
+pub(crate) fn group(daemon: &Daemon, id: &str) -> Result<Rc<Group>, QmpError> {
     let found = daemon.replication().borrow().get(id).cloned();
     found.ok_or_else(|| QmpError::generic(format!("Replication group '{id}' not found")))
 }

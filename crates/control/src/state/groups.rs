@@ -48,6 +48,10 @@ fn describe(daemon: &Daemon, group: &Group) -> Value {
         "tls": new.secure.named.iter().map(|(key, v)| ((*key).to_owned(), json!(v))).collect::<Map<_, _>>(),
         "peers": group.peers().iter().map(peer).collect::<Vec<_>>(),
     });
+    if daemon.blkcolo().borrow().contains(&new.id) {
+        let front = new.volumes.first().and_then(|v| group.front_of(&v.1));
+        out["blkcolo"] = json!({"owned": front.is_some_and(|f| f.is_monitor_owned())});
+    }
     match group.acting() {
         Acting::Unprotected => {}
         Acting::Primary(p) => {
@@ -89,6 +93,7 @@ struct Saved {
     arbiter: Option<String>,
     tls: TlsArg,
     peers: Vec<SavedPeer>,
+    blkcolo: Option<SavedNode>,
     primary: Option<SavedPrimary>,
     secondary: Option<SavedSecondary>,
 }
@@ -98,6 +103,12 @@ struct Saved {
 struct SavedVolume {
     node_name: String,
     front: String,
+}
+
+/// Of a group that ends with its node.
+#[derive(Deserialize)]
+struct SavedNode {
+    owned: bool,
 }
 
 #[derive(Deserialize)]
@@ -167,6 +178,11 @@ impl Daemon {
                 group.close_with(Some("the replication group has not its role again yet"));
                 for p in saved.peers {
                     group.add_peer(&p.peer, p.addr.read()?)?;
+                }
+                if let Some(node) = saved.blkcolo {
+                    self.bind_to_node(record.key(), &group);
+                    let front = group.settings().volumes.first().and_then(|v| group.front_of(&v.1));
+                    front.iter().for_each(|f| f.set_monitor_owned(node.owned));
                 }
                 group
             }

@@ -14,6 +14,7 @@ use ::state::{Store, Tables};
 use graph::NodeCell;
 use open::Inherits;
 use qapi::{Map, Value, json};
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
@@ -41,12 +42,16 @@ impl StartOption {
     }
 
     /// The table and key of the record of what it makes.
-    fn makes(&self) -> (&'static str, &str) {
-        let text = |key: &str| self.arguments.get(key).and_then(Value::as_str).unwrap_or_default();
+    fn makes(&self) -> (&'static str, Cow<'_, str>) {
+        let text = |key: &str| self.arguments.get(key).and_then(Value::as_str).unwrap_or_default().into();
         match self.command {
+            "blockdev-add" if self.arguments.get("driver").is_some_and(|d| d == "blkcolo") => {
+                let node = self.arguments.get("node-name").and_then(Value::as_str);
+                ("groups", crate::blkcolo::group_id(&self.arguments, node).into())
+            }
             "blockdev-add" => ("nodes", text("node-name")),
             "object-add" => ("objects", text("id")),
-            "nbd-server-start" => ("server", "nbd"),
+            "nbd-server-start" => ("server", "nbd".into()),
             _ => ("exports", text("id")),
         }
     }
@@ -137,7 +142,7 @@ impl Daemon {
         let known = |o: &StartOption| earlier.iter().find(|(key, _)| *key == o.key()).map(|(_, last)| *last);
         let recorded = |o: &StartOption| {
             let (table, key) = o.makes();
-            tables.get(table).is_some_and(|rows| rows.contains_key(key))
+            tables.get(table).is_some_and(|rows| rows.contains_key(&*key))
         };
         let mut skip: Vec<bool> =
             options.iter().map(|o| known(o).is_some_and(|last| last || recorded(o))).collect();
@@ -183,7 +188,7 @@ impl Daemon {
         all: &mut Vec<Record>,
         instead: &[&StartOption],
     ) {
-        let replaced = |r: &Record| instead.iter().find(|o| o.makes() == (r.table, r.key.as_str()));
+        let replaced = |r: &Record| instead.iter().find(|o| o.makes() == (r.table, r.key.as_str().into()));
         for record in all.extract_if(.., |r| r.table == "objects") {
             let outcome = match replaced(&record) {
                 Some(option) => self.unrecorded(option.command, option.arguments.clone()).await.map(|_| ()),

@@ -3,6 +3,7 @@
 
 mod backups;
 mod bitmaps;
+mod blkcolo;
 mod chains;
 mod cmdline;
 mod colo;

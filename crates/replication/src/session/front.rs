@@ -33,6 +33,8 @@ pub struct Front {
     closed: RefCell<Option<String>>,
     /// By whose word an owner serves, if by anybody's.
     lease: Option<Rc<Lease>>,
+    /// Called when the node goes.
+    when_closed: RefCell<Option<Rc<dyn Fn()>>>,
 }
 
 impl Front {
@@ -46,6 +48,7 @@ impl Front {
             untracked: Cell::new(false),
             closed: RefCell::default(),
             lease,
+            when_closed: RefCell::default(),
         })
     }
 
@@ -62,6 +65,11 @@ impl Front {
     /// While it has no role nothing is served, for this reason; or all is.
     pub fn close_with(&self, why: Option<String>) {
         *self.closed.borrow_mut() = why;
+    }
+
+    /// `told` is called when this node goes.
+    pub fn when_closed(&self, told: Rc<dyn Fn()>) {
+        *self.when_closed.borrow_mut() = Some(told);
     }
 
     /// `request` to the disk below, unless the disk is closed; what writes is remembered as untracked.
@@ -204,6 +212,9 @@ impl Node for Front {
     }
     fn close(&self) -> Io<'_> {
         self.set_mode(Mode::Unprotected);
+        if let Some(told) = self.when_closed.take() {
+            told();
+        }
         Box::pin(async { Ok(()) })
     }
     fn details(&self) -> Io<'_, NodeDetails> {

@@ -20,7 +20,7 @@ pub use activity::Activity;
 pub use clone::CloneNode;
 pub use former::Former;
 pub use front::{Front, Mode};
-pub use group::{Acting, Group, NewGroup, SwitchedOver, Test};
+pub use group::{Acting, Group, NewGroup, Remembered, SwitchedOver, Test};
 pub use primary::{CheckpointDone, PeerFacts, Prepared, PrimaryGroup, Verdict, Verify};
 pub use secondary::{Failover, SecondaryGroup, TakeOver};
 pub use secure::{Accept, Connect, Secure};

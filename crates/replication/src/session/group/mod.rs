@@ -65,6 +65,17 @@ pub enum Acting {
     Secondary(Rc<SecondaryGroup>),
 }
 
+/// What the files of a group without a role say that it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Remembered {
+    /// Nothing.
+    Nothing,
+    /// A primary, or a secondary that has taken over.
+    Primary,
+    /// A secondary.
+    Secondary,
+}
+
 /// How long requests of users may take to end when their side is given up.
 const GIVING_UP: Duration = Duration::from_secs(30);
 
@@ -521,14 +532,7 @@ impl Group {
 
     /// Where the disks' image comes from, if they were a secondary's and are merged.
     async fn taken_over(&self) -> Result<Option<History>> {
-        let env = self.graph.env();
-        let file = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await {
-            Ok(file) if Store::is_made(&file).await? => file,
-            Ok(_) => return Ok(None),
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(e),
-        };
-        let store = Store::open(env, file, self.volumes()).await.map_err(|e| self.of_store(e))?;
+        let Some(store) = self.store().await? else { return Ok(None) };
         if store.role() != Role::Done {
             return Err(refused(format!(
                 "the disks of group '{}' are a secondary's: fail over first",
@@ -536,6 +540,43 @@ impl Group {
             )));
         }
         Ok(Some(store.history()))
+    }
+
+    /// A secondary's store, if there is one.
+    async fn store(&self) -> Result<Option<Rc<Store>>> {
+        let env = self.graph.env();
+        match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await {
+            Ok(file) if Store::is_made(&file).await? => {
+                Ok(Some(Store::open(env, file, self.volumes()).await.map_err(|e| self.of_store(e))?))
+            }
+            Ok(_) => Ok(None),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What a primary remembers of its own, if there is something.
+    async fn record(&self, lens: &[u64]) -> Result<Option<Rc<Activity>>> {
+        let mode = OpenMode { write: true, ..OpenMode::default() };
+        match self.graph.env().open(&self.record_path(), mode).await {
+            Ok(record) => Activity::open(record, self.group, lens).await,
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What its disks were before, as its files say.
+    ///
+    /// # Errors
+    /// The group has a role; of the files.
+    pub async fn remembered(&self) -> Result<Remembered> {
+        self.idle()?;
+        if let Some(store) = self.store().await? {
+            let owner = store.role() == Role::Done;
+            return Ok(if owner { Remembered::Primary } else { Remembered::Secondary });
+        }
+        let lens: Vec<u64> = self.fronts.iter().map(|(f, _)| f.disk().len()).collect();
+        Ok(self.record(&lens).await?.map_or(Remembered::Nothing, |_| Remembered::Primary))
     }
 
     fn of_store(&self, e: BlockError) -> BlockError {
@@ -602,20 +643,8 @@ impl Group {
     async fn begin_secondary(self: &Rc<Self>, listener: Rc<dyn Listener>, begin: Begin) -> Result<Address> {
         let env = self.graph.env().clone();
         let lens: Vec<u64> = self.fronts.iter().map(|(f, _)| f.disk().len()).collect();
-        let known = match env.open(&self.record_path(), OpenMode { write: true, ..OpenMode::default() }).await
-        {
-            Ok(record) => Activity::open(record, self.group, &lens).await?,
-            Err(e) if e.kind() == ErrorKind::NotFound => None,
-            Err(e) => return Err(e),
-        };
-        let there = match env.open(&self.new.store, OpenMode { write: true, ..OpenMode::default() }).await {
-            Ok(file) if Store::is_made(&file).await? => {
-                Some(Store::open(&env, file, self.volumes()).await.map_err(|e| self.of_store(e))?)
-            }
-            Ok(_) => None,
-            Err(e) if e.kind() == ErrorKind::NotFound => None,
-            Err(e) => return Err(e),
-        };
+        let known = self.record(&lens).await?;
+        let there = self.store().await?;
         if there.as_ref().is_some_and(|s| s.group() != self.group) {
             return Err(BlockError::invalid(format!(
                 "{} is another group's store",
@@ -763,6 +792,11 @@ impl Group {
             self.graph.remove(cell).await?;
         }
         Ok(())
+    }
+
+    /// `told` is called when a node that shows a disk goes.
+    pub fn when_closed(&self, told: &Rc<dyn Fn()>) {
+        self.fronts.iter().for_each(|(front, _)| front.when_closed(told.clone()));
     }
 
     /// The daemon ends: connections are closed, nothing is given up.
