@@ -131,9 +131,13 @@ struct Session {
     welcomed: bool,
     /// The last number seen; nothing before the first frame, which says where the session begins.
     last: Option<Seq>,
+    /// The epoch that the next change belongs to.
+    epoch: Epoch,
     open: Digest,
     poisoned: Option<String>,
     sealed: VecDeque<Sealed>,
+    /// The newest epoch that was aborted with changes in it: they are behind the checkpoint until a later epoch is decided.
+    aborted: Option<Epoch>,
     /// A checkpoint was decided in this session: what this side had missed before it is here.
     decided: bool,
 }
@@ -323,13 +327,21 @@ impl Secondary {
             }
             Body::Resize { volume, len } => self.resize(id, frame, *volume, *len, out),
             Body::Flush => {
-                s.last.get_or_insert(frame.seq);
+                // The session begins; or a mark that is not for this side took this number.
+                let passed = s.last.is_none_or(|l| frame.epoch > s.epoch && frame.seq == l.next());
+                if passed {
+                    (s.last, s.epoch) = (Some(frame.seq), frame.epoch);
+                }
                 out.push(Output::Flush(id));
             }
             Body::Mark { digest } => self.mark(id, frame, *digest, out),
             Body::Commit => self.commit(id, frame.epoch, out),
             Body::Abort => {
-                s.sealed.retain(|x| x.epoch != frame.epoch);
+                if let Some(i) = s.sealed.iter().position(|x| x.epoch == frame.epoch)
+                    && s.sealed.remove(i).is_some_and(|x| x.digest.count > 0)
+                {
+                    s.aborted = s.aborted.max(Some(frame.epoch));
+                }
                 out.push(Output::Abort(frame.epoch));
             }
             Body::HashReq { volume, at } => {
@@ -341,13 +353,17 @@ impl Secondary {
             }
             Body::HandOver(hand) => {
                 // Nothing may be lost: this must be the last checkpoint, with nothing behind it, and nothing still to come that was missed.
-                let last = s.decided && s.sealed.is_empty() && s.open.count == 0 && s.poisoned.is_none();
-                let exact = last && frame.epoch == self.history.epoch();
+                let behind = s.open.count > 0 || s.aborted.is_some() || !s.sealed.is_empty();
+                let all = s.decided && s.last == Some(frame.seq) && s.poisoned.is_none();
+                let exact = all && !behind && frame.epoch == self.history.epoch();
                 if exact || planted(Bug::HandOverUnchecked) {
                     return out.push(Output::TakeOver(hand.clone()));
                 }
-                let text =
-                    format!("this side is at checkpoint {}, with more behind it", self.history.epoch());
+                let text = format!(
+                    "this side is at checkpoint {} and change {}, which is not all there is",
+                    self.history.epoch(),
+                    s.last.unwrap_or_default()
+                );
                 out.push(self.send(id, frame.epoch, Body::Veto { text }));
             }
             _ => self.protocol_error(id, "a frame that only a secondary sends", out),
@@ -406,9 +422,11 @@ impl Secondary {
             volumes: hello.volumes.clone(),
             welcomed: false,
             last: None,
+            epoch: Epoch(0),
             open: Digest::default(),
             poisoned: None,
             sealed: VecDeque::new(),
+            aborted: None,
             decided: false,
         });
         let lens = hello.volumes.iter().map(|v| v.len).collect();
@@ -477,7 +495,7 @@ impl Secondary {
         if frame.epoch <= newest || s.sealed.len() >= MAX_SEALED {
             return self.protocol_error(id, "a mark of an epoch that cannot be next", out);
         }
-        s.last = Some(frame.seq);
+        (s.last, s.epoch) = (Some(frame.seq), frame.epoch.next());
         let held = std::mem::take(&mut s.open);
         // The sequence check alone would not notice a defect that changes what was sent; neither may it hide behind the digest.
         let unequal = held != digest && !planted(Bug::NoDigestCheck) && !planted(Bug::NoSequenceCheck);
@@ -534,6 +552,7 @@ impl Secondary {
         self.history.advance(epoch);
         let Some(s) = self.session.as_mut() else { return };
         s.decided = true;
+        s.aborted = s.aborted.filter(|a| *a > epoch);
         // Deciding an epoch decides those before it that were aborted into it.
         while let Some(first) = s.sealed.front().filter(|x| x.epoch <= epoch) {
             self.committed_digest = first.digest;

@@ -13,6 +13,7 @@ use replication::history::History;
 use replication::primary::{self, Primary};
 use replication::wire::{Body, Doubt, Frame};
 use replication::{Epoch, Generation, GroupId, Seq};
+use std::slice;
 
 /// X9: a secondary takes a group over only if it holds exactly the checkpoint that it is given it at.
 #[test]
@@ -23,7 +24,8 @@ fn a_group_is_taken_over_only_at_the_checkpoint_it_is_handed_over_at() {
     let mut history = History::begin(Generation(1));
     history.advance(Epoch(3));
     let hand = hand();
-    let ask = |epoch: u64, change: bool, session: u64| {
+    // what comes behind checkpoint 4, the first of the session, if that comes; who asks then, with which last number
+    let ask = |epoch: u64, behind: &[Body], session: u64, lost: u64| {
         let mut s = Secondary::new(group, volumes(BLOCKS), Generation(1), history.clone(), false);
         let mut out = Vec::new();
         let frame =
@@ -32,25 +34,42 @@ fn a_group_is_taken_over_only_at_the_checkpoint_it_is_handed_over_at() {
         s.step(Input::Frame(1, &frame(0, 5, Body::Hello(Box::new(hello)))), &mut out);
         s.step(Input::Begun { session: 1, limit: u64::MAX, doubt: Doubt::none() }, &mut out);
         s.step(Input::Frame(1, &frame(7, 4, Body::Flush)), &mut out);
+        let mut seq = 7;
         if epoch >= 4 {
-            s.step(Input::Frame(1, &frame(8, 4, Body::Mark { digest: Digest::default() })), &mut out);
+            seq += 1;
+            s.step(Input::Frame(1, &frame(seq, 4, Body::Mark { digest: Digest::default() })), &mut out);
             s.step(Input::Prepared(Epoch(4), Ok(())), &mut out);
-            s.step(Input::Frame(1, &frame(8, 4, Body::Commit)), &mut out);
+            s.step(Input::Frame(1, &frame(seq, 4, Body::Commit)), &mut out);
             s.step(Input::Decided(Epoch(4)), &mut out);
         }
-        if change {
-            let body = Body::Zero { volume: 0, at: block(1), unmap: true, catch_up: false };
-            s.step(Input::Frame(1, &frame(9, 5, body)), &mut out);
+        for body in behind {
+            seq += u64::from(*body != Body::Abort);
+            s.step(Input::Frame(1, &frame(seq, 5, body.clone())), &mut out);
+            if matches!(body, Body::Mark { .. }) {
+                s.step(Input::Prepared(Epoch(5), Ok(())), &mut out);
+            }
         }
-        let asked = frame(8 + u64::from(change), epoch, Body::HandOver(Box::new(hand.clone())));
-        s.step(Input::Frame(session, &asked), &mut out);
+        s.step(
+            Input::Frame(session, &frame(seq + lost, epoch, Body::HandOver(Box::new(hand.clone())))),
+            &mut out,
+        );
         out.iter().any(|o| matches!(o, Output::TakeOver(h) if **h == hand))
     };
-    assert!(ask(4, false, 1));
-    assert!(!ask(3, false, 1), "it may have missed something since");
-    assert!(!ask(5, false, 1), "another checkpoint");
-    assert!(!ask(4, true, 1), "there is more");
-    assert!(!ask(4, false, 2), "not the primary");
+    let change = Body::Zero { volume: 0, at: block(1), unmap: true, catch_up: false };
+    let mut digest = Digest::default();
+    digest.add(Seq(9), 0, block(1).start, GRANULE as u32, 0);
+    let empty = Body::Mark { digest: Digest::default() };
+    assert!(ask(4, &[], 1, 0));
+    assert!(ask(4, &[empty, Body::Abort], 1, 0), "an epoch without changes that was aborted");
+    assert!(!ask(3, &[], 1, 0), "it may have missed something since");
+    assert!(!ask(5, &[], 1, 0), "another checkpoint");
+    assert!(!ask(4, slice::from_ref(&change), 1, 0), "there is more");
+    assert!(!ask(4, &[], 1, 1), "there was more, which never came");
+    assert!(
+        !ask(4, &[change, Body::Mark { digest }, Body::Abort], 1, 0),
+        "what was aborted goes on in the next"
+    );
+    assert!(!ask(4, &[], 2, 0), "not the primary");
 }
 
 /// L8: a former owner's disks are brought up to date by what either side has written since the paths parted, if its marks reach back so
@@ -70,6 +89,9 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
         let mut dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], Epoch(4));
         dirty.mark(Epoch(5), 0, block(2)).unwrap();
         let mut p = Primary::new(group, volumes(BLOCKS), history.clone(), Epoch(4), dirty, config());
+        // a growth that did not come about
+        p.admit_resize(0, (BLOCKS as u64 + 1) * GRANULE).unwrap();
+        p.not_resized(0, BLOCKS as u64 * GRANULE);
         p.add_peer();
         let mut out = Vec::new();
         p.step(Input::Connected(0), &mut out).unwrap();
@@ -83,7 +105,7 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
         p.step(Input::Frame(0, &frame), &mut out).unwrap();
         let sync = out.iter().find_map(|o| if let Output::Sync(0, bits) = o { Some(bits) } else { None });
         let bits = &sync.unwrap()[0];
-        (0..BLOCKS).filter(|b| bits.get(block(*b).start)).collect::<Vec<_>>()
+        (0..=BLOCKS).filter(|b| bits.get(block(*b).start)).collect::<Vec<_>>()
     };
     let all: Vec<usize> = (0..BLOCKS).collect();
     let its = || Some(vec![(0, block(4))]);
@@ -97,6 +119,8 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
     assert_eq!(blocks(Some((theirs.clone(), Epoch(4))), None), all, "it does not know what it wrote");
     assert_eq!(blocks(Some((History::begin(Generation(7)), Epoch(0))), its()), all, "unrelated");
     assert_eq!(blocks(None, its()), all);
+    let behind = Some(vec![(0, block(4)), (0, block(BLOCKS))]);
+    assert_eq!(blocks(Some((theirs, Epoch(4))), behind), [2, 4], "its disk was longer");
 }
 
 /// I7, L9: two owners of a group meet, and each decides alone. Whatever their paths: who was succeeded is fenced, whichever of the two came
@@ -200,4 +224,100 @@ fn a_secondary_owes_what_is_for_it_to_do() {
     assert!(behind.is_some() && behind != decided, "it has to bring it to its disk");
     says(&mut p, 0, ack([next.0, next.0, next.0, next.0]));
     assert_eq!(p.owes(0, seq, RemoteApplied), None);
+}
+
+/// L6: who catches up goes on while others make checkpoints: the number of a mark that is not for it is not missing. What was lost is.
+#[test]
+fn checkpoints_of_others_do_not_set_back_who_catches_up() {
+    use replication::primary::{Input, Output, PeerState};
+    use replication::secondary::{self, Secondary};
+    use replication::wire::Welcome;
+    use std::collections::VecDeque;
+    let group = GroupId::of_name("model");
+    // which of the changes never comes, if one does not; what the second secondary says last
+    let run = |lost: Option<usize>| {
+        let dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], Epoch(0));
+        let history = History::begin(Generation(1));
+        let mut p = Primary::new(group, volumes(BLOCKS), history, Epoch(0), dirty, config());
+        let mut s = Secondary::new(group, volumes(BLOCKS), Generation(0), History::none(), false);
+        let (copy, late) = (p.add_peer(), p.add_peer());
+        p.reserve(Epoch(10));
+        let says = |p: &mut Primary, peer, epoch, body| {
+            let (generation, seq, epoch) = (Generation(1), Seq(0), Epoch(epoch));
+            let mut out = Vec::new();
+            p.step(Input::Frame(peer, &Frame { generation, seq, epoch, body }), &mut out).unwrap();
+            out
+        };
+        let committed = || Body::Committed { epoch_digest: Digest::default() };
+        p.step(Input::Connected(copy), &mut Vec::new()).unwrap();
+        let welcome = Welcome { history: History::none(), limit: 0, doubt: Doubt::none() };
+        says(&mut p, copy, 0, Body::Welcome(Box::new(welcome)));
+        p.step(Input::SyncDone(copy), &mut Vec::new()).unwrap();
+        p.step(Input::Mark { external: false }, &mut Vec::new()).unwrap();
+        says(&mut p, copy, 1, Body::Prepared);
+        says(&mut p, copy, 1, committed());
+        // the second one does what it is told, until there is nothing more, or it ends the session
+        let goes_on = |p: &mut Primary, s: &mut Secondary, out: Vec<Output>| {
+            let mut to: VecDeque<Output> = out.into();
+            while let Some(o) = to.pop_front() {
+                let Output::Send(1, frame) = o else { continue };
+                let mut all = Vec::new();
+                s.step(secondary::Input::Frame(1, &frame), &mut all);
+                let mut all: VecDeque<_> = all.into();
+                while let Some(o) = all.pop_front() {
+                    let mut more = Vec::new();
+                    match o {
+                        secondary::Output::Begin { session, .. } => {
+                            let doubt = Doubt::none();
+                            s.step(secondary::Input::Begun { session, limit: 0, doubt }, &mut more);
+                        }
+                        secondary::Output::Prepare(e, ..) => {
+                            s.step(secondary::Input::Prepared(e, Ok(())), &mut more);
+                        }
+                        secondary::Output::Commit(e) => s.step(secondary::Input::Decided(e), &mut more),
+                        secondary::Output::Send(_, f) => {
+                            let mut out = Vec::new();
+                            p.step(Input::Frame(late, &f), &mut out).unwrap();
+                            to.extend(out);
+                        }
+                        _ => {}
+                    }
+                    all.extend(more);
+                }
+            }
+        };
+        let step = |p: &mut Primary, s: &mut Secondary, input: Input<'_>| {
+            let mut out = Vec::new();
+            p.step(input, &mut out).unwrap();
+            goes_on(p, s, out);
+        };
+        step(&mut p, &mut s, Input::Connected(late));
+        assert_eq!(p.peers()[late].state, PeerState::Syncing);
+        for i in 0..4 {
+            let (seq, epoch) = p.admit(0, block(i), 0).unwrap();
+            let change = Body::Zero { volume: 0, at: block(i), unmap: true, catch_up: false };
+            if p.peers()[late].state.gets_changes() && lost != Some(i) {
+                let frame = p.frame(seq, epoch, change);
+                goes_on(&mut p, &mut s, vec![Output::Send(late, frame)]);
+            }
+            // a guest's flush
+            let flush = p.frame(p.last(), p.open_epoch(), Body::Flush);
+            goes_on(&mut p, &mut s, vec![Output::Send(late, flush)]);
+            let epoch = p.open_epoch().0;
+            step(&mut p, &mut s, Input::Mark { external: false });
+            says(&mut p, copy, epoch, Body::Prepared);
+            says(&mut p, copy, epoch, committed());
+        }
+        assert_eq!(p.last_checkpoint().map(|c| c.0), Some(Epoch(5)), "the others go on");
+        step(&mut p, &mut s, Input::SyncDone(late));
+        let epoch = p.open_epoch().0;
+        step(&mut p, &mut s, Input::Mark { external: false });
+        let out = says(&mut p, copy, epoch, Body::Prepared);
+        goes_on(&mut p, &mut s, out);
+        (p.peers()[late].state, s.history().epoch())
+    };
+    assert_eq!(run(None), (PeerState::Running, Epoch(6)));
+    for lost in 0..4 {
+        assert_eq!(run(Some(lost)), (PeerState::Down, Epoch(0)), "{lost}");
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! What must stay true: a decision is made once, in the order of the epochs, after every peer that takes part is prepared (C4), or, where an
 //! external manager owns it, when that says so then; a peer that leaves before the decision takes its part with it, and with too few
-//! left the epoch goes on in the next. A decision that a manager made at a secondary stands: this side follows it.
+//! left the epoch goes on in the next. A decision that a manager made at a secondary stands: this side follows it. A peer that is catching up
+//! takes no part, and goes on: it is told that the mark took a number.
 
 use super::peer::Peer;
 use super::{Event, Output, PeerState, Primary};
@@ -91,6 +92,7 @@ impl Primary {
         let mut parties = Vec::new();
         for i in 0..self.peers.len() {
             let (last, generation) = (self.last, self.history.generation());
+            let passed = self.frame(last, self.open, Body::Flush);
             let Some(p) = self.peers.get_mut(i) else { continue };
             if takes_part(p) {
                 let digest = std::mem::take(&mut p.open);
@@ -100,6 +102,10 @@ impl Primary {
                     i,
                     Frame { generation, seq: last, epoch, body: Body::Mark { digest } },
                 ));
+            } else if p.state == PeerState::Syncing {
+                // its epoch goes on; the number is not missing
+                p.progress.queued = last;
+                out.push(Output::Send(i, passed));
             }
         }
         if planted(Bug::DirtyClearedOnSend) {

@@ -539,8 +539,10 @@ impl Primary {
             _ if planted(Bug::DoubtForgotten) => {}
             (Some(known), Some(places)) => {
                 for (volume, at) in places {
-                    if let Some(bits) = known.get_mut(usize::from(*volume)) {
-                        bits.set(at.intersect(&Span::new(0, bits.len())));
+                    let i = usize::from(*volume);
+                    // its disk may be longer, and the sets as well, where a growth did not come about
+                    if let (Some(bits), Some(v)) = (known.get_mut(i), self.volumes.get(i)) {
+                        bits.set(at.intersect(&Span::new(0, v.len)));
                     }
                 }
             }
