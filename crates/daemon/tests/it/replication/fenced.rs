@@ -101,7 +101,7 @@ impl Host {
             let said = c.borrow_mut().command("replication-failover", arguments.clone());
             match said {
                 Ok(record) => done = Some(record),
-                Err(e) => assert!(e.to_string().contains("owns the group by its lease"), "{e}"),
+                Err(e) => assert!(e.contains("owns the group by its lease"), "{e}"),
             }
             done.is_some()
         });
@@ -131,7 +131,7 @@ fn an_owner_is_succeeded_when_its_lease_is_over_and_answers_nothing_afterwards()
     p.checkpoint();
     let lease = p.info()["lease"].clone();
     assert!(lease["remaining-ms"].as_u64().unwrap() > 0 && lease["holder"].is_string(), "{lease}");
-    let why = s.c.command("replication-failover", json!({"group": "g"})).unwrap_err().to_string();
+    let why = s.c.command("replication-failover", json!({"group": "g"})).unwrap_err();
     assert!(why.contains("owns the group by its lease for another"), "{why}");
     s.io(0, "read -P 1 0 1M").unwrap();
     p.io(0, "write -P 2 0 64k").unwrap();
@@ -189,14 +189,14 @@ fn who_lacks_what_was_acknowledged_takes_over_by_force_alone() {
     p.daemon.wait();
     s.daemon.signal("CONT");
     until(|| {
-        let why = s.c.command("replication-failover", json!({"group": "g"})).unwrap_err().to_string();
+        let why = s.c.command("replication-failover", json!({"group": "g"})).unwrap_err();
         why.contains("the primary has acknowledged writes that this side has not")
     });
     let forced = |loss: Option<u64>| json!({"group": "g", "force": true, "acknowledge-loss": loss});
     let mut unsaid = forced(None);
     unsaid.as_object_mut().unwrap().remove("acknowledge-loss");
     for arguments in [unsaid, forced(Some(epoch + 1))] {
-        let why = s.c.command("replication-failover", arguments).unwrap_err().to_string();
+        let why = s.c.command("replication-failover", arguments).unwrap_err();
         assert!(why.contains(&format!("give 'acknowledge-loss': {epoch}")), "{why}");
     }
     s.c.command("replication-failover", forced(Some(epoch))).unwrap();
@@ -250,11 +250,7 @@ fn a_lease_changes_sides_with_its_group() {
     other.primary(&[], &json!({}));
     other.io(0, "write -P 7 0 64k").unwrap();
     let mut late = etcd.host();
-    let why = late
-        .c
-        .command("replication-start", json!({"group": "g", "role": "primary"}))
-        .unwrap_err()
-        .to_string();
+    let why = late.c.command("replication-start", json!({"group": "g", "role": "primary"})).unwrap_err();
     // its generation is a random one: above that of the other or not
     let refused = ["owns the group by its lease", "was promoted elsewhere"];
     assert!(refused.iter().any(|r| why.contains(r)), "{why}");
@@ -312,7 +308,7 @@ fn an_arbiter_is_described_with_care() {
         let mut arguments =
             json!({"id": "g2", "volumes": [{"node-name": "f0"}], "store": {"path": h.dir.path("s2")}});
         arguments["fencing"] = fencing;
-        let said = h.c.command("replication-group-add", arguments).unwrap_err().to_string();
+        let said = h.c.command("replication-group-add", arguments).unwrap_err();
         assert!(said.contains(why), "{said}");
     }
 }
