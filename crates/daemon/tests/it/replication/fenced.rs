@@ -257,6 +257,27 @@ fn a_lease_changes_sides_with_its_group() {
     late.io(0, "write -P 8 0 64k").unwrap();
 }
 
+/// A change of sides that the arbiter cannot grant: this side is the primary still, and serves when the arbiter says so.
+#[test]
+fn who_is_not_granted_the_group_does_not_take_over() {
+    let etcd = Etcd::start();
+    let (mut p, mut s) = etcd.pair();
+    p.io(0, "write -P 1 0 64k").unwrap();
+    p.checkpoint();
+    etcd.signal("STOP");
+    let over = json!({"group": "g", "to": "p0", "listen": unix(&p.dir.path("back.sock"))});
+    let why = p.c.command("replication-switchover", over).unwrap_err();
+    assert!(why.contains("did not take over"), "{why}");
+    let waits = p.begins("write -P 2 0 64k");
+    etcd.signal("CONT");
+    let answer = said(waits);
+    assert!(answer.contains("wrote"), "{answer}");
+    assert_eq!(s.info()["role"], "secondary");
+    p.until_running(1);
+    p.checkpoint();
+    s.io(0, "read -P 2 0 64k").unwrap();
+}
+
 /// Over TLS, to an etcd whose certificate is the right one.
 #[test]
 fn an_arbiter_proves_who_it_is() {

@@ -631,7 +631,11 @@ impl SecondaryGroup {
                         *self.handed.borrow_mut() = Some(*hand);
                         self.start_merge();
                     }
-                    Err(e) => *self.last_error.borrow_mut() = Some(format!("taking over: {e}")),
+                    Err(e) => {
+                        *self.last_error.borrow_mut() = Some(format!("taking over: {e}"));
+                        // who asked keeps its users out until it knows: it comes again, and a welcome says that it was not taken
+                        self.connections.borrow().values().for_each(|c| c.stream.shutdown());
+                    }
                 }
             }
             Output::SplitBrain(_) => (self.tell)("REPLICATION_SPLIT_BRAIN", Vec::new()),
