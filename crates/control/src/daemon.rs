@@ -416,6 +416,7 @@ impl Daemon {
             self.opener.bitmap_home().iter().for_each(|h| h.rest());
             // Those hold clients' requests, which the end of their exports waits for.
             self.jobs.cancel_resting().await;
+            self.replication.borrow().values().for_each(|g| g.let_go());
             self.exports.shut_down().await;
             self.opener.bitmap_home().iter().for_each(|h| h.desert());
             self.jobs.cancel_all().await;

@@ -54,6 +54,8 @@ enum Phase {
     Owner(Generation),
     /// That generation was promoted elsewhere.
     Fenced(Generation),
+    /// The group is gone, or the daemon ends.
+    Over,
 }
 
 /// What a manager is told.
@@ -164,12 +166,15 @@ impl Lease {
     /// Waits until this side may answer. One that follows, or has no role, always may.
     ///
     /// # Errors
-    /// `Io` when another was promoted.
+    /// `Io` when another was promoted, or this side has ended.
     pub async fn held(&self) -> Result<()> {
         loop {
             if let Phase::Fenced(by) = self.phase.get() {
                 let why = format!("this side is fenced: generation {by} was promoted elsewhere");
                 return Err(BlockError::new(ErrorKind::Io, why));
+            }
+            if self.phase.get() == Phase::Over {
+                return Err(BlockError::new(ErrorKind::Io, "this side of the group has ended"));
             }
             if self.is_good() {
                 return Ok(());
@@ -300,6 +305,14 @@ impl Lease {
             // it ends by itself
             self.note(&e);
         }
+    }
+
+    /// This side ends: whoever waits waits no longer, and the arbiter hears no more of it. The grant ends by itself: a daemon that is started
+    /// again soon goes on with it.
+    pub fn abandon(&self) {
+        self.phase.set(Phase::Over);
+        self.changed.notify_all();
+        self.hurry.notify_all();
     }
 
     fn note(&self, e: &BlockError) {

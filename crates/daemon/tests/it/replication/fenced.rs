@@ -278,6 +278,30 @@ fn who_is_not_granted_the_group_does_not_take_over() {
     s.io(0, "read -P 2 0 64k").unwrap();
 }
 
+/// Users that wait for an arbiter that is gone do not keep a daemon from its end.
+#[test]
+fn who_waits_for_the_arbiter_keeps_nobody_from_ending() {
+    let etcd = Etcd::start();
+    let (mut p, _s) = etcd.pair();
+    etcd.signal("STOP");
+    until(|| p.state() == "suspended");
+    let waits = p.begins("write -P 3 0 64k");
+    // nothing tells that it has come
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    p.c.command("quit", json!({})).unwrap();
+    p.daemon.wait();
+    assert!(!said(waits).contains("wrote"));
+    // nor do those who wait for a secondary
+    let (mut p, s) = pair("redo", &json!({"on-link-loss": "suspend", "timeout-ms": 500}));
+    s.daemon.signal("STOP");
+    until(|| p.state() == "suspended");
+    let waits = p.begins("write -P 3 0 64k");
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    p.c.command("quit", json!({})).unwrap();
+    p.daemon.wait();
+    assert!(!said(waits).contains("wrote"));
+}
+
 /// Over TLS, to an etcd whose certificate is the right one.
 #[test]
 fn an_arbiter_proves_who_it_is() {

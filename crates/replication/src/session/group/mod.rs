@@ -799,8 +799,18 @@ impl Group {
         self.fronts.iter().for_each(|(front, _)| front.when_closed(told.clone()));
     }
 
+    /// The daemon ends: no request of a user waits any longer for what may never come, secondaries or the arbiter. Unanswered it would keep the
+    /// daemon from its end; it fails.
+    pub fn let_go(&self) {
+        self.lease.iter().for_each(|l| l.abandon());
+        if let Acting::Primary(p) = self.acting() {
+            p.let_go();
+        }
+    }
+
     /// The daemon ends: connections are closed, nothing is given up.
     pub fn shut_down(&self) {
+        self.let_go();
         match self.acting() {
             Acting::Unprotected => {}
             Acting::Primary(p) => p.stop(),

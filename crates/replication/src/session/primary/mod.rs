@@ -123,6 +123,8 @@ pub struct PrimaryGroup {
     timeout: Cell<Duration>,
     /// Users wait: it may have been succeeded, and its peers have not said yet.
     uncertain: Cell<bool>,
+    /// Nobody waits any longer for secondaries that are not there.
+    ending: Cell<bool>,
     stopped: Cell<bool>,
     stop: Notify,
     tell: Tell,
@@ -176,6 +178,7 @@ impl PrimaryGroup {
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
             uncertain: Cell::new(false),
+            ending: Cell::new(false),
             stopped: Cell::new(false),
             stop: Notify::new(),
             tell,
@@ -325,6 +328,12 @@ impl PrimaryGroup {
             let places = c.dirty_since(since)?.map(|bits| ranges(&bits));
             Ok(places.map(|places| Former { history, since, places }))
         })
+    }
+
+    /// Requests that wait for secondaries fail from now on.
+    pub(in crate::session) fn let_go(&self) {
+        self.ending.set(true);
+        self.progress.notify_all();
     }
 
     /// Ends all sessions; the disks go on unprotected.
@@ -648,6 +657,10 @@ impl PrimaryGroup {
                         self.leaves_behind();
                     }
                     return Ok(());
+                }
+                Standing::Wait if self.ending.get() => {
+                    let why = "the daemon ends before enough secondaries have this";
+                    return Err(BlockError::new(ErrorKind::Io, why));
                 }
                 Standing::Wait => {
                     told.get_or_insert_with(|| Waits::new(self, seq, level));
