@@ -56,7 +56,7 @@ impl Etcd {
     /// Group `g` with this one as its arbiter. The first place does not answer.
     fn fencing(&self) -> Value {
         let nobody = format!("http://{}", own_address());
-        json!({"fencing": {"type": "etcd", "endpoints": [nobody, self.url], "ttl": 2}})
+        json!({"fencing": {"type": "etcd", "endpoints": [nobody, self.url], "ttl": 3}})
     }
 
     fn host(&self) -> Host {
@@ -171,7 +171,7 @@ fn without_the_arbiter_a_pair_goes_on_until_the_lease_is_over() {
     etcd.signal("CONT");
     let answer = said(waits);
     assert!(!answer.contains("failed") && answer.contains("wrote"), "{answer}");
-    assert_eq!(p.state(), "running");
+    until(|| p.state() == "running");
     p.io(0, "read -P 3 0 64k").unwrap();
 }
 
@@ -184,7 +184,7 @@ fn who_lacks_what_was_acknowledged_takes_over_by_force_alone() {
     let epoch = p.checkpoint();
     s.daemon.signal("STOP");
     p.io(0, "write -P 2 0 64k").unwrap();
-    assert_eq!(p.state(), "degraded");
+    until(|| p.state() == "degraded");
     p.daemon.signal("KILL");
     p.daemon.wait();
     s.daemon.signal("CONT");
@@ -213,7 +213,7 @@ fn who_has_caught_up_takes_over() {
     p.checkpoint();
     s.daemon.signal("STOP");
     p.io(0, "write -P 2 0 64k").unwrap();
-    assert_eq!(p.state(), "degraded");
+    until(|| p.state() == "degraded");
     s.daemon.signal("CONT");
     p.until_running(1);
     let holder = p.info()["lease"]["holder"].clone();
@@ -321,7 +321,7 @@ fn an_arbiter_proves_who_it_is() {
         let object = format!("tls-creds-x509,id=t,dir={pki}/{authority},endpoint=client");
         let key = format!("/tests/{authority}");
         let fencing =
-            json!({"fencing": {"type": "etcd", "endpoints": [url], "key": key, "tls-creds": "t", "ttl": 2}});
+            json!({"fencing": {"type": "etcd", "endpoints": [url], "key": key, "tls-creds": "t", "ttl": 3}});
         let mut h = Host::begin_with(dir, "redo", 1, 0, &["--object", &object], &fencing);
         h.primary(&[], &json!({}));
         let lease = h.info()["lease"].clone();
