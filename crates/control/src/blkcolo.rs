@@ -201,17 +201,21 @@ impl Daemon {
         group.when_closed(&end);
     }
 
-    /// The group that ends with the node `cell`, and its name.
-    pub(crate) fn bound_to(&self, cell: &Rc<NodeCell>) -> Option<(String, Rc<Group>)> {
-        let groups = self.replication().borrow();
-        let bound = groups.iter().filter(|(id, _)| self.blkcolo().borrow().contains(*id));
+    /// The group that shows a disk as the node `cell`, and its name.
+    pub(crate) fn group_shown_by(&self, cell: &Rc<NodeCell>) -> Option<(String, Rc<Group>)> {
         let shows = |g: &Group| g.front_of(cell.name()).is_some_and(|front| Rc::ptr_eq(&front, cell));
-        bound.into_iter().find(|(_, g)| shows(g)).map(|(id, g)| (id.clone(), g.clone()))
+        let groups = self.replication().borrow();
+        groups.iter().find(|(_, g)| shows(g)).map(|(id, g)| (id.clone(), g.clone()))
     }
 
-    /// Before `blockdev-del` of a node with a group: a disk that goes with it is found as it was left when it is added again. One that
-    /// others may use from then on is no part of the replication any more.
+    /// Before `blockdev-del` of a node of a group, which must be one that ends with it: a disk that goes with it is found as it was left when it is
+    /// added again. One that others may use from then on is no part of the replication any more.
     pub(crate) async fn check_may_end(&self, id: &str, group: &Group) -> Result<(), QmpError> {
+        if !self.blkcolo().borrow().contains(id) {
+            return Err(QmpError::generic(format!(
+                "The node is in use by replication group '{id}' (replication-group-remove removes it)"
+            )));
+        }
         if let Acting::Secondary(s) = group.acting()
             && !matches!(s.stage(), Stage::Running | Stage::Done)
         {

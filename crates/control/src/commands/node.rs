@@ -45,7 +45,7 @@ impl Command for BlockdevDel {
         let Some(cell) = daemon.graph().find(name) else {
             return Err(QmpError::generic(format!("Failed to find node with node-name='{name}'")));
         };
-        if let Some((id, group)) = daemon.bound_to(&cell) {
+        if let Some((id, group)) = daemon.group_shown_by(&cell) {
             check_removable(&cell)?;
             daemon.check_may_end(&id, &group).await?;
         }
