@@ -17,7 +17,7 @@ pub(crate) struct FailoverArgs {
     #[command(flatten)]
     socket: SocketArgs,
     /// The pair's name
-    #[arg(default_value = "pair")]
+    #[arg(default_value = pair::NAMELESS)]
     group: String,
     /// Serve the checkpoint alone, without what was written on this side since
     #[arg(long)]
@@ -60,7 +60,7 @@ pub(crate) fn run(args: &FailoverArgs) -> Outcome {
         wanted["force"] = json!(true);
         wanted["acknowledge-loss"] = before["committed-epoch"].clone();
     }
-    let done = client.execute("replication-failover", &wanted)?;
+    let done = take_over(&mut client, &wanted)?;
     let age = done.get("age-ms").and_then(Value::as_u64);
     let age = age.map(|ms| format!(", {} old", pair::time(ms))).unwrap_or_default();
     println!(
@@ -70,6 +70,35 @@ pub(crate) fn run(args: &FailoverArgs) -> Outcome {
         pair::tenths_of_ms(number(&done["duration-us"]))
     );
     merged(&mut client, &args.group)
+}
+
+/// Takes over, as soon as the lease of the other side is over if it has one that it does not renew.
+fn take_over(client: &mut Client, wanted: &Value) -> Outcome<Value> {
+    let mut before = u64::MAX;
+    loop {
+        match client.execute("replication-failover", wanted) {
+            Err(e) => match lease(&e) {
+                // a side that renews it lives
+                Some((holder, left)) if left < before => {
+                    if before == u64::MAX {
+                        println!("waiting for the lease of {holder} to end, {} at most", pair::time(left));
+                    }
+                    before = left;
+                    // what is left is known to the second
+                    std::thread::sleep(Duration::from_millis(left.min(1100)));
+                }
+                _ => return Err(e),
+            },
+            done => return done,
+        }
+    }
+}
+
+/// Who owns the group for another so many milliseconds, if that is why somebody may not take over.
+fn lease(refused: &str) -> Option<(&str, u64)> {
+    let (holder, rest) = refused.split_once(" owns the group by its lease for another ")?;
+    let (left, _) = rest.split_once(" ms")?;
+    Some((holder.rsplit(' ').next()?, left.parse().ok()?))
 }
 
 /// Waits for the end of the merge, which goes on behind the service.
@@ -91,5 +120,17 @@ fn merged(client: &mut Client, group: &str) -> Outcome {
                 ));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::lease;
+
+    #[test]
+    fn who_has_the_lease_is_read_from_the_refusal() {
+        let said = "Replication group 'g': host-3 owns the group by its lease for another 8000 ms. To take over nevertheless";
+        assert_eq!(lease(said), Some(("host-3", 8000)));
+        assert_eq!(lease("the primary has acknowledged writes"), None);
     }
 }

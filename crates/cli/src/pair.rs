@@ -9,6 +9,9 @@ use qmpclient::Client;
 use serde_json::{Value, json};
 use std::time::Duration;
 
+/// A pair that was given no name.
+pub(crate) const NAMELESS: &str = "pair";
+
 /// The group's facts, or nothing.
 pub(crate) fn find(client: &mut Client, group: &str) -> Outcome<Option<Value>> {
     Ok(all(client)?.into_iter().find(|g| g["id"] == group))

@@ -32,8 +32,8 @@ pub(crate) struct ReplicateArgs {
     /// Be the secondary: let the primary connect to HOST:PORT (or a path)
     #[arg(long, value_name = "ADDR", conflicts_with = "to")]
     listen: Option<String>,
-    /// The pair's name, the same on both sides
-    #[arg(long, default_value = "pair")]
+    /// The pair's name, the same on both sides; no other pair's at the same arbiter
+    #[arg(long, default_value = pair::NAMELESS)]
     group: String,
     /// Time between checkpoints (500ms, 2s; 0: on command only); what a failover may lose at most
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = milliseconds)]
@@ -53,6 +53,10 @@ pub(crate) struct ReplicateArgs {
     /// What writes do when the secondary is gone
     #[arg(long, value_enum, default_value = "degrade")]
     on_link_loss: LinkLoss,
+    /// Let the etcd at these places (HOST:PORT, several with commas) grant the pair to one side at a time, by the pair's name: nobody takes over who
+    /// lacks something, and who was succeeded answers nothing
+    #[arg(long, value_name = "PLACES", value_delimiter = ',')]
+    arbiter: Vec<String>,
     /// Give up what the disk holds (a former primary becomes a secondary)
     #[arg(long, requires = "listen")]
     overwrite: bool,
@@ -136,6 +140,12 @@ pub(crate) fn run(args: &ReplicateArgs) -> Outcome {
     let peer = args.to.as_deref().or(args.listen.as_deref()).unwrap_or_default();
     let peer_address = address(peer)?;
     let serve = args.serve.as_deref().map(address).transpose()?;
+    if !args.arbiter.is_empty() && args.group == pair::NAMELESS {
+        return Err(
+            "an arbiter knows the pair by its name\n  Give it one that no other pair has there: --group NAME"
+                .to_owned(),
+        );
+    }
     let mut client = match &serve {
         Some(_) => daemon(args)?,
         None => Client::connect(&args.socket)?,
@@ -224,10 +234,13 @@ fn group(args: &ReplicateArgs, client: &mut Client, node: &str) -> Outcome {
         (None, Some(file)) if !file.contains(':') => format!("{file}.replica"),
         _ => return Err(format!("{node} is not in a file\n  Say where its buffer may be: --buffer PATH")),
     };
-    let new = json!({
+    let mut new = json!({
         "id": args.group, "volumes": [{"node-name": node}], "engine": name(args.engine),
         "store": {"path": buffer, "size": args.buffer_size}, "retain": args.keep,
     });
+    if !args.arbiter.is_empty() {
+        new["fencing"] = json!({"type": "etcd", "endpoints": args.arbiter});
+    }
     client.execute("replication-group-add", &new).map(drop)
 }
 

@@ -12,7 +12,7 @@ pub(crate) struct SwitchoverArgs {
     #[command(flatten)]
     socket: SocketArgs,
     /// The pair's name
-    #[arg(default_value = "pair")]
+    #[arg(default_value = pair::NAMELESS)]
     group: String,
     /// Where this side listens afterwards, as secondary: HOST:PORT or a path
     #[arg(long, value_name = "ADDR")]

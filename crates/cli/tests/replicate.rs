@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)] // a test helper that fails fails the test
 
 mod common;
+#[path = "../../daemon/tests/it/etcd.rs"]
+mod etcd;
 
 use common::daemon;
 use std::io::{BufRead, BufReader};
@@ -162,6 +164,28 @@ fn the_primary_is_killed_under_load_and_the_ledger_is_whole_at_the_checkpoint() 
     assert_eq!(dir.whole("a"), kept);
 }
 
+/// With an arbiter the other side takes over when the lease of the killed one is over, and a human need not know when that is.
+#[test]
+fn an_arbiter_is_asked_and_its_lease_waited_for() {
+    let dir = Dir::new("arbiter");
+    let server = etcd::Server::start(&dir.0, &format!("http://{}:2379", etcd::own_address()), &[]);
+    let arbiter = format!("--arbiter {} --group g", server.url);
+    dir.ok(&format!("replicate b.raw --size 64M --listen ./b.repl --socket b.qmp --serve ./b.nbd {arbiter}"));
+    let said = dir.ok(&format!(
+        "replicate a.raw --size 64M --to ./b.repl --socket a.qmp --serve ./a.nbd --every 50ms {arbiter}"
+    ));
+    assert!(said.contains("primary, in sync"), "{said}");
+    let (mut writer, _said) = dir.ledger("a");
+    let before = dir.checkpoint("b");
+    until(|| dir.checkpoint("b") >= before + 3);
+    dir.kill("a");
+    writer.wait().unwrap();
+    until(|| dir.ok("status --socket b.qmp").contains("WAITING"));
+    let said = dir.ok("failover g --socket b.qmp");
+    assert!(said.contains("waiting for the lease of ") && said.contains("serves checkpoint"), "{said}");
+    assert!(dir.whole("b") > 0);
+}
+
 /// X9: the sides change while an application writes. Everything acknowledged is on the other side; the former primary follows from
 /// where it was, without a copy of the disk; and the same way back.
 #[test]
@@ -266,6 +290,8 @@ fn what_cannot_be_done_is_said() {
         ("replicate none.raw --socket c.qmp --serve ./c.nbd --to ./x.repl", "there is no"),
         ("replicate disk --socket b.qmp --to ./x.repl", "this side is a secondary"),
         ("replicate disk --socket a.qmp --listen ./x.repl", "--overwrite"),
+        ("replicate disk --socket a.qmp --to ./x.repl --arbiter etcd1", "--group NAME"),
+        ("replicate disk --socket a.qmp --to ./x.repl --arbiter ftp://etcd1 --group other", "only http"),
         ("failover --socket a.qmp", "only a secondary takes over"),
         ("failover other --socket b.qmp", "no pair named other"),
     ] {

@@ -11,6 +11,7 @@ mod common;
 mod differential;
 mod dirty;
 mod disk;
+mod etcd;
 mod fuse;
 mod hostile;
 mod links;
