@@ -581,6 +581,39 @@ def test_open_requests_survive(path):
     d.quit()
 
 
+def test_requests_without_an_answer_survive(path):
+    """A daemon that ends while requests wait for a secondary says nothing of them: they are the next daemon's."""
+    d = Daemon(path)
+    store = {"path": os.path.join(path, "store"), "size": 16 << 20}
+    d.qmp("replication-group-add", id="g", volumes=[{"node-name": "n"}], store=store)
+    nobody = {"type": "unix", "path": os.path.join(path, "nobody")}
+    d.qmp("replication-peer-add", group="g", peer="p", addr=nobody)
+    d.qmp("replication-start", group="g", role="primary", on_link_loss="suspend")
+    front = v.Front(d.socket, v.Memory(8 << 20))
+    front.negotiate()
+    log, length = front.inflight(1, 16)
+    q = v.Queue(front)
+    assert front.share_memory() == 0 and front.use_inflight(log, length, 1, 16) == 0
+    assert q.start() == [0] * 7
+    head, _, status = q.submit(v.OUT, 8, out=b"x" * 4096)
+    # it has come
+    until = time.monotonic() + 30
+    while not any(os.pread(log, 1, 16 + 16 * n) == b"\x01" for n in range(16)):
+        assert time.monotonic() < until
+    d.quit()
+    assert q.answers() == []
+    front.close()
+    d = Daemon(path)
+    again = v.Front(d.socket, front.memory)
+    again.negotiate()
+    q.front = again
+    assert again.share_memory() == 0 and again.use_inflight(log, length, 1, 16) == 0
+    assert q.start(front.memory.get("H", q.used + 2)) == [0] * 7
+    assert [h for h, _ in q.wait(1)] == [head] and front.memory.read(status, 1) == b"\0"
+    assert q.read(8, 4096) == b"x" * 4096
+    d.quit()
+
+
 class ThrottledDaemon(Daemon):
     """One request in a hundred seconds, so that requests hang."""
 

@@ -33,6 +33,8 @@ pub enum Kind {
     Disconnected,
     /// The operation was called off.
     Cancelled,
+    /// The daemon ends before it can say anything: a client that comes to its successor is to ask again there.
+    Ending,
 }
 
 /// An error with its context. Cheap to move (one pointer).
@@ -114,6 +116,7 @@ impl BlockError {
             Kind::Corrupt => Self::EIO,
             Kind::Disconnected => Self::ENOTCONN,
             Kind::Cancelled => Self::ECANCELED,
+            Kind::Ending => Self::ESHUTDOWN,
         };
         BlockError(Box::new(Inner { kind, errno, message: message.into(), hint: None }))
     }

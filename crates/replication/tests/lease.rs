@@ -127,6 +127,9 @@ impl Arbiter for Sight {
             }
         }))
     }
+    fn ttl(&self) -> Duration {
+        TTL
+    }
     fn name(&self) -> String {
         "registry".to_owned()
     }
@@ -245,7 +248,7 @@ async fn live(w: World, seed: u64) -> (u64, u64, u64) {
             delay: Cell::new(20),
             lost: Cell::new(false),
         });
-        let fencing = Fencing { arbiter: sight.clone(), ttl: TTL, advisory: false, named: String::new() };
+        let fencing = Fencing { arbiter: sight.clone(), advisory: false, named: String::new() };
         let lease = Lease::new(&env, fencing, format!("side {n}"));
         let side = Rc::new(Side {
             sight,
@@ -316,6 +319,55 @@ fn run(seed: u64) -> std::result::Result<(u64, u64, u64), String> {
         None => Ok(counts.get()),
         Some(v) => Err(v),
     }
+}
+
+/// A side of its own, with an arbiter that it sees.
+fn lone(w: &World) -> (Env, Rc<Sight>, Rc<Lease>) {
+    let (env, _process) = w.start();
+    let sight = Rc::new(Sight {
+        registry: Rc::default(),
+        env: env.clone(),
+        rng: RefCell::new(Rng::new(1)),
+        delay: Cell::new(5),
+        lost: Cell::new(false),
+    });
+    let fencing = Fencing { arbiter: sight.clone(), advisory: false, named: String::new() };
+    let lease = Lease::new(&env, fencing, "side".to_owned());
+    (env, sight, lease)
+}
+
+/// Who waits no longer is not answered for that: a lease that is good counts, one that is over does not.
+#[test]
+fn nobody_waits_any_more_and_nothing_is_answered_without_a_lease() {
+    let outcome = World::play(1, false, |w| async move {
+        let (env, sight, lease) = lone(&w);
+        lease.begin(Generation(1)).await.unwrap();
+        lease.let_go(ErrorKind::Io);
+        lease.held().await.unwrap();
+        sight.lost.set(true);
+        env.sleep(TTL * 2).await;
+        assert_eq!(lease.held().await.unwrap_err().kind(), ErrorKind::Io);
+        // an owner anew
+        lease.release(false).await;
+        lease.held().await.unwrap();
+        sight.lost.set(false);
+        lease.begin(Generation(2)).await.unwrap();
+        sight.lost.set(true);
+        env.sleep(TTL * 2).await;
+        let waits = lease.held();
+        assert!(env.timeout(TTL, waits).await.is_none(), "somebody waits");
+        let (later, ending) = (env.clone(), lease.clone());
+        env.spawn("let go", async move {
+            later.sleep(TTL).await;
+            ending.let_go(ErrorKind::Ending);
+        });
+        assert_eq!(lease.held().await.unwrap_err().kind(), ErrorKind::Ending);
+        lease.abandon();
+        sight.lost.set(false);
+        env.sleep(TTL * 2).await;
+        assert_eq!(lease.held().await.unwrap_err().kind(), ErrorKind::Io, "nobody asks any more");
+    });
+    assert_eq!(outcome.violation, None);
 }
 
 #[test]

@@ -8,7 +8,6 @@ use env::Address;
 use qapi::{Map, Value, json};
 use replication::lease::{Endpoint, Etcd, Fencing, Lease};
 use serde::Deserialize;
-use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -77,12 +76,8 @@ impl FencingArg {
         let named = json!({
             "type": "etcd", "endpoints": places, "key": key, "ttl": ttl, "advisory": advisory, "tls-creds": self.tls_creds,
         });
-        let ttl = Duration::from_secs(ttl);
-        // all are asked within the time in which a grant is renewed
-        let limit = ttl / 3 / u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
-        let env = daemon.env().clone();
-        let etcd = Etcd { env, endpoints, key, ttl, connect, limit, last: Cell::new(0) };
-        Ok(Some(Fencing { arbiter: Rc::new(etcd), ttl, advisory, named: named.to_string() }))
+        let etcd = Etcd::new(daemon.env(), endpoints, key, Duration::from_secs(ttl), connect);
+        Ok(Some(Fencing { arbiter: Rc::new(etcd), advisory, named: named.to_string() }))
     }
 }
 

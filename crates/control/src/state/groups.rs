@@ -89,7 +89,6 @@ struct Saved {
     undo: bool,
     fenced_by_hand: bool,
     /// A text of JSON: what `replication-group-add` was told.
-    #[serde(default)]
     arbiter: Option<String>,
     tls: TlsArg,
     peers: Vec<SavedPeer>,

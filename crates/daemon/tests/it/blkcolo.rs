@@ -3,7 +3,6 @@
 use crate::common::{Client, Daemon, Dir, until};
 use crate::disk::tool;
 use serde_json::{Value, json};
-use std::cell::RefCell;
 use std::net::TcpListener;
 use std::process::Command;
 
@@ -79,13 +78,11 @@ impl Host {
     }
 
     fn until_running(&mut self) {
-        let host = RefCell::new(self);
-        until(|| host.borrow_mut().groups()[0]["peers"][0]["state"] == "running");
+        until(|| self.groups()[0]["peers"][0]["state"] == "running");
     }
 
     fn until_merged(&mut self) {
-        let host = RefCell::new(self);
-        until(|| host.borrow_mut().groups()[0]["stage"] == "done");
+        until(|| self.groups()[0]["stage"] == "done");
     }
 
     fn checkpoint(&mut self, group: &str) {
@@ -313,8 +310,7 @@ fn it_is_a_node_below_others() {
     p.c.command("block-export-del", json!({"id": "e", "mode": "hard"})).unwrap();
     p.c.event("BLOCK_EXPORT_DELETED");
     p.del("disk").unwrap();
-    let host = RefCell::new(&mut p);
-    until(|| host.borrow_mut().groups().is_empty() && host.borrow_mut().nodes().is_empty());
+    until(|| p.groups().is_empty() && p.nodes().is_empty());
     // an overlay that a command opens
     let base = json!({"driver": "file", "node-name": "base", "filename": p.dir.path("base")});
     std::fs::write(p.dir.path("base"), vec![7; 16 << 20]).unwrap();

@@ -86,9 +86,14 @@ impl Daemon {
     }
 
     pub(crate) fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("sh").args(["-c", "kill -s $0 $1", name, &pid]).status().unwrap().success());
+        signal(&self.child, name);
     }
+}
+
+/// By the shell, which has this built in: a small installation has no program named `kill`.
+pub(crate) fn signal(process: &Child, name: &str) {
+    let pid = process.id().to_string();
+    assert!(Command::new("sh").args(["-c", "kill -s $0 $1", name, &pid]).status().unwrap().success());
 }
 
 impl Drop for Daemon {

@@ -10,13 +10,20 @@ mod turns;
 use crate::common::{Client, Daemon, Dir, until};
 use crate::disk::tool;
 use serde_json::{Value, json};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 
 /// A host: a raw disk of 16 MiB in a directory of its own, in group `g`, its front exported as `disk`.
 struct Host {
     dir: Dir,
     daemon: Daemon,
     c: Client,
+}
+
+/// A directory with so many disks.
+fn with_disks(disks: usize) -> Dir {
+    let dir = Dir::new();
+    (0..disks).for_each(|n| drop(tool(&dir, &format!("qemu-img|create|-q|-f|raw|disk{n}.raw|16M"))));
+    dir
 }
 
 fn unix(path: &str) -> Value {
@@ -30,9 +37,7 @@ impl Host {
 
     /// One that keeps so many checkpoints beside the newest.
     fn keeping(engine: &str, disks: usize, retain: u64) -> Host {
-        let dir = Dir::new();
-        (0..disks).for_each(|n| drop(tool(&dir, &format!("qemu-img|create|-q|-f|raw|disk{n}.raw|16M"))));
-        Host::start(dir, engine, disks, retain)
+        Host::start(with_disks(disks), engine, disks, retain)
     }
 
     fn start(dir: Dir, engine: &str, disks: usize, retain: u64) -> Host {
@@ -72,15 +77,18 @@ impl Host {
 
     /// One that records what it is.
     fn recorded(engine: &str) -> Host {
-        let dir = Dir::new();
-        drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
-        Host::begin(dir, engine, 1, 0, &["--state-dir", "state"])
+        Host::begin(with_disks(1), engine, 1, 0, &["--state-dir", "state"])
     }
 
     /// Killed, and started again with nothing but what it recorded.
     fn back(mut self) -> Host {
         self.daemon.signal("KILL");
         self.daemon.wait();
+        self.started_again()
+    }
+
+    /// With nothing but what it recorded, after its end.
+    fn started_again(mut self) -> Host {
         let dir = std::mem::replace(&mut self.dir, Dir::new());
         let _ = std::fs::remove_file(dir.path("qmp.sock"));
         let daemon = Daemon::start(&dir, &["--state-dir", "state"]);
@@ -126,10 +134,19 @@ impl Host {
     }
 
     fn io(&self, disk: usize, command: &str) -> Result<String, String> {
+        ended(self.begins(disk, command))
+    }
+
+    /// A request that is begun now; [`ended`] waits for it.
+    fn begins(&self, disk: usize, command: &str) -> Child {
         let url = format!("nbd+unix:///disk{disk}?socket={}", self.dir.path("nbd.sock"));
-        let out = Command::new("qemu-io").args(["-f", "raw", "-c", command, &url]).output().unwrap();
-        let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
-        if out.status.success() && !text.contains("failed") { Ok(text) } else { Err(text) }
+        qemu_io(&["-f", "raw", "-c", command, &url])
+    }
+
+    /// Makes its first peer the primary, and listens at `back.sock` afterwards.
+    fn switch_over(&mut self) -> Result<Value, String> {
+        let listen = unix(&self.dir.path("back.sock"));
+        self.c.command("replication-switchover", json!({"group": "g", "to": "p0", "listen": listen}))
     }
 
     fn info(&mut self) -> Value {
@@ -138,10 +155,8 @@ impl Host {
 
     /// Waits until the primary counts so many secondaries as copies.
     fn until_running(&mut self, count: usize) {
-        let c = std::cell::RefCell::new(&mut self.c);
         until(|| {
-            let info = c.borrow_mut().command("query-replication", json!({"group": "g"})).unwrap();
-            let peers = info[0]["peers"].as_array().unwrap().clone();
+            let peers = self.info()["peers"].as_array().unwrap().clone();
             peers.iter().filter(|p| p["state"] == "running").count() == count
         });
     }
@@ -151,15 +166,25 @@ impl Host {
     }
 
     fn until_merged(&mut self) {
-        let c = std::cell::RefCell::new(&mut self.c);
-        until(|| {
-            c.borrow_mut().command("query-replication", json!({"group": "g"})).unwrap()[0]["stage"] == "done"
-        });
+        until(|| self.info()["stage"] == "done");
     }
 
     fn raw(&self, disk: usize) -> Vec<u8> {
         std::fs::read(self.dir.path(&format!("disk{disk}.raw"))).unwrap()
     }
+}
+
+fn qemu_io(arguments: &[&str]) -> Child {
+    let mut io = Command::new("qemu-io");
+    io.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+    io.spawn().unwrap()
+}
+
+/// What a request said, and whether it was done.
+fn ended(io: Child) -> Result<String, String> {
+    let out = io.wait_with_output().unwrap();
+    let text = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    if out.status.success() && !text.contains("failed") { Ok(text) } else { Err(text) }
 }
 
 /// Two hosts with a disk each: a primary, told `more` at its start, and its secondary, in sync.
@@ -452,11 +477,7 @@ fn a_verification_finds_what_differs_and_nothing_else() {
             if rot {
                 // nothing of the disk is in the log any more
                 p.checkpoint();
-                let c = std::cell::RefCell::new(&mut s.c);
-                until(|| {
-                    let info = c.borrow_mut().command("query-replication", json!({})).unwrap();
-                    info[0]["buffer"]["pending"] == 0
-                });
+                until(|| s.info()["buffer"]["pending"] == 0);
                 use std::os::unix::fs::FileExt;
                 let file = std::fs::OpenOptions::new().write(true).open(s.dir.path("disk1.raw")).unwrap();
                 file.write_all_at(b"rot", 1_000_000).unwrap();
@@ -584,6 +605,8 @@ fn commands_out_of_place_are_refused() {
     h.c.command("replication-stop", json!({"group": "g"})).unwrap();
     h.c.command("block-export-del", json!({"id": "e0"})).unwrap();
     h.c.event("BLOCK_EXPORT_DELETED");
+    let e = h.c.command("blockdev-del", json!({"node-name": "f0"})).unwrap_err();
+    assert!(e.contains("in use by replication group 'g'"), "{e}");
     h.c.command("replication-group-remove", json!({"id": "g"})).unwrap();
     assert_eq!(h.c.command("query-replication", json!({})).unwrap(), json!([]));
 }
@@ -815,8 +838,7 @@ fn a_pair_proves_who_it_is() {
     p.until_running(1);
     assert!(bare.io(0, "read 0 4k").is_err(), "nothing has come");
     p.c.command("replication-peer-remove", json!({"group": "g", "peer": "bare"})).unwrap();
-    let over = json!({"group": "g", "to": "p0", "listen": unix(&p.dir.path("back.sock"))});
-    p.c.command("replication-switchover", over).unwrap();
+    p.switch_over().unwrap();
     s.until_running(1);
     s.io(0, "write -P 2 0 64k").unwrap();
     s.checkpoint();

@@ -19,6 +19,8 @@ pub(super) enum Outcome {
     Status(Vec<(u32, Vec<StatusExtent>)>),
     /// A wire error with a sentence.
     Failed(u32, String),
+    /// Nothing may be said.
+    Withheld,
 }
 
 /// A request that was found in order.
@@ -112,6 +114,7 @@ fn status_contexts(s: &Session, r: &Request) -> Result<Vec<u32>, (u32, String)> 
 pub(super) async fn run(s: &Session, c: Checked) -> Outcome {
     match execute(s, c).await {
         Ok(o) => o,
+        Err(e) if e.kind() == ErrorKind::Ending => Outcome::Withheld,
         Err(e) => Outcome::Failed(error_to_wire(&e), e.message().to_owned()),
     }
 }

@@ -8,6 +8,8 @@
 //! What can happen: a client sends faster than the disk or reads slower than we answer (then we stop receiving: the
 //! byte budget bounds what one client can make us hold); it sends nonsense (an error reply, or the connection ends); it
 //! goes away in the middle of anything (requests that have begun run to their end, their replies are dropped).
+//! Where the daemon ends before it can say how a request went, the connection ends without a word of it, and a client that connects
+//! again asks again.
 //! What must stay true: every request gets exactly one reply or the connection ends; a request, once begun, is never
 //! dropped half-way; no client starves the others of this thread.
 
@@ -165,6 +167,9 @@ impl Pump<'_> {
     }
 
     fn answer(&mut self, cookie: u64, offset: u64, outcome: Outcome) {
+        if matches!(outcome, Outcome::Withheld) {
+            self.closing = true;
+        }
         if self.dead {
             return;
         }
@@ -180,6 +185,7 @@ impl Pump<'_> {
             Outcome::Data(data, whole) => w.read(out, cookie, offset, data, whole),
             Outcome::Status(contexts) => w.status(out, cookie, offset, &contexts),
             Outcome::Failed(wire, why) => w.error(out, cookie, offset, wire, &why),
+            Outcome::Withheld => {}
         }
     }
 

@@ -90,18 +90,20 @@ impl Request {
         data.min(PIECE)
     }
 
-    /// Carries it out and writes the status; how many bytes were written to the guest's memory.
-    pub(super) async fn run(self, device: &Device, memory: &GuestMemory) -> u32 {
+    /// Carries it out and writes the status; how many bytes were written to the guest's memory. `None`: the daemon ends before it can say how
+    /// this went, and the guest is not to hear of it: it is in the log of requests in flight, and is carried out again by the successor.
+    pub(super) async fn run(self, device: &Device, memory: &GuestMemory) -> Option<u32> {
         let (status, written) = match self.execute(device, memory).await {
             Ok(n) => (S_OK, n),
             Err(e) if e.kind() == ErrorKind::Unsupported => (S_UNSUPP, 0),
+            Err(e) if e.kind() == ErrorKind::Ending => return None,
             Err(_) => (S_IOERR, 0),
         };
         // the memory was checked; if it has been taken away since, the ring finds out
         let _ = memory.scatter(&[self.status], 0, &Data::copy_from(&[status]));
         // also a read that failed may have written a part; the status is in the last of these
         self.chain.writable.iter().for_each(|p| device.mark_written(p.at, u64::from(p.len)));
-        written + 1
+        Some(written + 1)
     }
 
     async fn execute(&self, device: &Device, memory: &GuestMemory) -> Result<u32> {

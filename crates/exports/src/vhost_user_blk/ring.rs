@@ -7,7 +7,7 @@
 //!
 //! What can happen: the guest puts nonsense into its ring (the queue stops and says so on its error descriptor; others go on);
 //! memory disappears (the connection ends); the front end stops the queue or changes its memory and bells while requests run.
-//! What must stay true: a request, once begun, is never dropped half-way; it is answered exactly once; memory that it uses
+//! What must stay true: a request, once begun, is never dropped half-way; it is answered exactly once, here or by a successor; memory that it uses
 //! stays mapped until then.
 
 use super::device::Device;
@@ -176,8 +176,11 @@ impl Ring {
         parsed.map_err(|why| self.fail(why)).ok()
     }
 
-    fn answer(&self, memory: &GuestMemory, token: Token, written: u32) {
-        if self.lane.borrow_mut().answer(memory, token, written).is_none() {
+    /// Nothing `written` at all: the request stays open, for a successor of this daemon.
+    fn answer(&self, memory: &GuestMemory, token: Token, written: Option<u32>) {
+        if let Some(written) = written
+            && self.lane.borrow_mut().answer(memory, token, written).is_none()
+        {
             self.fail("the used ring cannot be written");
         }
     }
@@ -195,11 +198,11 @@ impl Ring {
 struct Running {
     token: Token,
     cost: u64,
-    work: Pin<Box<dyn Future<Output = u32>>>,
+    work: Pin<Box<dyn Future<Output = Option<u32>>>>,
 }
 
 impl Future for Running {
-    type Output = (Token, u64, u32);
+    type Output = (Token, u64, Option<u32>);
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let (token, cost) = (self.token, self.cost);
         self.work.as_mut().poll(cx).map(|written| (token, cost, written))
@@ -331,7 +334,7 @@ impl Pump {
     fn start(&mut self, memory: &Rc<GuestMemory>, token: Token, request: Request, cx: &mut Context<'_>) {
         let cost = request.cost() + REQUEST_COST;
         let (device, mapped) = (self.ring.device.clone(), memory.clone());
-        let mut work: Pin<Box<dyn Future<Output = u32>>> =
+        let mut work: Pin<Box<dyn Future<Output = Option<u32>>>> =
             Box::pin(async move { request.run(&device, &mapped).await });
         match work.as_mut().poll(cx) {
             Poll::Ready(written) => {

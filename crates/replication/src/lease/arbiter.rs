@@ -58,6 +58,8 @@ pub trait Arbiter {
     fn record<'a>(&'a self, grant: &'a Grant, state: State) -> Io<'a, bool>;
     /// Gives a grant back, with `forget` the state as well: the group's name may be used for other images.
     fn release<'a>(&'a self, grant: &'a Grant, forget: bool) -> Io<'a>;
+    /// How long a grant lasts that is not renewed.
+    fn ttl(&self) -> Duration;
     /// Where it is, for humans.
     fn name(&self) -> String;
 }

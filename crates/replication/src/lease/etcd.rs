@@ -4,6 +4,7 @@
 //! endpoint is gone, hangs, answers nonsense, or loses its quorum: the next one is asked; each question has a time-out. One request is one
 //! connection, as HTTP/1.0 has it: it ends with the answer, whose length is bounded.
 
+use super::RENEWALS;
 use super::arbiter::{Arbiter, Grant, Owner, Seen, State};
 use crate::session::Connect;
 use crate::types::{Epoch, Generation};
@@ -30,20 +31,18 @@ pub struct Endpoint {
 
 /// See above.
 pub struct Etcd {
-    /// This thread's outside.
-    pub env: Env,
-    /// At least one; asked in turn.
-    pub endpoints: Vec<Endpoint>,
+    env: Env,
+    /// Asked in turn.
+    endpoints: Vec<Endpoint>,
     /// The entries are below it.
-    pub key: String,
-    /// How long a grant lasts: whole seconds, as etcd has them.
-    pub ttl: Duration,
+    key: String,
+    ttl: Duration,
     /// TLS to the endpoints.
-    pub connect: Option<Connect>,
+    connect: Option<Connect>,
     /// How long one question to one endpoint may take.
-    pub limit: Duration,
+    limit: Duration,
     /// The endpoint that answered last.
-    pub last: Cell<usize>,
+    last: Cell<usize>,
 }
 
 fn wrong(why: impl std::fmt::Display) -> BlockError {
@@ -74,6 +73,19 @@ fn text(v: &Value) -> Result<String> {
 }
 
 impl Etcd {
+    /// With its entries below `key`, and grants of `ttl`: whole seconds, as etcd has them. `endpoints` has at least one; with `connect` they speak TLS.
+    pub fn new(
+        env: &Env,
+        endpoints: Vec<Endpoint>,
+        key: String,
+        ttl: Duration,
+        connect: Option<Connect>,
+    ) -> Etcd {
+        // all are asked within the time in which a grant is renewed
+        let limit = ttl / RENEWALS / u32::try_from(endpoints.len()).unwrap_or(u32::MAX).max(1);
+        Etcd { env: env.clone(), endpoints, key, ttl, connect, limit, last: Cell::new(0) }
+    }
+
     fn owner_key(&self) -> String {
         format!("{}/owner", self.key)
     }
@@ -244,6 +256,9 @@ impl Arbiter for Etcd {
             }
             self.call("lease/revoke", &json!({"ID": grant.lease.to_string()})).await.map(drop)
         })
+    }
+    fn ttl(&self) -> Duration {
+        self.ttl
     }
     fn name(&self) -> String {
         let at: Vec<String> = self.endpoints.iter().map(|e| e.address.to_string()).collect();

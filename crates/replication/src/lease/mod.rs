@@ -32,8 +32,6 @@ const RETRIES: u32 = 10;
 pub struct Fencing {
     /// Who grants.
     pub arbiter: Rc<dyn Arbiter>,
-    /// How long a grant lasts.
-    pub ttl: Duration,
     /// An owner whose arbiter is silent goes on: the pair's links and people prevent two owners.
     pub advisory: bool,
     /// By which whoever made this makes it again.
@@ -54,7 +52,7 @@ enum Phase {
     Owner(Generation),
     /// That generation was promoted elsewhere.
     Fenced(Generation),
-    /// The group is gone, or the daemon ends.
+    /// The group is gone.
     Over,
 }
 
@@ -97,6 +95,8 @@ pub struct Lease {
     needs: Cell<Epoch>,
     /// Somebody renews it.
     kept: Cell<bool>,
+    /// Nobody waits for the arbiter: what that would be told.
+    impatient: Cell<Option<ErrorKind>>,
     /// One talks to the arbiter at a time.
     line: Semaphore,
     changed: Notify,
@@ -113,6 +113,10 @@ fn busy(why: String) -> BlockError {
     BlockError::new(ErrorKind::Busy, why)
 }
 
+fn owned(by: &Owner) -> String {
+    format!("{} owns the group by its lease for another {} ms", by.holder, by.left.as_millis())
+}
+
 impl Lease {
     /// Of a side that calls itself `holder`; it owns nothing yet.
     pub fn new(env: &Env, fencing: Fencing, holder: String) -> Rc<Lease> {
@@ -126,6 +130,7 @@ impl Lease {
             recorded: Cell::new(None),
             needs: Cell::default(),
             kept: Cell::new(false),
+            impatient: Cell::new(None),
             line: Semaphore::new(1),
             changed: Notify::new(),
             hurry: Notify::new(),
@@ -166,22 +171,21 @@ impl Lease {
     /// Waits until this side may answer. One that follows, or has no role, always may.
     ///
     /// # Errors
-    /// `Io` when another was promoted, or this side has ended.
+    /// `Io` when another was promoted, or this side has ended; when nobody waits any more, what [`Lease::let_go`] says.
     pub async fn held(&self) -> Result<()> {
         loop {
-            if let Phase::Fenced(by) = self.phase.get() {
-                let why = format!("this side is fenced: generation {by} was promoted elsewhere");
-                return Err(BlockError::new(ErrorKind::Io, why));
+            let io = |why: String| Err(BlockError::new(ErrorKind::Io, why));
+            match (self.phase.get(), self.impatient.get()) {
+                (Phase::Fenced(by), _) => {
+                    return io(format!("this side is fenced: generation {by} was promoted elsewhere"));
+                }
+                (Phase::Over, _) => return io("this side of the group has ended".to_owned()),
+                _ if self.is_good() => return Ok(()),
+                (_, Some(kind)) => {
+                    return Err(BlockError::new(kind, "the arbiter has not granted the group to this side"));
+                }
+                (_, None) => self.changed.wait().await,
             }
-            if self.phase.get() == Phase::Over {
-                return Err(BlockError::new(ErrorKind::Io, "this side of the group has ended"));
-            }
-            if self.is_good() {
-                return Ok(());
-            }
-            let changed = self.changed.wait();
-            self.hurry.notify_all();
-            changed.await;
         }
     }
 
@@ -203,9 +207,7 @@ impl Lease {
         if self.phase.get() == Phase::Owner(generation) {
             return Ok(());
         }
-        self.phase.set(Phase::Owner(generation));
-        self.recorded.set(None);
-        self.needs.set(Epoch(0));
+        self.become_owner(generation);
         if let Err(e) = self.turn().await {
             self.note(&e);
             if e.kind() == ErrorKind::Busy {
@@ -222,6 +224,15 @@ impl Lease {
         }
         self.keep();
         Ok(())
+    }
+
+    /// Nothing is answered for it yet.
+    fn become_owner(&self, generation: Generation) {
+        self.phase.set(Phase::Owner(generation));
+        self.recorded.set(None);
+        self.needs.set(Epoch(0));
+        self.until.set(Duration::ZERO);
+        self.impatient.set(None);
     }
 
     /// This side is the owner of `generation` still: nothing is answered before the arbiter says so, too.
@@ -241,11 +252,9 @@ impl Lease {
         if let Phase::Owner(generation) = self.phase.get() {
             return Err(busy(format!("this side is the owner of generation {generation} already")));
         }
-        let arbiter = &self.fencing.arbiter;
-        let seen = arbiter.look().await?;
+        let seen = self.fencing.arbiter.look().await?;
         let known = seen.state.map_or(State::default(), |s| s.0);
-        let other = seen.owner.clone().filter(|o| o.holder != self.holder);
-        *self.other.borrow_mut() = other.as_ref().map(|o| o.holder.clone());
+        let other = self.other_owner(&seen);
         let lost = |why: String| {
             busy(format!(
                 "{why}. To take over nevertheless, from checkpoint {} on, give 'force': true and 'acknowledge-loss': {}",
@@ -253,10 +262,8 @@ impl Lease {
             ))
         };
         if !claim.force {
-            if let Some(o) = &other {
-                let why =
-                    format!("{} owns the group by its lease for another {} ms", o.holder, o.left.as_millis());
-                return Err(lost(why));
+            if let Some(o) = other {
+                return Err(lost(owned(o)));
             }
             if known.generation > claim.generation {
                 let why = format!(
@@ -270,8 +277,7 @@ impl Lease {
                 return Err(lost("the primary has acknowledged writes that this side has not".to_owned()));
             }
         }
-        let quicker = || busy("somebody else asked the arbiter for the group at the same time".to_owned());
-        let grant = arbiter.take(&self.holder, &seen).await?.ok_or_else(quicker)?;
+        let grant = self.take(&seen).await?;
         if let Some(o) = other {
             // it may answer until then: its next renewal fails
             self.env.sleep(o.left).await;
@@ -282,10 +288,7 @@ impl Lease {
 
     /// What was claimed is owned as `generation`, which is durable here.
     pub async fn own(self: &Rc<Self>, generation: Generation) {
-        self.phase.set(Phase::Owner(generation));
-        self.recorded.set(None);
-        self.needs.set(Epoch(0));
-        self.until.set(Duration::ZERO);
+        self.become_owner(generation);
         if let Err(e) = self.turn().await {
             self.note(&e);
         }
@@ -307,7 +310,14 @@ impl Lease {
         }
     }
 
-    /// This side ends: whoever waits waits no longer, and the arbiter hears no more of it. The grant ends by itself: a daemon that is started
+    /// From now on nobody waits for the arbiter: what may not be answered fails so, and what may be is answered as before, until this side becomes
+    /// an owner anew.
+    pub fn let_go(&self, kind: ErrorKind) {
+        self.impatient.set(Some(kind));
+        self.changed.notify_all();
+    }
+
+    /// The group goes, and nothing is answered any more. The arbiter hears nothing of it: the grant ends by itself, and a daemon that is started
     /// again soon goes on with it.
     pub fn abandon(&self) {
         self.phase.set(Phase::Over);
@@ -327,22 +337,17 @@ impl Lease {
         let lease = self.clone();
         self.env.spawn("replication lease", async move {
             while matches!(lease.phase.get(), Phase::Owner(_)) {
+                // what is asked for during a turn is in the next
                 let hurry = lease.hurry.wait();
-                // what was asked for while nobody waited is in the turn
-                let asked = lease.is_good();
+                let ttl = lease.fencing.arbiter.ttl();
                 let pause = match lease.turn().await {
-                    Ok(()) => lease.fencing.ttl / RENEWALS,
+                    Ok(()) => ttl / RENEWALS,
                     Err(e) => {
                         lease.note(&e);
-                        lease.fencing.ttl / RETRIES
+                        ttl / RETRIES
                     }
                 };
-                if !asked && !lease.is_good() {
-                    // users wait and hurry: not more often than it can help
-                    lease.env.sleep(lease.fencing.ttl / RETRIES).await;
-                } else {
-                    lease.env.timeout(pause, hurry).await;
-                }
+                lease.env.timeout(pause, hurry).await;
             }
             lease.kept.set(false);
             let told = lease.told.borrow().clone();
@@ -387,7 +392,8 @@ impl Lease {
             }
             self.recorded.set(Some(state));
         }
-        let time = self.fencing.ttl - self.fencing.ttl / 10;
+        let ttl = self.fencing.arbiter.ttl();
+        let time = ttl - ttl / 10;
         let late = env::bugs::planted("replication: a grant counts from its answer");
         let asked = if late { self.env.since_boot() } else { asked };
         self.until.set(asked.saturating_add(time));
@@ -398,24 +404,29 @@ impl Lease {
 
     /// Asks for the group as its owner of `generation`, new or again; `None` if a newer one was promoted.
     async fn ask(&self, generation: Generation) -> Result<Option<Grant>> {
-        let arbiter = &self.fencing.arbiter;
-        let seen = arbiter.look().await?;
+        let seen = self.fencing.arbiter.look().await?;
         let known = seen.state.map(|s| s.0);
         if let Some(newer) = known.filter(|s| s.generation > generation) {
             self.fence(newer.generation);
             return Ok(None);
         }
-        if let Some(o) = seen.owner.as_ref().filter(|o| o.holder != self.holder) {
-            *self.other.borrow_mut() = Some(o.holder.clone());
-            return Err(busy(format!(
-                "{} owns the group by its lease for another {} ms",
-                o.holder,
-                o.left.as_millis()
-            )));
+        if let Some(o) = self.other_owner(&seen) {
+            return Err(busy(owned(o)));
         }
         self.recorded.set(known);
+        self.take(&seen).await.map(Some)
+    }
+
+    /// Who else owns the group.
+    fn other_owner<'a>(&self, seen: &'a Seen) -> Option<&'a Owner> {
+        let other = seen.owner.as_ref().filter(|o| o.holder != self.holder);
+        *self.other.borrow_mut() = other.map(|o| o.holder.clone());
+        other
+    }
+
+    async fn take(&self, seen: &Seen) -> Result<Grant> {
         let quicker = || busy("somebody else asked the arbiter for the group at the same time".to_owned());
-        arbiter.take(&self.holder, &seen).await?.ok_or_else(quicker).map(Some)
+        self.fencing.arbiter.take(&self.holder, seen).await?.ok_or_else(quicker)
     }
 
     fn fence(&self, by: Generation) {

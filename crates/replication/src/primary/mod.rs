@@ -606,7 +606,6 @@ impl Primary {
         }
     }
 
-    /// Whether there is nobody to replicate to.
     /// Whether changes are done here alone: with no peer, or with fewer than were asked for.
     pub fn alone(&self) -> bool {
         self.no_peers() || !self.enough()
@@ -617,6 +616,7 @@ impl Primary {
         self.config.quorum.possible(|p| peers.get(p).is_some_and(Peer::counts), peers.len())
     }
 
+    /// Whether there is nobody to replicate to.
     fn no_peers(&self) -> bool {
         self.peers.iter().all(|p| p.state == PeerState::Removed)
     }

@@ -67,9 +67,8 @@ fn a_manager_decides_at_the_secondary() {
         s.c.command("replication-commit", json!({"group": "g", "epoch": first["epoch"]})).unwrap();
         s.io(0, "read -P 1 0 64k").unwrap();
         let told = p.c.event("REPLICATION_CHECKPOINT");
-        let c = std::cell::RefCell::new(&mut p.c);
         until(|| {
-            let info = c.borrow_mut().command("query-replication", json!({})).unwrap()[0].clone();
+            let info = p.info();
             info["committed-epoch"] == first["epoch"] && info["undecided"] == json!([])
         });
         drop(told);
@@ -123,10 +122,7 @@ fn a_manager_that_dies_comes_back_and_asks_again() {
         let left = json!({"group": "g", "decide-within-ms": 50});
         let third = p.c.command("replication-prepare-checkpoint", left).unwrap()["epoch"].clone();
         p.reconnect();
-        let c = std::cell::RefCell::new(&mut p.c);
-        until(|| {
-            c.borrow_mut().command("query-replication", json!({})).unwrap()[0]["undecided"] == json!([])
-        });
+        until(|| p.info()["undecided"] == json!([]));
         s.io(0, "read -P 2 0 64k").unwrap();
         let late = json!({"group": "g", "epoch": third});
         let e = p.c.command("replication-commit", late).unwrap_err();
@@ -243,11 +239,7 @@ fn a_failover_is_tried_on_a_clone() {
         assert_eq!(s.info()["tests"], json!([]));
         s.io(0, "read -P 5 0 2M").unwrap();
         // what was held for it is given back
-        let c = std::cell::RefCell::new(&mut s.c);
-        until(|| {
-            let info = c.borrow_mut().command("query-replication", json!({})).unwrap();
-            info[0]["buffer"]["pending"] == 0
-        });
+        until(|| s.info()["buffer"]["pending"] == 0);
         assert!(s.raw(0)[..2 << 20].iter().all(|b| *b == 5), "{engine}");
     }
 }

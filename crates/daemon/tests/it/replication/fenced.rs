@@ -1,21 +1,14 @@
 //! Who serves a group, by the word of a real etcd: promotions need it, who lost it answers nothing, and who lacks something does not take over.
 
 use super::*;
-use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicU8, Ordering};
+use crate::common::signal;
+use crate::etcd::{Server, own_address};
 
 /// An etcd of its own.
 struct Etcd {
-    process: Child,
-    url: String,
-    dir: Dir,
-}
-
-/// An address of this machine that nobody else uses: no port that is free now and taken in a moment.
-fn own_address() -> String {
-    static USED: AtomicU8 = AtomicU8::new(1);
-    let [.., a, b] = std::process::id().to_be_bytes();
-    format!("127.{}.{b}.{}", a.max(1), USED.fetch_add(1, Ordering::Relaxed))
+    server: Server,
+    // where its files are
+    _dir: Dir,
 }
 
 impl Etcd {
@@ -25,44 +18,21 @@ impl Etcd {
     }
 
     fn at(dir: Dir, url: &str, more: &[&str]) -> Etcd {
-        let peers = format!("http://{}:2380", own_address());
-        let mut etcd = Command::new("etcd");
-        etcd.args(["--data-dir", &dir.path("etcd"), "--listen-client-urls", url]);
-        etcd.args(["--advertise-client-urls", url, "--listen-peer-urls", &peers]);
-        etcd.args([
-            "--initial-advertise-peer-urls",
-            &peers,
-            "--initial-cluster",
-            &format!("default={peers}"),
-        ]);
-        etcd.args(["--heartbeat-interval", "50", "--election-timeout", "500"]).args(more);
-        let log = std::fs::File::create(dir.path("log")).unwrap();
-        let process = etcd.stdout(Stdio::null()).stderr(log).spawn().expect("etcd (cargo xtask setup)");
-        let address = url.split_once("://").unwrap().1;
-        until(|| std::net::TcpStream::connect(address).is_ok());
-        Etcd { process, url: url.to_owned(), dir }
+        Etcd { server: Server::start(&dir.0, url, more), _dir: dir }
     }
 
     fn signal(&self, name: &str) {
-        assert!(
-            Command::new("kill")
-                .args([&format!("-{name}"), &self.process.id().to_string()])
-                .status()
-                .unwrap()
-                .success()
-        );
+        signal(&self.server.process, name);
     }
 
     /// Group `g` with this one as its arbiter. The first place does not answer.
     fn fencing(&self) -> Value {
         let nobody = format!("http://{}", own_address());
-        json!({"fencing": {"type": "etcd", "endpoints": [nobody, self.url], "ttl": 3}})
+        json!({"fencing": {"type": "etcd", "endpoints": [nobody, self.server.url], "ttl": 3}})
     }
 
     fn host(&self) -> Host {
-        let dir = Dir::new();
-        drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
-        Host::begin_with(dir, "redo", 1, 0, &["--state-dir", "state"], &self.fencing())
+        Host::begin_with(with_disks(1), "redo", 1, 0, &["--state-dir", "state"], &self.fencing())
     }
 
     fn pair(&self) -> (Host, Host) {
@@ -72,19 +42,17 @@ impl Etcd {
         p.until_running(1);
         (p, s)
     }
-}
 
-impl Drop for Etcd {
-    fn drop(&mut self) {
-        if let Ok(Some(ended)) = self.process.try_wait() {
-            let log = std::fs::read_to_string(self.dir.path("log")).unwrap_or_default();
-            eprintln!(
-                "etcd ended with {ended}: {}",
-                log.lines().rev().take(20).collect::<Vec<_>>().join("\n")
-            );
-        }
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+    /// Such a pair at the checkpoint that is returned, whose primary has gone on alone since: 1 was written before, 2 after. The
+    /// secondary is stopped.
+    fn parted(&self) -> (Host, Host, u64) {
+        let (mut p, s) = self.pair();
+        p.io(0, "write -P 1 0 64k").unwrap();
+        let epoch = p.checkpoint();
+        s.daemon.signal("STOP");
+        p.io(0, "write -P 2 0 64k").unwrap();
+        until(|| p.state() == "degraded");
+        (p, s, epoch)
     }
 }
 
@@ -93,33 +61,26 @@ impl Host {
         self.info()["state"].as_str().unwrap().to_owned()
     }
 
+    /// A request of a client that connects again, to whom the daemon may say nothing; it has come.
+    fn begins_patiently(&self, command: &str) -> Child {
+        let path = self.dir.path("nbd.sock");
+        let disk = format!("driver=nbd,reconnect-delay=60,export=disk0,server.type=unix,server.path={path}");
+        let io = qemu_io(&["--image-opts", "-c", command, &disk]);
+        // nothing tells that it has come
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        io
+    }
+
     /// Takes over as soon as the lease of the other side is over.
-    fn take_over(&mut self, arguments: &Value) -> Value {
-        let mut done = None;
-        let c = std::cell::RefCell::new(&mut self.c);
-        until(|| {
-            let said = c.borrow_mut().command("replication-failover", arguments.clone());
-            match said {
-                Ok(record) => done = Some(record),
-                Err(e) => assert!(e.contains("owns the group by its lease"), "{e}"),
+    fn take_over(&mut self) {
+        until(|| match self.c.command("replication-failover", json!({"group": "g"})) {
+            Ok(_) => true,
+            Err(e) => {
+                assert!(e.contains("owns the group by its lease"), "{e}");
+                false
             }
-            done.is_some()
         });
-        done.unwrap()
     }
-
-    /// A write that is begun now; whether it is done when it ends.
-    fn begins(&self, command: &str) -> Child {
-        let url = format!("nbd+unix:///disk0?socket={}", self.dir.path("nbd.sock"));
-        let mut io = Command::new("qemu-io");
-        io.args(["-f", "raw", "-c", command, &url]).stdout(Stdio::piped()).stderr(Stdio::piped());
-        io.spawn().unwrap()
-    }
-}
-
-fn said(child: Child) -> String {
-    let out = child.wait_with_output().unwrap();
-    String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
 }
 
 /// F2, with a primary that is stopped and goes on after another took over: what it was asked meanwhile fails, as does all after it.
@@ -136,13 +97,14 @@ fn an_owner_is_succeeded_when_its_lease_is_over_and_answers_nothing_afterwards()
     s.io(0, "read -P 1 0 1M").unwrap();
     p.io(0, "write -P 2 0 64k").unwrap();
     p.daemon.signal("STOP");
-    let (write, read) = (p.begins("write -P 6 0 64k"), p.begins("read 0 64k"));
-    s.take_over(&json!({"group": "g"}));
+    let (write, read) = (p.begins(0, "write -P 6 0 64k"), p.begins(0, "read 0 64k"));
+    s.take_over();
     s.io(0, "read -P 1 0 1M").unwrap();
     s.io(0, "write -P 3 1M 64k").unwrap();
     p.daemon.signal("CONT");
-    for answer in [said(write), said(read)] {
-        assert!(answer.contains("Input/output error"), "{answer}");
+    for answer in [ended(write), ended(read)] {
+        let why = answer.unwrap_err();
+        assert!(why.contains("Input/output error"), "{why}");
     }
     until(|| p.state() == "fenced");
     assert!(p.io(0, "write -P 6 0 64k").is_err() && p.io(0, "read 0 64k").is_err());
@@ -164,13 +126,13 @@ fn without_the_arbiter_a_pair_goes_on_until_the_lease_is_over() {
     etcd.signal("STOP");
     p.io(0, "write -P 2 0 64k").unwrap();
     until(|| p.state() == "suspended");
-    let mut waits = p.begins("write -P 3 0 64k");
+    let mut waits = p.begins(0, "write -P 3 0 64k");
     p.checkpoint();
     s.io(0, "read -P 2 0 64k").unwrap();
     assert!(waits.try_wait().unwrap().is_none(), "it was answered without a lease");
     etcd.signal("CONT");
-    let answer = said(waits);
-    assert!(!answer.contains("failed") && answer.contains("wrote"), "{answer}");
+    let answer = ended(waits).unwrap();
+    assert!(answer.contains("wrote"), "{answer}");
     until(|| p.state() == "running");
     p.io(0, "read -P 3 0 64k").unwrap();
 }
@@ -179,12 +141,7 @@ fn without_the_arbiter_a_pair_goes_on_until_the_lease_is_over() {
 #[test]
 fn who_lacks_what_was_acknowledged_takes_over_by_force_alone() {
     let etcd = Etcd::start();
-    let (mut p, mut s) = etcd.pair();
-    p.io(0, "write -P 1 0 64k").unwrap();
-    let epoch = p.checkpoint();
-    s.daemon.signal("STOP");
-    p.io(0, "write -P 2 0 64k").unwrap();
-    until(|| p.state() == "degraded");
+    let (mut p, mut s, epoch) = etcd.parted();
     p.daemon.signal("KILL");
     p.daemon.wait();
     s.daemon.signal("CONT");
@@ -208,12 +165,7 @@ fn who_lacks_what_was_acknowledged_takes_over_by_force_alone() {
 #[test]
 fn who_has_caught_up_takes_over() {
     let etcd = Etcd::start();
-    let (mut p, mut s) = etcd.pair();
-    p.io(0, "write -P 1 0 64k").unwrap();
-    p.checkpoint();
-    s.daemon.signal("STOP");
-    p.io(0, "write -P 2 0 64k").unwrap();
-    until(|| p.state() == "degraded");
+    let (mut p, mut s, _) = etcd.parted();
     s.daemon.signal("CONT");
     p.until_running(1);
     let holder = p.info()["lease"]["holder"].clone();
@@ -224,7 +176,7 @@ fn who_has_caught_up_takes_over() {
     p.checkpoint();
     p.daemon.signal("KILL");
     p.daemon.wait();
-    s.take_over(&json!({"group": "g"}));
+    s.take_over();
     s.io(0, "read -P 2 0 64k").unwrap();
     s.io(0, "read -P 4 64k 64k").unwrap();
 }
@@ -235,8 +187,7 @@ fn a_lease_changes_sides_with_its_group() {
     let etcd = Etcd::start();
     let (mut p, mut s) = etcd.pair();
     p.io(0, "write -P 1 0 64k").unwrap();
-    let over = json!({"group": "g", "to": "p0", "listen": unix(&p.dir.path("back.sock"))});
-    p.c.command("replication-switchover", over).unwrap();
+    p.switch_over().unwrap();
     s.until_running(1);
     s.io(0, "write -P 2 0 64k").unwrap();
     s.checkpoint();
@@ -265,12 +216,11 @@ fn who_is_not_granted_the_group_does_not_take_over() {
     p.io(0, "write -P 1 0 64k").unwrap();
     p.checkpoint();
     etcd.signal("STOP");
-    let over = json!({"group": "g", "to": "p0", "listen": unix(&p.dir.path("back.sock"))});
-    let why = p.c.command("replication-switchover", over).unwrap_err();
+    let why = p.switch_over().unwrap_err();
     assert!(why.contains("did not take over"), "{why}");
-    let waits = p.begins("write -P 2 0 64k");
+    let waits = p.begins(0, "write -P 2 0 64k");
     etcd.signal("CONT");
-    let answer = said(waits);
+    let answer = ended(waits).unwrap();
     assert!(answer.contains("wrote"), "{answer}");
     assert_eq!(s.info()["role"], "secondary");
     p.until_running(1);
@@ -285,21 +235,55 @@ fn who_waits_for_the_arbiter_keeps_nobody_from_ending() {
     let (mut p, _s) = etcd.pair();
     etcd.signal("STOP");
     until(|| p.state() == "suspended");
-    let waits = p.begins("write -P 3 0 64k");
-    // nothing tells that it has come
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    let waits = p.begins_patiently("write -P 3 0 64k");
     p.c.command("quit", json!({})).unwrap();
     p.daemon.wait();
-    assert!(!said(waits).contains("wrote"));
-    // nor do those who wait for a secondary
-    let (mut p, s) = pair("redo", &json!({"on-link-loss": "suspend", "timeout-ms": 500}));
+    // the next daemon answers it, when the arbiter is there
+    let mut p = p.started_again();
+    etcd.signal("CONT");
+    assert!(ended(waits).unwrap().contains("wrote"));
+    p.io(0, "read -P 3 0 64k").unwrap();
+    p.c.command("quit", json!({})).unwrap();
+    p.daemon.wait();
+}
+
+/// Nor do those who wait for a secondary.
+#[test]
+fn who_waits_for_a_secondary_keeps_nobody_from_ending() {
+    let (mut p, mut s) = (Host::recorded("redo"), Host::new("redo", 1));
+    s.secondary();
+    p.primary(&[&s], &json!({"on-link-loss": "suspend", "timeout-ms": 500}));
+    p.until_running(1);
     s.daemon.signal("STOP");
     until(|| p.state() == "suspended");
-    let waits = p.begins("write -P 3 0 64k");
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    let waits = p.begins_patiently("write -P 3 0 64k");
     p.c.command("quit", json!({})).unwrap();
     p.daemon.wait();
-    assert!(!said(waits).contains("wrote"));
+    s.daemon.signal("CONT");
+    let mut p = p.started_again();
+    assert!(ended(waits).unwrap().contains("wrote"));
+    p.until_running(1);
+    p.checkpoint();
+    s.io(0, "read -P 3 0 64k").unwrap();
+}
+
+/// An owner that is to follow: what waits for the arbiter is not answered as if it had spoken. Another may have been promoted.
+#[test]
+fn who_gives_the_group_up_answers_nothing_that_waited() {
+    let etcd = Etcd::start();
+    let (mut p, s) = etcd.pair();
+    p.io(0, "write -P 1 0 64k").unwrap();
+    p.checkpoint();
+    etcd.signal("STOP");
+    until(|| p.state() == "suspended");
+    let waits = p.begins(0, "write -P 6 0 64k");
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let listen = unix(&p.dir.path("back.sock"));
+    let follow = json!({"group": "g", "role": "secondary", "demote": true, "listen": listen});
+    p.c.command("replication-start", follow).unwrap();
+    assert!(ended(waits).is_err());
+    assert_eq!(p.info()["role"], "secondary");
+    s.io(0, "read -P 1 0 64k").unwrap();
 }
 
 /// Over TLS, to an etcd whose certificate is the right one.
@@ -316,13 +300,11 @@ fn an_arbiter_proves_who_it_is() {
         &["--cert-file", &cert, "--key-file", &key],
     );
     for (authority, good) in [("ours", true), ("other", false)] {
-        let dir = Dir::new();
-        drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
         let object = format!("tls-creds-x509,id=t,dir={pki}/{authority},endpoint=client");
         let key = format!("/tests/{authority}");
         let fencing =
             json!({"fencing": {"type": "etcd", "endpoints": [url], "key": key, "tls-creds": "t", "ttl": 3}});
-        let mut h = Host::begin_with(dir, "redo", 1, 0, &["--object", &object], &fencing);
+        let mut h = Host::begin_with(with_disks(1), "redo", 1, 0, &["--object", &object], &fencing);
         h.primary(&[], &json!({}));
         let lease = h.info()["lease"].clone();
         if good {
@@ -339,9 +321,7 @@ fn an_arbiter_proves_who_it_is() {
 /// What is not as it has to be is named.
 #[test]
 fn an_arbiter_is_described_with_care() {
-    let dir = Dir::new();
-    drop(tool(&dir, "qemu-img|create|-q|-f|raw|disk0.raw|16M"));
-    let mut h = Host::begin(dir, "redo", 1, 0, &[]);
+    let mut h = Host::new("redo", 1);
     for (fencing, why) in [
         (json!({"type": "etcd"}), "Parameter 'endpoints' is missing"),
         (json!({"type": "etcd", "endpoints": ["x"], "ttl": 1}), "Parameter 'ttl' expects 2 to 3600"),

@@ -25,10 +25,7 @@ fn a_full_disk_larger_than_the_store_gets_in_sync() {
         p.io(0, "write -P 7 63M 1M").unwrap();
         s.io(0, "read -P 90 63M 1M").unwrap();
         p.checkpoint();
-        let c = std::cell::RefCell::new(&mut s.c);
-        until(|| {
-            c.borrow_mut().command("query-replication", json!({})).unwrap()[0]["buffer"]["pending"] == 0
-        });
+        until(|| s.info()["buffer"]["pending"] == 0);
         let (here, there) = (p.raw(0), s.raw(0));
         assert!(
             here == there,

@@ -27,11 +27,7 @@ fn a_peer_of_another_version_is_named() {
     let ours = format!("this side version {}", hello[4]);
     session.write_all(&other_version()).unwrap();
     let names_both = |text: &str| text.contains("speaks version 77") && text.contains(&ours);
-    let c = std::cell::RefCell::new(&mut p.c);
-    until(|| {
-        let info = c.borrow_mut().command("query-replication", json!({"group": "g"})).unwrap();
-        info[0]["last-error"].as_str().is_some_and(names_both)
-    });
+    until(|| p.info()["last-error"].as_str().is_some_and(names_both));
     // the guest goes on alone
     p.io(0, "write -P 1 0 64k").unwrap();
 

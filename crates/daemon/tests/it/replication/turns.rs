@@ -9,8 +9,7 @@ fn who_handed_over_writes_again_after_a_failover() {
     for engine in ["redo", "undo"] {
         let (mut p, mut s) = pair(engine, &json!({}));
         p.io(0, "write -P 1 0 1M").unwrap();
-        let over = json!({"group": "g", "to": "p0", "listen": unix(&p.dir.path("back.sock"))});
-        p.c.command("replication-switchover", over).unwrap();
+        p.switch_over().unwrap();
         assert!(p.io(0, "write -P 2 0 64k").is_err(), "it was handed over");
         s.until_running(1);
         s.io(0, "write -P 3 1M 64k").unwrap();
@@ -43,8 +42,7 @@ fn no_guest_waits_for_a_store_that_nobody_empties() {
             assert_eq!((&told["operation"], &told["peer"]), (&json!("forward"), &json!("p0")), "{told}");
         }
         p.c.command("replication-set", json!({"group": "g", "decision": "auto"})).unwrap();
-        let c = std::cell::RefCell::new(&mut p.c);
-        until(|| c.borrow_mut().command("replication-checkpoint", json!({"group": "g"})).is_ok());
+        until(|| p.c.command("replication-checkpoint", json!({"group": "g"})).is_ok());
         s.io(0, "read -P 5 0 16M").unwrap();
     }
 }

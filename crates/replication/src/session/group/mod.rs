@@ -609,9 +609,9 @@ impl Group {
             p.stop();
         }
         // nor for the arbiter
-        self.release(false).await;
+        self.lease.iter().for_each(|l| l.let_go(ErrorKind::Io));
         let still = self.graph.env().timeout(GIVING_UP, self.graph.freeze(&self.cells())).await;
-        let _still = still.ok_or_else(|| refused("requests under way do not end"))?;
+        let still = still.ok_or_else(|| refused("requests under way do not end"))?;
         let former = match &acting {
             Acting::Unprotected => None,
             // what a power loss could still take from these disks alone is in no place that is named
@@ -619,7 +619,11 @@ impl Group {
             Acting::Primary(_) => None,
             Acting::Secondary(s) => s.activity().map(|a| Former::recorded(&a)),
         };
-        self.begin_secondary(listener, Begin { demote, former, again: false }).await
+        let address = self.begin_secondary(listener, Begin { demote, former, again: false }).await?;
+        drop(still);
+        // whoever is promoted does not wait for its end; until here this side's users needed it
+        self.release(false).await;
+        Ok(address)
     }
 
     async fn flush(&self) -> Result<()> {
@@ -799,10 +803,10 @@ impl Group {
         self.fronts.iter().for_each(|(front, _)| front.when_closed(told.clone()));
     }
 
-    /// The daemon ends: no request of a user waits any longer for what may never come, secondaries or the arbiter. Unanswered it would keep the
-    /// daemon from its end; it fails.
+    /// The daemon ends: no request of a user waits any longer for what may never come, secondaries or the arbiter, and would keep the
+    /// daemon from its end. It fails as one that is to be asked again ([`ErrorKind::Ending`]).
     pub fn let_go(&self) {
-        self.lease.iter().for_each(|l| l.abandon());
+        self.lease.iter().for_each(|l| l.let_go(ErrorKind::Ending));
         if let Acting::Primary(p) = self.acting() {
             p.let_go();
         }
@@ -811,6 +815,7 @@ impl Group {
     /// The daemon ends: connections are closed, nothing is given up.
     pub fn shut_down(&self) {
         self.let_go();
+        self.lease.iter().for_each(|l| l.abandon());
         match self.acting() {
             Acting::Unprotected => {}
             Acting::Primary(p) => p.stop(),

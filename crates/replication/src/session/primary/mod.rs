@@ -653,14 +653,14 @@ impl PrimaryGroup {
             }
             match self.look(|c| c.standing(seq, level)) {
                 Standing::Done => {
-                    if self.look(Primary::alone) {
+                    if self.lease.borrow().is_some() && self.look(Primary::alone) {
                         self.leaves_behind();
                     }
                     return Ok(());
                 }
                 Standing::Wait if self.ending.get() => {
                     let why = "the daemon ends before enough secondaries have this";
-                    return Err(BlockError::new(ErrorKind::Io, why));
+                    return Err(BlockError::new(ErrorKind::Ending, why));
                 }
                 Standing::Wait => {
                     told.get_or_insert_with(|| Waits::new(self, seq, level));
