@@ -503,11 +503,11 @@ impl Store {
     /// The epoch goes on as part of the next.
     ///
     /// # Errors
-    /// It is decided; of the log.
+    /// It is decided, by itself or with a later one; of the log.
     pub async fn abort(&self, epoch: Epoch) -> Result<()> {
         let turn = self.log.turn().await;
         self.still_secondary()?;
-        if self.state.borrow().deciding.contains(&epoch) {
+        if self.state.borrow().deciding.iter().any(|d| *d >= epoch) {
             return Err(BlockError::new(ErrorKind::Busy, format!("epoch {epoch} is decided")));
         }
         self.log.append(&turn, &[Record::control(Kind::Abort, epoch.0, Vec::new())], 0).await?;
