@@ -48,6 +48,8 @@ pub enum Bug {
     RetainedForgotten,
     /// That the disks hold all of an epoch is recorded before they are flushed.
     StoredTooEarly,
+    /// What the disks did not hold of an ended epoch when the process ended counts as stored with the next flush.
+    LostCountsAsStored,
     /// What is recorded while the log is being flushed counts as flushed.
     LateCountsAsFlushed,
     /// An own write of the view before a decision is there after a crash.
@@ -69,7 +71,7 @@ impl Bug {
         Bug::HandOverResumes,
     ];
     /// Those of the store.
-    pub const STORE: [Bug; 14] = [
+    pub const STORE: [Bug; 15] = [
         Bug::PreimageNotDurable,
         Bug::OwnNotFlushed,
         Bug::DataNotFlushedBeforeCommit,
@@ -82,6 +84,7 @@ impl Bug {
         Bug::OldestNotDurable,
         Bug::RetainedForgotten,
         Bug::StoredTooEarly,
+        Bug::LostCountsAsStored,
         Bug::LateCountsAsFlushed,
         Bug::OwnOutlivesDecision,
     ];

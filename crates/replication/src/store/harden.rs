@@ -36,7 +36,7 @@ impl Layer {
         self.sealed.as_ref().is_some_and(|s| s.0 == epoch)
     }
 
-    fn waits(&self) -> bool {
+    pub(super) fn waits(&self) -> bool {
         self.sealed.is_some() && !self.ready && !self.committed
     }
 }

@@ -193,6 +193,9 @@ impl Store {
         for (r, lsn, place) in &records {
             s.replay(r, lsn + r.size(), *place, engine, count);
         }
+        if !planted(Bug::LostCountsAsStored) {
+            s.forget_not_stored();
+        }
         let direct = Cell::new(s.role == Role::Done);
         let Some(state) = state else { return Err(BlockError::corrupt("empty state")) };
         let store = Store {
@@ -260,6 +263,13 @@ impl State {
                 }
             }
             Kind::Pad => {}
+        }
+    }
+
+    /// What the disks were to hold of an epoch that had ended may have gone with the power, and no flush from now on brings it back.
+    fn forget_not_stored(&mut self) {
+        for l in self.layers.iter_mut().filter(|l| l.waits()) {
+            l.sealed = None;
         }
     }
 
