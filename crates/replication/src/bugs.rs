@@ -46,6 +46,10 @@ pub enum Bug {
     OldestNotDurable,
     /// Undo: what a committed epoch overwrote is forgotten although the checkpoint before it is kept.
     RetainedForgotten,
+    /// Where a committed epoch changed the image is forgotten when the disks have it.
+    PastForgotten,
+    /// Checkpoints of a path that was left are offered as those of the present one.
+    OtherPathOffered,
     /// That the disks hold all of an epoch is recorded before they are flushed.
     StoredTooEarly,
     /// What the disks did not hold of an ended epoch when the process ended counts as stored with the next flush.
@@ -71,7 +75,7 @@ impl Bug {
         Bug::HandOverResumes,
     ];
     /// Those of the store.
-    pub const STORE: [Bug; 15] = [
+    pub const STORE: [Bug; 16] = [
         Bug::PreimageNotDurable,
         Bug::OwnNotFlushed,
         Bug::DataNotFlushedBeforeCommit,
@@ -83,6 +87,7 @@ impl Bug {
         Bug::NoRecheck,
         Bug::OldestNotDurable,
         Bug::RetainedForgotten,
+        Bug::PastForgotten,
         Bug::StoredTooEarly,
         Bug::LostCountsAsStored,
         Bug::LateCountsAsFlushed,

@@ -17,6 +17,7 @@ pub const MAX_SETS: usize = 16;
 
 /// See above.
 pub struct Dirty {
+    granule: u64,
     lens: Vec<u64>,
     sets: BTreeMap<Epoch, Vec<Bitmap>>,
     floor: Epoch,
@@ -25,7 +26,12 @@ pub struct Dirty {
 impl Dirty {
     /// Nothing was written since checkpoint `floor` of volumes of these lengths.
     pub fn new(lens: Vec<u64>, floor: Epoch) -> Dirty {
-        Dirty { lens, sets: BTreeMap::new(), floor }
+        Dirty::by(GRANULE, lens, floor)
+    }
+
+    /// The same, with a bit for that many bytes.
+    pub(crate) fn by(granule: u64, lens: Vec<u64>, floor: Epoch) -> Dirty {
+        Dirty { granule, lens, sets: BTreeMap::new(), floor }
     }
 
     /// A volume has another length from `epoch` on. What is new there reads as zeroes everywhere, so no place is owed to anybody; the epoch is.
@@ -34,7 +40,7 @@ impl Dirty {
     /// A volume that is too long for a bitmap.
     pub fn resize(&mut self, epoch: Epoch, volume: u16, len: u64) -> Result<()> {
         let i = usize::from(volume);
-        Bitmap::new(len, GRANULE)?;
+        Bitmap::new(len, self.granule)?;
         if let Some(l) = self.lens.get_mut(i) {
             *l = len;
         }
@@ -48,7 +54,7 @@ impl Dirty {
     }
 
     fn empty(&self) -> Result<Vec<Bitmap>> {
-        self.lens.iter().map(|len| Bitmap::new(*len, GRANULE)).collect()
+        self.lens.iter().map(|len| Bitmap::new(*len, self.granule)).collect()
     }
 
     /// `at` of `volume` is going to be written in `epoch`.

@@ -183,6 +183,11 @@ impl Secondary {
         }
     }
 
+    /// Where the image of the primary comes from that is connected, or was last.
+    pub fn agreed(&self) -> Option<&History> {
+        self.agreed.as_ref()
+    }
+
     /// The disks are so long.
     pub fn disks_are(&mut self, lens: Vec<u64>) {
         self.disks = lens;

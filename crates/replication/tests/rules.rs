@@ -85,7 +85,7 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
     let mut theirs = history.clone();
     history.promote(Generation(2), Epoch(4));
     theirs.advance(Epoch(9));
-    let blocks = |former: Option<(History, Epoch)>, places: Option<Vec<(u16, Span)>>| {
+    let welcomed = |has: History, former: Option<(History, Epoch)>, places: Option<Vec<(u16, Span)>>| {
         let mut dirty = Dirty::new(vec![BLOCKS as u64 * GRANULE], Epoch(4));
         dirty.mark(Epoch(5), 0, block(2)).unwrap();
         let mut p = Primary::new(group, volumes(BLOCKS), history.clone(), Epoch(4), dirty, config());
@@ -95,7 +95,7 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
         p.add_peer();
         let mut out = Vec::new();
         p.step(Input::Connected(0), &mut out).unwrap();
-        let welcome = Welcome { history: History::none(), limit: 0, doubt: Doubt { former, places } };
+        let welcome = Welcome { history: has, limit: 0, doubt: Doubt { former, places } };
         let frame = Frame {
             generation: Generation(2),
             seq: Seq(0),
@@ -107,6 +107,7 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
         let bits = &sync.unwrap()[0];
         (0..=BLOCKS).filter(|b| bits.get(block(*b).start)).collect::<Vec<_>>()
     };
+    let blocks = |former, places| welcomed(History::none(), former, places);
     let all: Vec<usize> = (0..BLOCKS).collect();
     let its = || Some(vec![(0, block(4))]);
     assert_eq!(blocks(Some((theirs.clone(), Epoch(4))), its()), [2, 4]);
@@ -120,7 +121,12 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
     assert_eq!(blocks(Some((History::begin(Generation(7)), Epoch(0))), its()), all, "unrelated");
     assert_eq!(blocks(None, its()), all);
     let behind = Some(vec![(0, block(4)), (0, block(BLOCKS))]);
-    assert_eq!(blocks(Some((theirs, Epoch(4))), behind), [2, 4], "its disk was longer");
+    assert_eq!(blocks(Some((theirs.clone(), Epoch(4))), behind), [2, 4], "its disk was longer");
+    // a secondary that had more than the one that took over
+    let back = |since, places| welcomed(theirs.clone(), Some((theirs.clone(), Epoch(since))), places);
+    assert_eq!(back(4, its()), [2, 4]);
+    assert_eq!(back(5, its()), all, "it does not know what it had at checkpoint 4");
+    assert_eq!(welcomed(theirs.clone(), None, its()), all);
 }
 
 /// I7, L9: two owners of a group meet, and each decides alone. Whatever their paths: who was succeeded is fenced, whichever of the two came

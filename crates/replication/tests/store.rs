@@ -60,6 +60,8 @@ struct Model {
     views: u64,
     writing: Option<(usize, std::ops::Range<usize>, u8)>,
     wrong: Option<String>,
+    /// How often it was asked where the image differs from an older checkpoint, and said so.
+    went_back: u64,
 }
 
 impl Model {
@@ -338,6 +340,9 @@ impl Life {
             if all.is_empty() || self.store.role() != Role::Secondary {
                 continue;
             }
+            if let Err(e) = check_back(&self.store, &self.model) {
+                self.model.borrow_mut().wrong.get_or_insert(e);
+            }
             let epoch = self.draw(|r| *r.choose(&all));
             let hold = self.store.hold(Some(epoch)).unwrap();
             for _ in 0..self.draw(|r| r.below(6)) {
@@ -528,6 +533,30 @@ async fn check_kept(store: &Rc<Store>, model: &Rc<RefCell<Model>>) -> Result<(),
     Ok(())
 }
 
+/// Whoever goes back to a checkpoint is sent every place that differs from it.
+fn check_back(store: &Rc<Store>, model: &Rc<RefCell<Model>>) -> Result<(), String> {
+    let m = &mut *model.borrow_mut();
+    let newest = store.history().epoch();
+    for (epoch, then) in m.checkpoints.range(..newest.0) {
+        let Some(places) = store.changed_since(Epoch(*epoch)) else { continue };
+        for v in 0..VOLUMES {
+            let lens = (m.lengths[epoch][v], m.lengths[&newest.0][v]);
+            let named = |s: usize| {
+                let at = span_of(s, 1);
+                places.iter().any(|(of, p)| usize::from(*of) == v && p.intersect(&at) == at)
+            };
+            let differ = |s: &usize| then[v][*s] != m.checkpoints[&newest.0][v][*s];
+            if lens.0 != lens.1 || (0..lens.1).filter(differ).any(|s| !named(s)) {
+                return Err(format!(
+                    "it does not say all that was changed in volume {v} since {epoch}: {places:?}"
+                ));
+            }
+            m.went_back += 1;
+        }
+    }
+    Ok(())
+}
+
 /// A manager decides about what was prepared before the crash.
 async fn decided_late(store: &Rc<Store>, model: &Rc<RefCell<Model>>, rng: &mut Rng) -> Result<(), String> {
     let prepared = store.prepared();
@@ -560,8 +589,9 @@ async fn decided_late(store: &Rc<Store>, model: &Rc<RefCell<Model>>, rng: &mut R
     Ok(())
 }
 
-fn run(seed: u64, engine: Engine) -> Result<u64, String> {
-    let checkpoints = Rc::new(Cell::new(0));
+/// How many checkpoints there were, and answers about older ones.
+fn run(seed: u64, engine: Engine) -> Result<(u64, u64), String> {
+    let checkpoints = Rc::new(Cell::default());
     let seen = checkpoints.clone();
     let outcome = World::play(seed, false, move |w| async move {
         let mut rng = w.rng("store");
@@ -588,6 +618,7 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
             views: 0,
             writing: None,
             wrong: None,
+            went_back: 0,
         }));
         {
             let (env, process) = w.start();
@@ -676,7 +707,7 @@ fn run(seed: u64, engine: Engine) -> Result<u64, String> {
                 }
             }
         }
-        seen.set(model.borrow().acked);
+        seen.set((model.borrow().acked, model.borrow().went_back));
     });
     outcome.violation.map_or(Ok(checkpoints.get()), Err)
 }
@@ -690,15 +721,19 @@ fn seeds(many: u64) -> (u64, u64) {
 fn after_any_crash_the_image_is_a_checkpoint() {
     for engine in [Engine::Redo, Engine::Undo] {
         let (from, count) = seeds(250);
-        let mut checkpoints = 0;
+        let (mut checkpoints, mut went_back) = (0, 0);
         for seed in from..from + count {
             match run(seed, engine) {
-                Ok(c) => checkpoints += c,
+                Ok((c, back)) => (checkpoints, went_back) = (checkpoints + c, went_back + back),
                 Err(e) => panic!("SEED={seed} {engine:?}: {e}"),
             }
         }
-        println!("{engine:?}: seeds {from}..{}: {checkpoints} checkpoints", from + count);
-        assert!(count == 1 || checkpoints > count, "the runs must reach what they test");
+        println!(
+            "{engine:?}: seeds {from}..{}: {checkpoints} checkpoints, {went_back} ways back",
+            from + count
+        );
+        let reached = checkpoints > count && went_back > count;
+        assert!(count == 1 || reached, "the runs must reach what they test");
     }
 }
 

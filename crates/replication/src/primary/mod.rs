@@ -493,7 +493,8 @@ impl Primary {
         }
     }
 
-    /// The newest checkpoint that disks given up by a former owner hold, apart from the places that it names.
+    /// The newest checkpoint that disks given up by a former owner hold, or those of a secondary that goes back, apart from the places that it
+    /// names.
     fn holds_still(&self, doubt: &Doubt) -> Option<Epoch> {
         let (theirs, since) = doubt.former.as_ref()?;
         let fork = match self.history.compare(theirs) {
@@ -531,7 +532,7 @@ impl Primary {
                 return Ok(());
             }
         };
-        let mut known = match from.or_else(|| self.holds_still(&w.doubt).filter(|_| theirs.now().is_none())) {
+        let mut known = match from.or_else(|| self.holds_still(&w.doubt)) {
             Some(c) => self.dirty.since(c)?,
             None => None,
         };

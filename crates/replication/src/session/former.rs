@@ -53,7 +53,7 @@ pub(super) fn doubt(lens: &[u64], former: Option<&Former>, left: &[(u16, Span)])
 }
 
 /// What bitmaps of volumes mark.
-pub(super) fn ranges(bitmaps: &[Bitmap]) -> Vec<(u16, Span)> {
+pub(crate) fn ranges(bitmaps: &[Bitmap]) -> Vec<(u16, Span)> {
     let of = |(v, bits): (usize, &Bitmap)| {
         let v = u16::try_from(v).unwrap_or(u16::MAX);
         bits.areas(Span::new(0, bits.len()), 0).map(|at| (v, at)).collect::<Vec<_>>()

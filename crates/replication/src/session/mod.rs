@@ -19,6 +19,7 @@ mod secure;
 pub use activity::Activity;
 pub use clone::CloneNode;
 pub use former::Former;
+pub(crate) use former::ranges;
 pub use front::{Front, Mode};
 pub use group::{Acting, Group, NewGroup, Remembered, SwitchedOver, Test};
 pub use primary::{CheckpointDone, PeerFacts, Prepared, PrimaryGroup, Verdict, Verify};

@@ -59,6 +59,8 @@ impl Store {
                     false => self.keep_from(),
                 };
                 self.give_up_holds(keep);
+                let leave = through(self.state.borrow().retained.iter(), keep);
+                self.note(leave).await?;
                 let needless = {
                     let mut s = self.state.borrow_mut();
                     s.forget_before(keep);
@@ -107,6 +109,8 @@ impl Store {
         if !planted(Bug::DataNotFlushedBeforeTrim) {
             self.flush_volumes().await?;
         }
+        // while their bytes stand in the log still
+        self.note(count).await?;
         // What stands in the log after `end` is not older than this checkpoint: see docs/durability.md.
         let lens = {
             let s = self.state.borrow();

@@ -21,6 +21,7 @@ mod harden;
 mod lengths;
 mod log;
 pub(crate) mod map;
+mod past;
 mod record;
 mod recover;
 mod retain;
@@ -33,6 +34,7 @@ pub use volume::{EdgeVolume, FileVolume, Volume};
 
 use crate::bugs::{Bug, planted};
 use crate::digest::Digest;
+use crate::dirty::Dirty;
 use crate::history::History;
 use crate::types::{Epoch, Generation, GroupId};
 use block::{BlockError, Data, ErrorKind, Result, Span};
@@ -177,6 +179,8 @@ struct State {
     /// Undo: up to where the log is not needed any more, and history and lengths there.
     needless: Option<(u64, History, Vec<u64>)>,
     garbage: Vec<RangeMap>,
+    /// Where committed epochs that have left the index changed the image; nothing before the first one does.
+    past: Option<Dirty>,
     /// Before the first checkpoint: where the primary's changes went to the disks.
     touched: Touched,
 }

@@ -189,6 +189,7 @@ impl Store {
             needless: None,
             garbage: Vec::new(),
             touched: super::first::Touched::default(),
+            past: None,
         });
         for (r, lsn, place) in &records {
             s.replay(r, lsn + r.size(), *place, engine, count);

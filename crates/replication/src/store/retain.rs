@@ -10,6 +10,7 @@
 
 use super::map::{Place, resolve};
 use super::{Engine, Layer, MAX_RANGES, Role, State, Store, View};
+use crate::bugs::{Bug, planted};
 use crate::history::History;
 use crate::types::{Epoch, GroupId};
 use block::{BlockError, Data, ErrorKind, Result, Span};
@@ -88,8 +89,11 @@ impl State {
             Engine::Redo => &mut self.layers.iter().filter(|l| l.committed),
             Engine::Undo => &mut self.retained.iter(),
         };
-        let base = self.base.now().map(|n| n.1);
-        let mut all: Vec<Epoch> = base.into_iter().chain(committed.filter_map(sealed_at)).collect();
+        // one of a path that was left has a number that this path may have as well, or never had
+        let on_path = |h: &History| planted(Bug::OtherPathOffered) || *h == self.history.rewound(h.epoch());
+        let base = self.base.now().filter(|_| on_path(&self.base)).map(|n| n.1);
+        let sealed = committed.filter_map(|l| l.sealed.as_ref()).filter(|x| on_path(&x.2)).map(|x| x.0);
+        let mut all: Vec<Epoch> = base.into_iter().chain(sealed).collect();
         all.dedup();
         if engine == Engine::Redo {
             all.retain(|e| *e >= self.oldest);

@@ -47,8 +47,8 @@ pub const MAX_DOUBT: usize = 40_000;
 /// Where disks may hold something else than the history beside this says. Who brings them up to date sends these places as well.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Doubt {
-    /// Disks that were an owner's until they were given up: where their image comes from, as far as it can have come. Apart from
-    /// `places` they hold *each* checkpoint on this path from the second member on.
+    /// Disks that were an owner's until they were given up, or a secondary's that has more than the primary's path: where their image comes
+    /// from, as far as it can have come. Apart from `places` they hold *each* checkpoint on this path from the second member on.
     pub former: Option<(History, Epoch)>,
     /// Volumes and ranges; nothing: everywhere.
     pub places: Option<Vec<(u16, Span)>>,

@@ -190,6 +190,44 @@ fn a_failover_goes_back_to_an_older_checkpoint() {
     }
 }
 
+/// Another secondary, which had the newest, goes back as well: it is sent what was written since, not everything, and offers nothing any more
+/// of what was given up.
+#[test]
+fn others_go_back_with_a_failover_to_an_older_checkpoint() {
+    for (engine, kept) in [("redo", 0), ("redo", 5), ("undo", 0), ("undo", 5)] {
+        let mut p = Host::new(engine, 1);
+        let (mut a, mut b) = (Host::keeping(engine, 1, 5), Host::keeping(engine, 1, kept));
+        a.secondary();
+        b.secondary();
+        p.io(0, "write -P 1 0 16M").unwrap();
+        p.primary(&[&a, &b], &json!({}));
+        p.until_running(2);
+        let mut epochs = vec![p.checkpoint()];
+        for n in 2..=4 {
+            p.io(0, &format!("write -P {n} {n}M 64k")).unwrap();
+            epochs.push(p.checkpoint());
+        }
+        p.daemon.signal("KILL");
+        p.daemon.wait();
+        b.io(0, "read -P 4 4M 64k").unwrap();
+        a.c.command("replication-failover", json!({"group": "g", "epoch": epochs[1]})).unwrap();
+        a.until_merged();
+        a.io(0, "write -P 5 5M 64k").unwrap();
+        a.primary(&[&b], &json!({}));
+        a.until_running(1);
+        let copied = a.info()["peers"][0]["resync-bytes"].as_u64().unwrap();
+        // where it has written since it took over, it knows extents of 4 MiB
+        assert!((3 * 64 << 10..=5 << 20).contains(&copied), "{engine}, {kept}: {copied} bytes were copied");
+        for read in ["1M 1M", "3M 64k", "4M 64k", "6M 10M"] {
+            b.io(0, &format!("read -P 1 {read}")).unwrap();
+        }
+        b.io(0, "read -P 2 2M 64k").unwrap();
+        b.io(0, "read -P 5 5M 64k").unwrap();
+        let there = b.info()["checkpoints"].clone();
+        assert!(!there.as_array().unwrap().contains(&json!(epochs[3])), "{engine}: {there}");
+    }
+}
+
 /// A failover is tried without one: a clone of the checkpoint is written to while replication goes on, and leaves nothing behind.
 #[test]
 fn a_failover_is_tried_on_a_clone() {

@@ -12,7 +12,7 @@ use super::activity::Activity;
 use super::former::{Former, doubt};
 use super::secure::Accept;
 use super::{DEFAULT_TIMEOUT, RECV, Tell};
-use crate::history::History;
+use crate::history::{History, Relation};
 use crate::lease::Lease;
 use crate::secondary::{Input, Output, Secondary, SessionId};
 use crate::store::{Change, Engine, Hold, Role, Store, Usage};
@@ -539,6 +539,15 @@ impl SecondaryGroup {
         }
     }
 
+    /// Where this image differs from the newest checkpoint that it has in common with the primary's, if it has more.
+    fn goes_back(&self) -> Option<Former> {
+        let history = self.store.history();
+        let primary = self.core.borrow().agreed().cloned()?;
+        let Relation::Ahead(since) = primary.compare(&history) else { return None };
+        let places = self.store.changed_since(since)?;
+        Some(Former { history, since, places })
+    }
+
     async fn carry_out(self: &Rc<Self>, output: Output) {
         match output {
             Output::Send(id, frame) => {
@@ -557,9 +566,10 @@ impl SecondaryGroup {
                     self.state("detached", "connected");
                     let limit = self.store.room();
                     let former = self.former.borrow().clone();
+                    let was = former.clone().or_else(|| self.goes_back());
                     let left = self.store.left_on_disk();
                     let everywhere = Doubt { former: None, places: None };
-                    let doubt = doubt(&self.store.disk_lens(), former.as_ref(), &left).unwrap_or(everywhere);
+                    let doubt = doubt(&self.store.disk_lens(), was.as_ref(), &left).unwrap_or(everywhere);
                     if former.is_some() && self.owners.borrow().is_none() {
                         // what comes now overwrites the disks in places that the record does not name
                         let _ = self.env.remove(&self.record).await;
