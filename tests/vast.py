@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Seconds that jobs on a disk of 16 TiB with little in it take: they should be those of its data, not of its size.
 
-    vast.py --daemon PATH [--format qcow2|raw] [--mib N] [--where DIR] [--limit SECONDS] [JOB ...]
+    vast.py --daemon PATH [--format qcow2|raw] [--mib N] [--gib N] [--where DIR] [--limit SECONDS] [JOB ...]
 
 JOB is mirror, backup, commit (of a layer in the middle), active (commit of the active layer) or stream; all if none is given. The data
-are N MiB (1024) in pieces of 4 MiB, evenly spread. A raw disk is 1 GiB shorter, which files of ext4 may be. Any daemon with the
+are N MiB (1024) in pieces of 4 MiB, evenly spread; with --gib the disk has that size: 2 compares with one that holds little else (a layer has its pieces between those of another). A raw disk is 1 GiB shorter, which files of ext4 may be. Any daemon with the
 command line of qemu-storage-daemon will do. A job that takes longer than the limit is given up and said so. `cargo xtask vast` runs it
 with liveblkd.
 """
@@ -28,9 +28,10 @@ def tool(*line):
 class Disk:
     """Images in the current directory."""
 
-    def __init__(self, form, mib):
+    def __init__(self, form, mib, gib):
         self.form, self.pieces = form, mib * (1 << 20) // PIECE
-        self.size = (16 << 40) - (1 << 30 if form == "raw" else 0)
+        # what ext4 may have
+        self.size = min(gib << 30, (16 << 40) - (1 << 30 if form == "raw" else 0))
 
     def create(self, name, below=None):
         if below:
@@ -38,8 +39,9 @@ class Disk:
         else:
             tool("qemu-img", "create", "-q", "-f", self.form, name, str(self.size))
 
-    def fill(self, name, form, shift=0):
+    def fill(self, name, form, between=False):
         apart = self.size // self.pieces // 65536 * 65536
+        shift = apart // 2 if between else 0
         writes = [f"write -q -P {1 + i % 250} {i * apart + shift} {PIECE}" for i in range(self.pieces)]
         for first in range(0, len(writes), 200):
             commands = [word for w in writes[first:first + 200] for word in ("-c", w)]
@@ -109,7 +111,7 @@ def prepare(disk, job):
         arguments = {"device": "s", "target": "d", "sync": "full"}
         return [node("s", form), node("d", form)], f"blockdev-{job}", arguments
     disk.create("base")
-    disk.fill("base", form, 64 << 20)
+    disk.fill("base", form, between=True)
     disk.create("mid", ("base", form))
     disk.fill("mid", "qcow2")
     disk.create("top", ("mid", "qcow2"))
@@ -123,7 +125,7 @@ def prepare(disk, job):
 
 def measure(o, job):
     what = f"{os.path.basename(o.daemon)}, {o.format}, {o.mib} MiB, {job}"
-    nodes, command, arguments = prepare(Disk(o.format, o.mib), job)
+    nodes, command, arguments = prepare(Disk(o.format, o.mib, o.gib), job)
     daemon = Daemon(o.daemon, nodes, o.limit)
     try:
         begun, cpu = time.monotonic(), daemon.cpu()
@@ -147,6 +149,7 @@ def main():
     p.add_argument("--daemon", default="liveblkd")
     p.add_argument("--format", choices=["qcow2", "raw"], default="qcow2")
     p.add_argument("--mib", type=int, default=1024)
+    p.add_argument("--gib", type=int, default=16 << 10)
     p.add_argument("--where", default=None)
     p.add_argument("--limit", type=float, default=120.0)
     p.add_argument("jobs", nargs="*", metavar="JOB", choices=JOBS + [[]])
