@@ -41,3 +41,19 @@ fn a_peer_of_another_version_is_named() {
     let info = s.info();
     assert!(info["last-error"].as_str().is_some_and(names_both), "{info}");
 }
+
+/// Two callers of one secondary would each end the other's session, for ever.
+#[test]
+fn a_place_is_one_peers() {
+    let mut p = Host::new("redo", 1);
+    let mut add = |name: &str, place: &str| {
+        let peer = json!({"group": "g", "peer": name, "addr": unix(place)});
+        p.c.command("replication-peer-add", peer)
+    };
+    add("a", "/one").unwrap();
+    let refused = add("b", "/one").unwrap_err();
+    assert!(refused.contains("has a peer 'a' at /one already"), "{refused}");
+    let refused = add("a", "/two").unwrap_err();
+    assert!(refused.contains("has a peer 'a' already"), "{refused}");
+    add("b", "/two").unwrap();
+}

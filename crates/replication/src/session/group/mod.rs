@@ -360,10 +360,11 @@ impl Group {
     /// A secondary to forward to, from now on.
     ///
     /// # Errors
-    /// A name in use.
+    /// A name in use, or an address: of two callers of one secondary each would end the other's session, for ever.
     pub fn add_peer(&self, name: &str, address: Address) -> Result<()> {
-        if self.peers.borrow().iter().any(|p| p.0 == name) {
-            return Err(refused(format!("group '{}' has a peer '{name}' already", self.new.id)));
+        if let Some((known, _)) = self.peers.borrow().iter().find(|p| p.0 == name || p.1 == address) {
+            let place = if known == name { String::new() } else { format!(" at {address}") };
+            return Err(refused(format!("group '{}' has a peer '{known}'{place} already", self.new.id)));
         }
         self.peers.borrow_mut().push((name.to_owned(), address.clone()));
         if let Acting::Primary(p) = self.acting() {

@@ -411,7 +411,7 @@ impl Run {
         Ok(())
     }
 
-    /// One that was a primary before may know it still.
+    /// One that was a primary before may know it still, by this name or by where it listens.
     pub(super) async fn acquaint(&self, m: &Manager, peer: &Site) -> Result<(), Refusal> {
         match self.know(m, peer).await {
             Err(Refusal::Error(e)) if e.contains("already") => Ok(()),
@@ -540,7 +540,9 @@ impl Run {
         self.world.count("split brains", 1);
         // somebody decides
         self.follow_again(b, self.draw(|r| r.chance(0.3))).await?;
-        m.must("replication-resolve", json!({"group": "g", "victim": b.name})).await?;
+        // one that handed the group over to this side once is called by where it listens
+        let victim = self.peer_of(&a.info().await?, b).map(|p| p["name"].clone());
+        m.must("replication-resolve", json!({"group": "g", "victim": victim})).await?;
         self.follow_again(old, false).await?;
         self.acquaint(&m, old).await?;
         self.in_sync(a, 2).await?;
