@@ -468,7 +468,8 @@ impl Run {
         self.world.verdict().check("the primary after a crash", self.history.crash(&found, how));
         // The numbers of checkpoints go on above all that may have been used.
         let open = primary.info().await?["open-epoch"].as_u64().unwrap_or(0);
-        self.before.set(open.saturating_sub(1));
+        // A secondary may be at a higher one still, of before a failover.
+        self.before.set(self.before.get().max(open.saturating_sub(1)));
         self.made.borrow_mut().clear();
         self.start_guests();
         Ok(())
