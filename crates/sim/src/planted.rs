@@ -67,6 +67,7 @@ pub const TURNING: &[&str] = &[
     "replication: what is under way counts as written",
     "replication: guests wait for a store that is full",
     "replication: guests wait for a disk that hangs",
+    "replication: a full store keeps the group from being handed over",
     "replication: who handed over never writes again",
     "replication: histories are not compared",
     "replication: a disk is shown before its first checkpoint",

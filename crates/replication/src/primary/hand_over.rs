@@ -22,9 +22,16 @@ pub enum Readiness {
 impl Primary {
     /// Whether `peer` can be asked to take over now. Nothing may be written from now on.
     pub fn readiness(&self, peer: usize) -> Readiness {
-        let Some(p) = self.peers.get(peer).filter(|p| p.state == PeerState::Running) else {
-            return Readiness::NotACopy;
-        };
+        let Some(p) = self.peers.get(peer) else { return Readiness::NotACopy };
+        match p.state {
+            PeerState::Running => {}
+            // with a manager nobody else makes the checkpoint that it waits for
+            PeerState::Synced if self.config.external_decision && self.marks.is_empty() => {
+                return Readiness::NeedsCheckpoint;
+            }
+            PeerState::Synced => return Readiness::Waits,
+            _ => return Readiness::NotACopy,
+        }
         // a checkpoint may be under way; what came after its mark is in the next
         let behind = self.lacks(peer) || p.committed != Some(self.history.epoch());
         match (behind, self.wants_checkpoint()) {

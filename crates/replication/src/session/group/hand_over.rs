@@ -7,6 +7,7 @@
 use super::{Acting, Group, address_of, refused};
 use crate::ack::Quorum;
 use crate::primary::Config;
+use crate::session::primary::Hurry;
 use crate::session::{PrimaryGroup, SecondaryGroup};
 use crate::types::{Epoch, Generation};
 use crate::wire::HandOver;
@@ -55,6 +56,7 @@ impl Group {
         })?;
         let env = self.graph.env().clone();
         let began = env.now();
+        let hurry = primary.hurry(peer, limit)?;
         // before anything is given up
         let listener = self.listen(listen).await?;
         let still = env.timeout(limit, self.graph.freeze(&self.cells())).await;
@@ -75,7 +77,7 @@ impl Group {
         let answer = Rc::new(Queue::new());
         let (group, told) = (self.clone(), answer.clone());
         env.spawn("replication switchover", async move {
-            let done = group.give(&primary, peer, hand, listener, still, limit).await;
+            let done = group.give(&primary, peer, hand, listener, still, (limit, hurry)).await;
             told.push(done);
         });
         let late =
@@ -93,12 +95,12 @@ impl Group {
         hand: HandOver,
         listener: Rc<dyn Listener>,
         still: Quiesced,
-        limit: Duration,
+        (limit, hurry): (Duration, Hurry),
     ) -> Result<(Epoch, Generation, Address)> {
         // whoever took over comes to where this side will listen
         let elsewhere = !self.is_porch(&listener);
         let door = elsewhere.then(|| primary.stand_at(self.door(&listener)));
-        let generation = primary.hand_over(peer, hand, limit).await.inspect_err(|_| {
+        let generation = primary.hand_over(peer, hand, limit, hurry).await.inspect_err(|_| {
             door.iter().for_each(TaskHandle::cancel);
         })?;
         let history = primary.look(|c| c.history().clone());

@@ -20,6 +20,15 @@ use std::time::Duration;
 /// Between attempts to connect: doubled from the first to the last.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
+/// Ends a session from here, for this reason. `anew`: the next one begins at once.
+fn end(peer: &Peer, session: &Outgoing, why: String, anew: bool) {
+    peer.anew.set(anew);
+    session.give_up(why);
+    if let Some(stream) = peer.stream.borrow().as_ref() {
+        stream.shutdown();
+    }
+}
+
 /// A level that somebody waits for, and how far a peer is on the way to it.
 type Owed = (AckLevel, (Seq, Seq, usize));
 
@@ -39,8 +48,11 @@ impl PrimaryGroup {
                     }
                     why
                 }
-                Some(Err(e)) => e.to_string(),
-                None => "connecting took too long".to_owned(),
+                failed => {
+                    peer.anew.set(false);
+                    let why = failed.and_then(Result::err).map(|e| e.to_string());
+                    why.unwrap_or_else(|| "connecting took too long".to_owned())
+                }
             };
             *peer.session.borrow_mut() = None;
             *peer.stream.borrow_mut() = None;
@@ -90,12 +102,11 @@ impl PrimaryGroup {
     }
 
     fn takes_nothing(&self, number: usize, session: &Outgoing) {
-        let syncing = self.look(|c| c.peers().get(number).is_some_and(|p| p.state == PeerState::Syncing));
-        let (operation, why) = match syncing {
-            true => {
+        let (operation, why) = match self.is_copy(number) {
+            true => ("forward", "its replication store is full, and no checkpoint makes room"),
+            false => {
                 ("catch-up", "what it missed does not fit into its replication store beside its checkpoint")
             }
-            false => ("forward", "its replication store is full, and no checkpoint makes room"),
         };
         self.give_up(number, session, operation, format!("the secondary takes nothing more: {why}"));
     }
@@ -112,10 +123,27 @@ impl PrimaryGroup {
                 ("reason", why.as_str().into()),
             ],
         );
-        session.give_up(why);
-        if let Some(stream) = peer.stream.borrow().as_ref() {
-            stream.shutdown();
-        }
+        end(peer, session, why, false);
+    }
+
+    /// What a full store does not take is not waited for any longer: in another session what the peer lacks is sent as it is then, each
+    /// place once, and the store has room again for all that no checkpoint has taken.
+    fn begin_anew(&self, number: usize, session: &Outgoing) {
+        let peers = self.peers.borrow();
+        let Some(peer) = peers.get(number) else { return };
+        let why = "its replication store is full; it begins anew, for the group is to be handed over";
+        end(peer, session, why.to_owned(), true);
+    }
+
+    /// How long a full store of that peer may hold it up, if less than anybody else waits for it. One that is catching up has been sent what
+    /// it lacks as it is: that does not fit, and would not the next time.
+    fn patience(&self, number: usize) -> Option<Duration> {
+        self.hurry.get().filter(|_| self.is_copy(number))
+    }
+
+    /// Whether it has nothing to catch up with.
+    pub(super) fn is_copy(&self, number: usize) -> bool {
+        self.look(|c| c.peers().get(number).is_some_and(|p| p.state == PeerState::Running))
     }
 
     /// One session, to its end; why it ended, and whether it was given up here.
@@ -141,8 +169,11 @@ impl PrimaryGroup {
         };
         race(receiving, sending).await;
         match session.given_up() {
-            Some(reason) => (reason, true),
-            None => (why.take(), false),
+            Some(reason) => (reason, !peer.anew.get()),
+            None => {
+                peer.anew.set(false);
+                (why.take(), false)
+            }
         }
     }
 
@@ -174,8 +205,12 @@ impl PrimaryGroup {
             }
             // Somebody waits for what a peer does not take, however alive that is (L1).
             let (held_up, waited_for) = (session.is_held_up(limit), self.progress.waiting() > 0);
+            let patience = self.patience(number).filter(|_| held_up);
             if !held_up || session.sent() != sent {
                 (sent, since) = (session.sent(), self.env.now());
+            } else if patience.is_some_and(|p| self.env.now() >= since + p) {
+                self.begin_anew(number, session);
+                return Ok(());
             } else if waited_for
                 && self.env.now() >= since + self.timeout.get()
                 && !env::bugs::planted("replication: guests wait for a store that is full")
@@ -201,7 +236,8 @@ impl PrimaryGroup {
                 next_ping = self.env.now() + beat;
                 continue;
             }
-            self.env.timeout(next_ping.saturating_sub(self.env.now()), wake).await;
+            let due = patience.map_or(next_ping, |p| next_ping.min(since + p));
+            self.env.timeout(due.saturating_sub(self.env.now()), wake).await;
         }
     }
 

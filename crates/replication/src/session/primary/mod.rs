@@ -14,6 +14,7 @@ mod resize;
 mod verify;
 
 pub use external::Prepared;
+pub(in crate::session) use hand_over::Hurry;
 pub use verify::{Verdict, Verify};
 
 use super::Tell;
@@ -86,6 +87,8 @@ struct Peer {
     called: Cell<bool>,
     /// It has said whether it knows a newer owner, or could not be reached.
     asked: Cell<bool>,
+    /// Its session was ended so that the next one sends what it lacks as that is then; since, nothing has gone wrong.
+    anew: Cell<bool>,
     /// Not a peer any more; its number stays.
     removed: Cell<bool>,
     /// Bytes of what was sent in the present session because it had been missed.
@@ -121,6 +124,8 @@ pub struct PrimaryGroup {
     lease: RefCell<Option<Rc<Lease>>>,
     last_error: RefCell<Option<String>>,
     timeout: Cell<Duration>,
+    /// The group is to be handed over: so long a full store may hold a session up.
+    hurry: Cell<Option<Duration>>,
     /// Users wait: it may have been succeeded, and its peers have not said yet.
     uncertain: Cell<bool>,
     /// Nobody waits any longer for secondaries that are not there.
@@ -177,6 +182,7 @@ impl PrimaryGroup {
             lease: RefCell::default(),
             last_error: RefCell::default(),
             timeout: Cell::new(timeout),
+            hurry: Cell::new(None),
             uncertain: Cell::new(false),
             ending: Cell::new(false),
             stopped: Cell::new(false),
@@ -228,6 +234,7 @@ impl PrimaryGroup {
             rtt: Cell::new(None),
             called: Cell::new(false),
             asked: Cell::new(false),
+            anew: Cell::new(false),
             removed: Cell::new(false),
             caught_up: Cell::new(0),
             hashes: Queue::new(),

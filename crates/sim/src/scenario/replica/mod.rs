@@ -17,6 +17,8 @@ mod changes;
 mod hosts;
 mod looks;
 mod quiet;
+#[cfg(test)]
+mod room;
 mod turns;
 
 pub use turns::turns;
