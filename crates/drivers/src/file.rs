@@ -361,7 +361,9 @@ impl Node for FileNode {
     fn acquire(&self, above: Demand) -> Io<'_> {
         Box::pin(async move {
             match &self.locks {
-                Some(locks) => locks.acquire(&*self.file(), above, &self.path.display().to_string()).await,
+                Some(locks) => {
+                    locks.acquire(&self.env, &*self.file(), above, &self.path.display().to_string()).await
+                }
                 None => Ok(()),
             }
         })

@@ -4,11 +4,18 @@
 //! consistent read, 1 write, 2 write unchanged, 3 resize. Whoever wants permission n looks whether byte 200 + n is locked by
 //! somebody else; whoever does not share it looks at byte 100 + n. What must stay true: locks are taken before they are looked
 //! for, so that of two processes at least one sees the other; on failure nothing more is held than before.
+//!
+//! A process that was killed holds its locks for a little longer than it lives: the kernel ends its requests behind it. Who starts a daemon again
+//! at once finds them held; so it is tried for a moment.
 
 use block::{BlockError, ErrorKind, Result};
-use env::{File, LockRange};
+use env::{Env, File, LockRange};
 use graph::{Demand, Perms};
 use std::cell::Cell;
+use std::time::Duration;
+
+/// How long others' locks are waited for, and how often they are looked for meanwhile.
+const PATIENCE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_millis(10));
 
 const USED: u64 = 100;
 const NOT_SHARED: u64 = 200;
@@ -28,23 +35,27 @@ pub(crate) struct ImageLocks {
 
 impl ImageLocks {
     /// Locks what `demand` needs in addition to what is held.
-    pub(crate) async fn acquire(&self, file: &dyn File, demand: Demand, path: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// Others hold it, and not only for a moment; of the file.
+    pub(crate) async fn acquire(&self, env: &Env, file: &dyn File, demand: Demand, path: &str) -> Result<()> {
         let used = demand.needs.without(self.used.get());
         let not_shared = Perms::ALL.without(demand.shares).without(self.not_shared.get());
         if used.is_empty() && not_shared.is_empty() {
             return Ok(());
         }
-        let taken = self.take_and_look(file, used, not_shared).await;
-        match taken {
-            Ok(()) => {
+        let until = env.now() + PATIENCE.0;
+        loop {
+            let Err(e) = self.take_and_look(file, used, not_shared).await else {
                 self.used.set(self.used.get().with(used));
                 self.not_shared.set(self.not_shared.get().with(not_shared));
-                Ok(())
+                return Ok(());
+            };
+            unlock(file, used, not_shared).await?;
+            if e.errno() != BlockError::EAGAIN || env.now() >= until {
+                return Err(e.with_hint(format!("Is another process using the image [{path}]?")));
             }
-            Err(e) => {
-                unlock(file, used, not_shared).await?;
-                Err(e.with_hint(format!("Is another process using the image [{path}]?")))
-            }
+            env.sleep(PATIENCE.1).await;
         }
     }
 

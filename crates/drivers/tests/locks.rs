@@ -103,6 +103,25 @@ fn we_are_kept_out_while_qemu_writes() {
     });
 }
 
+/// As after a kill: what holds the locks is gone in a moment.
+#[test]
+fn locks_that_are_given_back_in_a_moment_are_waited_for() {
+    run(|env| async move {
+        let dir = Dir::new("locks-moment");
+        let name = dir.file("d.raw");
+        create(&env, &name, 1 << 20, Prealloc::Off).await.expect("made");
+        let (first, second) = (open(&env, &name, false).await, open(&env, &name, false).await);
+        first.acquire(WRITER).await.expect("nobody else");
+        let (later, begun) = (env.clone(), env.now());
+        env.spawn("give back", async move {
+            later.sleep(std::time::Duration::from_millis(100)).await;
+            first.release(Demand::NOTHING).await.expect("given back");
+        });
+        second.acquire(WRITER).await.expect("it is free soon");
+        assert!(env.now() - begun >= std::time::Duration::from_millis(100), "two write");
+    });
+}
+
 #[test]
 fn creating_over_a_disk_in_use_is_refused_and_leaves_it_alone() {
     run(|env| async move {
