@@ -549,6 +549,17 @@ def test_kill_and_resume(path):
     d.quit()
 
 
+def with_log(d):
+    """A front end of one queue, which runs, and the log of requests in flight with its length."""
+    front = v.Front(d.socket, v.Memory(8 << 20))
+    front.negotiate()
+    log, length = front.inflight(1, 16)
+    q = v.Queue(front)
+    assert front.share_memory() == 0 and front.use_inflight(log, length, 1, 16) == 0
+    assert q.start() == [0] * 7
+    return front, q, log, length
+
+
 def goes_on(q, d, log, length):
     """The queue's front end with another daemon, which finds the log of the one before."""
     front = v.Front(d.socket, q.memory)
@@ -562,12 +573,7 @@ def goes_on(q, d, log, length):
 def test_open_requests_survive(path):
     """Requests that hang in the disk when the daemon is killed are the next daemon's."""
     d = ThrottledDaemon(path)
-    front = v.Front(d.socket, v.Memory(8 << 20))
-    front.negotiate()
-    log, length = front.inflight(1, 16)
-    q = v.Queue(front)
-    assert front.share_memory() == 0 and front.use_inflight(log, length, 1, 16) == 0
-    assert q.start() == [0] * 7
+    front, q, log, length = with_log(d)
     open_ = [q.submit(v.OUT, 8 * n, out=bytes([n + 1]) * 4096) for n in range(3)]
     # taken from the ring, not answered: the driver is asked to ring again behind the third
     until = time.monotonic() + 30
@@ -595,12 +601,7 @@ def test_requests_without_an_answer_survive(path):
     nobody = {"type": "unix", "path": os.path.join(path, "nobody")}
     d.qmp("replication-peer-add", group="g", peer="p", addr=nobody)
     d.qmp("replication-start", group="g", role="primary", on_link_loss="suspend")
-    front = v.Front(d.socket, v.Memory(8 << 20))
-    front.negotiate()
-    log, length = front.inflight(1, 16)
-    q = v.Queue(front)
-    assert front.share_memory() == 0 and front.use_inflight(log, length, 1, 16) == 0
-    assert q.start() == [0] * 7
+    front, q, log, length = with_log(d)
     head, _, status = q.submit(v.OUT, 8, out=b"x" * 4096)
     # it has come
     until = time.monotonic() + 30

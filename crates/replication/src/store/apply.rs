@@ -15,7 +15,7 @@ const LAST_PASS: u64 = 1 << 20;
 /// Ranges freed at a time.
 const FREE_AT_ONCE: usize = 256;
 /// Ranges gathered at a time: some 50 µs.
-const GATHER_AT_ONCE: usize = 256;
+pub(super) const GATHER_AT_ONCE: usize = 256;
 /// Bytes brought to a disk between two looks at what has come from outside: where disk and log are in memory nothing else gives the
 /// requests of the view, and the answers to the primary, their turn.
 const TURN: u64 = 256 << 10;
@@ -59,8 +59,10 @@ impl Store {
                     false => self.keep_from(),
                 };
                 self.give_up_holds(keep);
-                let leave = through(self.state.borrow().retained.iter(), keep);
-                self.note(leave).await?;
+                let count = self.kept_through(keep);
+                if !self.note(count).await? {
+                    return Ok(());
+                }
                 let needless = {
                     let mut s = self.state.borrow_mut();
                     s.forget_before(keep);
@@ -80,15 +82,16 @@ impl Store {
         }
     }
 
+    /// How many of the committed layers in the index belong to checkpoints up to `epoch`.
+    fn kept_through(&self, epoch: Epoch) -> usize {
+        through(self.state.borrow().kept(self.engine), epoch)
+    }
+
     /// Redo: the layers that are committed now and need not wait, each byte once.
     async fn apply_committed(&self) -> Result<()> {
         let keep = self.keep_from();
-        let (count, last) = {
-            let s = self.state.borrow();
-            let committed = s.layers.iter().take_while(|l| l.committed).count();
-            let count = through(s.layers.range(..committed), keep);
-            (count, s.layers.range(..count).next_back().map(|l| (l.end, l.sealed.clone())))
-        };
+        let count = self.kept_through(keep);
+        let last = self.state.borrow().layers.range(..count).next_back().map(|l| (l.end, l.sealed.clone()));
         let Some((end, Some((reached, _, history)))) = last else { return Ok(()) };
         self.give_up_holds(reached);
         let kept = {
@@ -110,7 +113,9 @@ impl Store {
             self.flush_volumes().await?;
         }
         // while their bytes stand in the log still
-        self.note(count).await?;
+        if !self.note(count).await? {
+            return Ok(());
+        }
         // What stands in the log after `end` is not older than this checkpoint: see docs/durability.md.
         let lens = {
             let s = self.state.borrow();
@@ -262,7 +267,7 @@ impl Store {
         // Committed layers (redo) or the way back to the checkpoint (undo): they do not change any more.
         let (committed, all) = {
             let s = self.state.borrow();
-            (s.layers.iter().take_while(|l| l.committed).count(), s.layers.len())
+            (s.kept(Engine::Redo).len(), s.layers.len())
         };
         let base = match self.engine {
             Engine::Redo => self.gathered(0..committed).await,

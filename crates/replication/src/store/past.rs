@@ -5,8 +5,9 @@
 //! them. What must stay true: for every checkpoint on the image's path, a place where the image differs from it is among
 //! [`Store::changed_since`] that checkpoint, or nothing is said. So what leaves the index is noted before it does.
 
-use super::retain::through;
-use super::{Engine, Layer, Role, State, Store, kept_by};
+use super::apply::GATHER_AT_ONCE;
+use super::retain::{sealed_at, through};
+use super::{Role, State, Store, kept_by};
 use crate::bugs::{Bug, planted};
 use crate::dirty::Dirty;
 use crate::session::ranges;
@@ -15,19 +16,8 @@ use block::{Result, Span};
 
 /// Bytes that one mark stands for.
 const EXTENT: u64 = 64 << 10;
-/// Ranges noted at a time: some 50 µs.
-const AT_ONCE: usize = 256;
 
 impl State {
-    /// The committed layers that are in the index, oldest first.
-    fn kept(&self, engine: Engine) -> impl DoubleEndedIterator<Item = &Layer> + ExactSizeIterator + Clone {
-        let (layers, count) = match engine {
-            Engine::Redo => (&self.layers, self.layers.iter().take_while(|l| l.committed).count()),
-            Engine::Undo => (&self.retained, self.retained.len()),
-        };
-        layers.range(..count)
-    }
-
     fn past(&mut self, first: Epoch) -> &mut Dirty {
         let floor = self.base.now().map_or(first, |n| n.1);
         let lens = &self.base_lens;
@@ -42,8 +32,7 @@ impl Store {
         if s.role != Role::Secondary {
             return None;
         }
-        let sealed = |l: &Layer| l.sealed.as_ref().map(|x| x.0);
-        let first = || s.base.now().map(|n| n.1).or_else(|| s.kept(self.engine).find_map(sealed));
+        let first = || s.base.now().map(|n| n.1).or_else(|| s.kept(self.engine).find_map(sealed_at));
         let known = s.past.as_ref().map(Dirty::floor).or_else(first)?;
         let behind = s.kept(self.engine).skip(through(s.kept(self.engine), epoch));
         if epoch < known || behind.clone().any(|l| !l.lens.is_empty()) {
@@ -56,17 +45,18 @@ impl Store {
         Some(places)
     }
 
-    /// Before the `count` oldest committed layers leave the index: where they changed the image is noted.
+    /// Before the `count` oldest committed layers leave the index: where they changed the image is noted. Whether that is done: a promotion
+    /// does not wait for it, and they stay then.
     ///
     /// # Errors
     /// A volume that is too long for a bitmap.
-    pub(super) async fn note(&self, count: usize) -> Result<()> {
+    pub(super) async fn note(&self, count: usize) -> Result<bool> {
         for number in 0..count {
             let (epoch, lens) = {
                 let s = self.state.borrow();
                 let behind = || s.kept(self.engine).skip(number);
                 // what was given up belongs to the next
-                let epoch = behind().find_map(|l| l.sealed.as_ref().map(|x| x.0)).unwrap_or_default();
+                let epoch = behind().find_map(sealed_at).unwrap_or_default();
                 let resized = behind().next().is_some_and(|l| !l.lens.is_empty());
                 (epoch, resized.then(|| s.lens_after(s.kept(self.engine).take(number + 1))))
             };
@@ -77,19 +67,22 @@ impl Store {
             for volume in 0..self.volumes.len() {
                 let mut from = 0;
                 while let Some(next) = self.note_some(number, epoch, volume, from)? {
+                    if self.stopping.get() {
+                        return Ok(false);
+                    }
                     from = next;
                     self.env.next_turn().await;
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Some of a layer's ranges of a volume from `from` on; where the next begin.
     fn note_some(&self, number: usize, epoch: Epoch, volume: usize, from: u64) -> Result<Option<u64>> {
         let mut s = self.state.borrow_mut();
         let map = s.kept(self.engine).nth(number).and_then(|l| l.maps.get(volume));
-        let some = map.map_or_else(Vec::new, |m| m.some_from(from, AT_ONCE));
+        let some = map.map_or_else(Vec::new, |m| m.some_from(from, GATHER_AT_ONCE));
         if planted(Bug::PastForgotten) {
             return Ok(None);
         }

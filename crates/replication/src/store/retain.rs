@@ -69,7 +69,7 @@ impl Drop for Hold {
     }
 }
 
-fn sealed_at(l: &Layer) -> Option<Epoch> {
+pub(super) fn sealed_at(l: &Layer) -> Option<Epoch> {
     l.sealed.as_ref().map(|s| s.0)
 }
 
@@ -83,16 +83,25 @@ pub(super) fn through<'a>(
 }
 
 impl State {
+    /// The committed layers that are in the index, oldest first.
+    pub(super) fn kept(
+        &self,
+        engine: Engine,
+    ) -> impl DoubleEndedIterator<Item = &Layer> + ExactSizeIterator + Clone {
+        let (layers, count) = match engine {
+            Engine::Redo => (&self.layers, self.layers.iter().take_while(|l| l.committed).count()),
+            Engine::Undo => (&self.retained, self.retained.len()),
+        };
+        layers.range(..count)
+    }
+
     /// The checkpoints that can be had, oldest first; the newest is the last.
     fn reachable(&self, engine: Engine) -> Vec<Epoch> {
-        let committed: &mut dyn Iterator<Item = &Layer> = match engine {
-            Engine::Redo => &mut self.layers.iter().filter(|l| l.committed),
-            Engine::Undo => &mut self.retained.iter(),
-        };
         // one of a path that was left has a number that this path may have as well, or never had
         let on_path = |h: &History| planted(Bug::OtherPathOffered) || *h == self.history.rewound(h.epoch());
         let base = self.base.now().filter(|_| on_path(&self.base)).map(|n| n.1);
-        let sealed = committed.filter_map(|l| l.sealed.as_ref()).filter(|x| on_path(&x.2)).map(|x| x.0);
+        let sealed =
+            self.kept(engine).filter_map(|l| l.sealed.as_ref()).filter(|x| on_path(&x.2)).map(|x| x.0);
         let mut all: Vec<Epoch> = base.into_iter().chain(sealed).collect();
         all.dedup();
         if engine == Engine::Redo {
@@ -111,8 +120,7 @@ impl State {
     ) -> Vec<(Span, Place)> {
         match engine {
             Engine::Redo => {
-                let count = self.layers.iter().take_while(|l| l.committed).count();
-                let count = through(self.layers.range(..count), epoch);
+                let count = through(self.kept(engine), epoch);
                 resolve(self.layers.range(..count).rev().filter_map(|l| l.maps.get(volume)), at)
             }
             Engine::Undo => {
@@ -125,12 +133,7 @@ impl State {
 
     /// The layers that lead from the oldest checkpoint that there is to `epoch`.
     pub(super) fn committed_through(&self, engine: Engine, epoch: Epoch) -> impl Iterator<Item = &Layer> {
-        let count = self.layers.iter().take_while(|l| l.committed).count();
-        let (layers, count) = match engine {
-            Engine::Redo => (&self.layers, through(self.layers.range(..count), epoch)),
-            Engine::Undo => (&self.retained, through(self.retained.iter(), epoch)),
-        };
-        layers.range(..count)
+        self.kept(engine).take(through(self.kept(engine), epoch))
     }
 
     /// Goes back to checkpoint `epoch`: what was committed behind it is not, any more.
@@ -138,8 +141,7 @@ impl State {
         self.lens = self.lens_after(self.committed_through(engine, epoch));
         let gone: VecDeque<Layer> = match engine {
             Engine::Redo => {
-                let count = self.layers.iter().take_while(|l| l.committed).count();
-                let count = through(self.layers.range(..count), epoch);
+                let count = through(self.kept(engine), epoch);
                 let open = self.layers.pop_back(); // nothing is in it: the undecided was given up
                 let gone = self.layers.split_off(count.min(self.layers.len()));
                 self.layers.extend(open);

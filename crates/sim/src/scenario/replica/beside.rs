@@ -6,7 +6,6 @@ use crate::guest::Disk;
 use crate::{Fault, Op, Rule, World, stamped};
 use block::{SECTOR, Span};
 use env::Env;
-use std::rc::Rc;
 use std::time::Duration;
 
 /// What a request takes that waits for nothing.
@@ -24,16 +23,8 @@ async fn soon<T>(env: &Env, what: &str, request: impl Future<Output = block::Res
 fn nobody_waits_for_the_flush_of_an_epoch() {
     for seed in 0..8 {
         let outcome = World::play(seed, false, move |w| async move {
-            let rng = w.rng("plan");
-            let mut run = Run::new(w, rng, Wishes { disk: DISK, retain: 0, external: false }, seed);
-            (run.level, run.policy, run.interval) = ("remote-written", "suspend", 0);
-            run.sites.iter_mut().for_each(|s| s.engine = "redo");
-            let run = Rc::new(run);
-            for s in run.followers() {
-                run.bring_up(s, false).await.unwrap();
-            }
-            run.bring_up(run.primary(), true).await.unwrap();
-            run.in_sync(run.primary(), run.sites.len() - 1).await.unwrap();
+            let wishes = Wishes { disk: DISK, retain: 0, external: false };
+            let run = Run::with_redo(w, wishes, seed, ("remote-written", "suspend")).await;
             let (env, follower) = (run.env().clone(), run.follower());
             let primary = run.primary().disk(&run.world).await.unwrap();
             let view = follower.disk(&run.world).await.unwrap();

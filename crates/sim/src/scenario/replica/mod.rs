@@ -100,6 +100,29 @@ struct Run {
     calm_at: Cell<Duration>,
 }
 
+#[cfg(test)]
+impl Run {
+    /// A pair or three that are in sync, with the engine redo, this level and policy, and no checkpoints by the clock.
+    async fn with_redo(
+        w: World,
+        wishes: Wishes,
+        seed: u64,
+        (level, policy): (&'static str, &'static str),
+    ) -> Rc<Run> {
+        let rng = w.rng("plan");
+        let mut run = Run::new(w, rng, wishes, seed);
+        (run.level, run.policy, run.interval) = (level, policy, 0);
+        run.sites.iter_mut().for_each(|s| s.engine = "redo");
+        let run = Rc::new(run);
+        for s in run.followers() {
+            run.bring_up(s, false).await.unwrap();
+        }
+        run.bring_up(run.primary(), true).await.unwrap();
+        run.in_sync(run.primary(), run.sites.len() - 1).await.unwrap();
+        run
+    }
+}
+
 impl Run {
     fn new(world: World, mut rng: Rng, wishes: Wishes, seed: u64) -> Run {
         let count = *rng.choose(&[2, 2, 3]);

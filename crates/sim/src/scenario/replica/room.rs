@@ -30,16 +30,8 @@ fn full(seed: u64, case: Case) -> Result<(), String> {
     let told = Rc::new(RefCell::new(None));
     let tell = told.clone();
     let outcome = World::play(seed, false, move |w| async move {
-        let rng = w.rng("plan");
-        let mut run = Run::new(w, rng, Wishes { disk: DISK, retain: 0, external: true }, seed);
-        (run.level, run.policy, run.interval) = (case.level, case.policy, 0);
-        run.sites.iter_mut().for_each(|s| s.engine = "redo");
-        let run = Rc::new(run);
-        for s in run.followers() {
-            run.bring_up(s, false).await.unwrap();
-        }
-        run.bring_up(run.primary(), true).await.unwrap();
-        run.in_sync(run.primary(), run.sites.len() - 1).await.unwrap();
+        let wishes = Wishes { disk: DISK, retain: 0, external: true };
+        let run = Run::with_redo(w, wishes, seed, (case.level, case.policy)).await;
         let (env, old, to) = (run.env().clone(), run.primary(), run.follower());
         let disk = old.disk(&run.world).await.unwrap();
         let writes: Vec<_> = (0..WRITES)
