@@ -18,6 +18,10 @@ pub enum Bug {
     RefusalForgotten,
     /// A peer that is being synchronized counts as a copy.
     SyncingCounts,
+    /// A checkpoint is made while it is not known whether a disk has another length.
+    MarkedWhileResizing,
+    /// A secondary without a checkpoint refuses a primary that has grown since it let it in.
+    LengthRefused,
     /// Undo: the old content is not durable before it is overwritten.
     PreimageNotDurable,
     /// A guest's flush on the secondary does not flush its own writes.

@@ -441,7 +441,9 @@ impl Secondary {
     /// Whether these can be the primary's disks. Disks that never were together have the same length, or somebody has made a mistake (T2);
     /// later ones follow the primary's.
     fn fits(&self, hello: &Hello) -> bool {
-        let together = self.history.now().is_some() || self.any_length;
+        // one that was let in before, with no checkpoint yet, as well: its primary may have grown since
+        let known = self.highest > Generation(0) && !planted(Bug::LengthRefused);
+        let together = self.history.now().is_some() || self.any_length || known;
         let (mine, theirs) = (self.volumes.iter().zip(&self.disks), &hello.volumes);
         theirs.len() == self.volumes.len()
             && (together || mine.zip(theirs).all(|((v, disk), p)| (v.len..=*disk).contains(&p.len)))

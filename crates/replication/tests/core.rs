@@ -524,12 +524,14 @@ impl World {
                 Ok(false) if !env::bugs::planted("replication: the primary's disk grows first") => {}
                 Ok(_) => {
                     (self.len, self.resizing) = (to, None);
+                    self.primary.resize_ends();
                     self.grown += 1;
                 }
                 Err(_) => {
                     self.resizing = None;
                     self.primary.not_resized(0, self.len as u64 * GRANULE);
                     (0..self.links.len()).for_each(|p| self.cut(p));
+                    self.primary.resize_ends();
                 }
             },
         }

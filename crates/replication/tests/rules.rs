@@ -91,7 +91,10 @@ fn a_former_owner_is_believed_only_as_far_as_its_marks_reach_back() {
         let mut p = Primary::new(group, volumes(BLOCKS), history.clone(), Epoch(4), dirty, config());
         // a growth that did not come about
         p.admit_resize(0, (BLOCKS as u64 + 1) * GRANULE).unwrap();
+        assert_eq!(p.cannot_mark(), Some("a disk is being resized"), "one side could commit it alone");
         p.not_resized(0, BLOCKS as u64 * GRANULE);
+        p.resize_ends();
+        assert_ne!(p.cannot_mark(), Some("a disk is being resized"));
         p.add_peer();
         let mut out = Vec::new();
         p.step(Input::Connected(0), &mut out).unwrap();

@@ -62,6 +62,8 @@ pub struct Primary {
     fenced: Option<Generation>,
     /// A peer was asked to take over, and nobody knows whether it has.
     handing: bool,
+    /// A disk may have another length in a moment.
+    resizing: bool,
     last_checkpoint: Option<(Epoch, Digest)>,
 }
 
@@ -92,6 +94,7 @@ impl Primary {
             degraded: false,
             fenced: None,
             handing: false,
+            resizing: false,
             last_checkpoint: None,
         }
     }
@@ -202,6 +205,9 @@ impl Primary {
         if self.handing {
             return Some("the group is being handed over");
         }
+        if self.resizing && !planted(Bug::MarkedWhileResizing) {
+            return Some("a disk is being resized");
+        }
         if self.open > self.reserved {
             return Some(NOT_RESERVED);
         }
@@ -248,6 +254,7 @@ impl Primary {
     /// A volume that is too long for a bitmap.
     pub fn admit_resize(&mut self, volume: u16, len: u64) -> Result<Frame> {
         self.dirty.resize(self.open, volume, len)?;
+        self.resizing = true;
         if let Some(v) = self.volumes.get_mut(usize::from(volume)) {
             v.len = len;
         }
@@ -258,6 +265,12 @@ impl Primary {
             p.progress.queued = self.last;
         }
         Ok(self.frame(self.last, self.open, Body::Resize { volume, len }))
+    }
+
+    /// It is known whether the disk has the length that was admitted. Until then no checkpoint is made: one side could commit a length that its
+    /// owner is told it has not.
+    pub fn resize_ends(&mut self) {
+        self.resizing = false;
     }
 
     /// The disk here has not got the length that was admitted: it stays as it was, and whoever is told so at the next beginning follows.

@@ -1,16 +1,30 @@
 //! Another length of a disk (D5): the secondaries grow first, then this side; their users see it with the next checkpoint.
 //!
 //! What can happen: a secondary is away, refuses, or goes in the middle; this side's disk does not grow; a crash between. What must stay
-//! true: this side is never longer than a secondary that it counts on can be; where it does not come about, what was prepared is
+//! true: no checkpoint is made before it is known whether it comes about; this side is never longer than a secondary that it counts on can be; where it does not come about, what was prepared is
 //! given up with the session, and a disk is at most longer than what is shown of it.
 
 use super::PrimaryGroup;
+use crate::primary::{Output, PeerState};
 use crate::types::Seq;
 use block::{BlockError, ErrorKind, Prealloc, Result};
 use std::rc::Rc;
 
 fn refused(why: impl Into<String>) -> BlockError {
     BlockError::new(ErrorKind::Busy, why)
+}
+
+/// A resize whose end is not known.
+struct Undecided<'a>(&'a Rc<PrimaryGroup>);
+
+impl Drop for Undecided<'_> {
+    fn drop(&mut self) {
+        self.0.core.borrow_mut().resize_ends();
+        // a catch-up may have ended meanwhile, and waits to be committed
+        if self.0.look(|c| c.peers().iter().any(|p| p.state == PeerState::Synced)) {
+            self.0.carry_out(Output::WantCheckpoint);
+        }
+    }
 }
 
 impl PrimaryGroup {
@@ -39,6 +53,7 @@ impl PrimaryGroup {
         self.activity.grow(volume, len)?;
         // no wait between the number and the queues
         let frame = self.core.borrow_mut().admit_resize(volume, len)?;
+        let _undecided = Undecided(self);
         self.each_session(|s| s.push(&frame));
         self.ask_durable();
         let grown = match self.until_all_have(frame.seq).await {
