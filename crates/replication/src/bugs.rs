@@ -66,7 +66,7 @@ pub enum Bug {
 
 impl Bug {
     /// Those of the state machines.
-    pub const CORE: [Bug; 10] = [
+    pub const CORE: [Bug; 12] = [
         Bug::NoGenerationCheck,
         Bug::NoSequenceCheck,
         Bug::NoDigestCheck,
@@ -74,6 +74,8 @@ impl Bug {
         Bug::NoActivityLog,
         Bug::RefusalForgotten,
         Bug::SyncingCounts,
+        Bug::MarkedWhileResizing,
+        Bug::LengthRefused,
         Bug::DoubtForgotten,
         Bug::HandOverUnchecked,
         Bug::HandOverResumes,

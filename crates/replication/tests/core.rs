@@ -20,7 +20,7 @@ use replication::dirty::{Dirty, GRANULE};
 use replication::history::History;
 use replication::primary::{self, PeerState, Primary, Readiness, Standing};
 use replication::secondary::{self, Secondary};
-use replication::wire::{Body, Doubt, Frame, crc_of};
+use replication::wire::{Body, Doubt, Frame, Reject, crc_of};
 use replication::{Epoch, Generation, GroupId, Seq};
 use sim::Rng;
 use std::collections::{BTreeMap, VecDeque};
@@ -94,6 +94,8 @@ struct World {
     /// Blocks of the disk; and where it is to become longer, how many and at which place in the order.
     len: usize,
     resizing: Option<(usize, Seq)>,
+    /// The longest that an owner was told the disk is.
+    told: usize,
     /// The path of the primary's image at its promotion.
     history: History,
     primary: Primary,
@@ -269,6 +271,7 @@ impl World {
             image: [0; BLOCKS],
             len: FIRST,
             resizing: None,
+            told: FIRST,
             history,
             primary,
             hosts,
@@ -359,6 +362,9 @@ impl World {
                         && !self.lost
                     {
                         return Err(format!("host {p} ends a session in which nothing was lost: {text}"));
+                    }
+                    if let Body::Reject { why: Reject::Volumes, .. } = &f.body {
+                        return Err(format!("D5: host {p} refuses a primary that it knows for its length"));
                     }
                     if self.links[p].up == Some(id) {
                         self.links[p].from.push_back(f);
@@ -524,6 +530,7 @@ impl World {
                 Ok(false) if !env::bugs::planted("replication: the primary's disk grows first") => {}
                 Ok(_) => {
                     (self.len, self.resizing) = (to, None);
+                    self.told = self.told.max(to);
                     self.primary.resize_ends();
                     self.grown += 1;
                 }
@@ -800,6 +807,9 @@ impl World {
                     "I1: host {p} is not at checkpoint {c}: {:?} of {}, not {expected:?}",
                     host.committed, host.len
                 ));
+            }
+            if host.len > self.told {
+                return Err(format!("D5: host {p} shows {} blocks; a growth to that was refused", host.len));
             }
             if !host.promoted
                 && self.primary.peers()[p].state.gets_changes()

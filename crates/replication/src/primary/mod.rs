@@ -62,8 +62,8 @@ pub struct Primary {
     fenced: Option<Generation>,
     /// A peer was asked to take over, and nobody knows whether it has.
     handing: bool,
-    /// A disk may have another length in a moment.
-    resizing: bool,
+    /// How many disks may have another length in a moment.
+    resizing: usize,
     last_checkpoint: Option<(Epoch, Digest)>,
 }
 
@@ -94,7 +94,7 @@ impl Primary {
             degraded: false,
             fenced: None,
             handing: false,
-            resizing: false,
+            resizing: 0,
             last_checkpoint: None,
         }
     }
@@ -205,7 +205,7 @@ impl Primary {
         if self.handing {
             return Some("the group is being handed over");
         }
-        if self.resizing && !planted(Bug::MarkedWhileResizing) {
+        if self.resizing > 0 && !planted(Bug::MarkedWhileResizing) {
             return Some("a disk is being resized");
         }
         if self.open > self.reserved {
@@ -254,7 +254,7 @@ impl Primary {
     /// A volume that is too long for a bitmap.
     pub fn admit_resize(&mut self, volume: u16, len: u64) -> Result<Frame> {
         self.dirty.resize(self.open, volume, len)?;
-        self.resizing = true;
+        self.resizing += 1;
         if let Some(v) = self.volumes.get_mut(usize::from(volume)) {
             v.len = len;
         }
@@ -267,10 +267,10 @@ impl Primary {
         Ok(self.frame(self.last, self.open, Body::Resize { volume, len }))
     }
 
-    /// It is known whether the disk has the length that was admitted. Until then no checkpoint is made: one side could commit a length that its
+    /// It is known whether a disk has the length that was admitted. Until then no checkpoint is made: one side could commit a length that its
     /// owner is told it has not.
     pub fn resize_ends(&mut self) {
-        self.resizing = false;
+        self.resizing = self.resizing.saturating_sub(1);
     }
 
     /// The disk here has not got the length that was admitted: it stays as it was, and whoever is told so at the next beginning follows.

@@ -1,8 +1,8 @@
 //! Another length of a disk (D5): the secondaries grow first, then this side; their users see it with the next checkpoint.
 //!
 //! What can happen: a secondary is away, refuses, or goes in the middle; this side's disk does not grow; a crash between. What must stay
-//! true: no checkpoint is made before it is known whether it comes about; this side is never longer than a secondary that it counts on can be; where it does not come about, what was prepared is
-//! given up with the session, and a disk is at most longer than what is shown of it.
+//! true: no checkpoint is made before it is known whether it comes about; this side is never longer than a secondary that it counts on can
+//! be; where it does not come about, what was prepared is given up with the session, and a disk is at most longer than what is shown of it.
 
 use super::PrimaryGroup;
 use crate::primary::{Output, PeerState};

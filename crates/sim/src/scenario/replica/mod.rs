@@ -93,6 +93,8 @@ struct Run {
     made: RefCell<BTreeMap<u64, (Moment, Moment)>>,
     /// Checkpoints up to this one are older than the last crash of the primary, and of another history.
     before: Cell<u64>,
+    /// The longest that the disk may be for all that an owner was told.
+    told: Cell<u64>,
     level: &'static str,
     policy: &'static str,
     interval: u64,
@@ -168,6 +170,7 @@ impl Run {
             guests: RefCell::default(),
             made: RefCell::default(),
             before: Cell::new(0),
+            told: Cell::new(wishes.disk),
         }
     }
 
@@ -370,6 +373,9 @@ impl Run {
                 done => break done,
             }
         };
+        if !matches!(done, Err(Refusal::Error(_))) {
+            self.told.set(self.told.get().max(before + more));
+        }
         self.export(&m).await?;
         self.start_guests();
         match done {
@@ -433,6 +439,9 @@ impl Run {
     async fn look(&self, site: &Site) {
         let Some(before) = self.committed(site).await else { return };
         let Ok(disk) = site.disk(&self.world).await else { return };
+        if disk.facts().size > self.told.get() {
+            self.bad(format!("D5: {} shows a length that a growth had which was refused", site.name));
+        }
         let data = disk.read(Span::new(0, SECTORS * SECTOR)).await;
         disk.disconnect();
         let Some(after) = self.committed(site).await else { return };
