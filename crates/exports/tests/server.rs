@@ -220,6 +220,22 @@ fn requests_that_have_begun_end_when_their_client_is_gone() {
     assert!(disk[..50 * 512].iter().all(|b| *b == 9), "all that was sent was done");
 }
 
+/// What is to be asked again of the next daemon has no answer from this one, not even an error: the connection ends.
+#[test]
+fn what_a_daemon_ends_before_has_no_answer() {
+    let dir = Dir::new();
+    let server = start(&dir, at(&dir));
+    for mode in [Mode::Simple, Mode::Structured, Mode::Extended] {
+        let mut s = connect(&dir);
+        enter(&mut s, mode);
+        server.call(|s| async move { s.node.ending.set(true) });
+        s.write_all(&request(mode, Cmd::Write, 1, Span::new(0, 512), vec![9; 512].into())).unwrap();
+        assert_eq!(s.read(&mut [0; 64]).unwrap(), 0, "{mode:?}");
+        server.call(|s| async move { s.node.ending.set(false) });
+        works(&dir);
+    }
+}
+
 /// Bytes of replies that a client who asks for sixteen sectors at once has when the last of them is read. With `busy` the server's
 /// thread has something else to do.
 fn replied_before_the_last(busy: bool) -> usize {

@@ -81,7 +81,6 @@ pub const TURNING: &[&str] = &[
 const RULES: &[Rule] = &[
     Rule::DirtyClearedOnSend,
     Rule::RefusalForgotten,
-    Rule::MarkedWhileResizing,
     Rule::DoubtForgotten,
     Rule::HandOverResumes,
     Rule::PreimageNotDurable,

@@ -1,7 +1,7 @@
 //! A plain node over one file, and a server with exports of it on a thread of its own.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, missing_docs)]
 
-use block::{BlockError, Data, Extent, Io, Kind, Limits, ReqFlags, Span};
+use block::{BlockError, Data, ErrorKind, Extent, Io, Kind, Limits, ReqFlags, Span};
 use env::{File, OpenMode, Punch};
 use exports::{DeleteMode, Export, ExportRegistry, NbdOptions, ServerOptions};
 use graph::{Demand, Edge, Graph, Node, NodeCell, NodeDetails, NodeOptions, Parent, Role};
@@ -22,6 +22,8 @@ pub struct Plain {
     pub delay: Cell<Duration>,
     /// Each request fails with this errno.
     pub fail: Cell<i32>,
+    /// Each request ends as at the end of the daemon.
+    pub ending: Cell<bool>,
     pub flushes: Cell<u64>,
     /// How the last zeroing was asked for.
     pub zeroed: Cell<ReqFlags>,
@@ -40,6 +42,7 @@ impl Plain {
             backing: RefCell::default(),
             delay: Cell::default(),
             fail: Cell::default(),
+            ending: Cell::default(),
             flushes: Cell::default(),
             zeroed: Cell::default(),
             on_read: RefCell::default(),
@@ -49,6 +52,9 @@ impl Plain {
     async fn trouble(&self) -> block::Result<()> {
         if !self.delay.get().is_zero() {
             self.env.sleep(self.delay.get()).await;
+        }
+        if self.ending.get() {
+            return Err(BlockError::new(ErrorKind::Ending, "the daemon ends"));
         }
         match self.fail.get() {
             0 => Ok(()),
@@ -77,7 +83,7 @@ impl Node for Plain {
         if let Some(told) = &*self.on_read.borrow() {
             told(at);
         }
-        if self.delay.get().is_zero() && self.fail.get() == 0 {
+        if self.delay.get().is_zero() && self.fail.get() == 0 && !self.ending.get() {
             return self.file.read(at);
         }
         Box::pin(async move {
