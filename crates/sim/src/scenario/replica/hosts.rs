@@ -4,7 +4,7 @@ use super::turns::FAR;
 use super::{PATIENCE, Run, SECTORS, STORE};
 use crate::boot::{Booted, nbd};
 use crate::history::History;
-use crate::{Host, Manager, NbdDisk, Process, Refusal, Value, World, values_of};
+use crate::{Host, Manager, NbdDisk, Process, Profile, Refusal, Value, World, values_of};
 use block::{BlockError, SECTOR, Span};
 use env::Env;
 use nbd::Mode;
@@ -86,17 +86,24 @@ impl Site {
 }
 
 impl Run {
-    /// Starts the daemon of a site and gives it its role. While things fail it may take several goes.
+    /// Starts the daemon of a site and gives it its role. While things fail it may take several goes; one more where its disk was too slow.
     pub(super) async fn bring_up(&self, site: &Site, primary: bool) -> Result<(), Refusal> {
         let mut last = Refusal::Gone;
-        for _ in 0..200 {
+        for number in 0..200 {
+            if number > 0 {
+                site.stop(false);
+                self.pause(Duration::from_millis(500)).await;
+            }
+            let began = self.env().now();
             match self.try_to_bring_up(site, primary).await {
                 Ok(()) => return Ok(()),
-                Err(e) if self.troubled() || self.env().now() < self.calm_at.get() + PATIENCE => last = e,
-                Err(e) => return Err(e),
+                Err(e) => last = e,
             }
-            site.stop(false);
-            self.pause(Duration::from_millis(500)).await;
+            let now = self.env().now();
+            let too_slow = number == 0 && now >= began + PATIENCE;
+            if now >= self.calm_at.get() + PATIENCE && !too_slow {
+                break;
+            }
         }
         Err(last)
     }
@@ -127,8 +134,9 @@ impl Run {
     pub(super) async fn try_to_bring_up(&self, site: &Site, primary: bool) -> Result<(), Refusal> {
         let going = self.bring_up_once(site, primary);
         let Some(done) = self.env().timeout(PATIENCE, going).await else {
-            // a disk hangs that much
+            // a disk hangs that much, or takes a minute for each of some requests
             site.host.clear_faults();
+            site.host.set_profile(Profile::calm());
             site.host.release_hung();
             return Err(Refusal::Gone);
         };
