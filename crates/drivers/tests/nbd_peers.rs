@@ -345,19 +345,19 @@ fn requests_survive_a_restart_of_the_server() {
         std::mem::forget(again);
         server
     });
-    let (after, busy) = with(move |env| async move {
+    let after = with(move |env| async move {
         let c = NbdClient::open(&env, o).await.unwrap();
         let begin = env.now();
         let (mut disk, mut rounds) = (before, 0);
-        while env.now() - begin < Duration::from_millis(800) {
+        // on a busy machine a round takes as long
+        while rounds < 2 || env.now() - begin < Duration::from_millis(800) {
             rounds += 1;
             disk = storm(c.clone(), disk, seed() + rounds, 300).await;
         }
-        (disk, rounds)
+        disk
     });
     let server = restarts.join().unwrap();
     drop(server);
-    assert!(busy > 1);
     assert!(dir.disk() == after, "every acknowledged write is there after kills of the server process");
 }
 

@@ -286,6 +286,14 @@ pub(crate) fn overlays(graph: &Graph, node: &Rc<NodeCell>) -> Vec<Rc<NodeCell>> 
     found
 }
 
+/// What the base, of which `target` is the job's user, holds behind the end of the top image, as far as the images over `filter` reach:
+/// they see zeroes there, and must go on to.
+pub(crate) fn hidden_tail(graph: &Graph, top: &Rc<NodeCell>, filter: &Rc<NodeCell>, target: &Edge) -> Span {
+    let reach = overlays(graph, filter).iter().map(|o| o.node().len()).max().unwrap_or(0);
+    let end = top.node().len();
+    Span::between(end, target.len().min(reach).max(end))
+}
+
 /// Fails if somebody blocks one of `nodes`.
 pub(crate) fn check_free(nodes: &[Rc<NodeCell>]) -> Result<(), JobError> {
     for node in nodes {

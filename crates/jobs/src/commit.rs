@@ -1,5 +1,5 @@
 //! `block-commit` of images below the active one: what they hold goes down into the base, then they leave the chain. (A commit
-//! of the active image is a [`mirror`](crate::mirror) to an image below.)
+//! of the active image, or of one below it that somebody writes to, is a [`mirror`](crate::mirror) to an image below.)
 //!
 //! Phases: the base is opened for writing, the filter goes between the overlay and the top image, and the images that are
 //! committed promise nothing to anybody any more; the base grows, if it must; what is allocated above it is copied; the base is
@@ -70,7 +70,7 @@ struct Hold {
     _blockers: Vec<Blocker>,
 }
 
-/// Checks the arguments, puts the filter in, and starts the job: one that becomes ready if `top` is the active image. On
+/// Checks the arguments, puts the filter in, and starts the job: one that becomes ready if somebody may write to `top`. On
 /// an error nothing is left behind (but the job may have been seen as created and gone).
 pub async fn start(
     registry: &Registry,
@@ -78,11 +78,11 @@ pub async fn start(
     args: CommitArgs,
 ) -> std::result::Result<Rc<Job>, JobError> {
     let checked = args.check(graph).await?;
-    if checked.active {
-        let (mirror, device) = (args.as_mirror(&checked.base), checked.device.clone());
-        let checked = mirror.check_commit(graph, checked.device, checked.base, checked.between).await?;
+    if let Some(source) = checked.source {
+        let mirror = args.as_mirror(&source, &checked.base);
+        let mut gone = vec![walk::skip_filters(&source)];
+        let checked = mirror.check_commit(graph, source, checked.base, checked.between).await?;
         let job = registry.create(&args.job_id, Kind::Commit, mirror.job_options()?, None)?;
-        let mut gone = vec![walk::skip_filters(&device)];
         gone.extend(checked.below.iter().flat_map(|b| b.between.clone()));
         let leavers = args.delete_images.then(|| Rc::new(Leavers::note(&job, &gone)));
         return mirror::start_checked(registry, graph, mirror, checked, job, leavers).await;
@@ -165,7 +165,7 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
 impl Commit {
     async fn work_on(&self, job: &Rc<Job>) -> Result<()> {
         let Some(Copying { source, target }) = self.copying.borrow().clone() else { return Ok(()) };
-        let tail = self.hidden_tail(&target);
+        let tail = chain::hidden_tail(&self.graph, &self.top, &self.filter, &target);
         self.work.depend_on(graph::links_below(&self.base, false))?;
         chain::grow(&self.graph, &self.base, &target, self.top.node().len()).await?;
         first::mark_above(&self.work, &source, Some(&self.base), false).await?;
@@ -205,15 +205,6 @@ impl Commit {
                 return Ok(());
             }
         }
-    }
-
-    /// What the base holds behind the end of the top image, as far as the overlays reach: they see zeroes there, and must go
-    /// on to.
-    fn hidden_tail(&self, target: &Edge) -> Span {
-        let overlays = chain::overlays(&self.graph, &self.filter);
-        let reach = overlays.iter().map(|o| o.node().len()).max().unwrap_or(0);
-        let top = self.top.node().len();
-        Span::between(top, target.len().min(reach).max(top))
     }
 
     async fn leave_chain(&self) -> Result<()> {

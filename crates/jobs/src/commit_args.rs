@@ -7,7 +7,7 @@ use crate::mirror_args::{Convergence, CopyMode, MirrorArgs, Sync};
 use crate::verify_args::Verify;
 use block::{ErrorKind, Result};
 use copy::{OnError, OnLinkLoss};
-use graph::{Graph, NodeCell, walk};
+use graph::{Graph, NodeCell, Perms, walk};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -129,6 +129,13 @@ impl CommitArgs {
         chain::check_free(&between)?;
         base.check_not_blocked()?;
         let is_active = top.id() == device.id() || top.id() == active.id();
+        // somebody writes to it directly, and goes on with the base
+        let written = !is_active && top.parents().iter().any(|e| e.demand().needs.has(Perms::WRITE));
+        let source = match (is_active, written) {
+            (true, _) => Some(device.clone()),
+            (_, true) => Some(top.clone()),
+            _ => None,
+        };
         if top.id() == base.id() {
             // with filters above it QSD has come further
             let mirrored = is_active && base.id() != device.id();
@@ -138,24 +145,29 @@ impl CommitArgs {
                 into_itself()
             });
         }
-        if !is_active && walk::skip_filters(&top).id() == walk::skip_filters(&base).id() {
+        if source.is_none() && walk::skip_filters(&top).id() == walk::skip_filters(&base).id() {
             return Err(JobError::refused("Invalid files for merge: top and base are the same"));
         }
         if is_active && self.backing_file.is_some() {
             return Err(JobError::refused("'backing-file' specified, but 'top' is the active layer"));
         }
-        let between = if is_active {
+        if written && walk::skip_filters(&top).id() == walk::skip_filters(&base).id() {
+            return Err(JobError::refused("Can't mirror node into itself"));
+        }
+        if written && self.backing_file.is_some() {
+            return Err(JobError::refused("'backing-file' specified, but 'top' has a writer on it"));
+        }
+        let between = match &source {
             // with the filters in front, without the disk itself
-            chain::above(&device, Some(&base)).split_off(1)
-        } else {
-            between
+            Some(source) => chain::above(source, Some(&base)).split_off(1),
+            None => between,
         };
         graph.check_active(&device, "backing", self.filter_node_name.as_deref())?;
-        Ok(Checked { device, top, base, between, active: is_active })
+        Ok(Checked { device, top, base, between, source })
     }
 
-    /// The commit of the active image as the mirror that it is.
-    pub(crate) fn as_mirror(&self, base: &Rc<NodeCell>) -> MirrorArgs {
+    /// The commit of what is written to as the mirror that it is.
+    pub(crate) fn as_mirror(&self, source: &Rc<NodeCell>, base: &Rc<NodeCell>) -> MirrorArgs {
         MirrorArgs {
             sync: Sync::Top,
             speed: self.speed,
@@ -170,7 +182,8 @@ impl CommitArgs {
             converge_after: self.converge_after,
             verify: self.verify,
             on_link_loss: self.on_link_loss,
-            ..MirrorArgs::new(&self.job_id, &self.device, base.name())
+            backing_mask_protocol: self.backing_mask_protocol,
+            ..MirrorArgs::new(&self.job_id, source.name(), base.name())
         }
     }
 }
@@ -222,8 +235,8 @@ pub(crate) struct Checked {
     pub(crate) device: Rc<NodeCell>,
     pub(crate) top: Rc<NodeCell>,
     pub(crate) base: Rc<NodeCell>,
-    /// From `top` down to what is above `base`; if the active image goes down, from what is below it.
+    /// From `top` down to what is above `base`; if `source` goes down, from what is below it.
     pub(crate) between: Vec<Rc<NodeCell>>,
-    /// The active image goes down.
-    pub(crate) active: bool,
+    /// What goes down while somebody writes to it: the disk, or an image below it that has a writer of its own.
+    pub(crate) source: Option<Rc<NodeCell>>,
 }

@@ -11,13 +11,14 @@
 //!   then go to the target. Every other end leaves the client on the source, untouched.
 //! * A soft cancel leaves the target as of one instant: no request is split by it.
 //! * Whoever attaches to the source while the job runs goes through the filter.
-//! * A target that is an image below the source (a commit of the active image) is opened for writing; it stays so only if it
-//!   becomes the active image. Nothing relies on the images between meanwhile.
+//! * A target that is an image below the source (a commit) is opened for writing; it stays so only if it takes the source's place.
+//!   Nothing relies on the images between meanwhile. Where images lie over the source, their headers name the target, durably, once
+//!   it durably holds everything, and the graph follows the headers.
 //! * A target that hangs holds up neither a cancel nor, after it, the client. (Before: a synchronous write waits for
 //!   the target as long as the target takes. That is what it promises.)
 
 use crate::JobError;
-use crate::chain::{self, Made, Turned};
+use crate::chain::{self, BackingName, Headers, Made, Turned};
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
 use crate::kept_work::KeptWork;
@@ -75,6 +76,8 @@ pub struct Mirror {
     begun_before: bool,
     /// Whether the target is an image below the source, and what was turned read-write for that.
     below: Option<Turned>,
+    /// Images over the source that were turned read-write for their headers to be written.
+    overlays: Turned,
     /// Whose files are to go when the target has taken their place.
     leavers: RefCell<Option<Rc<Leavers>>>,
     /// The client is on the target, or was left on the source for good.
@@ -240,6 +243,7 @@ async fn build(
         kept,
         begun_before,
         below,
+        overlays: Turned::default(),
         leavers: RefCell::new(None),
         made: Made::default(),
     }))
@@ -384,6 +388,7 @@ impl Mirror {
         self.policy.enter(Phase::Copying);
         loop {
             engine.run().await?;
+            self.zero_tail(&mut engine, &target).await?;
             // not certain, or told to rest meanwhile: the next run does, and what came to be dirty is copied
             if engine.flush_target().await? && !job.pause_wanted() {
                 break;
@@ -395,7 +400,7 @@ impl Mirror {
         loop {
             engine.run().await?;
             self.verdict()?;
-            if self.finish_copy(job, &mut engine).await? {
+            if self.finish_copy(job, &mut engine, &target).await? {
                 return Ok(());
             }
             // told to rest while finishing: the client goes on, and later all is done again
@@ -464,7 +469,7 @@ impl Mirror {
     }
 
     /// Holds the client, copies, compares and flushes the rest. Whether source and target are equal now.
-    async fn finish_copy(&self, job: &Job, engine: &mut Engine) -> Result<bool> {
+    async fn finish_copy(&self, job: &Job, engine: &mut Engine, target: &Edge) -> Result<bool> {
         if !planted(Bug::NoDrain) {
             let main = self.hold.borrow().as_ref().map(|h| h.main.clone());
             let quiet = self.graph.quiesce(&self.filter, main.as_slice()).await;
@@ -478,6 +483,10 @@ impl Mirror {
         let equal = self.work.in_sync() && proven;
         if !equal && !planted(Bug::NoDrain) {
             return Ok(false);
+        }
+        if self.policy.wish() == Wish::Pivot {
+            // with what else a link may have lost
+            self.zero_tail(engine, target).await?;
         }
         let flushed =
             named("mirror: the pivot goes before the target is flushed") || engine.flush_target().await?;
@@ -493,6 +502,38 @@ impl Mirror {
             self.quiet.take();
         }
         Ok(true)
+    }
+
+    /// What images over the source do not see of a longer base they do not see afterwards.
+    async fn zero_tail(&self, engine: &mut Engine, target: &Edge) -> Result<()> {
+        if self.below.is_none() {
+            return Ok(());
+        }
+        let tail = chain::hidden_tail(&self.graph, &self.source, &self.filter, target);
+        if tail.is_empty() { Ok(()) } else { engine.zero_target(tail).await }
+    }
+
+    /// The headers of the images over the source name the target. They stay open for writing: what is read through them is held now, so
+    /// they cannot be closed before the end.
+    async fn name_target(&self) -> Result<Headers> {
+        let mut headers = Headers::new(&self.graph);
+        let overlays = match self.below {
+            Some(_) => chain::overlays(&self.graph, &self.filter),
+            None => Vec::new(),
+        };
+        if overlays.is_empty() {
+            return Ok(headers);
+        }
+        let name = BackingName::of(&self.target, None, self.args.backing_mask_protocol).await?;
+        for overlay in overlays {
+            let closed = chain::closed_to_writing(&overlay)?;
+            if !closed.is_empty() {
+                self.graph.apply(chain::turning(Plan::new(), &closed, true)).await?;
+                self.overlays.note(closed);
+            }
+            headers.write(&overlay, &name).await?;
+        }
+        Ok(headers)
     }
 
     /// What clients write from now on is not in `work`, only in what is kept: nothing is let go there any more.
@@ -572,7 +613,12 @@ impl Body for Mirror {
                 let edge = self.graph.attach_exact(source, "backing", below, parent, Demand::NOTHING).await?;
                 plan.steps.insert(0, Step::SetBacking { node: self.target.clone(), edge: Some(edge) });
             }
-            self.graph.apply(plan).await
+            let mut headers = self.name_target().await?;
+            let moved = self.graph.apply(plan).await;
+            if moved.is_err() {
+                headers.put_back().await;
+            }
+            moved
         })
     }
 
@@ -600,6 +646,7 @@ impl Body for Mirror {
                 kept.end(&self.work).await;
             }
             self.hold.take();
+            self.overlays.back(&self.graph).await;
             self.graph.settle().await;
             let pivoted = success && self.policy.wish() == Wish::Pivot;
             if let Some(turned) = self.below.as_ref().filter(|_| !pivoted) {

@@ -105,6 +105,8 @@ pub struct MirrorArgs {
     pub target_is_zero: bool,
     /// At completion the source becomes the layer below the target, which then holds only what was written since the start.
     pub source_below: bool,
+    /// Of a commit: images over the source are to call a base that is a protocol node `raw` in their headers.
+    pub backing_mask_protocol: bool,
     /// What to do when it does not converge.
     pub convergence: Convergence,
     /// How long to wait before that.
@@ -139,6 +141,7 @@ impl MirrorArgs {
             auto_dismiss: true,
             target_is_zero: false,
             source_below: false,
+            backing_mask_protocol: false,
             convergence: Convergence::None,
             converge_after: Duration::from_secs(30),
             bitmap: None,

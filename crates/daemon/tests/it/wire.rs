@@ -89,7 +89,7 @@ fn images_are_locked_as_the_reference_locks_them() {
 /// Every verb in every state of every kind of job; every member of a transaction beside one that fails; groups of jobs.
 #[test]
 fn jobs_and_transactions_as_the_reference() {
-    compare("twins.py", &["job-verbs", "transactions"].map(|s| format!("../twins/{s}.txt")));
+    compare("twins.py", &["job-verbs", "transactions", "commit-writer"].map(|s| format!("../twins/{s}.txt")));
 }
 
 /// Scenes that are in no recorded conversation: names, types and numbers at the edges, odd orders, nodes that are busy, bitmaps in

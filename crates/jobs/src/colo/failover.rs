@@ -94,7 +94,7 @@ impl Colo {
     ) -> Result<()> {
         let failed = |e: crate::JobError| BlockError::new(ErrorKind::Io, e.to_string());
         let args = CommitArgs { copy_mode: CopyMode::WriteBlocking, ..CommitArgs::new(MERGE, top.name()) };
-        let mirror = args.as_mirror(base);
+        let mirror = args.as_mirror(top, base);
         let checked = mirror.check_commit(&self.graph, top.clone(), base.clone(), between).await?;
         let id = format!("{MERGE}-{}", top.id());
         let job = self.merges.create(&id, Kind::Commit, mirror.job_options()?, None).map_err(failed)?;

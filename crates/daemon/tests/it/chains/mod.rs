@@ -8,6 +8,7 @@ mod failures;
 mod interleavings;
 mod large;
 mod streams;
+mod written;
 
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::tool;
