@@ -286,6 +286,20 @@ pub(crate) fn overlays(graph: &Graph, node: &Rc<NodeCell>) -> Vec<Rc<NodeCell>> 
     found
 }
 
+/// A commit that begins anew after a restart may have named `base` in the headers of the images over `source`, and come no further: they name
+/// `source` again, since what is written from now on is there alone.
+pub(crate) async fn name_again(graph: &Graph, source: &Rc<NodeCell>, base: &Rc<NodeCell>) -> Result<()> {
+    let (now, then) = (BackingName::of(source, None, false).await?, drivers::names::exact(base).await?);
+    for overlay in overlays(graph, source) {
+        let details = overlay.node().details().await?;
+        let said = details.backing_filename.map(|name| drivers::names::full_name(&details.filename, &name));
+        if said.is_some_and(|name| name == then) {
+            put(graph, &overlay, &now).await?;
+        }
+    }
+    Ok(())
+}
+
 /// What the base, of which `target` is the job's user, holds behind the end of the top image, as far as the images over `filter` reach:
 /// they see zeroes there, and must go on to.
 pub(crate) fn hidden_tail(graph: &Graph, top: &Rc<NodeCell>, filter: &Rc<NodeCell>, target: &Edge) -> Span {

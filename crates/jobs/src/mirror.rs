@@ -130,6 +130,9 @@ async fn build(
     let home = registry.bitmap_home().filter(|_| bitmap.is_none() && below.is_none());
     let kept = KeptWork::find(home, graph, &source, &target, &args.job_id).await?;
     let begun_before = registry.bitmap_home().is_some_and(|h| h.is_resuming());
+    if begun_before && below.is_some() {
+        chain::name_again(graph, &source, &target).await?;
+    }
     let busy = format!("block device is in use by block job: {}", job.kind().name());
     let parent = || Parent::Job(args.job_id.clone());
     let cr_w_wu = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);

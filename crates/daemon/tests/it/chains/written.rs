@@ -109,6 +109,51 @@ fn or_stays_where_he_was() {
     compare(&dir, &mut daemon, &mut c, "2.qcow2", &["2.qcow2", "0.qcow2"]);
 }
 
+/// A daemon that is killed when it has named the base in the header above, and has not moved the writer yet: what is written afterwards is in
+/// the image alone, and the header names that again.
+#[test]
+fn killed_between_the_header_and_the_change() {
+    let dir = Dir::new();
+    images(&dir, 2);
+    tool(&dir, "qemu-img|create|-q|-f|qcow2|-b|1.qcow2|-F|qcow2|2.qcow2|8M");
+    let start = || Daemon::start(&dir, &["--state-dir", "state"]);
+    let daemon = start();
+    let mut c = daemon.client();
+    let chain = [
+        json!({"driver": "qcow2", "node-name": "n0", "read-only": true, "file": file("0.qcow2", true), "backing": null}),
+        json!({"driver": "qcow2", "node-name": "n1", "file": file("1.qcow2", false), "backing": "n0"}),
+        json!({"driver": "qcow2", "node-name": "n2", "read-only": true, "file": file("2.qcow2", true), "backing": "n1"}),
+    ];
+    for node in chain {
+        c.command("blockdev-add", node).unwrap();
+    }
+    let server = json!({"addr": {"type": "unix", "data": {"path": "nbd.sock"}}});
+    c.command("nbd-server-start", server).unwrap();
+    let export = json!({"type": "nbd", "id": "e0", "node-name": "n1", "name": "disk", "writable": true});
+    c.command("block-export-add", export).unwrap();
+    commit(&mut c, &json!({})).unwrap();
+    until(&mut c, "j", "BLOCK_JOB_READY");
+    drop(daemon);
+    tool(&dir, "qemu-img|rebase|-u|-f|qcow2|-b|0.qcow2|-F|qcow2|2.qcow2");
+    let mut daemon = start();
+    let mut c = daemon.client();
+    let names = |image: &str| header(&dir, "2.qcow2").0.as_str().unwrap().ends_with(image);
+    assert!(names("/1.qcow2"));
+    let writer = Writer::start(&dir, DISK, &["4", "400"]);
+    // ready again
+    while job(&mut c)["ready"] != true {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    c.command("job-complete", json!({"id": "j"})).unwrap();
+    while job(&mut c)["status"] != "concluded" {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(served_by(&mut c), "n0");
+    assert!(names("/0.qcow2"));
+    writer.stop();
+    compare(&dir, &mut daemon, &mut c, "2.qcow2", &["2.qcow2", "0.qcow2"]);
+}
+
 /// What a longer base has behind the end of the image was hidden from those above, and stays so.
 #[test]
 fn a_longer_base_shows_no_more_than_before() {
