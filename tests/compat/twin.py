@@ -377,7 +377,7 @@ COMMANDS = [
 # (what a problem has to contain, why it may differ)
 KNOWN = [
     ("actual-size", "allocation on the host is the host's"),
-    ("unshared by block job 'm'", "says which job; the reference says 'an unnamed block device'"),
+    ("unshared by mirror job 'm'", "says which job; the reference says 'an unnamed block device'"),
     ("want \"Node dst is in use\"", "the target of a mirror names the job that uses it"),
     ("-[data-file]->", "an external data file is held as the image is: nobody else may write it"),
     ('{"backing": null, "driver": "qcow2"', "the name of an image opened without its backing file is the file's"),

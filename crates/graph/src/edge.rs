@@ -33,8 +33,13 @@ pub enum Role {
 pub enum Parent {
     /// A node: its name once it is in the graph, nothing while it is being opened.
     Node(RefCell<Option<String>>),
-    /// A job, by id (QMP graph type `block-job`).
-    Job(String),
+    /// A job (QMP graph type `block-job`).
+    Job {
+        /// What sort of job, as QMP calls it.
+        kind: &'static str,
+        /// Its id.
+        id: String,
+    },
     /// An export or another user without a name of its own (QMP graph type `block-backend`).
     Backend(String),
 }

@@ -147,7 +147,7 @@ async fn build(
     let below = outermost(&source);
     let keeping = buffer.as_ref().unwrap_or(&target);
     let opening = || Parent::Node(RefCell::default());
-    let job = || Parent::Job(args.job_id.clone());
+    let job = || Parent::Job { kind: Kind::Backup.name(), id: args.job_id.clone() };
     let file = graph.attach_exact(&below, "file", Role::Filtered, opening(), Demand::NOTHING).await?;
     let kept = graph.attach_exact(keeping, "target", Role::Other, opening(), Demand::NOTHING).await?;
     let node = CopyBeforeWrite::new(file.clone(), kept.clone());
@@ -196,7 +196,7 @@ async fn build(
         }
         node.set_keeper(Some(point.clone()));
         let instant = instant(&point, &work, sync, bitmap.as_ref(), left);
-        let stay = below.parents().into_iter().filter(|e| matches!(e.parent(), Parent::Job(_))).collect();
+        let stay = below.parents().into_iter().filter(|e| matches!(e.parent(), Parent::Job { .. })).collect();
         let mut plan = Plan::new()
             .then(Step::MoveParents { from: below.clone(), to: filter.clone(), except: stay })
             .then(Step::Cover { node: below.clone(), filter: Some(filter.clone()) })
@@ -300,7 +300,7 @@ async fn drain(
     let edge = graph.attach_exact(filter, "file", Role::Other, opening, Demand::NOTHING).await?;
     let options = NodeOptions { discard: true, ..NodeOptions::default() };
     let view = graph.add(options, SnapshotAccess::new(edge)).await?;
-    let job = || Parent::Job(args.job_id.clone());
+    let job = || Parent::Job { kind: Kind::Backup.name(), id: args.job_id.clone() };
     // nothing is asked before the filter is where clients' writes go through it
     let from = graph.attach_exact(&view, "source", Role::Root, job(), Demand::NOTHING).await?;
     let demand = Demand { needs: Perms::WRITE, shares: DRAINING.shares };

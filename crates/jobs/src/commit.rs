@@ -99,7 +99,7 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
     let Checked { device, top, base, between, .. } = checked;
     let blockers = chain::block_all([&device, &base].into_iter().chain(&between), BUSY);
     let closed = chain::closed_to_writing(&base)?;
-    let job = || Parent::Job(args.job_id.clone());
+    let job = || Parent::Job { kind: Kind::Commit.name(), id: args.job_id.clone() };
     let own = || Parent::Backend(args.job_id.clone());
 
     let below = Parent::Node(RefCell::default());

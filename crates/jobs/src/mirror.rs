@@ -134,7 +134,7 @@ async fn build(
         chain::name_again(graph, &source, &target).await?;
     }
     let busy = format!("block device is in use by block job: {}", job.kind().name());
-    let parent = || Parent::Job(args.job_id.clone());
+    let parent = || Parent::Job { kind: job.kind().name(), id: args.job_id.clone() };
     let cr_w_wu = Perms::CONSISTENT_READ.with(Perms::WRITE).with(Perms::WRITE_UNCHANGED);
     let reading = Demand { needs: Perms::CONSISTENT_READ, shares: cr_w_wu };
     let writing = Demand { needs: Perms::WRITE, shares: Perms::WRITE_UNCHANGED };

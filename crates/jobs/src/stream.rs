@@ -88,7 +88,7 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
     let Checked { device, image, between, base } = checked;
     let blockers = chain::block_all([&device, &image].into_iter().chain(&between), BUSY);
     let closed = chain::closed_to_writing(&image)?;
-    let of_job = || Parent::Job(args.job_id.clone());
+    let of_job = || Parent::Job { kind: Kind::Stream.name(), id: args.job_id.clone() };
     let mut edges = vec![graph.attach_exact(&device, "active node", Role::Root, of_job(), ACTIVE).await?];
     for node in &between {
         edges.push(graph.attach_exact(node, "intermediate node", Role::Root, of_job(), TAKEN).await?);

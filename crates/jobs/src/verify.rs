@@ -203,7 +203,7 @@ async fn build(
     target: &Rc<NodeCell>,
     job: &Rc<Job>,
 ) -> Result<Rc<Comparison>> {
-    let parent = || Parent::Job(args.job_id.clone());
+    let parent = || Parent::Job { kind: Kind::Verify.name(), id: args.job_id.clone() };
     let len = source.node().len().min(target.node().len());
     let work = Work::new(graph.env().clone(), len, GRANULARITY)?;
     let Some(rules) = args.verify.rules(graph.env()) else {

@@ -40,8 +40,10 @@ async fn primary(env: &Env, new: bool) -> Rc<PrimaryGroup> {
     let cell =
         graph.add(NodeOptions { name: Some("disk".into()), ..NodeOptions::default() }, node).await.unwrap();
     let demand = Demand { needs: Perms::CONSISTENT_READ.with(Perms::WRITE), shares: Perms::ALL };
-    let disk: Rc<Edge> =
-        graph.attach_exact(&cell, "test", Role::Root, Parent::Job("test".into()), demand).await.unwrap();
+    let disk: Rc<Edge> = graph
+        .attach_exact(&cell, "test", Role::Root, Parent::Job { kind: "mirror", id: "test".into() }, demand)
+        .await
+        .unwrap();
     let existing = if new { Existing::CreateNew } else { Existing::Open };
     let file = env.open(Path::new("/record"), OpenMode { write: true, existing, ..OpenMode::default() });
     let file = file.await.unwrap();

@@ -97,7 +97,7 @@ impl GraphPicture {
                     Parent::Node(name) => {
                         name.borrow().as_ref().and_then(|n| picture.by_name.get(n).copied())
                     }
-                    Parent::Job(id) => {
+                    Parent::Job { id, .. } => {
                         let known = jobs.get(id).copied();
                         let at = known.unwrap_or_else(|| picture.node(id, "block-job"));
                         jobs.insert(id.clone(), at);

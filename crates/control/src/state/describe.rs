@@ -141,7 +141,7 @@ fn used(daemon: &Daemon) -> BTreeSet<u64> {
     let over = |id: &str| jobs.iter().any(|j| j.id() == id && j.body().is_some_and(|b| b.has_changed()));
     let outside = |edge: &Rc<Edge>| match edge.parent() {
         Parent::Node(_) => false,
-        Parent::Job(id) => !over(id),
+        Parent::Job { id, .. } => !over(id),
         Parent::Backend(_) => true,
     };
     let mut left: Vec<Rc<NodeCell>> = daemon.graph().nodes();

@@ -215,7 +215,10 @@ pub async fn edge(graph: &Graph, name: &str, node: Rc<dyn Node>) -> Rc<Edge> {
         }
     };
     let demand = Demand { needs: Perms::CONSISTENT_READ.with(Perms::WRITE), shares: Perms::ALL };
-    graph.attach_exact(&cell, "test", Role::Root, Parent::Job("test".into()), demand).await.unwrap()
+    graph
+        .attach_exact(&cell, "test", Role::Root, Parent::Job { kind: "mirror", id: "test".into() }, demand)
+        .await
+        .unwrap()
 }
 
 /// Steers an engine as a job would.

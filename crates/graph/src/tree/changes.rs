@@ -234,7 +234,7 @@ pub(super) fn resolve(mut snapshot: Snapshot) -> Result<(Snapshot, Resolved)> {
 fn label(edge: &Edge) -> String {
     match edge.parent() {
         Parent::Node(name) => format!("node '{}'", name.borrow().as_deref().unwrap_or_default()),
-        Parent::Job(id) => format!("block job '{id}'"),
+        Parent::Job { kind, id } => format!("{kind} job '{id}'"),
         Parent::Backend(_) => "an unnamed block device".to_owned(),
     }
 }

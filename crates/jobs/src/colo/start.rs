@@ -136,7 +136,7 @@ impl Colo {
         let options = NodeOptions { discard: true, ..NodeOptions::default() };
         let filter = graph.add(options, cbw.clone()).await?;
         let made: Result<_> = async {
-            let parent = Parent::Job(JOB.to_owned());
+            let parent = Parent::Job { kind: crate::event::Kind::Backup.name(), id: JOB.to_owned() };
             let main = graph.attach_exact(&filter, "main node", Role::Root, parent, Demand::NOTHING).await?;
             let unit = hidden.node().limits().cluster_size.clamp(UNITS.0, UNITS.1);
             let work = Work::new(graph.env().clone(), secondary.node().len(), unit)?;
