@@ -212,7 +212,7 @@ impl Objects {
     }
 
     /// The bytes of a secret.
-    fn secret(&self, id: &str) -> Result<Rc<[u8]>, QmpError> {
+    pub(crate) fn secret(&self, id: &str) -> Result<Rc<[u8]>, QmpError> {
         match self.content(id) {
             Some(Content::Secret(bytes)) => Ok(bytes),
             Some(_) => Err(QmpError::generic(format!("Object with id '{id}' is not a secret"))),

@@ -6,7 +6,7 @@ use crate::error::QmpError;
 use crate::jobinfo::millis;
 use env::Address;
 use qapi::{Map, Value, json};
-use replication::lease::{Endpoint, Etcd, Fencing, Lease};
+use replication::lease::{Endpoint, Etcd, Fencing, Lease, Login};
 use serde::Deserialize;
 use std::rc::Rc;
 use std::time::Duration;
@@ -29,6 +29,8 @@ pub(crate) struct FencingArg {
     ttl: Option<u64>,
     advisory: Option<bool>,
     tls_creds: Option<String>,
+    username: Option<String>,
+    password_secret: Option<String>,
 }
 
 impl FencingArg {
@@ -49,6 +51,8 @@ impl FencingArg {
                 ("ttl", self.ttl.is_some()),
                 ("advisory", self.advisory.is_some()),
                 ("tls-creds", self.tls_creds.is_some()),
+                ("username", self.username.is_some()),
+                ("password-secret", self.password_secret.is_some()),
             ];
             return match given.into_iter().find(|g| g.1) {
                 Some((name, _)) => {
@@ -75,8 +79,19 @@ impl FencingArg {
         let advisory = self.advisory.unwrap_or(false);
         let named = json!({
             "type": "etcd", "endpoints": places, "key": key, "ttl": ttl, "advisory": advisory, "tls-creds": self.tls_creds,
+            "username": self.username, "password-secret": self.password_secret,
         });
-        let etcd = Etcd::new(daemon.env(), endpoints, key, Duration::from_secs(ttl), connect);
+        let login = match (self.username, self.password_secret) {
+            (Some(name), Some(id)) => {
+                let password = String::from_utf8(daemon.objects().secret(&id)?.to_vec())
+                    .map_err(|_| QmpError::generic(format!("Secret '{id}' is not valid UTF-8")))?;
+                Some(Login { name, password })
+            }
+            (None, None) => None,
+            (Some(_), None) => return Err(QmpError::generic("Parameter 'password-secret' is missing")),
+            (None, Some(_)) => return Err(QmpError::generic("Parameter 'username' is missing")),
+        };
+        let etcd = Etcd::new(daemon.env(), endpoints, key, Duration::from_secs(ttl), connect, login);
         Ok(Some(Fencing { arbiter: Rc::new(etcd), advisory, named: named.to_string() }))
     }
 }

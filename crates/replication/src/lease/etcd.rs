@@ -2,7 +2,8 @@
 //!
 //! `KEY/owner` is kept by a lease of etcd, `KEY/state` is not. Every change is a transaction that compares revisions. What can happen: an
 //! endpoint is gone, hangs, answers nonsense, or loses its quorum: the next one is asked; each question has a time-out. One request is one
-//! connection, as HTTP/1.0 has it: it ends with the answer, whose length is bounded.
+//! connection, as HTTP/1.0 has it: it ends with the answer, whose length is bounded. Where etcd knows users, a question carries the token that
+//! a name and a password were changed for; one that is not valid any more is changed for another, once for a question.
 
 use super::RENEWALS;
 use super::arbiter::{Arbiter, Grant, Owner, Seen, State};
@@ -13,7 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use block::{BlockError, Data, ErrorKind, Io, Result};
 use env::{Address, Env};
 use serde_json::{Value, json};
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::time::Duration;
 
 /// Bytes of an answer at most: those asked for here have some hundred.
@@ -29,6 +30,15 @@ pub struct Endpoint {
     pub host: String,
 }
 
+/// Who asks, where etcd knows users.
+#[derive(Clone)]
+pub struct Login {
+    /// The user's name.
+    pub name: String,
+    /// The user's password.
+    pub password: String,
+}
+
 /// See above.
 pub struct Etcd {
     env: Env,
@@ -39,6 +49,9 @@ pub struct Etcd {
     ttl: Duration,
     /// TLS to the endpoints.
     connect: Option<Connect>,
+    login: Option<Login>,
+    /// What the login was changed for.
+    token: RefCell<Option<String>>,
     /// How long one question to one endpoint may take.
     limit: Duration,
     /// The endpoint that answered last.
@@ -73,17 +86,20 @@ fn text(v: &Value) -> Result<String> {
 }
 
 impl Etcd {
-    /// With its entries below `key`, and grants of `ttl`: whole seconds, as etcd has them. `endpoints` has at least one; with `connect` they speak TLS.
+    /// With its entries below `key`, and grants of `ttl`: whole seconds, as etcd has them. `endpoints` has at least one; with `connect` they speak TLS,
+    /// with `login` they want to know who asks.
     pub fn new(
         env: &Env,
         endpoints: Vec<Endpoint>,
         key: String,
         ttl: Duration,
         connect: Option<Connect>,
+        login: Option<Login>,
     ) -> Etcd {
         // all are asked within the time in which a grant is renewed
         let limit = ttl / RENEWALS / u32::try_from(endpoints.len()).unwrap_or(u32::MAX).max(1);
-        Etcd { env: env.clone(), endpoints, key, ttl, connect, limit, last: Cell::new(0) }
+        let (token, last) = (RefCell::default(), Cell::new(0));
+        Etcd { env: env.clone(), endpoints, key, ttl, connect, login, token, limit, last }
     }
 
     fn owner_key(&self) -> String {
@@ -101,7 +117,7 @@ impl Etcd {
         for i in 0..count {
             let which = (first + i) % count;
             let Some(endpoint) = self.endpoints.get(which) else { continue };
-            let asked = self.env.timeout(self.limit, self.ask(endpoint, path, &body)).await;
+            let asked = self.env.timeout(self.limit, self.ask_as_user(endpoint, path, &body)).await;
             let late = || Err(wrong("no answer in time"));
             match asked.unwrap_or_else(late) {
                 Ok(answer) => {
@@ -114,13 +130,34 @@ impl Etcd {
         Err(failed)
     }
 
-    async fn ask(&self, to: &Endpoint, path: &str, body: &str) -> Result<Value> {
+    /// As whoever the login says.
+    async fn ask_as_user(&self, to: &Endpoint, path: &str, body: &str) -> Result<Value> {
+        let Some(login) = &self.login else { return self.ask(to, path, body, None).await };
+        let known = self.token.borrow().clone();
+        if let Some(token) = known {
+            match self.ask(to, path, body, Some(&token)).await {
+                Err(e) if is_of_token(e.message()) => drop(self.token.take()),
+                done => return done,
+            }
+        }
+        let who = json!({"name": login.name, "password": login.password}).to_string();
+        let answer = self.ask(to, "auth/authenticate", &who, None).await?;
+        let token = answer["token"].as_str().unwrap_or_default();
+        if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(wrong("a token that is none"));
+        }
+        *self.token.borrow_mut() = Some(token.to_owned());
+        self.ask(to, path, body, Some(token)).await
+    }
+
+    async fn ask(&self, to: &Endpoint, path: &str, body: &str, token: Option<&str>) -> Result<Value> {
         let mut stream = self.env.connect(&to.address).await?;
         if let Some(connect) = &self.connect {
             stream = connect(stream, Some(to.host.clone())).await?;
         }
+        let token = token.map_or_else(String::new, |t| format!("Authorization: {t}\r\n"));
         let request = format!(
-            "POST /v3/{path} HTTP/1.0\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            "POST /v3/{path} HTTP/1.0\r\nHost: {}\r\n{token}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             to.host,
             body.len()
         );
@@ -205,6 +242,11 @@ impl Etcd {
         }
         Ok(self.transact(vec![Etcd::unchanged(&self.owner_key(), grant.revision)], Vec::new()).await?.0)
     }
+}
+
+/// Whether etcd refused because of the token: it forgets one after some minutes, with a restart, and when users or roles change.
+fn is_of_token(why: &str) -> bool {
+    ["invalid auth token", "revision of auth store is old"].iter().any(|w| why.contains(w))
 }
 
 /// The body of an answer.

@@ -12,7 +12,7 @@ mod arbiter;
 mod etcd;
 
 pub use arbiter::{Arbiter, Grant, Owner, Seen, State};
-pub use etcd::{Endpoint, Etcd};
+pub use etcd::{Endpoint, Etcd, Login};
 
 use crate::types::{Epoch, Generation};
 use block::{BlockError, ErrorKind, Result};

@@ -3,6 +3,7 @@
 use super::*;
 use crate::common::signal;
 use crate::etcd::{Server, own_address};
+use std::io::{Read, Write};
 
 /// An etcd of its own.
 struct Etcd {
@@ -318,6 +319,80 @@ fn an_arbiter_proves_who_it_is() {
     drop(etcd);
 }
 
+/// Changes the users of an etcd that does not ask who does so yet.
+fn tell(url: &str, path: &str, body: &Value) {
+    let at = url.split_once("://").unwrap().1;
+    let mut stream = std::net::TcpStream::connect(at).unwrap();
+    let (body, mut answer) = (body.to_string(), String::new());
+    let head = format!("POST /v3/auth/{path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n", body.len());
+    stream.write_all((head + &body).as_bytes()).unwrap();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 200 OK"), "{path}: {answer}");
+}
+
+/// An etcd that knows users: one with the right password may use the keys that are his, also when etcd has forgotten him meanwhile.
+#[test]
+fn an_arbiter_wants_to_know_who_asks() {
+    const PASSWORD: &str = "sec\"ret";
+    let url = format!("http://{}:2379", own_address());
+    let more = ["--auth-token-ttl", "60", "--bcrypt-cost", "4"];
+    let dir = Dir::new();
+    let mut server = Server::start(&dir.0, &url, &more);
+    // base64 of "/liveblk/" and of what comes after all that begins so
+    let (from, end) = ("L2xpdmVibGsv", "L2xpdmVibGsw");
+    for (path, body) in [
+        ("user/add", json!({"name": "root", "password": "r"})),
+        ("user/grant", json!({"user": "root", "role": "root"})),
+        ("user/add", json!({"name": "host", "password": PASSWORD})),
+        ("role/add", json!({"name": "pairs"})),
+        (
+            "role/grant",
+            json!({"name": "pairs", "perm": {"permType": "READWRITE", "key": from, "range_end": end}}),
+        ),
+        ("user/grant", json!({"user": "host", "role": "pairs"})),
+        ("enable", json!({})),
+    ] {
+        tell(&url, path, &body);
+    }
+    let secret = |id: &str, data: &str| json!({"qom-type": "secret", "id": id, "data": data}).to_string();
+    let objects = [secret("pw", PASSWORD), secret("other", "x")];
+    let objects = ["--state-dir", "state", "--object", &objects[0], "--object", &objects[1]];
+    let host = |secret: &str, key: &str| {
+        let fencing = json!({"fencing": {"type": "etcd", "endpoints": [url], "key": key, "username": "host",
+            "password-secret": secret, "ttl": 3}});
+        Host::begin_with(with_disks(1), "redo", 1, 0, &objects, &fencing)
+    };
+    for (secret, key, why) in
+        [("other", "/liveblk/a", "authentication failed"), ("pw", "/elsewhere/a", "permission denied")]
+    {
+        let mut h = host(secret, key);
+        h.primary(&[], &json!({}));
+        assert_eq!(h.state(), "suspended");
+        let lease = h.info()["lease"].clone();
+        assert!(lease["last-error"].as_str().unwrap().contains(why), "{lease}");
+    }
+    let (mut p, mut s) = (host("pw", "/liveblk/g"), host("pw", "/liveblk/g"));
+    s.secondary();
+    p.primary(&[&s], &json!({"timeout-ms": 500}));
+    p.until_running(1);
+    p.io(0, "write -P 1 0 64k").unwrap();
+    // its tokens go with it
+    server.process.kill().unwrap();
+    server.process.wait().unwrap();
+    until(|| p.state() == "suspended");
+    drop(server);
+    let _server = Server::start(&dir.0, &url, &more);
+    until(|| p.state() == "running");
+    p.io(0, "write -P 2 0 64k").unwrap();
+    p.checkpoint();
+    // a daemon that comes back knows the password as well
+    let p = p.back();
+    p.io(0, "read -P 2 0 64k").unwrap();
+    drop(p);
+    s.take_over();
+    s.io(0, "read -P 2 0 64k").unwrap();
+}
+
 /// What is not as it has to be is named.
 #[test]
 fn an_arbiter_is_described_with_care() {
@@ -327,6 +402,18 @@ fn an_arbiter_is_described_with_care() {
         (json!({"type": "etcd", "endpoints": ["x"], "ttl": 1}), "Parameter 'ttl' expects 2 to 3600"),
         (json!({"type": "etcd", "endpoints": ["x"], "key": "a/"}), "Parameter 'key'"),
         (json!({"type": "etcd", "endpoints": ["https://x"]}), "https needs 'tls-creds'"),
+        (
+            json!({"type": "etcd", "endpoints": ["x"], "username": "u"}),
+            "Parameter 'password-secret' is missing",
+        ),
+        (
+            json!({"type": "etcd", "endpoints": ["x"], "password-secret": "u"}),
+            "Parameter 'username' is missing",
+        ),
+        (
+            json!({"type": "etcd", "endpoints": ["x"], "username": "u", "password-secret": "none"}),
+            "No secret with id 'none'",
+        ),
         (json!({"type": "manual", "ttl": 3}), "Parameter 'ttl' is for fencing of type 'etcd'"),
         (json!({"type": "zookeeper"}), "does not accept value 'zookeeper'"),
     ] {
