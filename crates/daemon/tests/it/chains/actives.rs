@@ -1,6 +1,6 @@
 //! Commits of the active image: a mirror into an image below.
 
-use super::{compare, images, job, serve};
+use super::{compare, images, is_open_for_writing, job, serve, shorter_in_the_middle};
 use crate::common::{Client, Dir};
 use crate::disk::{tool, until};
 use crate::mirrors::{DISK, Writer};
@@ -12,24 +12,6 @@ fn commit(c: &mut Client, more: &Value) -> Result<Value, String> {
         a[k] = v.clone();
     }
     c.command("block-commit", a)
-}
-
-/// Whether somebody could write to the lowest image: what QSD calls its being read-only does not tell.
-fn base_is_writable(c: &mut Client) -> bool {
-    let graph = c.command("x-debug-query-block-graph", json!({})).unwrap();
-    let id = |name: &str| {
-        graph["nodes"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|n| n["name"] == name)
-            .map(|n| n["id"].clone())
-            .unwrap()
-    };
-    let base = id("n0");
-    let edges = graph["edges"].as_array().unwrap();
-    let file = edges.iter().find(|e| e["parent"] == base && e["name"] == "file").unwrap();
-    file["perm"].as_array().unwrap().contains(&json!("write"))
 }
 
 #[test]
@@ -47,7 +29,7 @@ fn completed_in_every_copy_mode() {
         c.command("job-complete", json!({"id": "j"})).unwrap();
         until(&mut c, "j", "null");
         assert_eq!(c.command("query-block-exports", json!({})).unwrap()[0]["node-name"], "n0");
-        assert!(base_is_writable(&mut c));
+        assert!(is_open_for_writing(&mut c, "n0"));
         writer.stop();
         for node in ["n2", "n1"] {
             c.command("blockdev-del", json!({"node-name": node})).unwrap();
@@ -67,14 +49,14 @@ fn called_off() {
         let writer = Writer::start(&dir, DISK, &["4", "400"]);
         commit(&mut c, &json!({})).unwrap();
         until(&mut c, "j", "BLOCK_JOB_READY");
-        assert!(base_is_writable(&mut c));
+        assert!(is_open_for_writing(&mut c, "n0"));
         let change = json!({"id": "j", "type": "mirror", "copy-mode": "write-blocking"});
         c.command("block-job-change", change).unwrap();
         c.command("block-job-cancel", json!({"device": "j", "force": force})).unwrap();
         until(&mut c, "j", if force { "BLOCK_JOB_CANCELLED" } else { "BLOCK_JOB_COMPLETED" });
         until(&mut c, "j", "null");
         assert_eq!(c.command("query-block-exports", json!({})).unwrap()[0]["node-name"], "n2");
-        assert!(!base_is_writable(&mut c));
+        assert!(!is_open_for_writing(&mut c, "n0"));
         writer.stop();
         compare(&dir, &mut daemon, &mut c, "2.qcow2", &["2.qcow2", "1.qcow2", "0.qcow2"]);
     }
@@ -112,12 +94,7 @@ fn into_a_shorter_base() {
 #[test]
 fn into_a_longer_base() {
     let dir = Dir::new();
-    tool(&dir, "qemu-img|create|-q|-f|qcow2|0.qcow2|8M");
-    tool(&dir, "qemu-io|-f|qcow2|-c|write -P 1 0 8M|0.qcow2");
-    tool(&dir, "qemu-img|create|-q|-f|qcow2|-b|0.qcow2|-F|qcow2|1.qcow2|2M");
-    tool(&dir, "qemu-io|-f|qcow2|-c|write -P 2 1M 64k|1.qcow2");
-    tool(&dir, "qemu-img|create|-q|-f|qcow2|-b|1.qcow2|-F|qcow2|2.qcow2|6M");
-    tool(&dir, "qemu-img|convert|-O|raw|2.qcow2|model.raw");
+    shorter_in_the_middle(&dir);
     let (mut daemon, mut c) = serve(&dir, 3);
     commit(&mut c, &json!({"top-node": "n1"})).unwrap();
     until(&mut c, "j", "null");

@@ -78,3 +78,22 @@ fn header(dir: &Dir, file: &str) -> (Value, Value) {
 fn job(c: &mut Client) -> Value {
     c.command("query-block-jobs", json!({})).unwrap()[0].clone()
 }
+
+/// Whether somebody could write to an image: what QSD calls its being read-only does not tell.
+fn is_open_for_writing(c: &mut Client, node: &str) -> bool {
+    let graph = c.command("x-debug-query-block-graph", json!({})).unwrap();
+    let node = graph["nodes"].as_array().unwrap().iter().find(|n| n["name"] == node).unwrap()["id"].clone();
+    let edges = graph["edges"].as_array().unwrap();
+    let file = edges.iter().find(|e| e["parent"] == node && e["name"] == "file").unwrap();
+    file["perm"].as_array().unwrap().contains(&json!("write"))
+}
+
+/// Images of 8 MiB, of 2 MiB over it, and of 6 MiB over that, and `model.raw` with what the top one shows.
+fn shorter_in_the_middle(dir: &Dir) {
+    tool(dir, "qemu-img|create|-q|-f|qcow2|0.qcow2|8M");
+    tool(dir, "qemu-io|-f|qcow2|-c|write -P 1 0 8M|0.qcow2");
+    tool(dir, "qemu-img|create|-q|-f|qcow2|-b|0.qcow2|-F|qcow2|1.qcow2|2M");
+    tool(dir, "qemu-io|-f|qcow2|-c|write -P 2 1M 64k|1.qcow2");
+    tool(dir, "qemu-img|create|-q|-f|qcow2|-b|1.qcow2|-F|qcow2|2.qcow2|6M");
+    tool(dir, "qemu-img|convert|-O|raw|2.qcow2|model.raw");
+}

@@ -1,6 +1,6 @@
 //! Commits of an image below the active one that somebody writes to: its writer goes on with the base, and the images over it with him.
 
-use super::{compare, header, images, job, served};
+use super::{compare, header, images, is_open_for_writing, job, served, shorter_in_the_middle};
 use crate::common::{Client, Daemon, Dir};
 use crate::disk::{tool, until};
 use crate::mirrors::{DISK, Writer};
@@ -39,14 +39,6 @@ fn commit(c: &mut Client, more: &Value) -> Result<Value, String> {
 fn served_by(c: &mut Client) -> Value {
     let exports = c.command("query-block-exports", json!({})).unwrap();
     exports.as_array().unwrap().iter().find(|e| e["id"] == "e0").unwrap()["node-name"].clone()
-}
-
-fn is_open_for_writing(c: &mut Client, node: &str) -> bool {
-    let graph = c.command("x-debug-query-block-graph", json!({})).unwrap();
-    let node = graph["nodes"].as_array().unwrap().iter().find(|n| n["name"] == node).unwrap()["id"].clone();
-    let edges = graph["edges"].as_array().unwrap();
-    let file = edges.iter().find(|e| e["parent"] == node && e["name"] == "file").unwrap();
-    file["perm"].as_array().unwrap().contains(&json!("write"))
 }
 
 /// Under a client, in each copy mode, with all compared; what is above is read-only, and is so again.
@@ -158,12 +150,7 @@ fn killed_between_the_header_and_the_change() {
 #[test]
 fn a_longer_base_shows_no_more_than_before() {
     let dir = Dir::new();
-    tool(&dir, "qemu-img|create|-q|-f|qcow2|0.qcow2|8M");
-    tool(&dir, "qemu-io|-f|qcow2|-c|write -P 1 0 8M|0.qcow2");
-    tool(&dir, "qemu-img|create|-q|-f|qcow2|-b|0.qcow2|-F|qcow2|1.qcow2|2M");
-    tool(&dir, "qemu-io|-f|qcow2|-c|write -P 2 1M 64k|1.qcow2");
-    tool(&dir, "qemu-img|create|-q|-f|qcow2|-b|1.qcow2|-F|qcow2|2.qcow2|6M");
-    tool(&dir, "qemu-img|convert|-O|raw|2.qcow2|model.raw");
+    shorter_in_the_middle(&dir);
     let (mut daemon, mut c) = serve(&dir, &file("2.qcow2", true));
     commit(&mut c, &json!({})).unwrap();
     until(&mut c, "j", "BLOCK_JOB_READY");
