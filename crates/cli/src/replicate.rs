@@ -57,6 +57,12 @@ pub(crate) struct ReplicateArgs {
     /// lacks something, and who was succeeded answers nothing
     #[arg(long, value_name = "PLACES", value_delimiter = ',')]
     arbiter: Vec<String>,
+    /// Who asks, where that etcd knows users
+    #[arg(long, value_name = "NAME", requires_all = ["arbiter", "arbiter_password_file"])]
+    arbiter_user: Option<String>,
+    /// A file with that user's password and nothing else
+    #[arg(long, value_name = "PATH", requires = "arbiter_user")]
+    arbiter_password_file: Option<String>,
     /// Give up what the disk holds (a former primary becomes a secondary)
     #[arg(long, requires = "listen")]
     overwrite: bool,
@@ -219,6 +225,20 @@ fn start(socket: &Path) -> Outcome<Client> {
     Client::connect(Path::new(&socket))
 }
 
+/// Has the daemon read the password of the pair's user at the arbiter; the id of that secret.
+fn secret(client: &mut Client, group: &str, file: &str) -> Outcome<String> {
+    let password = std::fs::read(file).map_err(|e| format!("cannot read {file}: {e}"))?;
+    if password.ends_with(b"\n") {
+        return Err(format!(
+            "the password in {file} would end with a new line\n  Write it without one: printf %s PASSWORD > {file}"
+        ));
+    }
+    let id = format!("arbiter-{group}");
+    // one of an earlier attempt is read anew
+    let _ = client.execute("object-del", &json!({"id": id}));
+    client.execute("object-add", &json!({"qom-type": "secret", "id": id, "file": file})).map(|_| id)
+}
+
 /// Makes the group, unless it is there.
 fn group(args: &ReplicateArgs, client: &mut Client, node: &str) -> Outcome {
     if pair::find(client, &args.group)?.is_some() {
@@ -240,6 +260,11 @@ fn group(args: &ReplicateArgs, client: &mut Client, node: &str) -> Outcome {
     });
     if !args.arbiter.is_empty() {
         new["fencing"] = json!({"type": "etcd", "endpoints": args.arbiter});
+    }
+    if let (Some(user), Some(file)) = (&args.arbiter_user, &args.arbiter_password_file) {
+        let id = secret(client, &args.group, &absolute(file)?)?;
+        new["fencing"]["username"] = json!(user);
+        new["fencing"]["password-secret"] = json!(id);
     }
     client.execute("replication-group-add", &new).map(drop)
 }

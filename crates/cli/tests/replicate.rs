@@ -169,7 +169,10 @@ fn the_primary_is_killed_under_load_and_the_ledger_is_whole_at_the_checkpoint() 
 fn an_arbiter_is_asked_and_its_lease_waited_for() {
     let dir = Dir::new("arbiter");
     let server = etcd::Server::start(&dir.0, &format!("http://{}:2379", etcd::own_address()), &[]);
-    let arbiter = format!("--arbiter {} --group g", server.url);
+    server.asks_who("host", "it's me");
+    std::fs::write(dir.0.join("password"), "it's me").unwrap();
+    let arbiter =
+        format!("--arbiter {} --arbiter-user host --arbiter-password-file password --group g", server.url);
     dir.ok(&format!("replicate b.raw --size 64M --listen ./b.repl --socket b.qmp --serve ./b.nbd {arbiter}"));
     let said = dir.ok(&format!(
         "replicate a.raw --size 64M --to ./b.repl --socket a.qmp --serve ./a.nbd --every 50ms {arbiter}"
@@ -291,6 +294,10 @@ fn what_cannot_be_done_is_said() {
         ("replicate disk --socket b.qmp --to ./x.repl", "this side is a secondary"),
         ("replicate disk --socket a.qmp --listen ./x.repl", "--overwrite"),
         ("replicate disk --socket a.qmp --to ./x.repl --arbiter etcd1", "--group NAME"),
+        (
+            "replicate disk --socket a.qmp --to ./x.repl --arbiter etcd1 --arbiter-user u --group other",
+            "--arbiter-password-file",
+        ),
         ("replicate disk --socket a.qmp --to ./x.repl --arbiter ftp://etcd1 --group other", "only http"),
         ("failover --socket a.qmp", "only a secondary takes over"),
         ("failover other --socket b.qmp", "no pair named other"),

@@ -1,5 +1,8 @@
 //! A real etcd for tests, which ends with its value. The command line's tests use this file as well.
 
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -34,11 +37,33 @@ impl Server {
         etcd.stdout(Stdio::null()).stderr(std::fs::File::create(&log).unwrap());
         let process = etcd.spawn().expect("etcd (cargo xtask setup)");
         let (begun, address) = (Instant::now(), url.split_once("://").unwrap().1);
-        while std::net::TcpStream::connect(address).is_err() {
+        while TcpStream::connect(address).is_err() {
             assert!(begun.elapsed() < Duration::from_secs(60), "etcd does not listen at {address}");
             std::thread::sleep(Duration::from_millis(20));
         }
         Server { process, url: url.to_owned(), log }
+    }
+
+    /// From now on whoever asks is to be `user` with this password, who may use all below `/liveblk/`.
+    pub(crate) fn asks_who(&self, user: &str, password: &str) {
+        // base64 of "/liveblk/" and of what comes after all that begins so
+        let perm = json!({"permType": "READWRITE", "key": "L2xpdmVibGsv", "range_end": "L2xpdmVibGsw"});
+        self.change("user/add", &json!({"name": "root", "password": "r"}));
+        self.change("user/grant", &json!({"user": "root", "role": "root"}));
+        self.change("user/add", &json!({"name": user, "password": password}));
+        self.change("role/add", &json!({"name": "pairs"}));
+        self.change("role/grant", &json!({"name": "pairs", "perm": perm}));
+        self.change("user/grant", &json!({"user": user, "role": "pairs"}));
+        self.change("enable", &json!({}));
+    }
+
+    fn change(&self, path: &str, body: &Value) {
+        let mut stream = TcpStream::connect(self.url.split_once("://").unwrap().1).unwrap();
+        let (body, mut answer) = (body.to_string(), String::new());
+        let head = format!("POST /v3/auth/{path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all((head + &body).as_bytes()).unwrap();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains(" 200 OK"), "{path}: {answer}");
     }
 }
 

@@ -3,7 +3,6 @@
 use super::*;
 use crate::common::signal;
 use crate::etcd::{Server, own_address};
-use std::io::{Read, Write};
 
 /// An etcd of its own.
 struct Etcd {
@@ -319,17 +318,6 @@ fn an_arbiter_proves_who_it_is() {
     drop(etcd);
 }
 
-/// Changes the users of an etcd that does not ask who does so yet.
-fn tell(url: &str, path: &str, body: &Value) {
-    let at = url.split_once("://").unwrap().1;
-    let mut stream = std::net::TcpStream::connect(at).unwrap();
-    let (body, mut answer) = (body.to_string(), String::new());
-    let head = format!("POST /v3/auth/{path} HTTP/1.0\r\nContent-Length: {}\r\n\r\n", body.len());
-    stream.write_all((head + &body).as_bytes()).unwrap();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.contains(" 200 OK"), "{path}: {answer}");
-}
-
 /// An etcd that knows users: one with the right password may use the keys that are his, also when etcd has forgotten him meanwhile.
 #[test]
 fn an_arbiter_wants_to_know_who_asks() {
@@ -338,22 +326,7 @@ fn an_arbiter_wants_to_know_who_asks() {
     let more = ["--auth-token-ttl", "60", "--bcrypt-cost", "4"];
     let dir = Dir::new();
     let mut server = Server::start(&dir.0, &url, &more);
-    // base64 of "/liveblk/" and of what comes after all that begins so
-    let (from, end) = ("L2xpdmVibGsv", "L2xpdmVibGsw");
-    for (path, body) in [
-        ("user/add", json!({"name": "root", "password": "r"})),
-        ("user/grant", json!({"user": "root", "role": "root"})),
-        ("user/add", json!({"name": "host", "password": PASSWORD})),
-        ("role/add", json!({"name": "pairs"})),
-        (
-            "role/grant",
-            json!({"name": "pairs", "perm": {"permType": "READWRITE", "key": from, "range_end": end}}),
-        ),
-        ("user/grant", json!({"user": "host", "role": "pairs"})),
-        ("enable", json!({})),
-    ] {
-        tell(&url, path, &body);
-    }
+    server.asks_who("host", PASSWORD);
     let secret = |id: &str, data: &str| json!({"qom-type": "secret", "id": id, "data": data}).to_string();
     let objects = [secret("pw", PASSWORD), secret("other", "x")];
     let objects = ["--state-dir", "state", "--object", &objects[0], "--object", &objects[1]];
