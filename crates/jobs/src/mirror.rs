@@ -528,13 +528,16 @@ impl Mirror {
             return Ok(headers);
         }
         let name = BackingName::of(&self.target, None, self.args.backing_mask_protocol).await?;
-        for overlay in overlays {
-            let closed = chain::closed_to_writing(&overlay)?;
+        // all of them before any header: one that cannot be opened must not leave another that names the target
+        for overlay in &overlays {
+            let closed = chain::closed_to_writing(overlay)?;
             if !closed.is_empty() {
                 self.graph.apply(chain::turning(Plan::new(), &closed, true)).await?;
                 self.overlays.note(closed);
             }
-            headers.write(&overlay, &name).await?;
+        }
+        for overlay in &overlays {
+            headers.write(overlay, &name).await?;
         }
         Ok(headers)
     }

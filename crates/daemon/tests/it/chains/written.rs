@@ -101,6 +101,33 @@ fn or_stays_where_he_was() {
     compare(&dir, &mut daemon, &mut c, "2.qcow2", &["2.qcow2", "0.qcow2"]);
 }
 
+/// Of two images above one cannot be opened for writing: neither header is touched.
+#[test]
+fn one_header_of_two_that_cannot_be_written() {
+    let dir = Dir::new();
+    images(&dir, 2);
+    for n in [2, 3] {
+        tool(&dir, &format!("qemu-img|create|-q|-f|qcow2|-b|1.qcow2|-F|qcow2|{n}.qcow2|8M"));
+    }
+    let (mut daemon, mut c) = serve(&dir, &file("2.qcow2", true));
+    let closed = json!({"driver": "file", "filename": "3.qcow2", "read-only": true});
+    let other =
+        json!({"driver": "qcow2", "node-name": "n3", "read-only": true, "file": closed, "backing": "n1"});
+    c.command("blockdev-add", other).unwrap();
+    let writer = Writer::start(&dir, DISK, &["4", "400"]);
+    commit(&mut c, &json!({})).unwrap();
+    until(&mut c, "j", "BLOCK_JOB_READY");
+    c.command("job-complete", json!({"id": "j"})).unwrap();
+    until(&mut c, "j", "concluded");
+    assert!(job(&mut c)["error"].as_str().unwrap().contains("read-only"));
+    assert_eq!(served_by(&mut c), "n1");
+    for image in ["2.qcow2", "3.qcow2"] {
+        assert_eq!(header(&dir, image), (json!("1.qcow2"), json!("qcow2")));
+    }
+    writer.stop();
+    compare(&dir, &mut daemon, &mut c, "2.qcow2", &["3.qcow2", "2.qcow2", "1.qcow2"]);
+}
+
 /// A daemon that is killed when it has named the base in the header above, and has not moved the writer yet: what is written afterwards is in
 /// the image alone, and the header names that again.
 #[test]
