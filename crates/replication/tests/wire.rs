@@ -182,7 +182,7 @@ fn another_version_is_refused_and_both_are_named() {
     let mut decoder = Decoder::new();
     decoder.push(bytes.into());
     let e = decoder.next_frame().unwrap_err().to_string();
-    assert!(e.contains("speaks version 1") && e.contains("this side version 3"), "{e}");
+    assert!(e.contains("speaks version 1") && e.contains("this side version 4"), "{e}");
 }
 
 fn forged(rng: &mut Rng) -> Vec<u8> {

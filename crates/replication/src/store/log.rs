@@ -28,7 +28,8 @@ const SLOT_MAGIC_3: u64 = u64::from_le_bytes(*b"lbStore3");
 const SLOT_MAGIC_2: u64 = u64::from_le_bytes(*b"lbStore2");
 /// Slots of the time before checkpoints were retained: without the two numbers before those as well.
 const SLOT_MAGIC_1: u64 = u64::from_le_bytes(*b"lbStore1");
-/// Bytes read at once when the log is read through.
+/// Bytes read at once when the log is read through: few at first, as most logs are short when they are opened, then more.
+const READ_FIRST: u64 = 64 << 10;
 const READ_AHEAD: u64 = 4 << 20;
 /// How far behind the end of the log a record is looked for that proves damage: more than is ever written between two barriers.
 const DAMAGE_SCAN: u64 = 256 << 20;
@@ -196,7 +197,7 @@ impl Log {
         }
         let mut end = anchor.tail;
         if !skip {
-            let mut reader = Reader { file: &file, window: (0, Data::empty()) };
+            let mut reader = Reader { file: &file, window: (0, Data::empty()), ahead: READ_FIRST };
             let mut incarnation = anchor.floor;
             while end - anchor.tail < anchor.ring
                 && let Some((header, payload)) = reader.record(end, anchor.ring).await?
@@ -401,13 +402,16 @@ impl Drop for Pin<'_> {
 struct Reader<'a> {
     file: &'a Rc<dyn env::File>,
     window: (u64, Data),
+    /// Bytes of the next window.
+    ahead: u64,
 }
 
 impl Reader<'_> {
     async fn bytes(&mut self, at: Span) -> Result<Data> {
         let have = Span::new(self.window.0, self.window.1.len() as u64);
         if !have.contains(&at) {
-            let len = self.file.len_hint().saturating_sub(at.start).min(READ_AHEAD).max(at.len);
+            let len = self.file.len_hint().saturating_sub(at.start).min(self.ahead).max(at.len);
+            self.ahead = (self.ahead * 2).min(READ_AHEAD);
             self.window = (at.start, self.file.read(Span::new(at.start, len)).await?);
         }
         let from = usize::try_from(at.start - self.window.0).unwrap_or(usize::MAX);
@@ -420,22 +424,35 @@ impl Reader<'_> {
         let limit = (anchor.tail + anchor.ring).min(end.saturating_add(DAMAGE_SCAN));
         let mut at = end + record::ALIGN;
         while at < limit {
-            let place = RING_START + at % anchor.ring;
-            let len = (anchor.ring - at % anchor.ring).min(limit - at).min(READ_AHEAD);
-            let bytes = self.bytes(Span::new(place, len)).await?.contiguous();
-            for h in bytes.as_chunks::<{ HEADER as usize }>().0 {
-                if let Some(h) = record::parse(h, at)
-                    && (incarnation..=anchor.incarnation).contains(&h.incarnation)
-                    && h.durable > end
-                {
-                    let place = RING_START + end % anchor.ring;
-                    return Err(BlockError::corrupt(format!(
-                        "the replication store is damaged at offset {place}: a record there was durable before the one at offset {} \
-                         was written, and is not whole; what was committed after it is lost",
-                        RING_START + at % anchor.ring
-                    )));
+            let around = at - at % anchor.ring;
+            let len = (anchor.ring - at % anchor.ring).min(limit - at);
+            // a ring that was never gone around is a hole for the most part
+            for e in self.file.extents(Span::new(RING_START + at % anchor.ring, len)).await? {
+                let here = Span::new(around + (e.span.start - RING_START), e.span.len);
+                for part in here.pieces(READ_AHEAD).filter(|_| e.kind != block::Kind::Zero) {
+                    self.check_part(part, end, anchor, incarnation).await?;
                 }
-                at += record::ALIGN;
+                at = here.end();
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks for records in `part` that say that the log was durable up to behind `end`.
+    async fn check_part(&mut self, part: Span, end: u64, anchor: &Anchor, incarnation: u64) -> Result<()> {
+        let place = |at: u64| RING_START + at % anchor.ring;
+        let bytes = self.bytes(Span::new(place(part.start), part.len)).await?.contiguous();
+        for (at, h) in (part.start..).step_by(HEADER as usize).zip(bytes.as_chunks::<{ HEADER as usize }>().0) {
+            if let Some(h) = record::parse(h, at)
+                && (incarnation..=anchor.incarnation).contains(&h.incarnation)
+                && h.durable > end
+            {
+                return Err(BlockError::corrupt(format!(
+                    "the replication store is damaged at offset {}: a record there was durable before the one at offset {} \
+                     was written, and is not whole; what was committed after it is lost",
+                    place(end),
+                    place(at)
+                )));
             }
         }
         Ok(())

@@ -132,12 +132,15 @@ pub(crate) struct Header {
 
 /// The header at place `lsn`, if there is one.
 pub(crate) fn parse(bytes: &[u8], lsn: u64) -> Option<Header> {
+    if !bytes.starts_with(&MAGIC.to_le_bytes()) {
+        return None;
+    }
     let h: [u8; HEADER as usize] = bytes.try_into().ok()?;
     let n64 = |at: usize| h.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_le_bytes);
     let n32 = |at: usize| h.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
     let mut plain = h;
     plain[8..12].fill(0);
-    if n32(0)? != MAGIC || crc32c::crc32c(&plain) != n32(8)? || n64(24)? != lsn {
+    if crc32c::crc32c(&plain) != n32(8)? || n64(24)? != lsn {
         return None;
     }
     Some(Header {

@@ -13,8 +13,8 @@ pub const MAX_PAYLOAD: usize = 1 << 20;
 /// First bytes of a frame.
 pub(super) const MAGIC: u32 = u32::from_le_bytes(*b"lbR1");
 /// Version of the layout of frames and of what is in them; both sides have the same. Place and width of it, and of the magic before it, never change.
-/// 2: a WELCOME names the places in doubt. 3: RESIZE, and lengths in HELLO that a secondary follows.
-pub(super) const VERSION: u8 = 3;
+/// 2: a WELCOME names the places in doubt. 3: RESIZE, and lengths in HELLO that a secondary follows. 4: HASH is of BLAKE3.
+pub(super) const VERSION: u8 = 4;
 /// A type that the receiver does not know is skipped if the frame has this flag; without it, it ends the session.
 pub(super) const IGNORABLE: u16 = 0x8000;
 /// The change is part of a catch-up: it has the place of the last change of the group and no number of its own.
