@@ -442,7 +442,8 @@ impl Reader<'_> {
     async fn check_part(&mut self, part: Span, end: u64, anchor: &Anchor, incarnation: u64) -> Result<()> {
         let place = |at: u64| RING_START + at % anchor.ring;
         let bytes = self.bytes(Span::new(place(part.start), part.len)).await?.contiguous();
-        for (at, h) in (part.start..).step_by(HEADER as usize).zip(bytes.as_chunks::<{ HEADER as usize }>().0) {
+        for (at, h) in (part.start..).step_by(HEADER as usize).zip(bytes.as_chunks::<{ HEADER as usize }>().0)
+        {
             if let Some(h) = record::parse(h, at)
                 && (incarnation..=anchor.incarnation).contains(&h.incarnation)
                 && h.durable > end
