@@ -10,12 +10,14 @@
 use crate::bugs::{Bug, planted};
 use crate::check::{CheckTask, MAX_ZERO_CHECK, zeroes_ahead};
 use crate::first::ASK;
-use crate::piece::{Ended, FlushTask, Outcome, PieceTask, Shared, Turns};
+use crate::piece::{Beside, Ended, FlushTask, Outcome, PieceTask, Shared, Turns};
 use crate::policy::{Action, Control, Next, Policy, Side, Standing};
 use crate::proof::Proof;
 use crate::ranges::Owner;
 use crate::status::status;
-use crate::window::{MAX_CHECKS, MAX_IN_FLIGHT_GUEST, MAX_PIECE, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window};
+use crate::window::{
+    MAX_BESIDE_GUEST, MAX_CHECKS, MAX_IN_FLIGHT_GUEST, MAX_PIECE, MAX_ZERO_PIECE, OFFLOAD_LEAST, Window,
+};
 use crate::work::Work;
 use block::{BlockError, Extent, Kind, ReqFlags, Result, Span};
 use env::TaskHandle;
@@ -123,6 +125,7 @@ impl Engine {
                 policy,
                 control: control.clone(),
                 offload: Cell::new(offload),
+                beside: Cell::new(0),
                 tells_hashes: Cell::new(true),
                 turns: Turns::new(),
                 resting: Cell::new(false),
@@ -389,11 +392,21 @@ impl Engine {
             return compares.map_or(Err(None), |p| self.start_check(&p, now, active));
         }
         let dirty = work.dirty_bytes();
-        let most = self.window.piece(dirty, active);
         let urgent = work.urgent.take();
         if let Some(urgent) = urgent {
             self.cursor = urgent;
         }
+        let short = self.window.piece(dirty, active);
+        // somebody waits for what is urgent
+        let hurried = active
+            && urgent.is_none()
+            && self.shared.offload.get()
+            && self.shared.beside.get() < MAX_BESIDE_GUEST
+            && self.shared.policy.hurries();
+        let most = match hurried {
+            true => self.window.piece(dirty, false).min(OFFLOAD_LEAST).max(short),
+            false => short,
+        };
         if self.ask_ahead(dirty, most) && urgent.is_none() {
             return Err(None);
         }
@@ -402,15 +415,22 @@ impl Engine {
             Found::Piece(at) => (at, false),
             Found::Contended(at) => (at, true),
         };
+        let hurried = hurried && self.data_ahead(at);
+        let at = match most > short && !hurried && self.zero_ahead(at.start).is_none() {
+            true => at.split_at(short).0,
+            false => at,
+        };
         // far from in sync pieces are as large as they may be, which is one granule if a guest is active
         let far = dirty >= 16 * MAX_PIECE;
         let bulk = !waits && (at.len > work.granularity() || far);
         let lock = work.locks.request(at, Owner::Copy { bulk });
         self.window.pay(at.len.min(most), now);
         // While a guest is active, short copies in turn with its requests are done sooner than those of a helper thread
-        // that has to get a processor first, and hold the guest up no longer.
-        let data = (!active || self.shared.shares()) && self.data_ahead(at);
-        let task = PieceTask::new(self.shared.clone(), at, data, lock, self.outcomes.clone());
+        // that has to get a processor first, and hold the guest up no longer. But where its requests cost more until all is copied,
+        // one such thread beside them gets there in less than half the time.
+        let data = (!active || hurried || self.shared.shares()) && self.data_ahead(at);
+        let beside = hurried.then(|| Beside::new(&self.shared));
+        let task = PieceTask::new(self.shared.clone(), at, data, beside, lock, self.outcomes.clone());
         self.tasks.retain(|t| !t.is_done());
         self.tasks.push(work.env.spawn("copy", task.run()));
         self.cursor = at.end();

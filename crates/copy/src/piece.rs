@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) control: Rc<dyn Control>,
     /// Whether the host may be able to copy between the two by itself; false once it said that it cannot.
     pub(crate) offload: Cell<bool>,
+    /// Copies in flight that are left to the host although a guest is active.
+    pub(crate) beside: Cell<u32>,
     /// Whether the target may tell hashes of what it holds; false once it did not.
     pub(crate) tells_hashes: Cell<bool>,
     pub(crate) turns: Turns,
@@ -127,6 +129,8 @@ pub(crate) struct Ended {
 /// A copy about to run. Counts as in flight from its making on.
 pub(crate) struct PieceTask {
     slot: Slot,
+    /// It is one of those that are left to the host beside a guest.
+    beside: Option<Beside>,
     at: Span,
     /// The source was found to hold data throughout: no need to ask again.
     data: bool,
@@ -138,6 +142,22 @@ pub(crate) struct PieceTask {
 struct Slot {
     shared: Rc<Shared>,
     counted: bool,
+}
+
+/// Counts in [`Shared::beside`]; no longer on drop.
+pub(crate) struct Beside(Rc<Shared>);
+
+impl Beside {
+    pub(crate) fn new(shared: &Rc<Shared>) -> Beside {
+        shared.beside.set(shared.beside.get() + 1);
+        Beside(shared.clone())
+    }
+}
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        self.0.beside.set(self.0.beside.get() - 1);
+    }
 }
 
 /// A flush of the target while copies go on. Counts as one of them.
@@ -216,6 +236,7 @@ impl PieceTask {
         shared: Rc<Shared>,
         at: Span,
         data: bool,
+        beside: Option<Beside>,
         lock: RangeTicket,
         outcomes: Rc<Queue<Ended>>,
     ) -> PieceTask {
@@ -223,12 +244,12 @@ impl PieceTask {
         if counted {
             shared.work.copies.set(shared.work.copies.get() + 1);
         }
-        PieceTask { slot: Slot { shared, counted }, at, data, lock, outcomes }
+        PieceTask { slot: Slot { shared, counted }, beside, at, data, lock, outcomes }
     }
 
     /// Runs it; the outcome goes to the queue.
     pub(crate) async fn run(self) {
-        let PieceTask { mut slot, at, data, mut lock, outcomes } = self;
+        let PieceTask { mut slot, beside, at, data, mut lock, outcomes } = self;
         let shared = slot.shared.clone();
         lock.held().await;
         if !slot.counted {
@@ -248,7 +269,7 @@ impl PieceTask {
                 Err((side, error)) => Outcome::Failed(side, error, at),
             }
         };
-        drop(lock);
+        drop((lock, beside));
         let took = shared.work.env.now().saturating_sub(begun);
         // the outcome first, then the slot: whoever sees no copies in flight has all their outcomes
         outcomes.push(Ended { outcome, took });

@@ -96,6 +96,11 @@ pub trait Policy {
     fn discard_source(&self) -> bool {
         false
     }
+    /// Whether guests pay for each request until all is copied (they write to both sides), and so are better served by a copy that is done
+    /// soon: beside what is copied in turn with their requests, the host copies some by itself.
+    fn hurries(&self) -> bool {
+        false
+    }
     /// Whether source and target are compared now, where there is something to compare.
     fn compares(&self) -> bool {
         true

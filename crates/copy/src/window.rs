@@ -22,6 +22,9 @@ pub(crate) const OFFLOAD_LEAST: u64 = 256 << 10;
 pub const MAX_IN_FLIGHT: u32 = 16;
 /// Most copies in flight while a guest is active and copies are quick, that is: cost the thread and not waiting.
 pub(crate) const MAX_IN_FLIGHT_GUEST: u32 = 8;
+/// Most copies in flight that are left to the host while a guest is active ([`crate::Policy::hurries`]), beside those above. More of them
+/// gain nothing, and hold the locks of files that the guest's requests need, too.
+pub(crate) const MAX_BESIDE_GUEST: u32 = 1;
 /// Most comparisons in flight, and copies beside them, where they are quick: what is compared passes through memory three times, and
 /// few buffers, used again and again, stay near the processor.
 pub(crate) const MAX_CHECKS: u32 = 4;

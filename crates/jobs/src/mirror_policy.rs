@@ -177,6 +177,10 @@ impl Policy for MirrorPolicy {
             && matches!(self.phase.get(), Phase::Copying | Phase::Proving | Phase::Following)
     }
 
+    fn hurries(&self) -> bool {
+        self.mode.get() != CopyMode::Background && !self.is_cut_off()
+    }
+
     fn look<'a>(&'a self, source: &'a Edge, at: Span) -> Option<Io<'a, Vec<Extent>>> {
         let base = self.base.as_ref()?;
         Some(Box::pin(chain::held_above(source, at, base)))

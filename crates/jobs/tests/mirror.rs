@@ -590,3 +590,32 @@ fn a_convergence_policy_gets_a_busy_disk_in_sync() {
         });
     }
 }
+
+/// Where each write goes to both sides, the host copies beside a client that is busy; else clients go first.
+#[test]
+fn the_host_copies_beside_a_client_that_writes_to_both_sides() {
+    for mode in [CopyMode::Background, CopyMode::WriteBlocking, CopyMode::ReadWriteBlocking] {
+        simulate_len(17, 16 << 20, 16 << 20, move |w| async move {
+            w.source.put(0, &vec![7; 16 << 20], true);
+            w.source.can_copy.set(true);
+            let client = w.clone();
+            let task = w.env.spawn("client", async move {
+                for i in 0u64.. {
+                    let at = i.wrapping_mul(0x9e37_79b9) % 4096 * 4096;
+                    client.write(at, 4096, i as u8).await.unwrap();
+                }
+            });
+            let job = w.mirror(|a| a.copy_mode = mode).await.unwrap();
+            // until the engine knows that somebody is there
+            w.env.sleep(Duration::from_millis(5)).await;
+            let before = w.source.host_copied.get();
+            job.reached(State::Ready).await;
+            let beside = w.source.host_copied.get() - before;
+            assert_eq!(beside > 1 << 20, mode != CopyMode::Background, "{mode:?}: {beside}");
+            task.cancel();
+            w.registry.complete(&job).unwrap();
+            job.concluded().await;
+            assert!(w.equal());
+        });
+    }
+}

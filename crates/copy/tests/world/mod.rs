@@ -10,7 +10,7 @@ use copy::digest::DiskDigest;
 use copy::{Action, Control, Mismatch, Next, OnError, OnWrite, Policy, Side, Standing};
 use env::Env;
 use env::sync::Notify;
-use graph::{Demand, Edge, Graph, Node, NodeDetails, NodeOptions, Parent, Perms, Role};
+use graph::{Demand, Edge, Graph, Node, NodeCell, NodeDetails, NodeOptions, Parent, Perms, Role};
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
@@ -36,6 +36,9 @@ pub struct Mem {
     pub written: Cell<u64>,
     pub read_bytes: Cell<u64>,
     pub flushes: Cell<u64>,
+    /// Whether the host can copy from here to another of these disks by itself, and the bytes that it has.
+    pub can_copy: Cell<bool>,
+    pub host_copied: Cell<u64>,
     /// Writes (and zeroes) in flight.
     pub busy: Cell<u32>,
 }
@@ -58,6 +61,8 @@ impl Mem {
             written: Cell::new(0),
             read_bytes: Cell::new(0),
             flushes: Cell::new(0),
+            can_copy: Cell::new(false),
+            host_copied: Cell::new(0),
             busy: Cell::new(0),
         })
     }
@@ -134,6 +139,17 @@ impl Node for Mem {
     }
     fn wants(&self, _: &Edge, above: Demand, _: bool) -> Demand {
         above
+    }
+    fn copy_to<'a>(&'a self, at: Span, to: &'a NodeCell, to_offset: u64) -> Io<'a, u64> {
+        Box::pin(async move {
+            let Some(to) = to.node().as_any().downcast_ref::<Mem>().filter(|_| self.can_copy.get()) else {
+                return Err(BlockError::unsupported("no copy offload"));
+            };
+            let data = self.read(at).await?;
+            to.change(Span::new(to_offset, at.len), data.to_vec(), true).await?;
+            self.host_copied.set(self.host_copied.get() + at.len);
+            Ok(at.len)
+        })
     }
     fn read(&self, at: Span) -> Io<'_, Data> {
         Box::pin(async move {
