@@ -153,11 +153,13 @@ impl Host {
         self.c.command("query-replication", json!({"group": "g"})).unwrap()[0].clone()
     }
 
-    /// Waits until the primary counts so many secondaries as copies.
+    /// Waits until the primary counts so many secondaries as copies. Who was handed the group over is told so before it acts as
+    /// the primary: until then it names no peers.
     fn until_running(&mut self, count: usize) {
         until(|| {
-            let peers = self.info()["peers"].as_array().unwrap().clone();
-            peers.iter().filter(|p| p["state"] == "running").count() == count
+            let info = self.info();
+            let peers = info["peers"].as_array().into_iter().flatten();
+            peers.filter(|p| p["state"] == "running").count() == count
         });
     }
 
