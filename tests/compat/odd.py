@@ -17,7 +17,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from replay import clean, differences  # noqa: E402
 from schema import CUT, compat, told  # noqa: E402
-from twins import REFERENCE, Side  # noqa: E402
+from twins import REFERENCE, SILENT, Side  # noqa: E402
 
 # (what the request contains, what a difference contains, why it may differ)
 KNOWN = [
@@ -268,11 +268,11 @@ def main():
             sent += 1
             if options.verbose:
                 print(command, text[:300], json.dumps(want)[:200], json.dumps(got)[:200], sep="\n    ")
-            if want == "no reply":
+            if want == SILENT:
                 print(f"QSD ends: {command} {text[:300]}: {both.sides[0].process.poll()}")
                 both.begin()
                 continue
-            if got == "no reply":
+            if got == SILENT:
                 print(f"no reply: {command} {text[:300]}: {both.sides[1].process.poll()}")
                 different += 1
                 both.begin()

@@ -36,6 +36,9 @@ REPLY_LIMIT = 90.0  # seconds for a reply: a busy machine is no difference
 PASSING = 0.1  # seconds: a job may pass through states in which others wait
 REST = 1.0  # seconds without progress after which a job waits for clients
 SETTLE_LIMIT = 10.0  # seconds in which jobs come to rest
+STORM_LIMIT = 10.0  # seconds after which no more events are taken at once
+ATTEMPTS = 3  # at a scene in which the reference dies, falls silent or says something else than before
+SILENT = "no reply"
 STILL = ("ready", "standby", "paused", "pending", "waiting", "concluded")
 
 
@@ -61,6 +64,16 @@ class Side:
 
     def __init__(self, daemon):
         self.reference = os.path.basename(daemon) == REFERENCE
+        for _ in range(ATTEMPTS):
+            said = self.start(daemon)
+            if not self.reference or isinstance(said, dict) and "return" in said:
+                break
+            self.clear()  # the reference mishears even that now and then
+        self.mark = 0  # events before the last command
+        self.asked = []  # jobs that the scene paused, with the number of events before
+
+    def start(self, daemon):
+        """What it says to `qmp_capabilities`."""
         self.number = 0  # of the last command
         self.dir = tempfile.mkdtemp(prefix="twins-")
         socket = os.path.join(self.dir, "qmp.sock")
@@ -69,9 +82,7 @@ class Side:
         self.process = subprocess.Popen(words, cwd=self.dir, stdout=self.log, stderr=self.log)
         self.connection = Connection(socket)
         self.connection.wait(lambda: self.connection.replies, 60)
-        self.ask("qmp_capabilities", {})
-        self.mark = 0  # events before the last command
-        self.asked = []  # jobs that the scene paused, with the number of events before
+        return self.ask("qmp_capabilities", {})
 
     def ask(self, name, arguments):
         """The reply to a command. It is known by its number: the reference answers a good command with a parse error now and then,
@@ -82,7 +93,13 @@ class Side:
         self.connection.send((json.dumps({"execute": name, "arguments": arguments, "id": number}) + "\n").encode())
         self.connection.wait(lambda: any(map(is_it, self.connection.replies[seen:])), REPLY_LIMIT)
         reply = next(filter(is_it, self.connection.replies[seen:]), None)
-        return "no reply" if reply is None else {k: v for k, v in reply.items() if k != "id"}
+        return SILENT if reply is None else {k: v for k, v in reply.items() if k != "id"}
+
+    def drain(self, quiet):
+        """Takes what comes until nothing does for `quiet` seconds."""
+        deadline = time.monotonic() + STORM_LIMIT
+        while time.monotonic() < deadline and self.connection.poll(quiet):
+            pass
 
     def step(self, line):
         line = line.replace("DIR", self.dir).replace("SRC", os.path.dirname(os.path.abspath(__file__)))
@@ -92,8 +109,7 @@ class Side:
             waits = not line.startswith(">>")
             if waits:
                 self.connection.wait(lambda: len(self.connection.replies) > seen or self.connection.closed, QUIET)
-                while self.connection.poll(QUIET):
-                    pass
+                self.drain(QUIET)
             said = self.connection.replies[seen:] + (["closed"] if self.connection.closed else []) if waits else []
         elif line.startswith("<"):
             said = self.scrap(json.loads(line[1:]).encode("latin-1"))
@@ -108,8 +124,7 @@ class Side:
         else:
             name, _, arguments = line.partition(" ")
             arguments = json.loads(arguments or "{}")
-            while self.connection.poll(0):
-                pass
+            self.drain(0)
             self.mark = len(self.connection.events)
             said = self.ask(name, arguments)
             if name in ("job-pause", "block-job-pause") and "return" in said:
@@ -121,7 +136,8 @@ class Side:
         seen, last = len(self.connection.replies), "the end"
         # a byte that is no character begins the parser anew
         self.connection.send(text + b"\xff\n" + json.dumps({"execute": "query-version", "id": last}).encode() + b"\n")
-        self.connection.wait(lambda: any(r.get("id") == last for r in self.connection.replies[seen:]) or self.connection.closed, REPLY_LIMIT)
+        if not self.connection.wait(lambda: any(r.get("id") == last for r in self.connection.replies[seen:]) or self.connection.closed, REPLY_LIMIT):
+            return SILENT
         said = self.connection.replies[seen:] + (["closed"] if self.connection.closed else [])
         return [r for r in said if r == "closed" or r.get("id") != last]
 
@@ -142,6 +158,8 @@ class Side:
         deadline, since, last = time.monotonic() + SETTLE_LIMIT, time.monotonic(), None
         while True:
             jobs = self.ask("query-jobs", {})
+            if jobs == SILENT:
+                return SILENT
             jobs = jobs.get("return", []) if isinstance(jobs, dict) else []
             now = time.monotonic()
             if jobs != last:
@@ -224,11 +242,12 @@ def parted(theirs, ours):
 
 
 def play(lines, daemon, verbose, may=None):
-    """The differences in a scene, and the exit status of the reference. `may`: says of a line and a difference whether that may be; the
-    scene then ends where one may do what the other refuses."""
-    problems, reason, known, last = [], None, [], []
+    """The differences in a scene, how the reference ended (its exit status, or `SILENT`), and what we said. `may`: says of a line and a
+    difference whether that may be; the scene then ends where one may do what the other refuses."""
+    problems, reason, known, last, told = [], None, [], [], []
 
     def found_in(line, want, got):
+        told.append((line, got))
         return [d for d in compared(known, want, got) if not (may and may(line, d))]
 
     theirs, ours = Side(REFERENCE), Side(daemon)
@@ -250,9 +269,13 @@ def play(lines, daemon, verbose, may=None):
             if found and not reason:
                 problems.append(f"line {number}: {line[:200]}")
                 problems += ["    " + d for d in found]
+            if SILENT in (want, got):
+                # who has no answer once has none to what follows, and each would be waited for
+                problems.append(f"line {number}: no reply: {line[:200]}")
+                return problems, SILENT if want == SILENT else theirs.quit()[0], told
             reason = None
             if may and not found and parted(want, got):
-                return problems, 0
+                return problems, 0, told
         want = theirs.events()
         ours.connection.wait(lambda: sum(map(len, ours.events().values())) >= sum(map(len, want.values())), EVENT_LIMIT)
         got = ours.events()
@@ -266,23 +289,30 @@ def play(lines, daemon, verbose, may=None):
             problems += [f"line {number}: {line[:200]}"] + ["    " + d for d in found] if found else []
     finally:
         theirs.clear(), ours.clear()
-    return problems, their_code
+    return problems, their_code, told
 
 
-ATTEMPTS = 3  # at a scene in which the reference dies
-
-
-def fairly(lines, daemon, verbose):
-    """What differs in a scene; it is played again if that is so and the reference has died, as it does now and then after it has
-    answered a good command with a parse error (seen in bitmaps.txt)."""
+def fairly(lines, daemon, verbose, may=None):
+    """What differs in a scene, and how the reference ended. The reference mishears good commands now and then (it answers with a parse
+    error), falls silent for good, or dies, on any line and mostly on a busy machine. So a scene is played again where that is so, and
+    where something differs: if it does not the second time, and we say what we said the first, then it was the reference."""
+    first = None
     for _ in range(ATTEMPTS):
-        problems, code = play(lines, daemon, verbose)
-        if not problems or not isinstance(code, int) or code >= 0:
-            return problems
-        print(f"  the reference died of signal {-code}: played again")
-    return problems
+        problems, code, told = play(lines, daemon, verbose, may)
+        if problems and (code == SILENT or isinstance(code, int) and code < 0):
+            print(f"  the reference {'fell silent' if code == SILENT else f'died of signal {-code}'}: played again", flush=True)
+        elif first:
+            excused = not problems and all(a == b for a, b in zip(first[1], told))
+            if excused:
+                print(f"  the reference said something else when asked again: {first[0][:2]}", flush=True)
+            return [] if excused else first[0], code
+        elif not problems:
+            return problems, code
+        else:
+            first = problems, told
+    return problems, code
 
 
 if __name__ == "__main__":
     every = lambda paths: (scene for path in paths for scene in scenes(path))  # noqa: E731
-    sys.exit(report(__doc__, "scenes", every, lambda lines, o: fairly(lines, o.daemon, o.verbose)))
+    sys.exit(report(__doc__, "scenes", every, lambda lines, o: fairly(lines, o.daemon, o.verbose)[0]))

@@ -7,7 +7,7 @@ A seed and a kind name a scene (see twins.py). Kinds (in wandering/; without --k
 clients), `graphs` (nodes of every driver, reopened and rebuilt), `objects` (objects, the NBD server, all kinds of exports, character devices), `creation`
 (images that are made, and found by what headers say), `wire` (what is not quite a command). Names are from small sets, so that they meet. Most arguments
 make sense, some do not. When daemons have ended, the images are compared. A scene that differs is cut down to the lines
-that matter, and printed. What may differ is in KNOWN, each with its reason (and in docs/compat.md). A scene that crashes or hangs the reference says nothing.
+that matter, and printed. What may differ is in KNOWN, each with its reason (and in docs/compat.md). A scene that crashes the reference says nothing.
 Exit status 0: nothing differs.
 """
 import argparse
@@ -18,7 +18,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from schema import CUT  # noqa: E402
-from twins import play  # noqa: E402
+from twins import fairly  # noqa: E402
 from wandering.chains import Chains  # noqa: E402
 from wandering.creation import Creation  # noqa: E402
 from wandering.graphs import Graphs  # noqa: E402
@@ -104,7 +104,7 @@ def may(line, difference):
 def run(lines, options):
     numbered = list(enumerate(lines, 1))
     try:
-        return play(numbered, options.daemon, options.verbose, may)
+        return fairly(numbered, options.daemon, options.verbose, may)
     except Exception as e:  # noqa: BLE001: a hanging client must not end the run
         return [f"the scene cannot be played: {e!r}"], 0
 

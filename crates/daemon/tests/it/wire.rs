@@ -13,9 +13,13 @@ pub(crate) fn python() -> Command {
     Command::new(if own.exists() { own } else { "python3".into() })
 }
 
+/// Runs a script of tests/compat. It ends what does not answer; should it hang itself, it is told to say where, and killed.
 pub(crate) fn compare(script: &str, more: &[String]) {
     let compat = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/compat");
-    let out = python()
+    let out = Command::new("timeout")
+        .args(["--signal=ABRT", "--kill-after=10", HANGS])
+        .arg(python().get_program())
+        .args(["-X", "faulthandler"])
         .arg(compat.join(script))
         .args(["--daemon", env!("CARGO_BIN_EXE_liveblkd")])
         .args(more)
@@ -29,6 +33,9 @@ pub(crate) fn compare(script: &str, more: &[String]) {
         String::from_utf8_lossy(&out.stderr)
     );
 }
+
+/// Seconds, many times what the longest script takes, after which one hangs.
+const HANGS: &str = "1200";
 
 /// Replays transcripts of qemu-storage-daemon 10.0.2 (tests/compat/replay.py says what is compared).
 fn replay(names: &[&str]) {
