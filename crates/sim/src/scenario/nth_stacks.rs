@@ -33,7 +33,17 @@ pub(super) const CHAIN: Stack = Stack {
     ],
 };
 
-/// The same with tables so small that they are made and changed all the time, over a raw base.
+/// The guest writes to the middle one; what is over it shows the same.
+pub(super) const WRITTEN_BELOW: Stack = Stack {
+    disk: "mid",
+    layers: &[
+        qcow2("base", 4096, None, SPREAD),
+        qcow2("mid", 4096, Some("base"), &[(30, 60), (300, 50)]),
+        qcow2("top", 4096, Some("mid"), &[]),
+    ],
+};
+
+/// [`CHAIN`] with tables so small that they are made and changed all the time, over a raw base.
 pub(super) const SMALL: Stack = Stack {
     disk: "top",
     layers: &[

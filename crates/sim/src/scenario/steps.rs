@@ -8,7 +8,7 @@
 //! makes them agree, and says so. In the end what was acknowledged is done: the disk is stored as after a run without a crash, no
 //! image is corrupt, none is left that was to be deleted, and the disk reads the same by headers alone. A seed is one case.
 
-use super::nth::{Finish, Script, Step, Written, all_of, connect, node, opened, write_layers};
+use super::nth::{Finish, Layer, Script, Stack, Step, Written, all_of, connect, node, opened, write_layers};
 use super::plan::check_qcow2;
 use super::steps_table::SCRIPTS;
 use crate::boot::Booted;
@@ -103,7 +103,12 @@ pub fn case(seed: u64, verbose: bool) -> Outcome {
         play.crash(moment, how, kind).await;
     });
     let found = left.take();
-    if let (None, Some((images, disk))) = (&outcome.violation, found) {
+    let (images, disks) = found.unwrap_or_default();
+    for disk in disks {
+        if outcome.violation.is_some() {
+            break;
+        }
+        let (images, prepared) = (images.clone(), prepared.clone());
         let second =
             World::play(SEED, verbose, |w| async move { by_headers(&w, images, &disk, &prepared).await });
         outcome.violation = second.violation.map(|v| format!("by headers, as the crash left them: {v}"));
@@ -138,8 +143,8 @@ fn prepared(script: usize) -> Result<Rc<Prepared>, String> {
     Ok(all)
 }
 
-/// What a crash left: all files, and which one is the disk by the records.
-type Left = (Vec<(String, Image)>, Disk);
+/// What a crash left: all files, which one is the disk by the records, and what lies over it.
+type Left = (Vec<(String, Image)>, Vec<Disk>);
 
 /// The file of an image that is called `name`: where headers say another chain than the daemon has, the name says both.
 fn own_file(name: &str) -> String {
@@ -153,6 +158,13 @@ fn own_file(name: &str) -> String {
 struct Disk {
     driver: String,
     file: String,
+}
+
+/// Images over the disk of `stack` which hold nothing of their own: they read as it does.
+fn over(stack: &Stack) -> impl Iterator<Item = Disk> {
+    let alike = |l: &&Layer| l.open && l.written.is_empty() && l.over == Some(stack.disk);
+    let image = |l: &Layer| Disk { driver: "qcow2".into(), file: format!("/{}.img", l.name) };
+    stack.layers.iter().filter(alike).map(image)
 }
 
 /// Opens the disk by its header alone, in a world without records.
@@ -380,7 +392,8 @@ impl Play {
         if agree.is_err() {
             self.world.count("headers ahead of the records", 1);
         }
-        *self.left.borrow_mut() = Some((left, disk));
+        let disks = [disk].into_iter().chain(over(self.script.on)).collect();
+        *self.left.borrow_mut() = Some((left, disks));
         if jobs == json!([]) {
             // a job that is pending holds clients until it is finalized
             self.read("after the restart").await;
@@ -425,6 +438,17 @@ impl Play {
             }
             image = below;
         }
+        for above in over(self.script.on) {
+            let all = nodes.as_array().into_iter().flatten();
+            let node = all.filter(|n| n["drv"] == "qcow2" && own_file(&text(&n["file"])) == above.file);
+            let mut below =
+                node.map(|n| (&n["image"]["backing-filename"], &n["image"]["backing-image"]["filename"]));
+            if let Some((said, is)) = below.find(|(said, is)| said != is)
+                && agree.is_ok()
+            {
+                agree = Err(format!("{} says {said}, and {is} is below it", above.file));
+            }
+        }
         Ok((disk, chain, agree))
     }
 
@@ -449,13 +473,16 @@ impl Play {
         if self.world.verdict().is_bad() {
             return None;
         }
-        let daemon = Booted::start(&self.world).await?;
-        let node = json!({"driver": disk.driver, "node-name": "n", "file": {"driver": "file", "filename": disk.file}});
-        if let Some(d) = opened(&self.world, &daemon, &self.outside, node).await {
-            compare(&self.world, &self.prepared, &all_of(&self.world, &*d).await, "at rest");
-            d.disconnect();
+        for disk in [disk].into_iter().chain(over(self.script.on)) {
+            let daemon = Booted::start(&self.world).await?;
+            let node = json!({"driver": disk.driver, "node-name": "n", "file": {"driver": "file", "filename": disk.file}});
+            if let Some(d) = opened(&self.world, &daemon, &self.outside, node).await {
+                let found = all_of(&self.world, &*d).await;
+                compare(&self.world, &self.prepared, &found, &format!("{} at rest", disk.file));
+                d.disconnect();
+            }
+            daemon.quit(&self.world, &self.outside).await;
         }
-        daemon.quit(&self.world, &self.outside).await;
         (!self.world.verdict().is_bad()).then_some(chain)
     }
 }

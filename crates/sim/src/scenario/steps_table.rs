@@ -3,7 +3,7 @@
 use super::nth::{Finish, Script, Step};
 use super::nth_stacks::{
     BESIDE, CHAIN, CHAIN_AND_EMPTY, CHAIN_OF_FOUR, QCOW2_TO_RAW, QCOW2_TO_SMALL, RAW_TO_QCOW2, SMALL,
-    TWO_AND_EMPTY,
+    TWO_AND_EMPTY, WRITTEN_BELOW,
 };
 use super::nth_table::{commit, job, mirror, stream};
 use serde_json::{Value, json};
@@ -137,5 +137,13 @@ pub(crate) const SCRIPTS: &[Script] = &[
                 Finish::Complete,
             ),
         ],
+    },
+    Script {
+        name: "commit the middle, which somebody writes to, images deleted",
+        on: &WRITTEN_BELOW,
+        steps: &[commit(
+            || json!({"top-node": "mid", "base-node": "base", "delete-images": true}),
+            Finish::Complete,
+        )],
     },
 ];
