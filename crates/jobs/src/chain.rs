@@ -131,11 +131,12 @@ impl Made {
     }
 }
 
-/// Nodes that were turned read-write for a job.
+/// Nodes that are turned read-write for a job. As long as they are, records have them as they were: a later life opens them so.
 #[derive(Default)]
 pub(crate) struct Turned(RefCell<Vec<Rc<NodeCell>>>);
 
 impl Turned {
+    /// Takes note of nodes that are about to be turned, whether that succeeds or not.
     pub(crate) fn note(&self, nodes: Vec<Rc<NodeCell>>) {
         nodes.iter().for_each(|n| n.lend(true));
         self.0.borrow_mut().extend(nodes);
@@ -154,10 +155,12 @@ impl Turned {
     /// is nobody to tell, and nothing is lost by it.
     pub(crate) async fn back(&self, graph: &Graph) {
         // One after the other: an image writes to its file when it turns, so the file cannot be closed to it meanwhile.
-        for node in self.0.take().into_iter().rev() {
-            node.lend(false);
-            let _ = graph.apply(turning(Plan::new(), std::slice::from_ref(&node), false)).await;
+        let nodes = self.0.take();
+        for node in nodes.iter().rev() {
+            let _ = graph.apply(turning(Plan::new(), std::slice::from_ref(node), false)).await;
         }
+        // not one by one: who records meanwhile would have an image open for writing over a file that is not
+        nodes.iter().for_each(|n| n.lend(false));
     }
 }
 
@@ -233,8 +236,11 @@ pub(crate) async fn put(graph: &Graph, image: &Rc<NodeCell>, to: &BackingName) -
     let turned = Turned::default();
     let closed = closed_to_writing(image)?;
     if !closed.is_empty() {
-        graph.apply(turning(Plan::new(), &closed, true)).await?;
-        turned.note(closed);
+        turned.note(closed.clone());
+        if let Err(e) = graph.apply(turning(Plan::new(), &closed, true)).await {
+            turned.back(graph).await;
+            return Err(e);
+        }
     }
     let written = image.node().write_backing_name(to.name.as_deref(), to.format.as_deref()).await;
     turned.back(graph).await;

@@ -50,18 +50,13 @@ pub struct Commit {
     work: Rc<Work>,
     policy: Rc<ChainPolicy>,
     turned: Turned,
-    copying: RefCell<Option<Copying>>,
+    /// The job's own users of top and base, for as long as it copies.
+    source: RefCell<Option<Rc<Edge>>>,
+    target: RefCell<Option<Rc<Edge>>>,
     hold: RefCell<Option<Hold>>,
     /// Whose files are to go when they have left.
     leavers: RefCell<Option<Rc<Leavers>>>,
     made: Made,
-}
-
-/// The job's own users of top and base: for as long as it copies.
-#[derive(Clone)]
-struct Copying {
-    source: Rc<Edge>,
-    target: Rc<Edge>,
 }
 
 /// What the job has of the graph, until it is dismissed.
@@ -107,6 +102,7 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
     let options =
         NodeOptions { name: args.filter_node_name.clone(), read_only: true, ..NodeOptions::default() };
     let filter = graph.add(options, CommitTop::new(below)).await?;
+    let turned = Turned::default();
     let made = async {
         let mut edges =
             vec![graph.attach_exact(&device, "main node", Role::Root, job(), Demand::NOTHING).await?];
@@ -131,19 +127,19 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
         if let Some(rules) = args.verify.rules(graph.env()) {
             work.set_proof(Rc::new(Proof::new(work.len(), rules)?));
         }
+        turned.note(closed.clone());
         graph.apply(plan).await?;
-        Ok((edges, Copying { source, target }, work))
+        Ok((edges, source, target, work))
     };
-    let (edges, copying, work) = match made.await {
+    let (edges, source, target, work) = match made.await {
         Ok(made) => made,
         Err(e) => {
             // never used by anybody, so nobody else takes it away
             let _ = graph.remove(&filter).await;
+            turned.back(graph).await;
             return Err(e);
         }
     };
-    let turned = Turned::default();
-    turned.note(closed);
     let leavers = args.delete_images.then(|| Rc::new(Leavers::note(of, &between)));
     Ok(Rc::new(Commit {
         leavers: RefCell::new(leavers),
@@ -157,14 +153,16 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
         filter,
         work,
         turned,
-        copying: RefCell::new(Some(copying)),
+        source: RefCell::new(Some(source)),
+        target: RefCell::new(Some(target)),
         hold: RefCell::new(Some(Hold { _edges: edges, _blockers: blockers })),
     }))
 }
 
 impl Commit {
     async fn work_on(&self, job: &Rc<Job>) -> Result<()> {
-        let Some(Copying { source, target }) = self.copying.borrow().clone() else { return Ok(()) };
+        let (source, target) = (self.source.borrow().clone(), self.target.borrow().clone());
+        let (Some(source), Some(target)) = (source, target) else { return Ok(()) };
         let tail = chain::hidden_tail(&self.graph, &self.top, &self.filter, &target);
         self.work.depend_on(graph::links_below(&self.base, false))?;
         chain::grow(&self.graph, &self.base, &target, self.top.node().len()).await?;
@@ -209,6 +207,8 @@ impl Commit {
 
     async fn leave_chain(&self) -> Result<()> {
         Leavers::delete_too_early(&self.leavers, &self.graph).await;
+        // nobody copies any more; an image that the job still read from would be recorded as in use, and a later life would keep it
+        self.source.take();
         let name =
             BackingName::of(&self.base, self.args.backing_file.as_deref(), self.args.backing_mask_protocol)
                 .await?;
@@ -247,7 +247,8 @@ impl Body for Commit {
                 // Going back asks for nothing that was not granted before, so it is not refused.
                 let _ = self.graph.apply(Plan::new().then(back)).await;
             }
-            self.copying.take();
+            self.source.take();
+            self.target.take();
             if let Some(proof) = self.work.proof().filter(|_| success) {
                 // a helper thread that ends early costs the digest; that the two are equal is known without it
                 let _ = proof.seal(self.graph.env()).await;

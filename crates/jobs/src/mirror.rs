@@ -217,18 +217,21 @@ async fn build(
     let begun = bitmap.clone();
     let plan =
         plan.then(Step::At { what: Rc::new(move || begun.iter().for_each(|b| b.begin())), undo: None });
-    if let Err(e) = graph.apply(plan).await {
-        bitmap.iter().for_each(|b| b.give_back());
-        return Err(e);
-    }
-    blocked.push(filter.clone());
-    let blockers = chain::block_all(&blocked, &busy);
-    let hold = Hold { main, source: source_edge, target: target_edge, others, _blockers: blockers };
     let below = below.map(|b| {
         let turned = Turned::default();
         turned.note(b.closed);
         turned
     });
+    if let Err(e) = graph.apply(plan).await {
+        bitmap.iter().for_each(|b| b.give_back());
+        if let Some(turned) = below {
+            turned.back(graph).await;
+        }
+        return Err(e);
+    }
+    blocked.push(filter.clone());
+    let blockers = chain::block_all(&blocked, &busy);
+    let hold = Hold { main, source: source_edge, target: target_edge, others, _blockers: blockers };
     Ok(Rc::new(Mirror {
         graph: graph.clone(),
         args,
@@ -532,8 +535,8 @@ impl Mirror {
         for overlay in &overlays {
             let closed = chain::closed_to_writing(overlay)?;
             if !closed.is_empty() {
+                self.overlays.note(closed.clone());
                 self.graph.apply(chain::turning(Plan::new(), &closed, true)).await?;
-                self.overlays.note(closed);
             }
         }
         for overlay in &overlays {

@@ -159,6 +159,14 @@ impl Snapshot {
         let mut plan = Plan::new().then(Step::SetBacking { node: overlay.clone(), edge: Some(edge) });
         let point = |e: &Rc<Edge>| Step::Point { edge: e.clone(), to: overlay.clone() };
         plan.steps.extend(moved.iter().map(point));
+        if node.is_writable() {
+            // records have it read-only from then on, as it will be
+            let (below, back) = (node.clone(), node.clone());
+            plan = plan.then(Step::At {
+                what: Rc::new(move || below.lend(true)),
+                undo: Some(Rc::new(move || back.lend(false))),
+            });
+        }
         if let Overlay::Image(_) = &self.overlay {
             // it belongs to its users from then on; without any it goes
             let (users, back) = (overlay.clone(), overlay.clone());
@@ -178,6 +186,7 @@ impl Snapshot {
         let mut plan = Plan::new();
         plan.steps.extend(still.map(|e| Step::Point { edge: e.clone(), to: node.clone() }));
         plan.steps.push(Step::SetBacking { node: overlay.clone(), edge: None });
+        node.lend(false);
         // Nothing was taken from the node that its users would need now, so they get it back.
         let _ = self.graph().apply(plan).await;
         drop(moved);
@@ -192,6 +201,7 @@ impl Snapshot {
             // Where that fails (the last changes of its header cannot be written, say) it stays open for writing, with nobody
             // who may write.
             let _ = self.graph().apply(chain::turning(Plan::new(), std::slice::from_ref(&node), false)).await;
+            node.lend(false);
         }
         drop(moved);
         if ours && overlay.parents().is_empty() {

@@ -88,6 +88,10 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
     let Checked { device, image, between, base } = checked;
     let blockers = chain::block_all([&device, &image].into_iter().chain(&between), BUSY);
     let closed = chain::closed_to_writing(&image)?;
+    let work = Work::new(graph.env().clone(), device.node().len(), granularity(&image, &between))?;
+    if let Some(rules) = args.verify.rules(graph.env()) {
+        work.set_proof(Rc::new(Proof::recording(work.len(), rules)?));
+    }
     let of_job = || Parent::Job { kind: Kind::Stream.name(), id: args.job_id.clone() };
     let mut edges = vec![graph.attach_exact(&device, "active node", Role::Root, of_job(), ACTIVE).await?];
     for node in &between {
@@ -98,16 +102,18 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
     let top = MirrorTop::with(on_image.clone(), Purpose::Stream);
     let read_only = !device.is_writable();
     // the filter writes through to the image, so that has to be open for it first
-    graph.apply(chain::turning(Plan::new(), &closed, true)).await?;
     let turned = Turned::default();
-    turned.note(closed);
+    turned.note(closed.clone());
+    if let Err(e) = graph.apply(chain::turning(Plan::new(), &closed, true)).await {
+        turned.back(graph).await;
+        return Err(e);
+    }
     let options = NodeOptions {
         name: args.filter_node_name.clone(),
         discard: true,
         read_only,
         ..NodeOptions::default()
     };
-    let work = Work::new(graph.env().clone(), device.node().len(), granularity(&image, &between))?;
     let filter = match graph.add(options, top.clone()).await {
         Ok(filter) => filter,
         Err(e) => {
@@ -116,9 +122,6 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
             return Err(e);
         }
     };
-    if let Some(rules) = args.verify.rules(graph.env()) {
-        work.set_proof(Rc::new(Proof::recording(work.len(), rules)?));
-    }
     let policy = ChainPolicy::new(base, true);
     let tap = CopyTap::new(work.clone(), on_image.clone(), policy.clone(), job.clone());
     top.set_tap(Some(tap));

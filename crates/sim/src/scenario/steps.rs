@@ -4,7 +4,7 @@
 //! What must stay true, wherever it crashes and whatever of the unflushed writes, whole or torn, and of new and removed names
 //! survives: a daemon that starts on what is left has all that is recorded (no file of it was deleted or is damaged), and the disk
 //! reads as it always did (these operations change none of it); so does the image that the records name as the disk when it is
-//! opened by what its header says, before that daemon has mended anything. Headers and records agree, or the job is there again that
+//! opened by what its header says, before that daemon has mended anything, and what lies over it and holds nothing of its own. Headers and records agree, or the job is there again that
 //! makes them agree, and says so. In the end what was acknowledged is done: the disk is stored as after a run without a crash, no
 //! image is corrupt, none is left that was to be deleted, and the disk reads the same by headers alone. A seed is one case.
 
@@ -56,13 +56,30 @@ const HOW: [How; 7] = [
 /// How the disk is stored: the files from the disk's own downwards.
 type Chain = Vec<String>;
 
+/// How the disk is stored, and all that is open: driver and file of each node, and whether it is read-only.
+#[derive(Clone, Default, PartialEq, Debug)]
+struct Stored {
+    chain: Chain,
+    nodes: Vec<String>,
+}
+
+/// What a daemon shows.
+struct Seen {
+    /// The guest's disk.
+    disk: Disk,
+    stored: Stored,
+    /// Whether the headers say the same.
+    agree: Result<(), String>,
+}
+
 /// A script before it begins, and after it.
 #[derive(Clone, Default)]
 struct Prepared {
     images: Vec<(String, Image)>,
     disk: Vec<Value>,
     moments: u64,
-    after: Chain,
+    before: Stored,
+    after: Stored,
     /// Names there are afterwards.
     files: Vec<String>,
 }
@@ -153,11 +170,25 @@ fn own_file(name: &str) -> String {
         .unwrap_or_else(|| name.to_owned())
 }
 
-/// An image that is the guest's disk.
+/// An image that reads as the guest's disk: that disk itself, or what lies over it and holds nothing of its own.
 #[derive(Clone, Default, Debug)]
 struct Disk {
     driver: String,
     file: String,
+}
+
+fn text(v: &Json) -> String {
+    v.as_str().unwrap_or_default().to_owned()
+}
+
+/// Whether the header of an image (as `query-named-block-nodes` describes it) names what is below it.
+fn header_agrees(image: &Json) -> Result<(), String> {
+    let (said, is) = (text(&image["backing-filename"]), text(&image["backing-image"]["filename"]));
+    if said == is {
+        Ok(())
+    } else {
+        Err(format!("{} says '{said}', and '{is}' is below it", text(&image["filename"])))
+    }
 }
 
 /// Images over the disk of `stack` which hold nothing of their own: they read as it does.
@@ -165,6 +196,20 @@ fn over(stack: &Stack) -> impl Iterator<Item = Disk> {
     let alike = |l: &&Layer| l.open && l.written.is_empty() && l.over == Some(stack.disk);
     let image = |l: &Layer| Disk { driver: "qcow2".into(), file: format!("/{}.img", l.name) };
     stack.layers.iter().filter(alike).map(image)
+}
+
+/// How many images a script makes.
+fn snapshots(script: &Script) -> usize {
+    script.steps.iter().filter(|s| matches!(s, Step::Do("blockdev-snapshot-sync", _))).count()
+}
+
+/// Whether a script deletes images: of those that leave the chain, the ones that nobody opened by themselves.
+fn deletes(script: &Script) -> bool {
+    let asks = |step: &Step| match step {
+        Step::Job(_, usual, more, _) => super::nth::with(usual(), more())["delete-images"] == true,
+        _ => false,
+    };
+    script.steps.iter().any(asks) && (snapshots(script) > 0 || script.on.layers.iter().any(|l| !l.open))
 }
 
 /// Opens the disk by its header alone, in a world without records.
@@ -242,8 +287,8 @@ impl Play {
         self.world.verdict().violation(what);
     }
 
-    /// A daemon with the script's images.
-    async fn opened(&self) -> Option<(Booted, Rc<Manager>)> {
+    /// A daemon with the script's images, and what it shows.
+    async fn opened(&self) -> Option<(Booted, Rc<Manager>, Stored)> {
         let daemon = Booted::start_again(&self.world, None).await?;
         let open = async {
             let m = daemon.manage(&self.world, &self.outside, &Rc::new(History::new())).await?;
@@ -255,10 +300,11 @@ impl Play {
                 "type": "nbd", "id": "e0", "node-name": self.script.on.disk, "name": "disk", "writable": true
             });
             m.must("block-export-add", export).await?;
-            Ok::<_, Refusal>(m)
+            let seen = self.look(&m).await?;
+            Ok::<_, Refusal>((m, seen.stored))
         };
         match self.world.within(&self.outside, PATIENCE, "opening the images", open).await? {
-            Ok(m) => Some((daemon, m)),
+            Ok((m, stored)) => Some((daemon, m, stored)),
             Err(e) => {
                 self.bad(format!("opening the images: {e}"));
                 None
@@ -268,16 +314,21 @@ impl Play {
 
     /// Without a crash.
     async fn whole(&self) -> Prepared {
-        let Some((daemon, m)) = self.opened().await else { return Prepared::default() };
-        let before = self.world.host().moments();
+        let Some((daemon, m, before)) = self.opened().await else { return Prepared::default() };
+        let begin = self.world.host().moments();
         let ended = self.world.within(&self.outside, PATIENCE * 2, "the script", self.steps(&m)).await;
         if !matches!(ended, Some(Ok(()))) {
             self.bad("the script fails");
             return Prepared::default();
         }
-        let moments = self.world.host().moments() - before;
+        let moments = self.world.host().moments() - begin;
         let after = self.end(daemon, &m).await.unwrap_or_default();
-        Prepared { moments, after, files: self.world.host().list(), ..Prepared::default() }
+        let files = self.world.host().list();
+        let images = files.iter().filter(|f| f.ends_with(".img")).count();
+        if deletes(self.script) && images >= self.prepared.images.len() + snapshots(self.script) {
+            self.bad("nothing was deleted");
+        }
+        Prepared { moments, before, after, files, ..Prepared::default() }
     }
 
     async fn steps(&self, m: &Manager) -> Result<(), Refusal> {
@@ -321,7 +372,7 @@ impl Play {
     }
 
     async fn crash(&self, moment: u64, how: How, kind: u64) {
-        let Some((daemon, m)) = self.opened().await else { return };
+        let Some((daemon, m, _)) = self.opened().await else { return };
         let host = self.world.host();
         let at = host.moments() + moment + 1;
         let crashed = race(self.steps(&m), host.reach(at)).await;
@@ -352,13 +403,21 @@ impl Play {
         if !matches!(settled, Some(Ok(()))) {
             return self.bad("what was begun does not end");
         }
-        let Some(chain) = self.end(daemon, &m).await else { return };
-        let done = chain == self.prepared.after;
+        let Some(stored) = self.end(daemon, &m).await else { return };
+        let (before, after) = (&self.prepared.before, &self.prepared.after);
+        let done = stored.chain == after.chain;
+        if done && stored != *after {
+            self.bad(format!("it is done, and there are {:?}, not {:?}", stored.nodes, after.nodes));
+        }
+        // with several steps the first may have been done, which shows in the chain or not
+        if !done && self.script.steps.len() == 1 && stored != *before {
+            self.bad(format!("it was never begun, and there are {:?}, not {:?}", stored.nodes, before.nodes));
+        }
         self.world.count(if done { "done in the end" } else { "never begun" }, 1);
         if self.answered.get() == self.script.steps.len() && !done {
             self.bad(format!(
-                "it was answered, and in the end the disk is {chain:?}, not {:?}",
-                self.prepared.after
+                "it was answered, and in the end the disk is {:?}, not {:?}",
+                stored.chain, after.chain
             ));
         }
         let more = host.list().into_iter().find(|f| f.ends_with(".img") && !self.prepared.files.contains(f));
@@ -385,9 +444,9 @@ impl Play {
                 self.bad(format!("a job is there again and does not say so: {jobs}"));
             }
         }
-        let (disk, chain, agree) = self.look(&m).await?;
+        let Seen { disk, stored, agree } = self.look(&m).await?;
         if let (Err(why), false) = (&agree, resumed) {
-            self.bad(format!("{why}, and no job mends that; the disk is {chain:?}"));
+            self.bad(format!("{why}, and no job mends that; the disk is {:?}", stored.chain));
         }
         if agree.is_err() {
             self.world.count("headers ahead of the records", 1);
@@ -408,14 +467,13 @@ impl Play {
     }
 
     /// Which image is the disk, the files of its chain, and whether its headers say the same.
-    async fn look(&self, m: &Manager) -> Result<(Disk, Chain, Result<(), String>), Refusal> {
+    async fn look(&self, m: &Manager) -> Result<Seen, Refusal> {
         let exports = m.must("query-block-exports", json!({})).await?;
         let name = exports[0]["node-name"].as_str().unwrap_or_default().to_owned();
         let nodes = m.must("query-named-block-nodes", json!({})).await?;
         let found = nodes.as_array().into_iter().flatten().find(|n| n["node-name"] == name.as_str());
         // while a job runs its filter is what the export has
         let mut node = found.cloned().unwrap_or_default();
-        let text = |v: &Json| v.as_str().unwrap_or_default().to_owned();
         let (mut chain, mut agree) = (Vec::new(), Ok(()));
         let filters = ["mirror_top", "commit_top", "copy-on-read"];
         while filters.contains(&node["drv"].as_str().unwrap_or_default()) {
@@ -431,32 +489,26 @@ impl Play {
         let mut image = &node["image"];
         while !image.is_null() {
             chain.push(text(&image["filename"]));
-            let (said, below) = (text(&image["backing-filename"]), &image["backing-image"]);
-            let is = text(&below["filename"]);
-            if said != is && agree.is_ok() {
-                agree = Err(format!("{} says '{said}', and '{is}' is below it", text(&image["filename"])));
-            }
-            image = below;
+            agree = agree.and(header_agrees(image));
+            image = &image["backing-image"];
         }
         for above in over(self.script.on) {
-            let all = nodes.as_array().into_iter().flatten();
-            let node = all.filter(|n| n["drv"] == "qcow2" && own_file(&text(&n["file"])) == above.file);
-            let mut below =
-                node.map(|n| (&n["image"]["backing-filename"], &n["image"]["backing-image"]["filename"]));
-            if let Some((said, is)) = below.find(|(said, is)| said != is)
-                && agree.is_ok()
-            {
-                agree = Err(format!("{} says {said}, and {is} is below it", above.file));
-            }
+            let mut all = nodes.as_array().into_iter().flatten();
+            let node = all.find(|n| n["drv"] == "qcow2" && own_file(&text(&n["file"])) == above.file);
+            agree = agree.and(node.map_or(Ok(()), |n| header_agrees(&n["image"])));
         }
-        Ok((disk, chain, agree))
+        let all = nodes.as_array().into_iter().flatten();
+        let mut nodes: Vec<String> =
+            all.map(|n| format!("{} {} {}", n["drv"], own_file(&text(&n["file"])), n["ro"])).collect();
+        nodes.sort_unstable();
+        Ok(Seen { disk, stored: Stored { chain, nodes }, agree })
     }
 
     /// All has ended: how the disk is stored. What is left is good, by headers alone.
-    async fn end(&self, daemon: Booted, m: &Manager) -> Option<Chain> {
+    async fn end(&self, daemon: Booted, m: &Manager) -> Option<Stored> {
         self.read("at the end").await;
         let looked = self.world.within(&self.outside, PATIENCE, "looking", self.look(m)).await?;
-        let Ok((disk, chain, agree)) = looked else {
+        let Ok(Seen { disk, stored, agree }) = looked else {
             self.bad("the disk cannot be looked at");
             return None;
         };
@@ -483,6 +535,6 @@ impl Play {
             }
             daemon.quit(&self.world, &self.outside).await;
         }
-        (!self.world.verdict().is_bad()).then_some(chain)
+        (!self.world.verdict().is_bad()).then_some(stored)
     }
 }

@@ -2,8 +2,8 @@
 
 use super::nth::{Finish, Script, Step};
 use super::nth_stacks::{
-    BESIDE, CHAIN, CHAIN_AND_EMPTY, CHAIN_OF_FOUR, QCOW2_TO_RAW, QCOW2_TO_SMALL, RAW_TO_QCOW2, SMALL,
-    TWO_AND_EMPTY, WRITTEN_BELOW,
+    BESIDE, BY_HEADER, CHAIN, CHAIN_AND_EMPTY, CHAIN_OF_FOUR, QCOW2_TO_RAW, QCOW2_TO_SMALL, RAW_TO_QCOW2,
+    SMALL, TWO_AND_EMPTY, WRITTEN_BELOW,
 };
 use super::nth_table::{commit, job, mirror, stream};
 use serde_json::{Value, json};
@@ -29,12 +29,12 @@ pub(crate) const SCRIPTS: &[Script] = &[
         steps: &[commit(|| json!({"top-node": "mid"}), Finish::Itself)],
     },
     Script {
-        name: "commit the middle, small clusters, raw base, images deleted",
+        name: "commit the middle, small clusters, raw base, images in use not deleted",
         on: &SMALL,
         steps: &[commit(|| json!({"top-node": "mid", "delete-images": true}), Finish::Itself)],
     },
     Script {
-        name: "commit two layers, compared, images deleted",
+        name: "commit two layers, compared, images in use not deleted",
         on: &CHAIN_OF_FOUR,
         steps: &[commit(
             || json!({"top-node": "three", "base-node": "base", "verify": "full", "delete-images": true}),
@@ -47,7 +47,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
         steps: &[commit(|| json!({"base-node": "mid"}), Finish::Complete)],
     },
     Script {
-        name: "commit the active layer to the base, images deleted",
+        name: "commit the active layer to the base, images in use not deleted",
         on: &CHAIN,
         steps: &[commit(|| json!({"delete-images": true}), Finish::Complete)],
     },
@@ -58,7 +58,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
     },
     Script { name: "stream all", on: &CHAIN, steps: &[stream(|| json!({}), Finish::Itself)] },
     Script {
-        name: "stream all, small clusters, raw base, images deleted",
+        name: "stream all, small clusters, raw base, images in use not deleted",
         on: &SMALL,
         steps: &[stream(|| json!({"delete-images": true}), Finish::Itself)],
     },
@@ -68,7 +68,7 @@ pub(crate) const SCRIPTS: &[Script] = &[
         steps: &[stream(|| json!({"base-node": "base", "verify": "full"}), Finish::Itself)],
     },
     Script {
-        name: "stream a layer below the active one, images deleted",
+        name: "stream a layer below the active one, images in use not deleted",
         on: &CHAIN_OF_FOUR,
         steps: &[job(
             "block-stream",
@@ -139,11 +139,44 @@ pub(crate) const SCRIPTS: &[Script] = &[
         ],
     },
     Script {
-        name: "commit the middle, which somebody writes to, images deleted",
+        name: "commit the middle, which somebody writes to, images in use not deleted",
         on: &WRITTEN_BELOW,
         steps: &[commit(
             || json!({"top-node": "mid", "base-node": "base", "delete-images": true}),
             Finish::Complete,
+        )],
+    },
+    Script {
+        name: "commit the middle by header, images deleted",
+        on: &BY_HEADER,
+        steps: &[commit(
+            || json!({"top": "/mid.img", "base": "/base.img", "delete-images": true}),
+            Finish::Itself,
+        )],
+    },
+    Script {
+        name: "a new image on top, and down again, compared, image deleted",
+        on: &QCOW2_TO_SMALL,
+        steps: &[
+            Step::Do("blockdev-snapshot-sync", || snapshot("disk", "one")),
+            job(
+                "block-commit",
+                || json!({"job-id": "job", "device": "one", "verify": "full", "delete-images": true}),
+                Finish::Complete,
+            ),
+        ],
+    },
+    Script {
+        name: "stream all by header, images deleted",
+        on: &BY_HEADER,
+        steps: &[stream(|| json!({"delete-images": true}), Finish::Itself)],
+    },
+    Script {
+        name: "stream down to the base by header, by hand, images deleted",
+        on: &BY_HEADER,
+        steps: &[stream(
+            || json!({"base": "/base.img", "delete-images": true, "auto-finalize": false, "auto-dismiss": false}),
+            Finish::ByHand,
         )],
     },
 ];
