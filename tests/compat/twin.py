@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sends the same commands to qemu-storage-daemon and to another daemon, and compares every reply.
 
-    twin.py --daemon PATH [--only WORD]
+    twin.py --daemon PATH
 
 The commands are those of the error catalogue that step A has: what is wrong with arguments, names, graphs, jobs, exports.
 Both daemons start from equal files made by qemu-img. Exit status 0: no reply differs.
@@ -9,13 +9,12 @@ Both daemons start from equal files made by qemu-img. Exit status 0: no reply di
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from replay import Connection, clean, differences  # noqa: E402
+from replay import clean, differences  # noqa: E402
+from twins import REFERENCE, SILENT, Side, again  # noqa: E402
 
 FILE = {"driver": "file", "filename": "DIR/a.qcow2"}
 
@@ -406,94 +405,47 @@ def prepare(directory):
         subprocess.run(command, cwd=directory, check=True)
 
 
-REPLY_LIMIT = 60.0  # seconds for a reply: a busy machine is no difference
-ATTEMPTS = 3
+QUIET = 0.25  # seconds without an event after which jobs wait
 
 
-class Side:
-    def __init__(self, daemon):
-        self.dir = tempfile.mkdtemp(prefix="twin-")
-        prepare(self.dir)
-        path = self.dir + "/qmp.sock"
-        self.process = subprocess.Popen(
-            [daemon, "--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "c"], cwd=self.dir
-        )
-        self.connection = Connection(path)
-        self.number = 0  # of the last command
-        self.ask({"execute": "qmp_capabilities"})
-
-    def ask(self, command):
-        """The reply to a command, known by its number: the reference answers a good command with a parse error now and then, and what
-        it says then must not be taken for the reply to the next. None: there is none."""
-        self.number += 1
-        number, seen = self.number, len(self.connection.replies)
-        self.connection.send(json.dumps({**command, "id": number}).replace("DIR", self.dir).encode())
-        mine = lambda: [r for r in self.connection.replies[seen:] if r.get("id") == number]  # noqa: E731
-        if not self.connection.wait(mine, REPLY_LIMIT):
-            return None
-        return clean({k: v for k, v in mine()[0].items() if k != "id"}, [(self.dir, "DIR")])
-
-    def settle(self):
-        """Waits until no event comes for a while."""
-        while self.connection.poll(0.25):
-            pass
-
-    def end(self):
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.dir, ignore_errors=True)
+def ask(side, command):
+    arguments = json.loads(json.dumps(command["arguments"]).replace("DIR", side.dir))
+    return clean(side.ask(command["execute"], arguments), [(side.dir, "DIR")])
 
 
-def play(options):
-    """What we said, and what differs; None: the reference fell silent."""
-    one, two = Side(options.reference), Side(options.daemon)
+def play(daemon):
+    """What differs, command by command, how the reference ended (its exit status, or `SILENT`), and what we said."""
     different, told = [], []
+    one, two = sides = Side(REFERENCE), Side(daemon)
     try:
+        for side in sides:
+            prepare(side.dir)
         for command in COMMANDS:
             if command == "wait":
-                one.settle()
-                two.settle()
+                for side in sides:
+                    side.drain(QUIET)
                 continue
-            want, got = one.ask(command), two.ask(command)
-            if want is None and command["execute"] != "quit":
-                return None
+            want, got = ask(one, command), ask(two, command)
             told.append(got)
             problems = [d for d in differences(want, got) if not any(k in d for k, _ in KNOWN)]
+            if SILENT in (want, got):
+                # who has no answer once has none to what follows
+                different.append(f"{json.dumps(command)[:160]}\n     no reply from {'the reference' if want == SILENT else 'us'}")
+                return different, SILENT if want == SILENT else one.quit()[0], told
             if problems:
                 different.append("\n".join([json.dumps(command)[:160], *(f"     {p[:400]}" for p in problems[:6])]))
-            if got is None:
-                break
+        return different, one.quit()[0], told
     finally:
-        one.end()
-        two.end()
-    return told, different
+        for side in sides:
+            side.clear()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--daemon", required=True)
-    parser.add_argument("--reference", default="qemu-storage-daemon")
     options = parser.parse_args()
-    found = first = None
-    for _ in range(ATTEMPTS):
-        found = play(options)
-        if found is None:
-            print("the reference fell silent", flush=True)
-            continue
-        if first and not found[1] and found[0] != first[0]:
-            found = first  # it was not the reference alone that said something else
-        if first or not found[1]:
-            break
-        # what the reference misheard it answers when it is asked again
-        first = found
-        print("\n".join(found[1]), flush=True)
-    if found is None:
-        return 1
-    compared, different = len(found[0]), found[1]
-    print(f"{compared - len(different)} of {compared} replies the same")
+    different, _, told = again(lambda: play(options.daemon))
+    print("\n".join([*different, f"{len(told) - len(different)} of {len(told)} replies the same"]))
     return 1 if different else 0
 
 

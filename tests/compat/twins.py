@@ -69,6 +69,8 @@ class Side:
             if not self.reference or isinstance(said, dict) and "return" in said:
                 break
             self.clear()  # the reference mishears even that now and then
+        else:
+            raise RuntimeError(f"{daemon} does not answer 'qmp_capabilities' {ATTEMPTS} times in a row, at last: {said}")
         self.mark = 0  # events before the last command
         self.asked = []  # jobs that the scene paused, with the number of events before
 
@@ -292,25 +294,31 @@ def play(lines, daemon, verbose, may=None):
     return problems, their_code, told
 
 
-def fairly(lines, daemon, verbose, may=None):
-    """What differs in a scene, and how the reference ended. The reference mishears good commands now and then (it answers with a parse
-    error), falls silent for good, or dies, on any line and mostly on a busy machine. So a scene is played again where that is so, and
-    where something differs: if it does not the second time, and we say what we said the first, then it was the reference."""
+def again(play_once):
+    """What differs, how the reference ended, and what we said, as `play_once()` has it. The reference mishears good commands now and
+    then (it answers with a parse error), falls silent for good, or dies, on any line and mostly on a busy machine. So it is played again
+    where that is so, and where something differs: if it does not the second time, and we say what we said the first, then it was the
+    reference."""
     first = None
     for _ in range(ATTEMPTS):
-        problems, code, told = play(lines, daemon, verbose, may)
+        played = problems, code, told = play_once()
         if problems and (code == SILENT or isinstance(code, int) and code < 0):
             print(f"  the reference {'fell silent' if code == SILENT else f'died of signal {-code}'}: played again", flush=True)
         elif first:
-            excused = not problems and all(a == b for a, b in zip(first[1], told))
+            excused = not problems and all(a == b for a, b in zip(first[2], told))
             if excused:
                 print(f"  the reference said something else when asked again: {first[0][:2]}", flush=True)
-            return [] if excused else first[0], code
+            return played if excused else first
         elif not problems:
-            return problems, code
+            return played
         else:
-            first = problems, told
-    return problems, code
+            first = played
+    return first or played
+
+
+def fairly(lines, daemon, verbose, may=None):
+    """What differs in a scene, and how the reference ended (see `again`)."""
+    return again(lambda: play(lines, daemon, verbose, may))[:2]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ A seed and a kind name a scene (see twins.py). Kinds (in wandering/; without --k
 clients), `graphs` (nodes of every driver, reopened and rebuilt), `objects` (objects, the NBD server, all kinds of exports, character devices), `creation`
 (images that are made, and found by what headers say), `wire` (what is not quite a command). Names are from small sets, so that they meet. Most arguments
 make sense, some do not. When daemons have ended, the images are compared. A scene that differs is cut down to the lines
-that matter, and printed. What may differ is in KNOWN, each with its reason (and in docs/compat.md). A scene that crashes the reference says nothing.
+that matter, and printed. What may differ is in KNOWN, each with its reason (and in docs/compat.md). A scene that crashes or hangs the reference says nothing.
 Exit status 0: nothing differs.
 """
 import argparse
@@ -162,7 +162,7 @@ def main():
             lines, problems = shrink(lines, problems, options)
             print("\n".join(f"    {line}" for line in lines))
         print("\n".join(f"        {p}" for p in problems[:12]), flush=True)
-    print(f"{options.rounds} scenes, {failed} differ, {crashed} ended the reference")
+    print(f"{options.rounds} scenes, {failed} differ, {crashed} ended or hung the reference")
     return 1 if failed else 0
 
 
