@@ -246,7 +246,8 @@ impl NodeCell {
         self.turned.get()
     }
 
-    /// The node is writable for a job that will turn it back: it is not so by itself.
+    /// The node is writable for the time being: for a job that will turn it back, or until a snapshot has turned it. Whoever
+    /// describes it does so as if it were read-only.
     pub fn lend(&self, lent: bool) {
         self.lent.set(lent);
     }

@@ -201,8 +201,8 @@ impl Snapshot {
             // Where that fails (the last changes of its header cannot be written, say) it stays open for writing, with nobody
             // who may write.
             let _ = self.graph().apply(chain::turning(Plan::new(), std::slice::from_ref(&node), false)).await;
-            node.lend(false);
         }
+        node.lend(false);
         drop(moved);
         if ours && overlay.parents().is_empty() {
             let _ = self.graph().remove(&overlay).await;
