@@ -88,6 +88,7 @@ pub struct NodeCell {
     lent: Cell<bool>,
     active: Cell<bool>,
     monitor_owned: Cell<bool>,
+    tentative: Cell<bool>,
     pub(crate) parents: RefCell<Vec<Weak<Edge>>>,
     bitmaps: BitmapList,
     blockers: RefCell<Vec<(u64, String)>>,
@@ -166,6 +167,7 @@ impl NodeCell {
             lent: Cell::new(false),
             active: Cell::new(!options.inactive),
             monitor_owned: Cell::new(options.monitor_owned),
+            tentative: Cell::new(false),
             options: RefCell::new(options),
             parents: RefCell::default(),
             bitmaps,
@@ -277,9 +279,21 @@ impl NodeCell {
         self.monitor_owned.get()
     }
 
-    /// The monitor takes or gives up the node.
+    /// The monitor takes or gives up the node, which is tentative no more.
     pub fn set_monitor_owned(&self, owned: bool) {
         self.monitor_owned.set(owned);
+        self.tentative.set(false);
+    }
+
+    /// The node is part of a command that is not done: until [`set_monitor_owned`](Self::set_monitor_owned) it is the monitor's only
+    /// so that it stays, and not recorded for its sake.
+    pub fn set_tentative(&self) {
+        self.tentative.set(true);
+    }
+
+    /// See [`set_tentative`](Self::set_tentative).
+    pub fn is_tentative(&self) -> bool {
+        self.tentative.get()
     }
 
     /// Edges onto this node, oldest first.

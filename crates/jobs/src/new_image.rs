@@ -59,7 +59,7 @@ pub(crate) enum Below {
     Node(Rc<NodeCell>),
 }
 
-/// Opens `file`. A format that is not given is looked for in it.
+/// Opens `file`, tentatively. A format that is not given is looked for in it.
 pub(crate) async fn open(
     opener: &Rc<Opener>,
     file: &str,
@@ -86,5 +86,7 @@ pub(crate) async fn open(
             Below::Node(node) => Backing::Child(Child::Reference(node.name().to_owned())),
         };
     }
-    Ok(opener.open(&spec).await?)
+    let cell = opener.open(&spec).await?;
+    cell.set_tentative();
+    Ok(cell)
 }

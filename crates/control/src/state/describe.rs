@@ -35,7 +35,7 @@ impl Recorder {
         for (order, (id, kind, properties)) in daemon.objects().described().into_iter().enumerate() {
             row(objects, &id, &json!({"order": order, "qom-type": kind, "properties": properties}));
         }
-        out.insert("nodes".to_owned(), nodes(daemon));
+        out.insert("nodes".to_owned(), self.describe_nodes(daemon));
         out.insert("groups".to_owned(), self.describe_groups(daemon));
         let server = out.entry("server".to_owned()).or_default();
         if daemon.exports().server_address().is_some()
@@ -55,6 +55,61 @@ impl Recorder {
             table.entry(broken.key.clone()).or_insert_with(|| broken.record.clone());
         }
         out
+    }
+
+    fn describe_nodes(&self, daemon: &Daemon) -> Rows {
+        let mut rows = Rows::new();
+        let described: Vec<_> = daemon
+            .graph()
+            .nodes()
+            .into_iter()
+            .filter_map(|cell| daemon.opener().description(&cell).map(|d| (cell, d)))
+            .collect();
+        let used = self.used(daemon);
+        for (order, (cell, description)) in described.iter().enumerate() {
+            if !used.contains(&cell.id()) {
+                continue;
+            }
+            let mut record = Map::new();
+            record.insert("order".into(), json!(order));
+            record.insert("options".into(), Value::Object(options(cell, description)));
+            record.insert("children".into(), Value::Object(children(daemon, cell)));
+            let i = &description.inherits;
+            record.insert("owned".into(), json!(i.monitor_owned));
+            record.insert(
+                "inherits".into(),
+                json!({"read-only": i.read_only, "auto-read-only": i.auto_read_only, "cache.direct": i.direct,
+                    "cache.no-flush": i.no_flush, "discard": i.discard, "force-share": i.force_share}),
+            );
+            if cell.write_threshold() > 0 {
+                record.insert("write-threshold".into(), json!(cell.write_threshold()));
+            }
+            row(&mut rows, cell.name(), &Value::Object(record));
+        }
+        rows
+    }
+
+    /// Numbers of the nodes that somebody owns or uses, and of those below them. The others are about to go, belong to a node
+    /// that is still being opened and may never come to be, or are held by a job alone that a later life does not have: one
+    /// that has done its work, or whose command is not done. Nobody could get rid of them in that life.
+    fn used(&self, daemon: &Daemon) -> BTreeSet<u64> {
+        let jobs = daemon.jobs().list();
+        let over = |id: &str| jobs.iter().any(|j| j.id() == id && j.body().is_some_and(|b| b.has_changed()));
+        let outside = |edge: &Rc<Edge>| match edge.parent() {
+            Parent::Node(_) => false,
+            Parent::Job { id, .. } => self.jobs.borrow().contains_key(id) && !over(id),
+            Parent::Backend(_) => true,
+        };
+        let mut left: Vec<Rc<NodeCell>> = daemon.graph().nodes();
+        let owned = |cell: &NodeCell| cell.is_monitor_owned() && !cell.is_tentative();
+        left.retain(|cell| owned(cell) || cell.parents().iter().any(outside));
+        let mut used = BTreeSet::new();
+        while let Some(cell) = left.pop() {
+            if used.insert(cell.id()) {
+                left.extend(cell.node().edges().iter().map(|edge| edge.child()));
+            }
+        }
+        used
     }
 
     fn describe_exports(&self, daemon: &Daemon) -> Rows {
@@ -99,60 +154,6 @@ pub(super) fn through_jobs(daemon: &Daemon, cell: &Rc<NodeCell>) -> Rc<NodeCell>
         cell = edge.child();
     }
     cell
-}
-
-fn nodes(daemon: &Daemon) -> Rows {
-    let mut rows = Rows::new();
-    let described: Vec<_> = daemon
-        .graph()
-        .nodes()
-        .into_iter()
-        .filter_map(|cell| daemon.opener().description(&cell).map(|d| (cell, d)))
-        .collect();
-    let used = used(daemon);
-    for (order, (cell, description)) in described.iter().enumerate() {
-        if !used.contains(&cell.id()) {
-            continue;
-        }
-        let mut record = Map::new();
-        record.insert("order".into(), json!(order));
-        record.insert("options".into(), Value::Object(options(cell, description)));
-        record.insert("children".into(), Value::Object(children(daemon, cell)));
-        let i = &description.inherits;
-        record.insert("owned".into(), json!(i.monitor_owned));
-        record.insert(
-            "inherits".into(),
-            json!({"read-only": i.read_only, "auto-read-only": i.auto_read_only, "cache.direct": i.direct,
-                "cache.no-flush": i.no_flush, "discard": i.discard, "force-share": i.force_share}),
-        );
-        if cell.write_threshold() > 0 {
-            record.insert("write-threshold".into(), json!(cell.write_threshold()));
-        }
-        row(&mut rows, cell.name(), &Value::Object(record));
-    }
-    rows
-}
-
-/// Numbers of the nodes that somebody owns or uses, and of those below them. The others are about to go (also those that nobody holds but a
-/// job that has done its work: a later life does not have that job), or belong to a node that is still being opened and
-/// may never come to be: nobody could get rid of them in a later life.
-fn used(daemon: &Daemon) -> BTreeSet<u64> {
-    let jobs = daemon.jobs().list();
-    let over = |id: &str| jobs.iter().any(|j| j.id() == id && j.body().is_some_and(|b| b.has_changed()));
-    let outside = |edge: &Rc<Edge>| match edge.parent() {
-        Parent::Node(_) => false,
-        Parent::Job { id, .. } => !over(id),
-        Parent::Backend(_) => true,
-    };
-    let mut left: Vec<Rc<NodeCell>> = daemon.graph().nodes();
-    left.retain(|cell| cell.is_monitor_owned() || cell.parents().iter().any(outside));
-    let mut used = BTreeSet::new();
-    while let Some(cell) = left.pop() {
-        if used.insert(cell.id()) {
-            left.extend(cell.node().edges().iter().map(|edge| edge.child()));
-        }
-    }
-    used
 }
 
 /// The node's own options, as `blockdev-add` has them, without children.

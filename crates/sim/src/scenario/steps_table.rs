@@ -179,4 +179,35 @@ pub(crate) const SCRIPTS: &[Script] = &[
             Finish::ByHand,
         )],
     },
+    Script {
+        name: "mirror to an image that is made for it, pivot",
+        on: &BY_HEADER,
+        steps: &[job(
+            "drive-mirror",
+            || json!({"job-id": "job", "device": "top", "target": "/copy.img", "format": "qcow2", "sync": "full"}),
+            Finish::Complete,
+        )],
+    },
+    Script {
+        name: "mirror the top layer to an image that is made for it, compared, by hand",
+        on: &BY_HEADER,
+        steps: &[job(
+            "drive-mirror",
+            || {
+                json!({"job-id": "job", "device": "top", "target": "/copy.img", "format": "qcow2", "sync": "top",
+                    "node-name": "copy", "verify": "full", "auto-finalize": false, "auto-dismiss": false})
+            },
+            Finish::CompleteByHand,
+        )],
+    },
+    Script {
+        name: "new images on two disks at once",
+        on: &TWO_AND_EMPTY,
+        steps: &[Step::Do("transaction", || {
+            json!({"actions": [
+                {"type": "blockdev-snapshot-sync", "data": snapshot("disk", "one")},
+                {"type": "blockdev-snapshot-sync", "data": snapshot("other", "two")},
+            ]})
+        })],
+    },
 ];
