@@ -15,7 +15,7 @@ import re
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from replay import clean, differences  # noqa: E402
+from replay import differences  # noqa: E402
 from schema import CUT, compat, told  # noqa: E402
 from twins import REFERENCE, SILENT, Side  # noqa: E402
 
@@ -222,11 +222,7 @@ class Both:
         self.ask("chardev-add", {"id": "changing", "backend": {"type": "null", "data": {}}})
 
     def ask(self, command, arguments):
-        said = []
-        for s in self.sides:
-            real = json.loads(json.dumps(arguments).replace("DIR", s.dir))
-            said.append(clean(s.ask(command, real), [(s.dir, "DIR")]))
-        return said
+        return [s.said_to(command, arguments) for s in self.sides]
 
     def jobs(self):
         """Ends what jobs there are."""

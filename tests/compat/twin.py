@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from replay import clean, differences  # noqa: E402
+from replay import differences  # noqa: E402
 from twins import REFERENCE, SILENT, Side, again  # noqa: E402
 
 FILE = {"driver": "file", "filename": "DIR/a.qcow2"}
@@ -408,15 +408,10 @@ def prepare(directory):
 QUIET = 0.25  # seconds without an event after which jobs wait
 
 
-def ask(side, command):
-    arguments = json.loads(json.dumps(command["arguments"]).replace("DIR", side.dir))
-    return clean(side.ask(command["execute"], arguments), [(side.dir, "DIR")])
-
-
 def play(daemon):
     """What differs, command by command, how the reference ended (its exit status, or `SILENT`), and what we said."""
     different, told = [], []
-    one, two = sides = Side(REFERENCE), Side(daemon)
+    one, _ = sides = Side(REFERENCE), Side(daemon)
     try:
         for side in sides:
             prepare(side.dir)
@@ -425,7 +420,7 @@ def play(daemon):
                 for side in sides:
                     side.drain(QUIET)
                 continue
-            want, got = ask(one, command), ask(two, command)
+            want, got = (side.said_to(command["execute"], command["arguments"]) for side in sides)
             told.append(got)
             problems = [d for d in differences(want, got) if not any(k in d for k, _ in KNOWN)]
             if SILENT in (want, got):

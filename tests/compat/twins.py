@@ -97,6 +97,14 @@ class Side:
         reply = next(filter(is_it, self.connection.replies[seen:]), None)
         return SILENT if reply is None else {k: v for k, v in reply.items() if k != "id"}
 
+    def said_to(self, name, arguments):
+        """The reply to a command in which DIR is the scene's directory, as it is compared."""
+        return self.shown(self.ask(name, json.loads(json.dumps(arguments).replace("DIR", self.dir))))
+
+    def shown(self, said):
+        """Without what differs from one run to the next."""
+        return clean(said, [(self.dir, "DIR")])
+
     def drain(self, quiet):
         """Takes what comes until nothing does for `quiet` seconds."""
         deadline = time.monotonic() + STORM_LIMIT
@@ -131,7 +139,7 @@ class Side:
             said = self.ask(name, arguments)
             if name in ("job-pause", "block-job-pause") and "return" in said:
                 self.asked.append((arguments.get("id") or arguments.get("device"), self.mark))
-        return in_order(grown(clean(said, [(self.dir, "DIR")])))
+        return in_order(grown(self.shown(said)))
 
     def scrap(self, text):
         """What is said to bytes that may be no command, or the beginning of one."""
@@ -189,7 +197,7 @@ class Side:
             else:
                 group.append(e)
         told = {k: [{"event": e["event"], **e.get("data", {})} for e in v] for k, v in groups.items()}
-        return {str(k): clean(v, [(self.dir, "DIR")]) for k, v in told.items()}
+        return {str(k): self.shown(v) for k, v in told.items()}
 
     def quit(self):
         """The exit status and what was written to stderr."""

@@ -142,6 +142,20 @@ impl Turned {
         self.0.borrow_mut().extend(nodes);
     }
 
+    /// Turns `nodes`. On an error none of those noted is turned any more.
+    pub(crate) async fn turn(&self, graph: &Graph, nodes: Vec<Rc<NodeCell>>) -> Result<()> {
+        if nodes.is_empty() {
+            return Ok(());
+        }
+        let plan = turning(Plan::new(), &nodes, true);
+        self.note(nodes);
+        let done = graph.apply(plan).await;
+        if done.is_err() {
+            self.back(graph).await;
+        }
+        done
+    }
+
     /// The step from which on they stay as they are.
     pub(crate) fn staying(&self) -> Step {
         let (nodes, back) = (self.0.borrow().clone(), self.0.borrow().clone());
@@ -234,14 +248,7 @@ impl Headers {
 /// Rewrites one header, turning the image read-write for as long as that takes.
 pub(crate) async fn put(graph: &Graph, image: &Rc<NodeCell>, to: &BackingName) -> Result<()> {
     let turned = Turned::default();
-    let closed = closed_to_writing(image)?;
-    if !closed.is_empty() {
-        turned.note(closed.clone());
-        if let Err(e) = graph.apply(turning(Plan::new(), &closed, true)).await {
-            turned.back(graph).await;
-            return Err(e);
-        }
-    }
+    turned.turn(graph, closed_to_writing(image)?).await?;
     let written = image.node().write_backing_name(to.name.as_deref(), to.format.as_deref()).await;
     turned.back(graph).await;
     written

@@ -50,8 +50,10 @@ pub struct Commit {
     work: Rc<Work>,
     policy: Rc<ChainPolicy>,
     turned: Turned,
-    /// The job's own users of top and base, for as long as it copies.
+    /// The job's own user of the top, for as long as it copies.
     source: RefCell<Option<Rc<Edge>>>,
+    /// The job's own user of the base. It stays while the chain changes: without a user that writes, the base's file would be
+    /// closed to writing under a base that is still open for it.
     target: RefCell<Option<Rc<Edge>>>,
     hold: RefCell<Option<Hold>>,
     /// Whose files are to go when they have left.
@@ -127,7 +129,7 @@ async fn build(graph: &Rc<Graph>, args: CommitArgs, checked: Checked, of: &Rc<Jo
         if let Some(rules) = args.verify.rules(graph.env()) {
             work.set_proof(Rc::new(Proof::new(work.len(), rules)?));
         }
-        turned.note(closed.clone());
+        turned.note(closed);
         graph.apply(plan).await?;
         Ok((edges, source, target, work))
     };

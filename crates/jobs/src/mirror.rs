@@ -533,11 +533,7 @@ impl Mirror {
         let name = BackingName::of(&self.target, None, self.args.backing_mask_protocol).await?;
         // all of them before any header: one that cannot be opened must not leave another that names the target
         for overlay in &overlays {
-            let closed = chain::closed_to_writing(overlay)?;
-            if !closed.is_empty() {
-                self.overlays.note(closed.clone());
-                self.graph.apply(chain::turning(Plan::new(), &closed, true)).await?;
-            }
+            self.overlays.turn(&self.graph, chain::closed_to_writing(overlay)?).await?;
         }
         for overlay in &overlays {
             headers.write(overlay, &name).await?;

@@ -103,11 +103,7 @@ async fn build(graph: &Rc<Graph>, args: StreamArgs, checked: Checked, job: &Rc<J
     let read_only = !device.is_writable();
     // the filter writes through to the image, so that has to be open for it first
     let turned = Turned::default();
-    turned.note(closed.clone());
-    if let Err(e) = graph.apply(chain::turning(Plan::new(), &closed, true)).await {
-        turned.back(graph).await;
-        return Err(e);
-    }
+    turned.turn(graph, closed).await?;
     let options = NodeOptions {
         name: args.filter_node_name.clone(),
         discard: true,

@@ -2,11 +2,12 @@
 //! (beginnings of requests, removals of files) are counted; then once more for each of them and each kind of crash.
 //!
 //! What must stay true, wherever it crashes and whatever of the unflushed writes, whole or torn, and of new and removed names
-//! survives: a daemon that starts on what is left has all that is recorded (no file of it was deleted or is damaged), and the disk
-//! reads as it always did (these operations change none of it); so does the image that the records name as the disk when it is
-//! opened by what its header says, before that daemon has mended anything, and what lies over it and holds nothing of its own. Headers and records agree, or the job is there again that
-//! makes them agree, and says so. In the end what was acknowledged is done: the disk is stored as after a run without a crash, no
-//! image is corrupt, none is left that was to be deleted, and the disk reads the same by headers alone. A seed is one case.
+//! survives: a daemon that starts on what is left has all that is recorded (no file of it was deleted or is damaged), and the
+//! disk reads as it always did (these operations change none of it); so does the image that the records name as the disk when
+//! it is opened by what its header says, before that daemon has mended anything, and what lies over it and holds nothing of its
+//! own. Headers and records agree, or the job is there again that makes them agree, and says so. In the end what was
+//! acknowledged is done: the disk is stored as after a run without a crash, no image is corrupt, none is left that was to be
+//! deleted, and the disk reads the same by headers alone. A seed is one case.
 
 use super::nth::{Finish, Layer, Script, Stack, Step, Written, all_of, connect, node, opened, write_layers};
 use super::plan::check_qcow2;
