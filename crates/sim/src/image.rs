@@ -118,6 +118,11 @@ impl Image {
         image
     }
 
+    /// A hole of so many bytes.
+    pub fn of_len(len: u64) -> Image {
+        Image { len, blocks: BTreeMap::new() }
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> u64 {
         self.len

@@ -165,10 +165,10 @@ fn plant(defect: Option<Defect>) {
     env::bugs::plant(named);
 }
 
-fn search(defect: Defect, seeds: Range<u64>) -> Found {
+fn search(defect: Defect, scenario: Option<Scenario>, seeds: Range<u64>) -> Found {
     let bug = defect.name();
     plant(Some(defect));
-    let scenario: Scenario = match defect {
+    let usual: Scenario = match defect {
         Defect::Chained(_) => chain,
         Defect::Slow(_) => slow,
         Defect::Elsewhere(_) => elsewhere,
@@ -184,14 +184,21 @@ fn search(defect: Defect, seeds: Range<u64>) -> Found {
     let hit = seeds
         .into_iter()
         .map(|s| s * stride)
-        .find_map(|s| run_one(scenario, s, false).violation.map(|v| (s, v)));
+        .find_map(|s| run_one(scenario.unwrap_or(usual), s, false).violation.map(|v| (s, v)));
     plant(None);
     let (seed, violation) = hit.map_or((None, String::new()), |(s, v)| (Some(s), v));
     Found { bug, seed, violation }
 }
 
-/// Searches for every defect whose name contains `only`, `jobs` at a time, and calls `tell` as each search ends.
-pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + Sync) -> Vec<Found> {
+/// Searches for every defect whose name contains `only`, `jobs` at a time, in this scenario or the usual one of each, and calls `tell`
+/// as each search ends.
+pub fn hunt(
+    only: &str,
+    scenario: Option<Scenario>,
+    seeds: Range<u64>,
+    jobs: usize,
+    tell: impl Fn(&Found) + Sync,
+) -> Vec<Found> {
     let named = NAMED.iter().map(|n| Defect::Named(n));
     let all = named.chain(Bug::ALL.into_iter().map(Defect::Copy));
     let all = all.chain(CHAINED.iter().map(|n| Defect::Chained(n)));
@@ -208,7 +215,7 @@ pub fn hunt(only: &str, seeds: Range<u64>, jobs: usize, tell: impl Fn(&Found) + 
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             let Some(defect) = all.get(i) else { return };
-            let f = search(*defect, seeds.clone());
+            let f = search(*defect, scenario, seeds.clone());
             tell(&f);
             found.lock().unwrap_or_else(|e| e.into_inner()).push((i, f));
         }

@@ -97,6 +97,15 @@ fn hosts_that_change_sides_lose_nothing_and_copy_only_what_differs() {
 }
 
 #[test]
+fn hosts_that_replicate_for_a_moment_are_at_a_checkpoint_whatever_happens() {
+    let report = share(replica::brief, 2 * SHARE);
+    let wanted = ["views checked", "failovers", "ends in peace", "switchovers", "disks compared"];
+    for what in wanted.into_iter().chain(["kills", "power losses", "checkpoints", "turns"]) {
+        assert!(report.counts.get(what).is_some_and(|n| *n > 2), "{what}: a run without them proves little");
+    }
+}
+
+#[test]
 fn a_mirror_over_a_bad_link_is_never_wrong() {
     let report = share(live::link, SHARE);
     for what in ["completed", "links cut", "far power losses", "completed after far power losses", "restarts"]

@@ -38,8 +38,9 @@ const STEPS: &[Step] = &[
     ("documentation", || shell::cargo(&["doc", "--workspace", "--no-deps", "--quiet"])),
 ];
 
-/// Seeds of whole daemons in CI: those that come back from any death, replicating hosts, and hosts that change sides.
-const SHARES: &[(&str, &str)] = &[("again", "10000"), ("replica", "2500"), ("turns", "2500")];
+/// Seeds of whole daemons in CI: those that come back from any death, replicating hosts, hosts that change sides, and briefly.
+const SHARES: &[(&str, &str)] =
+    &[("again", "10000"), ("replica", "2500"), ("turns", "2500"), ("brief", "5000")];
 
 /// The built scenarios run in release, in which a seed takes a third of the time; the tests have a few of each as well.
 fn simulation() -> Outcome {

@@ -14,7 +14,7 @@ const HELP: &str = "\
 cargo xtask sim [--seeds N] [--start S] [--jobs J] [--scenario NAME]   many seeds
 cargo xtask sim --seed S [-v] [--scenario NAME]                        one seed; -v prints all that happens
 cargo xtask crash --steps [--seeds N]                                  all crash points of commit, stream, snapshot and pivot (or N of them)
-cargo xtask sim --planted [--bug TEXT]                                 each planted bug (whose name has TEXT in it), and the seed that finds it
+cargo xtask sim --planted [--bug TEXT] [--scenario NAME]               each planted bug (whose name has TEXT in it), and the seed that finds it
 ";
 
 struct Arguments {
@@ -180,7 +180,8 @@ fn keep(name: &str, seed: u64, violation: &str) {
 #[cfg(feature = "planted-bugs")]
 fn planted(a: &Arguments) -> bool {
     let seeds = a.start..a.start.saturating_add(a.seeds);
-    let found = sim::planted::hunt(&a.bug, seeds, a.jobs, |found| match found.seed {
+    let scenario = a.scenario.as_deref().and_then(find).map(|s| s.1);
+    let found = sim::planted::hunt(&a.bug, scenario, seeds, a.jobs, |found| match found.seed {
         Some(seed) => println!("{:<40} seed {seed:>5}: {}", found.bug, found.violation),
         None => println!("{:<40} NOT FOUND in {} seeds", found.bug, a.seeds),
     });

@@ -17,7 +17,7 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 13] = [
+pub const SCENARIOS: [(&str, Scenario); 14] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
@@ -30,6 +30,7 @@ pub const SCENARIOS: [(&str, Scenario); 13] = [
     ("nth", nth::case),
     ("replica", replica::replica),
     ("turns", replica::turns),
+    ("brief", replica::brief),
     ("steps", steps::case),
 ];
 

@@ -23,7 +23,7 @@ async fn soon<T>(env: &Env, what: &str, request: impl Future<Output = block::Res
 fn nobody_waits_for_the_flush_of_an_epoch() {
     for seed in 0..8 {
         let outcome = World::play(seed, false, move |w| async move {
-            let wishes = Wishes { disk: DISK, retain: 0, external: false };
+            let wishes = Wishes { disk: DISK, ..Wishes::NONE };
             let run = Run::with_redo(w, wishes, seed, ("remote-written", "suspend")).await;
             let (env, follower) = (run.env().clone(), run.follower());
             let primary = run.primary().disk(&run.world).await.unwrap();

@@ -4,8 +4,8 @@
 //! whether it is the owner, so that what they are told is the owner's word.
 
 use super::hosts::Site;
-use super::turns::{DISK, FAR, MOST_RESENT, SWITCHOVER_MS};
-use super::{PATIENCE, Run, SECOND_LIFE, SECTORS};
+use super::turns::{DISK, FAR, MOST_RESENT, PACE, SWITCHOVER_MS, TROUBLE};
+use super::{PATIENCE, Run, SECOND_LIFE};
 use crate::guest::Disk;
 use crate::history::Crash;
 use crate::{Guest, Manager, NbdDisk, NetProfile, Refusal, Value, stamped, values_of};
@@ -95,7 +95,7 @@ impl Run {
         if disk.write(0, stamped(SECOND_LIFE, 0, 1), false).await.is_ok() {
             self.bad(format!("X9: {} takes writes after it was handed over", old.name));
         }
-        let data = disk.read(Span::new(0, SECTORS * SECTOR)).await;
+        let data = disk.read(self.wishes.area()).await;
         disk.disconnect();
         if let Ok(data) = data
             && values_of(&data.contiguous(), 0) != found
@@ -278,7 +278,7 @@ impl Run {
         self.follow_again(old, self.draw(|r| r.chance(0.4))).await?;
         if self.draw(|r| r.chance(0.4)) {
             // also while it is sent what it missed
-            self.trouble().await?;
+            self.trouble(TROUBLE, PACE).await?;
             self.settled().await?;
         } else {
             self.in_sync(new, self.sites.len() - 1).await?;
@@ -316,7 +316,7 @@ impl Run {
     }
 
     async fn scribble_on(&self, disk: &NbdDisk, number: u32) -> bool {
-        let (at, len) = self.draw(|r| (r.below(SECTORS - 40), r.between(1, 40)));
+        let (at, len) = self.draw(|r| (r.below(self.wishes.sectors - 40), r.between(1, 40)));
         let write = disk.write(at * SECTOR, stamped(number, at, len), false);
         let done = matches!(self.env().timeout(Duration::from_secs(5), write).await, Some(Ok(())));
         if done {

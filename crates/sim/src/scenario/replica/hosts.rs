@@ -1,7 +1,7 @@
 //! The hosts of a group: how their daemons are started, and told who they are.
 
 use super::turns::FAR;
-use super::{PATIENCE, Run, SECTORS, STORE};
+use super::{PATIENCE, Run, STORE, Wishes};
 use crate::boot::{Booted, nbd};
 use crate::history::History;
 use crate::{Host, Manager, NbdDisk, Process, Profile, Refusal, Value, World, values_of};
@@ -21,6 +21,7 @@ pub(super) struct Site {
     pub(super) outside: Env,
     pub(super) _users: Process,
     pub(super) engine: &'static str,
+    pub(super) wishes: Wishes,
     pub(super) running: RefCell<Option<(Booted, Rc<Manager>)>>,
     /// The highest checkpoint it has shown.
     pub(super) seen: Cell<u64>,
@@ -52,7 +53,7 @@ impl Site {
     /// What is on the disk itself.
     pub(super) fn raw(&self) -> Vec<Value> {
         let image = self.host.image("/disk").unwrap_or_default();
-        values_of(&image.read(Span::new(0, SECTORS * SECTOR)), 0)
+        values_of(&image.read(self.wishes.area()), 0)
     }
 
     /// Of the disk itself.

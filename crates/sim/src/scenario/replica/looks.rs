@@ -1,11 +1,11 @@
 //! Looking at secondaries without touching them: a failover tried on a clone, and a comparison, after which what rotted is mended.
 
 use super::hosts::Site;
-use super::{PATIENCE, Run, SECOND_LIFE, SECTORS};
+use super::{PATIENCE, Run, SECOND_LIFE};
 use crate::boot::nbd;
 use crate::guest::Disk;
 use crate::{NbdDisk, Refusal, Value, stamped, values_of};
-use block::{SECTOR, Span};
+use block::SECTOR;
 use nbd::Mode;
 use serde_json::json;
 use std::rc::Rc;
@@ -32,7 +32,7 @@ impl Run {
         m.must("block-export-add", export).await?;
         let disk = NbdDisk::connect(&site.outside, &nbd(), "t", Mode::Structured, self.world.verdict()).await;
         let Ok(disk) = disk else { return Ok(()) };
-        let all = Span::new(0, SECTORS * SECTOR);
+        let all = self.wishes.area();
         let mut expected = Vec::new();
         for round in 0..3 {
             let Ok(data) = disk.read(all).await else {
@@ -50,7 +50,7 @@ impl Run {
             } else if values != expected {
                 self.bad(format!("the clone of checkpoint {epoch} on {} changed", site.name));
             }
-            let (at, len) = self.draw(|r| (r.below(SECTORS - 40), r.between(1, 40)));
+            let (at, len) = self.draw(|r| (r.below(self.wishes.sectors - 40), r.between(1, 40)));
             let number = SECOND_LIFE + 3 + round;
             if disk.write(at * SECTOR, stamped(number, at, len), false).await.is_ok() {
                 expected[at as usize..(at + len) as usize].fill(Value::Write(number));
@@ -83,7 +83,7 @@ impl Run {
         if rots {
             self.stop_guests().await;
             self.all_alike().await?;
-            let at = self.draw(|r| r.below(SECTORS * SECTOR));
+            let at = self.draw(|r| r.below(self.wishes.area().len));
             site.stop(false);
             site.host.rot("/disk", at, 3);
             self.bring_up(site, false).await?;

@@ -13,6 +13,7 @@
 
 #[cfg(test)]
 mod beside;
+mod brief;
 mod changes;
 mod hosts;
 mod looks;
@@ -21,6 +22,7 @@ mod quiet;
 mod room;
 mod turns;
 
+pub use brief::brief;
 pub use turns::turns;
 
 use crate::boot::nbd;
@@ -43,6 +45,7 @@ use std::time::Duration;
 
 /// Everything must have come about so long after the last fault, in virtual time.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// Guests use so many, the first of a disk.
 const SECTORS: u64 = 512;
 const STORE: u64 = 8 << 20;
 /// The first number of stamps on a promoted disk: no guest of the first primary gets there.
@@ -65,8 +68,10 @@ pub fn replica(seed: u64, verbose: bool) -> Outcome {
 /// What is asked of a group beyond the ordinary.
 #[derive(Clone, Copy)]
 struct Wishes {
-    /// Bytes of the disk; guests use the first [`SECTORS`] of it.
+    /// Bytes of the disk.
     disk: u64,
+    /// Guests use so many of it, the first.
+    sectors: u64,
     /// Checkpoints kept beside the newest.
     retain: u64,
     /// A manager owns the decision about checkpoints.
@@ -74,7 +79,12 @@ struct Wishes {
 }
 
 impl Wishes {
-    const NONE: Wishes = Wishes { disk: SECTORS * SECTOR, retain: 0, external: false };
+    const NONE: Wishes = Wishes { disk: SECTORS * SECTOR, sectors: SECTORS, retain: 0, external: false };
+
+    /// Where guests write.
+    fn area(&self) -> Span {
+        Span::new(0, self.sectors * SECTOR)
+    }
 }
 
 struct Run {
@@ -134,7 +144,7 @@ impl Run {
             } else {
                 Host::new(name, world.machine(), world.net(), Profile::calm())
             };
-            host.install("/disk", Image::from_bytes(&vec![0; wishes.disk as usize]));
+            host.install("/disk", Image::of_len(wishes.disk));
             let (outside, users) = host.start(world.executor());
             Site {
                 name,
@@ -142,6 +152,7 @@ impl Run {
                 outside,
                 _users: users,
                 engine: "redo",
+                wishes,
                 running: RefCell::default(),
                 seen: Cell::new(0),
             }
@@ -220,7 +231,7 @@ impl Run {
                     Duration::from_millis(10),
                     Duration::from_millis(40),
                 ]),
-                ..Habits::drawn(r, n as u32, SECTORS)
+                ..Habits::drawn(r, n as u32, self.wishes.sectors)
             });
             let dial = NbdDisk::dial(&primary.outside, nbd(), "f", Mode::Structured, self.world.verdict());
             let verdict = self.world.verdict().clone();
@@ -442,7 +453,7 @@ impl Run {
         if disk.facts().size > self.told.get() {
             self.bad(format!("D5: {} shows a length that a growth had which was refused", site.name));
         }
-        let data = disk.read(Span::new(0, SECTORS * SECTOR)).await;
+        let data = disk.read(self.wishes.area()).await;
         disk.disconnect();
         let Some(after) = self.committed(site).await else { return };
         let Ok(data) = data else { return };
@@ -494,7 +505,7 @@ impl Run {
         }
         self.bring_up(primary, true).await?;
         let Ok(disk) = primary.disk(&self.world).await else { return Err(Refusal::Gone) };
-        let data = disk.read(Span::new(0, SECTORS * SECTOR)).await;
+        let data = disk.read(self.wishes.area()).await;
         disk.disconnect();
         let Ok(data) = data else { return Err(Refusal::Gone) };
         let how = if power { Crash::PowerLoss } else { Crash::KillWriteThrough };
@@ -683,10 +694,8 @@ impl Run {
 
     async fn read_all(&self, site: &Site) -> Result<Vec<Value>, Refusal> {
         let disk = site.disk(&self.world).await.map_err(|_| Refusal::Gone)?;
-        let data = disk
-            .read(Span::new(0, SECTORS * SECTOR))
-            .await
-            .map_err(|e| Refusal::Error(format!("reading: {e}")))?;
+        let data =
+            disk.read(self.wishes.area()).await.map_err(|e| Refusal::Error(format!("reading: {e}")))?;
         disk.disconnect();
         Ok(values_of(&data.contiguous(), 0))
     }
@@ -700,7 +709,7 @@ impl Run {
             for _ in 0..self.draw(|r| r.between(1, 20)) {
                 let (at, len) = self.draw(|r| {
                     let len = r.between(1, 40);
-                    (r.below(SECTORS - len), len)
+                    (r.below(self.wishes.sectors - len), len)
                 });
                 number += 1;
                 disk.write(at * SECTOR, stamped(number, at, len), false)

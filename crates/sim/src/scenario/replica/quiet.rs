@@ -30,7 +30,7 @@ impl Run {
         self.env().sleep(Duration::from_millis(100)).await;
         // a disk that could not grow has no server: what waits for a secondary keeps it
         let Ok(disk) = primary.disk(&self.world).await else { return Ok(false) };
-        let (at, under_way) = self.draw_aside(|r| (r.below(super::SECTORS - LEN), r.chance(0.5)));
+        let (at, under_way) = self.draw_aside(|r| (r.below(self.wishes.sectors - LEN), r.chance(0.5)));
         if under_way {
             primary.host.fault(Rule::once("/disk", Op::Write, Fault::Hang));
         }

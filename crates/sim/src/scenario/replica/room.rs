@@ -30,7 +30,7 @@ fn full(seed: u64, case: Case) -> Result<(), String> {
     let told = Rc::new(RefCell::new(None));
     let tell = told.clone();
     let outcome = World::play(seed, false, move |w| async move {
-        let wishes = Wishes { disk: DISK, retain: 0, external: true };
+        let wishes = Wishes { disk: DISK, external: true, ..Wishes::NONE };
         let run = Run::with_redo(w, wishes, seed, (case.level, case.policy)).await;
         let (env, old, to) = (run.env().clone(), run.primary(), run.follower());
         let disk = old.disk(&run.world).await.unwrap();

@@ -30,6 +30,12 @@ pub(super) const FAR: u64 = 8 << 20;
 pub(super) const MOST_RESENT: u64 = 8 << 20;
 /// A planned change of sides may take so long.
 pub(super) const SWITCHOVER_MS: u64 = 5000;
+/// At least and at most.
+pub(super) type Length = (Duration, Duration);
+/// How long things fail before a turn.
+pub(super) const TROUBLE: Length = (Duration::from_millis(50), Duration::from_millis(900));
+/// Between two things that happen in times of trouble, at most.
+pub(super) const PACE: Duration = Duration::from_millis(200);
 /// What a manager that dies leaves undecided is given up after this.
 const DECIDE_MS: u64 = 400;
 
@@ -37,7 +43,8 @@ const DECIDE_MS: u64 = 400;
 pub fn turns(seed: u64, verbose: bool) -> Outcome {
     World::play(seed, verbose, |w| async move {
         let mut rng = w.rng("plan");
-        let wishes = Wishes { disk: DISK, retain: *rng.choose(&[0, 2, 5]), external: rng.chance(0.25) };
+        let (retain, external) = (*rng.choose(&[0, 2, 5]), rng.chance(0.25));
+        let wishes = Wishes { disk: DISK, retain, external, ..Wishes::NONE };
         let run = Rc::new(Run::new(w, rng, wishes, seed));
         if let Err(e) = run.take_turns().await
             && !run.world.verdict().is_bad()
@@ -55,20 +62,31 @@ impl Run {
         self.bring_up(self.primary(), true).await?;
         self.start_guests();
         for _ in 0..self.draw(|r| r.between(1, 4)) {
-            self.trouble().await?;
-            match self.draw(|r| r.below(100)) {
-                _ if self.world.verdict().is_bad() => {}
-                0..30 => self.switchover().await?,
-                30..60 => self.failover_and_back().await?,
-                60..72 if self.sites.len() == 3 => self.two_are_promoted().await?,
-                60..80 => self.trial().await?,
-                _ => self.compared().await?,
-            }
+            self.trouble(TROUBLE, PACE).await?;
+            self.turn().await?;
             if self.world.verdict().is_bad() {
                 return Ok(());
             }
-            self.world.count("turns", 1);
         }
+        self.end_alike().await
+    }
+
+    /// One change of sides, or one look at a side.
+    pub(super) async fn turn(self: &Rc<Self>) -> Result<(), Refusal> {
+        match self.draw(|r| r.below(100)) {
+            _ if self.world.verdict().is_bad() => return Ok(()),
+            0..30 => self.switchover().await?,
+            30..60 => self.failover_and_back().await?,
+            60..72 if self.sites.len() == 3 => self.two_are_promoted().await?,
+            60..80 => self.trial().await?,
+            _ => self.compared().await?,
+        }
+        self.world.count("turns", 1);
+        Ok(())
+    }
+
+    /// In the end everybody is in sync and all disks are alike.
+    pub(super) async fn end_alike(self: &Rc<Self>) -> Result<(), Refusal> {
         self.settled().await?;
         self.stop_guests().await;
         self.all_alike().await?;
@@ -88,10 +106,10 @@ impl Run {
     // ---- times of trouble
 
     /// Things fail, but not the primary's disk, for a while; checkpoints, crashes and looks meanwhile.
-    pub(super) async fn trouble(self: &Rc<Self>) -> Result<(), Refusal> {
-        self.let_things_fail(Duration::from_millis(50), Duration::from_millis(900));
+    pub(super) async fn trouble(self: &Rc<Self>, length: Length, pace: Duration) -> Result<(), Refusal> {
+        self.let_things_fail(length.0, length.1);
         while self.troubled() && !self.world.verdict().is_bad() {
-            self.pause(Duration::from_millis(200)).await;
+            self.pause(pace).await;
             self.something().await?;
         }
         self.calm();
