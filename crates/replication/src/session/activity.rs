@@ -60,36 +60,39 @@ impl Slot {
     }
 
     fn parse(bytes: &[u8]) -> Option<Slot> {
-        let words: Vec<u64> = bytes.as_chunks::<8>().0.iter().map(|c| u64::from_le_bytes(*c)).collect();
-        let history_words = usize::try_from(*words.get(6)?).ok()?;
+        // most of a slot is not used: only what is asked for is read
+        let words = bytes.as_chunks::<8>().0;
+        let word = |n: usize| words.get(n).map(|w| u64::from_le_bytes(*w));
+        let history_words = usize::try_from(word(6)?).ok()?;
         let runs_at = 7usize.checked_add(history_words)?;
-        let count = *words.get(runs_at)?;
+        let count = word(runs_at)?;
         let n = if count == u64::MAX { 0 } else { usize::try_from(count).ok().filter(|n| *n <= MAX_RUNS)? };
         let runs_end = runs_at + 1 + 3 * n;
-        let (place_len, end) = match *words.first()? {
+        let (place_len, end) = match word(0)? {
             MAGIC_1 => (0, runs_end),
             MAGIC => {
-                let len = usize::try_from(*words.get(runs_end + 1)?).ok().filter(|n| *n <= MAX_TEXT)?;
+                let len = usize::try_from(word(runs_end + 1)?).ok().filter(|n| *n <= MAX_TEXT)?;
                 (len, runs_end + 2 + len.div_ceil(8))
             }
             _ => return None,
         };
-        if u64::from(crc32c::crc32c(bytes.get(..end * 8)?)) != *words.get(end)? {
+        if u64::from(crc32c::crc32c(bytes.get(..end * 8)?)) != word(end)? {
             return None;
         }
         let mut group = [0; 16];
         group.copy_from_slice(bytes.get(32..48)?);
         let place = bytes.get((runs_end + 2) * 8..).and_then(|b| b.get(..place_len)).unwrap_or_default();
         let runs = words.get(runs_at + 1..runs_end)?.as_chunks::<3>().0.iter();
-        let runs: Option<Vec<_>> = runs.map(|r| Some((r[0], Span::checked(r[1], r[2])?))).collect();
+        let run = |[v, start, len]: [u64; 3]| Some((v, Span::checked(start, len)?));
+        let runs: Option<Vec<_>> = runs.map(|r| run(r.map(u64::from_le_bytes))).collect();
         Some(Slot {
-            sequence: words[1],
+            sequence: word(1)?,
             group: GroupId(group),
-            floor: Epoch(words[2]),
-            used: Epoch(words[3]),
+            floor: Epoch(word(2)?),
+            used: Epoch(word(3)?),
             history: crate::store::parse_history(bytes.get(56..runs_at * 8)?)?.0,
             runs: if count == u64::MAX { None } else { Some(runs?) },
-            fenced: Generation(if end > runs_end { words[runs_end] } else { 0 }),
+            fenced: Generation(if end > runs_end { word(runs_end)? } else { 0 }),
             place: String::from_utf8_lossy(place).into_owned(),
         })
     }

@@ -155,7 +155,6 @@ impl Store {
     /// A file that is no store; of the file.
     pub async fn open(env: &Env, file: Rc<dyn env::File>, volumes: Vec<Rc<dyn Volume>>) -> Result<Rc<Store>> {
         let count = volumes.len();
-        let mut state: Option<State> = None;
         let mut records = Vec::new();
         let each = |h: &record::Header, end: u64, place: u64, payload: &block::Data| {
             let small = !matches!(h.kind, Kind::Change | Kind::Preimage | Kind::Own);
@@ -169,7 +168,7 @@ impl Store {
         let disks: Vec<u64> = volumes.iter().map(|v| v.len()).collect();
         // nobody has ever opened it, or nobody who knew of other lengths
         let lens = if anchor.lens.len() == count { anchor.lens.clone() } else { disks };
-        let s = state.get_or_insert_with(|| State {
+        let mut state = State {
             role: role_of(anchor.role),
             highest: anchor.highest,
             history: anchor.history.clone(),
@@ -190,15 +189,14 @@ impl Store {
             garbage: Vec::new(),
             touched: super::first::Touched::default(),
             past: None,
-        });
+        };
         for (r, lsn, place) in &records {
-            s.replay(r, lsn + r.size(), *place, engine, count);
+            state.replay(r, lsn + r.size(), *place, engine, count);
         }
         if !planted(Bug::LostCountsAsStored) {
-            s.forget_not_stored();
+            state.forget_not_stored();
         }
-        let direct = Cell::new(s.role == Role::Done);
-        let Some(state) = state else { return Err(BlockError::corrupt("empty state")) };
+        let direct = Cell::new(state.role == Role::Done);
         let store = Store {
             env: env.clone(),
             log,
