@@ -44,6 +44,9 @@ GRANULE = 64 << 10
 DOUBT = 2 * max(LARGE // 64, 128 << 20)
 PATIENCE = 60.0
 SPEED = 30 << 20
+# One life in so many is as long as the jobs take that were there when it began, up to so many seconds: a client that writes faster than
+# a job copies keeps it for ever.
+PATIENT, LONG_LIFE = 10, 15.0
 
 
 class Gone(Exception):
@@ -434,7 +437,7 @@ class Lab:
         self.program, self.where, self.rng = program, where, rng
         self.proofs = ["off", "off", "off", "full"] if go_on else ["off", "sampled", "full"]
         self.kinds = ["mirror"] * (3 if go_on else 1) + ["snapshot", "commit", "stream"]
-        self.images, self.made, self.started, self.resumed = {}, 0, {}, {}
+        self.images, self.made, self.started, self.resumed, self.outlived = {}, 0, {}, {}, 0
         self.options = ["--nbd-server", "addr.type=unix,addr.path=nbd.sock,max-connections=0"]
         for name in "abcdg":
             image = f"{name}.{'raw' if name == 'c' else 'qcow2'}"
@@ -559,22 +562,32 @@ class Lab:
                 os.unlink(image)
         return m
 
-    def round(self, stop):
-        """Operations, a kill in the middle, and the next life."""
+    def round(self, stop, patient):
+        """Operations, a kill in the middle, and the next life. A patient one waits with the kill for the jobs that were there: those
+        that are compared, or copy the disk of one instant, begin that anew after each kill, and hold their disks."""
         killer = threading.Timer(self.rng.uniform(0.02, 1.2), self.process.kill)
-        killer.start()
         try:
             m = self.monitor()
+            there = {j["id"] for j in m.do("query-jobs")} if patient else set()
+            until = time.monotonic() + LONG_LIFE
             while True:
-                self.begin(m)
+                if not killer.ident and (not there or time.monotonic() > until):
+                    killer.start()
+                if not there:
+                    self.begin(m)
                 for _ in range(self.rng.randrange(1, 8)):
                     self.steer(m)
                     time.sleep(0.01)
                 self.tidy(m)
+                if there:
+                    there &= {j["id"] for j in m.do("query-jobs")}
+                    self.outlived += not there
                 if stop.is_set():
                     break
         except Gone:
             pass
+        if not killer.ident:
+            killer.start()
         killer.join()
         self.process.wait()
         images = [i for i in self.images.values() if i.endswith("qcow2") and os.path.exists(os.path.join(self.where, i))]
@@ -628,7 +641,7 @@ def main():
         for c in clients:
             c.start()
         for n in range(1, args.kills + 1):
-            lab.round(stop)
+            lab.round(stop, patient=n % PATIENT == 0)
             if stop.is_set():
                 break
             if n % 25 == 0:
@@ -657,7 +670,7 @@ def main():
         print(open(os.path.join(where, "log"), errors="replace").read()[-4000:], file=sys.stderr)
         raise SystemExit(1)
     figures = {c.model.name: c.model.figures for c in clients}
-    print(f"{n} kills, operations {lab.started}, jobs after kills {lab.resumed}, clients {figures}: nothing lost")
+    print(f"{n} kills, operations {lab.started}, jobs after kills {lab.resumed}, lives in which all jobs ended: {lab.outlived}, clients {figures}: nothing lost")
     shutil.rmtree(where)
 
 
