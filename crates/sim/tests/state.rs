@@ -1,12 +1,14 @@
 //! The state store on disks that fail and crash: after each life it holds what was acknowledged, whole batches only, in order;
-//! what was refused is not there (or was found to be there before it was refused).
+//! what was refused is not there (or was found to be there before it was refused). Lives end at random, and one script at each of
+//! its moments.
 #![allow(clippy::unwrap_used)] // a test says by panicking
 
+use env::sync::race;
 use env::{Env, OpenMode};
 use sim::runner::{Options, Outcome, run};
-use sim::{Fault, Op, Profile, Rule, World};
+use sim::{Fault, Keep, Op, Profile, Rule, World};
 use state::{Batch, Store, Tables};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -38,6 +40,10 @@ fn applied(tables: &Tables, batch: &Batch) -> Tables {
 }
 
 impl Model {
+    fn new() -> Rc<RefCell<Model>> {
+        Rc::new(RefCell::new(Model { possible: vec![Tables::new()], open: Vec::new(), acknowledged: 0 }))
+    }
+
     fn acknowledge(&mut self, batch: &Batch) {
         self.possible.iter_mut().for_each(|t| *t = applied(t, batch));
         self.acknowledged += 1;
@@ -98,7 +104,18 @@ fn answered(world: &World, m: &mut Model, batches: &[Batch], outcomes: &[block::
     }
 }
 
-/// One writer: a commit, or several at once.
+/// A commit, or several at once.
+async fn write_once(world: &World, store: &Store, model: &RefCell<Model>, rng: &RefCell<sim::Rng>) {
+    let n = if rng.borrow_mut().chance(0.2) { 3 } else { 1 };
+    let batches: Vec<Batch> = (0..n).map(|_| draw_batch(world, rng)).collect();
+    model.borrow_mut().open = batches.clone();
+    // asked for in order: each task's first step comes before the next task is started
+    let asked: Vec<_> = batches.iter().map(|b| Box::pin(store.commit(b.clone()))).collect();
+    let outcomes = futures_util::future::join_all(asked).await;
+    answered(world, &mut model.borrow_mut(), &batches, &outcomes);
+}
+
+/// One writer.
 async fn write(
     world: World,
     env: Env,
@@ -107,24 +124,40 @@ async fn write(
     rng: Rc<RefCell<sim::Rng>>,
 ) {
     loop {
-        let n = if rng.borrow_mut().chance(0.2) { 3 } else { 1 };
-        let batches: Vec<Batch> = (0..n).map(|_| draw_batch(&world, &rng)).collect();
-        model.borrow_mut().open = batches.clone();
-        // asked for in order: each task's first step comes before the next task is started
-        let asked: Vec<_> = batches.iter().map(|b| Box::pin(store.commit(b.clone()))).collect();
-        let outcomes = futures_util::future::join_all(asked).await;
-        answered(&world, &mut model.borrow_mut(), &batches, &outcomes);
+        write_once(&world, &store, &model, &rng).await;
         let pause = rng.borrow_mut().duration(Duration::ZERO, Duration::from_millis(3));
         env.sleep(pause).await;
     }
+}
+
+/// Whether the store holds what it may. It is known what that is then.
+fn holds(world: &World, store: &Store, model: &RefCell<Model>, life: u32) -> bool {
+    let found = store.read(&TABLES).map(|mut t| {
+        t.retain(|_, rows| !rows.is_empty());
+        t
+    });
+    let mut m = model.borrow_mut();
+    let violation = match found {
+        Ok(found) if m.possible.contains(&found) => {
+            m.possible = vec![found];
+            return true;
+        }
+        Ok(found) => {
+            let sizes: Vec<_> = found.iter().map(|(t, r)| (t.clone(), r.len())).collect();
+            let (n, commits) = (m.possible.len(), m.acknowledged);
+            format!("the store holds {sizes:?}, which is none of {n} possible states after {commits} commits")
+        }
+        Err(e) => format!("the store cannot be read: {e}"),
+    };
+    world.verdict().violation(format!("life {life}: {violation}"));
+    false
 }
 
 async fn lives(world: World) {
     let rng = Rc::new(RefCell::new(world.rng("store")));
     let profile = Profile::drawn(&mut rng.borrow_mut());
     world.host().set_profile(profile.clone());
-    let model =
-        Rc::new(RefCell::new(Model { possible: vec![Tables::new()], open: Vec::new(), acknowledged: 0 }));
+    let model = Model::new();
     let (watch, _root) = world.start();
     for life in 0..6 {
         if life == 5 {
@@ -152,28 +185,8 @@ async fn lives(world: World) {
                 continue;
             }
         };
-        let found = store.read(&TABLES).map(|mut t| {
-            t.retain(|_, rows| !rows.is_empty());
-            t
-        });
-        match found {
-            Ok(found) if model.borrow().possible.contains(&found) => {
-                model.borrow_mut().possible = vec![found];
-            }
-            Ok(found) => {
-                let sizes: Vec<_> = found.iter().map(|(t, r)| (t.clone(), r.len())).collect();
-                let m = model.borrow();
-                world.verdict().violation(format!(
-                    "life {life}: the store holds {sizes:?}, which is none of {} possible states after {} commits",
-                    m.possible.len(),
-                    m.acknowledged
-                ));
-                return;
-            }
-            Err(e) => {
-                world.verdict().violation(format!("life {life}: the store cannot be read: {e}"));
-                return;
-            }
+        if !holds(&world, &store, &model, life) {
+            return;
         }
         if life == 5 {
             store.close().await;
@@ -214,6 +227,85 @@ fn what_was_acknowledged_survives_and_nothing_else() {
         assert!(report.counts["commits"] > 500 && report.counts["refused"] > 5);
         assert!(report.counts["openings cut short"] > 5);
     }
+}
+
+/// Each crash point of the script is tried with each of these; `None` is a kill. Of what is drawn, several.
+const HOW: [Option<Keep>; 6] =
+    [None, Some(Keep::Nothing), Some(Keep::All), Some(Keep::Drawn), Some(Keep::Drawn), Some(Keep::Drawn)];
+
+/// One life of the script: the store is opened (the first makes it), written to, and closed.
+async fn script(world: World, env: Env, model: Rc<RefCell<Model>>, life: u32) {
+    let rng = RefCell::new(world.rng(&format!("life {life}")));
+    let store = match Store::open(&env, Path::new("/state")).await {
+        Ok(store) => store,
+        Err(e) => return world.verdict().violation(format!("life {life}: the store does not open: {e}")),
+    };
+    if !holds(&world, &store, &model, life) {
+        return;
+    }
+    for _ in 0..12 {
+        write_once(&world, &store, &model, &rng).await;
+    }
+    store.close().await;
+}
+
+/// The script crashes at its moment `at`; the next life, which finds what is left, soon after its own beginning; the third does not.
+/// How many moments the first had.
+fn crash_at(at: Option<u64>, kind: usize) -> (Outcome, u64) {
+    let had = Rc::new(Cell::new(0));
+    let tell = had.clone();
+    let outcome = World::play(1, false, move |world| async move {
+        let host = world.host().clone();
+        host.let_names_be_lost();
+        let (model, (_watch, _root)) = (Model::new(), world.start());
+        for life in 0..3 {
+            let (env, process) = world.start();
+            let begin = host.moments();
+            let until = match (life, at) {
+                (0, Some(at)) => begin + at + 1,
+                // while it is opened, mostly, and mended
+                (1, Some(at)) => begin + 1 + at % 40,
+                _ => u64::MAX,
+            };
+            let playing = env.spawn("script", script(world.clone(), env.clone(), model.clone(), life));
+            let ended = race(playing.join(), host.reach(until)).await.is_some();
+            if life == 0 {
+                tell.set(host.moments() - begin);
+                if ended && at.is_some() {
+                    world.verdict().violation("the moment of the crash never came");
+                }
+            }
+            // kinds that draw draw something else each
+            (0..kind).for_each(|_| {
+                world.machine().draw(sim::Rng::draw);
+            });
+            match HOW[kind] {
+                None => process.kill(),
+                Some(keep) => host.power_loss_keeping(&[&process], keep),
+            }
+            model.borrow_mut().crash();
+        }
+        world.count("commits", model.borrow().acknowledged);
+    });
+    (outcome, had.get())
+}
+
+fn crash_of(case: u64) -> Outcome {
+    let (at, kind) = (case / HOW.len() as u64, (case % HOW.len() as u64) as usize);
+    let mut outcome = crash_at(Some(at), kind).0;
+    outcome.violation = outcome.violation.map(|v| format!("crash at moment {at} ({:?}): {v}", HOW[kind]));
+    outcome
+}
+
+#[test]
+fn a_crash_at_every_moment_leaves_whole_batches_in_order() {
+    let (outcome, moments) = crash_at(None, 0);
+    assert_eq!(outcome.violation, None);
+    assert!(moments > 100, "{moments}");
+    let cases = moments * HOW.len() as u64;
+    let report = run(|case, _| crash_of(case), 0..cases, &Options { jobs: 2, ..Options::default() });
+    println!("{moments} moments: {report}");
+    assert!(report.failures.is_empty(), "{:#?}", report.failures);
 }
 
 /// Plays `body` with a store that has one record.
