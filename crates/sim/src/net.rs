@@ -2,8 +2,8 @@
 //!
 //! What can happen to bytes: they arrive after a delay drawn from the seed, cut anywhere into segments; a full buffer
 //! holds the sender back; a connection is cut at any byte (both ends see a reset), or goes half-open (bytes vanish and
-//! nobody is told); a connect is refused. What must stay true: bytes that do arrive are in order, once, and unchanged;
-//! after an orderly close all bytes sent before it arrive.
+//! nobody is told); a connect is refused, also one that is cut under way. What must stay true: bytes that do arrive are in
+//! order, once, and unchanged; after an orderly close all bytes sent before it arrive.
 
 use crate::Rng;
 use crate::host::ProcessState;
@@ -103,8 +103,17 @@ struct Inner {
     profile: RefCell<NetProfile>,
     listeners: RefCell<BTreeMap<String, Rc<Listening>>>,
     connections: RefCell<BTreeMap<u64, Weak<Connection>>>,
+    /// Connects under way: a cut meets them as well.
+    dials: RefCell<Vec<Weak<Dial>>>,
     next: Cell<u64>,
     next_port: Cell<u16>,
+}
+
+/// A connect that has not arrived yet.
+struct Dial {
+    /// The listener's key.
+    to: String,
+    cut: Cell<bool>,
 }
 
 struct Listening {
@@ -150,6 +159,7 @@ impl Net {
             profile: RefCell::new(profile),
             listeners: RefCell::default(),
             connections: RefCell::default(),
+            dials: RefCell::default(),
             next: Cell::new(1),
             next_port: Cell::new(FIRST_PORT),
         }))
@@ -160,8 +170,11 @@ impl Net {
         *self.0.profile.borrow_mut() = profile;
     }
 
-    /// Resets every connection that exists now to an address that ends so.
+    /// Resets every connection that exists now to an address that ends so; connects under way there are refused.
     pub fn cut(&self, at: &str) {
+        for d in self.0.dials.borrow().iter().filter_map(Weak::upgrade).filter(|d| d.to.ends_with(at)) {
+            d.cut.set(true);
+        }
         self.each(|c| {
             if c.to.ends_with(at) {
                 c.reset();
@@ -246,7 +259,15 @@ impl Net {
         let faulty = machine.now() < profile.faults_end && key.ends_with(profile.faults_at.as_str());
         let (delay, refused) = machine
             .draw(|r| (r.duration(profile.latency.0, profile.latency.1), faulty && r.chance(profile.refuse)));
+        let dial = Rc::new(Dial { to: key.clone(), cut: Cell::new(false) });
+        {
+            let mut dials = self.0.dials.borrow_mut();
+            dials.retain(|d| d.strong_count() > 0);
+            dials.push(Rc::downgrade(&dial));
+        }
         crate::host::sleep(machine, delay).await;
+        let refused = refused || dial.cut.get();
+        drop(dial);
         let found = self.0.listeners.borrow().get(&key).cloned();
         let listening = match found {
             None if matches!(to, Address::Unix(_)) => return Err(BlockError::from_errno(BlockError::ENOENT)),

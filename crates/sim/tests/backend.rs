@@ -381,6 +381,30 @@ fn connections_are_cut_refused_or_go_silent() {
     }
 }
 
+/// A link that is cut is cut for who is just connecting, too: else somebody who was cut off is reached after it.
+#[test]
+fn a_connect_that_is_under_way_does_not_get_past_a_cut() {
+    let b = bench(1, Profile::calm());
+    let slow = Duration::from_millis(20);
+    b.net.set_profile(NetProfile { latency: (slow, slow), ..NetProfile::calm() });
+    let (server, _p) = b.start();
+    let (client, _p2) = b.start();
+    let at = Address::tcp("localhost", 10809);
+    echo_server(&server, at.clone());
+    let net = b.net.clone();
+    b.executor.run(async move {
+        client.sleep(Duration::from_millis(1)).await;
+        for (what, reached) in [(" 10809", false), (" 7000", true)] {
+            let cut = async {
+                client.sleep(slow / 2).await;
+                net.cut(what);
+            };
+            let (dial, ()) = futures_join(client.connect(&at), cut).await;
+            assert_eq!(dial.is_ok(), reached, "{what}");
+        }
+    });
+}
+
 #[test]
 fn a_seed_repeats_its_run_and_another_seed_does_not() {
     let run = |seed: u64| {
