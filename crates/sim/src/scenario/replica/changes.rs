@@ -272,6 +272,7 @@ impl Run {
             self.bring_up(s, false).await?;
         }
         self.begin_to_lead(new).await?;
+        self.others_follow(new, old).await?;
         if !alive && self.draw_aside(|r| r.chance(0.5)) {
             self.comes_back(old, new).await?;
         }
@@ -426,6 +427,30 @@ impl Run {
             self.acquaint(&m, s).await?;
         }
         self.lead(&m, None).await
+    }
+
+    /// Everybody but the former owner has heard of the promoted one. Until then the former owner may have reached them as soon as the link was
+    /// back, and made checkpoints with them, which they show until they have caught up.
+    async fn others_follow(&self, new: &Site, old: &Site) -> Result<(), Refusal> {
+        let others: Vec<&Site> = self.followers().into_iter().filter(|s| s.name != old.name).collect();
+        if others.is_empty() {
+            return Ok(());
+        }
+        let heard = async {
+            loop {
+                let info = new.info().await?;
+                let away = |s: &&Site| {
+                    let state = self.peer_of(&info, s).map(|p| p["state"].clone());
+                    state.is_none_or(|s| s == "disconnected" || s == "connecting")
+                };
+                if !others.iter().any(away) {
+                    return self.new_history().await;
+                }
+                self.env().sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let heard = self.world.within(self.env(), PATIENCE, "hearing of the promoted one", heard).await;
+        heard.unwrap_or(Err(Refusal::Gone))
     }
 
     /// The old primary, which was down, is started as primary again, by somebody who does not know that it was succeeded.
