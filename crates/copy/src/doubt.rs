@@ -91,6 +91,15 @@ impl Doubt {
         }
     }
 
+    /// Whether [`Doubt::overwrite`] would tell something new of `at`.
+    pub(crate) fn has_news_of(&self, at: Span) -> bool {
+        let overwritten = self.overwritten.borrow();
+        [&self.since, &self.flushing].into_iter().any(|map| {
+            let map = map.borrow();
+            map.areas(at, 0).any(|area| overwritten.next_clean(area.start).is_some_and(|c| c < area.end()))
+        })
+    }
+
     /// Bytes taken since the last flush began.
     pub(crate) fn unflushed(&self) -> u64 {
         self.since.borrow().dirty_bytes()
@@ -261,8 +270,10 @@ mod tests {
     fn what_the_source_has_lost_is_told() {
         let (wire, doubt, dirty) = made();
         doubt.taken(doubt.moment(), at(1));
+        assert!(!doubt.has_news_of(at(0)) && doubt.has_news_of(at(1)));
         doubt.overwrite(at(0));
         doubt.overwrite(at(1));
+        assert!(!doubt.has_news_of(at(1)));
         assert!(doubt.flush().done().is_some());
         doubt.taken(doubt.moment(), at(2));
         lose(&wire);

@@ -613,8 +613,13 @@ impl Keeper for PointInTime {
         &self.gate
     }
     fn is_kept(&self, at: Span) -> bool {
+        // of what was copied ahead of clients, too, the source loses what the target may lose yet
+        let lost_twice = || self.work.doubt().is_some_and(|d| d.has_news_of(self.clusters(at)));
         self.over.get()
-            || (self.refusing.borrow().is_none() && self.is_settled(at) && self.is_written_down(at))
+            || (self.refusing.borrow().is_none()
+                && self.is_settled(at)
+                && self.is_written_down(at)
+                && !lost_twice())
     }
     fn save(&self, at: Span) -> Io<'_> {
         Box::pin(self.save_all(at))
