@@ -189,6 +189,39 @@ impl JobSet {
         flush: impl Future<Output = Result<()>>,
     ) -> Result<()> {
         self.marks.since.bits_mut().clear_all();
+        self.let_go(unfinished, flush).await
+    }
+
+    /// The same for a job that copies the disk as of one instant: of what was written since the set was made, or taken, or counts as that
+    /// ([`JobSet::counts_as_written`]), nothing is let go, whether it was copied before or not.
+    ///
+    /// # Errors
+    /// As [`JobSet::settle`].
+    pub async fn checkpoint_of_instant(
+        &self,
+        unfinished: &Bitmap,
+        flush: impl Future<Output = Result<()>>,
+    ) -> Result<()> {
+        if planted("backup: what was written since its copy is let go") {
+            self.marks.since.bits_mut().clear_all();
+        }
+        self.let_go(unfinished, flush).await
+    }
+
+    /// What is in the set and not in `unfinished` may have been written by clients since the instant, in an earlier life: it was copied, or
+    /// need not be, and yet the target does not have what the disk holds now.
+    pub fn counts_as_written(&self, unfinished: &Bitmap) {
+        if planted("backup: what was written in an earlier life is let go") {
+            return;
+        }
+        let mut since = self.marks.since.bits_mut();
+        since.merge(&self.marks.left.bits());
+        let granularity = since.granularity();
+        let whole = Span::new(0, unfinished.len());
+        unfinished.areas(whole, 0).for_each(|a| since.clear(a.align_in(granularity)));
+    }
+
+    async fn let_go(&self, unfinished: &Bitmap, flush: impl Future<Output = Result<()>>) -> Result<()> {
         // What was copied before, as far as it is so still, is settled here. Of the rest nobody knows any more what was written since.
         self.copied.borrow_mut().clear_all();
         self.settling.take();

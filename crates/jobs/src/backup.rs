@@ -20,6 +20,7 @@ use crate::backup_args::{BackupArgs, Checked, OnBufferFull};
 use crate::backup_bitmap::BitmapUse;
 use crate::event::{Kind, Progress};
 use crate::job::{Body, Job};
+use crate::kept_work::KeptWork;
 use crate::mirror_args::Sync;
 use crate::outcome::Figures;
 use crate::registry::{Group, Registry};
@@ -62,6 +63,10 @@ pub struct Backup {
     bitmap: Option<BitmapUse>,
     /// What of the instant outlives the daemon.
     kept: Option<Rc<KeptInstant>>,
+    /// What is still to be copied if the instant does not.
+    lacking: Option<Rc<KeptWork>>,
+    /// The instant is the restart, and only what the target lacked is copied.
+    moved: bool,
     hold: RefCell<Option<Hold>>,
     workers: u32,
     chunk: u64,
@@ -146,6 +151,7 @@ async fn build(
     let Checked { source, target, buffer, bitmap, sync, cluster, chunk, workers } = checked;
     let below = outermost(&source);
     let keeping = buffer.as_ref().unwrap_or(&target);
+    let kept_home = home.clone();
     let opening = || Parent::Node(RefCell::default());
     let job = || Parent::Job { kind: Kind::Backup.name(), id: args.job_id.clone() };
     let file = graph.attach_exact(&below, "file", Role::Filtered, opening(), Demand::NOTHING).await?;
@@ -176,6 +182,17 @@ async fn build(
             point.written_down_by(ledger);
         }
         let left = instant_kept.as_ref().and_then(|k| k.take_left());
+        let lacking = match sync {
+            Sync::Full => {
+                KeptWork::find(kept_home, graph, &source, &target, (Kind::Backup, &args.job_id)).await?
+            }
+            _ => None,
+        };
+        let mut moved = false;
+        if let Some(lacking) = &lacking {
+            let believed = lacking.before_instant(&point_work, &file, &kept, left.as_ref()).await;
+            moved = believed && left.is_none();
+        }
         let (from, to, work) = match &buffer {
             None => (file.clone(), kept.clone(), point_work),
             Some(_) => {
@@ -195,7 +212,12 @@ async fn build(
             work.depend_on(graph::links_below(&target, false))?;
         }
         node.set_keeper(Some(point.clone()));
-        let instant = instant(&point, &work, sync, bitmap.as_ref(), left);
+        let begin = match (left, &lacking) {
+            (Some(left), _) => Begin::GoesOn(left),
+            (None, Some(lacking)) if moved => Begin::Lacking(lacking.clone()),
+            (None, _) => Begin::Anew,
+        };
+        let instant = instant(&point, &work, sync, bitmap.as_ref(), begin);
         let stay = below.parents().into_iter().filter(|e| matches!(e.parent(), Parent::Job { .. })).collect();
         let mut plan = Plan::new()
             .then(Step::MoveParents { from: below.clone(), to: filter.clone(), except: stay })
@@ -209,6 +231,7 @@ async fn build(
             return Err(e);
         }
         instant_kept.iter().for_each(|k| k.begin());
+        lacking.iter().for_each(|l| l.begin_instant(&work, &file, &kept));
         // Writers have gone through the filter since; now nobody may come beside it, even while there are none.
         node.pin(true);
         if graph.ask(&main, Demand::NOTHING).await.is_err() {
@@ -217,10 +240,10 @@ async fn build(
         let nodes = [Some(&target), Some(&filter), buffer.as_ref()];
         let blockers = nodes.into_iter().flatten().map(|n| n.block(BUSY)).collect();
         let hold = Hold { main, _target: held, from, to, _blockers: blockers };
-        Ok((point, work, bitmap, instant_kept, hold))
+        Ok((point, work, bitmap, instant_kept, (lacking, moved), hold))
     };
     match made.await {
-        Ok((point, work, bitmap, kept, hold)) => Ok(Rc::new(Backup {
+        Ok((point, work, bitmap, kept, (lacking, moved), hold)) => Ok(Rc::new(Backup {
             graph: graph.clone(),
             args,
             sync,
@@ -230,6 +253,8 @@ async fn build(
             work,
             bitmap,
             kept,
+            lacking,
+            moved,
             hold: RefCell::new(Some(hold)),
             workers,
             chunk,
@@ -263,20 +288,30 @@ fn rules(args: &BackupArgs) -> KeepRules {
     KeepRules { on_error, wait_when_full, most: args.buffer_size, compressed: false, ..plain }
 }
 
+/// What an earlier life has to do with the instant.
+enum Begin {
+    /// It took it, and the target lacks so much.
+    GoesOn(Bitmap),
+    /// Its own is lost; of the disk as it is now the target lacks this.
+    Lacking(Rc<KeptWork>),
+    /// Nothing.
+    Anew,
+}
+
 /// What happens when nobody is inside the disk: the work of the job is what it is now, and the bitmap begins anew.
 fn instant(
     point: &Rc<PointInTime>,
     work: &Rc<Work>,
     sync: Sync,
     bitmap: Option<&BitmapUse>,
-    left: Option<Bitmap>,
+    begin: Begin,
 ) -> Rc<dyn Fn()> {
     let (point, work, bitmap) = (point.clone(), work.clone(), bitmap.cloned());
     Rc::new(move || {
-        if let Some(left) = &left {
-            // an earlier life took the instant
-            point.go_on(left);
-            return;
+        match &begin {
+            Begin::GoesOn(left) => return point.go_on(left),
+            Begin::Lacking(lacking) => return point.begin(&lacking.lacking(point.work())),
+            Begin::Anew => {}
         }
         let bits = bitmap.as_ref().map(BitmapUse::begin);
         match bits.filter(|_| sync == Sync::Bitmap) {
@@ -390,7 +425,7 @@ impl Backup {
                 self.work.begin(&self.point.wanted());
             }
         }
-        let fresh = !self.is_resumed();
+        let fresh = !self.is_resumed() && !self.moved;
         if fresh && self.sync == Sync::Full && first::reads_as_zero(&self.work, target).await? {
             self.work.assume_target_zero()?;
         }
@@ -432,6 +467,11 @@ impl Backup {
     /// Whether it goes on with the instant that it took in an earlier life of the daemon.
     pub fn is_resumed(&self) -> bool {
         self.kept.as_ref().is_some_and(|k| k.is_resumed())
+    }
+
+    /// Whether the instant is the restart, and of an earlier life's copy what the target has is not copied again.
+    pub fn has_moved(&self) -> bool {
+        self.moved
     }
 
     /// Name of the node that it copies to.
@@ -488,6 +528,9 @@ impl Body for Backup {
             } else {
                 self.point.end();
             }
+            if let Some(lacking) = &self.lacking {
+                lacking.keep_all();
+            }
             self.node.pin(false);
             // Going back asks for nothing that was not granted before, so it is not refused.
             let _ = self.graph.apply(self.plan_back()).await;
@@ -498,6 +541,9 @@ impl Body for Backup {
             }
             if !success {
                 self.work.doubt_all();
+            }
+            if let Some(lacking) = &self.lacking {
+                lacking.end(&self.work).await;
             }
             if let Some(bitmap) = &self.bitmap {
                 bitmap.end(success, &self.work);

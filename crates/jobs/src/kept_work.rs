@@ -1,4 +1,4 @@
-//! What a mirror has still to copy, kept so that a later life of the daemon goes on with it (`--state-dir`).
+//! What a mirror or a backup has still to copy, kept so that a later life of the daemon goes on with it (`--state-dir`).
 //!
 //! What can happen: the daemon is killed, or the power fails, at any moment; the link to the target is lost; the target is another
 //! file when the daemon comes back, or somebody else has written to it. What must stay true:
@@ -6,11 +6,14 @@
 //!   need not be copied is let go by the first flush of both, like what has been.
 //! * A synchronous write reaches the target only after the log of the source's writes says so ([`copy::Work`]).
 //! * Nothing is let go once clients' writes pass the job by (its instant has come, it ends): it may be restored from before that.
-//! * A mirror that was started by a user and not resumed never takes what another one left; nor does one onto another file, or a file
+//! * A backup copies the disk as of one instant. Where that is lost with the daemon, the target lacks of the disk as of the restart what
+//!   had not been copied, and all that clients wrote since the instant, also where the old bytes were copied.
+//! * A job that was started by a user and not resumed never takes what another one left; nor does one onto another file, or a file
 //!   that was changed since ([`BitmapHome::is_as_left`]), nor one onto a disk that differs in any of some places where it need not be
 //!   copied to (devices and peers do not tell whether they are the same).
 //! * Nothing is kept where flushes do not reach the disk (`cache.no-flush`).
 
+use crate::event::Kind;
 use bitmap::Bitmap;
 use block::{BlockError, ErrorKind, Result, Span};
 use copy::Work;
@@ -52,6 +55,8 @@ pub(crate) struct KeptWork {
     log: Rc<DirtyLog>,
     key: String,
     set: RefCell<Option<Rc<JobSet>>>,
+    /// The job copies the disk as of one instant.
+    of_instant: bool,
     resumed: Cell<bool>,
     over: Cell<bool>,
     stop: Notify,
@@ -59,21 +64,21 @@ pub(crate) struct KeptWork {
 }
 
 impl KeptWork {
-    /// For the mirror `id` of `source` onto `target`; nothing where nothing can be kept. What an earlier life left of it is found only
+    /// For the job `id` of this kind, of `source` onto `target`; nothing where nothing can be kept. What an earlier life left of it is found only
     /// while that is being restored.
     ///
     /// # Errors
-    /// What an earlier mirror left could not be given up: after a crash it would be taken for what this one has to do.
+    /// What an earlier job left could not be given up: after a crash it would be taken for what this one has to do.
     pub(crate) async fn find(
         home: Option<Rc<BitmapHome>>,
         graph: &Graph,
         source: &Rc<NodeCell>,
         target: &NodeCell,
-        id: &str,
+        (kind, id): (Kind, &str),
     ) -> Result<Option<Rc<KeptWork>>> {
         let Some(home) = home.filter(|_| is_flushed(source) && is_flushed(target)) else { return Ok(None) };
         let Ok(log) = home.log(graph, source).await else { return Ok(None) };
-        let ours = format!("mirror:{id}:");
+        let ours = format!("{}:{id}:", kind.name());
         let key = format!("{ours}{}:{}", target.name(), identity(target).await);
         let as_left = home.is_resuming() && home.is_as_left(source, target).await;
         for other in log.set_keys() {
@@ -91,7 +96,9 @@ impl KeptWork {
         let (resumed, over) = (Cell::new(set.is_some()), Cell::new(false));
         let env = graph.env().clone();
         let (stop, task) = (Notify::new(), RefCell::default());
-        Ok(Some(Rc::new(KeptWork { env, home, log, key, set: RefCell::new(set), resumed, over, stop, task })))
+        let of_instant = kind == Kind::Backup;
+        let set = RefCell::new(set);
+        Ok(Some(Rc::new(KeptWork { env, home, log, key, set, of_instant, resumed, over, stop, task })))
     }
 
     /// Whether an earlier life left something.
@@ -111,20 +118,75 @@ impl KeptWork {
         target: &Edge,
         equal: bool,
     ) -> Result<bool> {
-        let Some(set) = self.set.borrow().clone() else { return Ok(false) };
+        let Some(set) = self.believed(work, source, target, equal).await? else { return Ok(false) };
+        let left = set.left();
+        left.areas(Span::new(0, left.len()), 0).for_each(|a| work.mark(a));
+        Ok(true)
+    }
+
+    /// What an earlier life left, if that is all there is to do.
+    async fn believed(
+        &self,
+        work: &Work,
+        source: &Edge,
+        target: &Edge,
+        equal: bool,
+    ) -> Result<Option<Rc<JobSet>>> {
+        let Some(set) = self.set.borrow().clone() else { return Ok(None) };
         let fits = {
             let left = set.left();
             left.granularity() <= work.granularity() && left.len() == work.len()
         };
-        if !fits || equal && self.differs(&set, work, source, target).await? {
-            self.resumed.set(false);
-            self.set.take();
-            let _begun_anew = set.remove().await;
-            return Ok(false);
+        if fits && !(equal && self.differs(&set, work, source, target).await?) {
+            return Ok(Some(set));
         }
+        self.resumed.set(false);
+        self.set.take();
+        let _begun_anew = set.remove().await;
+        Ok(None)
+    }
+
+    /// Before the instant of a backup: clients' writes are marked from now on. Whether an earlier life left something that can be believed
+    /// ([`KeptWork::lacking`]). If its instant outlived it, the backup `goes_on` with so much. `work` has nothing in it yet.
+    pub(crate) async fn before_instant(
+        &self,
+        work: &Work,
+        source: &Edge,
+        target: &Edge,
+        goes_on: Option<&Bitmap>,
+    ) -> bool {
+        let believed = self.believed(work, source, target, true).await;
+        if let Ok(Some(set)) = believed {
+            goes_on.into_iter().for_each(|left| set.counts_as_written(left));
+            return true;
+        }
+        // a link that is down now says nothing of the peer
+        self.resumed.set(false);
+        let stale = self.set.take();
+        if let Some(stale) = stale {
+            let _begun_anew = stale.remove().await;
+        }
+        // what was written since an instant in an earlier life nobody knows any more
+        if goes_on.is_none() {
+            self.add(&work.everything()).await;
+        }
+        false
+    }
+
+    /// What the target may lack of the disk as it is now.
+    pub(crate) fn lacking(&self, work: &Work) -> Bitmap {
+        let mut all = work.everything();
+        let Some(set) = self.set.borrow().clone() else { return all };
+        all.clear_all();
         let left = set.left();
-        left.areas(Span::new(0, left.len()), 0).for_each(|a| work.mark(a));
-        Ok(true)
+        left.areas(Span::new(0, left.len()), 0).for_each(|a| all.set(a));
+        all
+    }
+
+    /// Keeps `all` for a beginning. Without, the job runs as well: it is only after a crash that it has to begin anew.
+    async fn add(&self, all: &Bitmap) {
+        let Ok(set) = self.log.add_set(&self.key, all).await else { return };
+        *self.set.borrow_mut() = Some(Rc::new(set));
     }
 
     /// Whether the two differ in one of some places that the target does not lack, preferably where the source has data.
@@ -171,12 +233,22 @@ impl KeptWork {
                 true => work.unfinished(),
                 false => work.everything(),
             };
-            // The job runs without: it is only after a crash that it has to begin anew.
-            let Ok(set) = self.log.add_set(&self.key, &all).await else { return };
-            *self.set.borrow_mut() = Some(Rc::new(set));
+            self.add(&all).await;
+        }
+        self.go_on(work, source, target, new);
+    }
+
+    /// The instant has been taken for which [`KeptWork::before_instant`] was called.
+    pub(crate) fn begin_instant(self: &Rc<Self>, work: &Rc<Work>, source: &Rc<Edge>, target: &Rc<Edge>) {
+        self.go_on(work, source, target, !self.is_resumed());
+    }
+
+    fn go_on(self: &Rc<Self>, work: &Rc<Work>, source: &Rc<Edge>, target: &Rc<Edge>, new: bool) {
+        if self.set.borrow().is_none() {
+            return;
         }
         let (me, work, source, target) = (self.clone(), work.clone(), source.clone(), target.clone());
-        let task = self.env.spawn("mirror-kept", async move { me.keep(&work, &source, &target, new).await });
+        let task = self.env.spawn("work-kept", async move { me.keep(&work, &source, &target, new).await });
         *self.task.borrow_mut() = Some(task);
     }
 
@@ -224,7 +296,11 @@ impl KeptWork {
                 let ended = || BlockError::new(ErrorKind::Cancelled, "the job has ended");
                 race(flush, self.stop.wait()).await.unwrap_or_else(|| Err(ended()))
             };
-            let kept = set.checkpoint(&unfinished, unless_ended).await.is_ok();
+            let kept = match self.of_instant {
+                true => set.checkpoint_of_instant(&unfinished, unless_ended).await,
+                false => set.checkpoint(&unfinished, unless_ended).await,
+            };
+            let kept = kept.is_ok();
             new &= !kept;
             // A target that cannot be flushed is the job's matter; here it is tried again, and what a crash costs then has no bound.
             work.set_ceiling(if kept { done.saturating_add(most) } else { u64::MAX });
@@ -251,7 +327,7 @@ impl KeptWork {
             // written when the source is closed
             set.also(&work.unfinished());
         } else {
-            // What stays is too much; the next mirror gives it up before it begins.
+            // What stays is too much; the next job gives it up before it begins.
             let _stays = set.remove().await;
         }
     }

@@ -128,7 +128,7 @@ async fn build(
     let Checked { source, target, replaces, granularity, buffer, bitmap, below } = checked;
     // With a bitmap the bitmap says what is to be copied, in a later life as well; of a commit what is allocated does.
     let home = registry.bitmap_home().filter(|_| bitmap.is_none() && below.is_none());
-    let kept = KeptWork::find(home, graph, &source, &target, &args.job_id).await?;
+    let kept = KeptWork::find(home, graph, &source, &target, (Kind::Mirror, &args.job_id)).await?;
     let begun_before = registry.bitmap_home().is_some_and(|h| h.is_resuming());
     if begun_before && below.is_some() {
         chain::name_again(graph, &source, &target).await?;

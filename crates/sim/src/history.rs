@@ -51,7 +51,7 @@ pub struct Record {
 }
 
 /// A disk's history between two crashes.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct History {
     clock: Cell<Moment>,
     /// All operations since the beginning; numbers are never reused.

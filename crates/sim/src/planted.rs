@@ -4,7 +4,7 @@
 //! in the scenario that plays its part of the daemon, in the same seeds as any other.
 
 use crate::runner::{Scenario, run_one};
-use crate::scenario::again::again;
+use crate::scenario::again::{again, instants};
 use crate::scenario::chain::{chain, elsewhere, slow};
 use crate::scenario::live::{link, whole_daemon};
 use crate::scenario::replica::{replica, turns};
@@ -98,18 +98,20 @@ pub const MOMENTARY: &[&str] = &[
     "stream: the header goes before the disk is flushed",
 ];
 
+/// Those that only backups show whose daemon dies.
+pub const INSTANT: &[&str] = &[
+    "backup: what was written since its copy is let go",
+    "backup: what was written in an earlier life is let go",
+    "backup: what was copied ahead is certain",
+];
+
 /// One defect.
 #[derive(Clone, Copy, Debug)]
 enum Defect {
     Copy(Bug),
-    Named(&'static str),
-    Chained(&'static str),
-    Slow(&'static str),
-    Elsewhere(&'static str),
-    Returning(&'static str),
     Momentary(&'static str),
-    Replicated(&'static str),
-    Turning(&'static str),
+    /// Any other, and the scenario that shows it.
+    Named(&'static str, Scenario),
     Rule(Rule),
 }
 
@@ -118,14 +120,7 @@ impl Defect {
         match self {
             Defect::Copy(bug) => format!("copy: {bug:?}"),
             Defect::Rule(rule) => format!("replication: {rule:?}"),
-            Defect::Named(name)
-            | Defect::Chained(name)
-            | Defect::Slow(name)
-            | Defect::Elsewhere(name)
-            | Defect::Returning(name)
-            | Defect::Momentary(name)
-            | Defect::Replicated(name)
-            | Defect::Turning(name) => name.to_owned(),
+            Defect::Named(name, _) | Defect::Momentary(name) => name.to_owned(),
         }
     }
 }
@@ -144,16 +139,7 @@ pub struct Found {
 fn plant(defect: Option<Defect>) {
     let (copy, named) = match defect {
         Some(Defect::Copy(bug)) => (Some(bug), None),
-        Some(
-            Defect::Named(name)
-            | Defect::Chained(name)
-            | Defect::Slow(name)
-            | Defect::Elsewhere(name)
-            | Defect::Returning(name)
-            | Defect::Momentary(name)
-            | Defect::Replicated(name)
-            | Defect::Turning(name),
-        ) => (None, Some(name)),
+        Some(Defect::Named(name, _) | Defect::Momentary(name)) => (None, Some(name)),
         Some(Defect::Rule(_)) | None => (None, None),
     };
     let rule = match defect {
@@ -169,15 +155,11 @@ fn search(defect: Defect, scenario: Option<Scenario>, seeds: Range<u64>) -> Foun
     let bug = defect.name();
     plant(Some(defect));
     let usual: Scenario = match defect {
-        Defect::Chained(_) => chain,
-        Defect::Slow(_) => slow,
-        Defect::Elsewhere(_) => elsewhere,
-        Defect::Returning(_) => again,
+        Defect::Named(_, scenario) => scenario,
         Defect::Momentary(_) => steps::case,
-        Defect::Replicated(_) => replica,
-        Defect::Turning(_) | Defect::Rule(_) => turns,
+        Defect::Rule(_) => turns,
         Defect::Copy(Bug::DoubtForgotten) => link,
-        Defect::Copy(_) | Defect::Named(_) => whole_daemon,
+        Defect::Copy(_) => whole_daemon,
     };
     // cases of one script that follow each other are much the same
     let stride = if matches!(defect, Defect::Momentary(_)) { steps::STRIDE } else { 1 };
@@ -199,15 +181,19 @@ pub fn hunt(
     jobs: usize,
     tell: impl Fn(&Found) + Sync,
 ) -> Vec<Found> {
-    let named = NAMED.iter().map(|n| Defect::Named(n));
+    let named: [(&[&str], Scenario); 8] = [
+        (NAMED, whole_daemon),
+        (CHAINED, chain),
+        (SLOW, slow),
+        (ELSEWHERE, elsewhere),
+        (RETURNING, again),
+        (INSTANT, instants),
+        (REPLICATED, replica),
+        (TURNING, turns),
+    ];
+    let named = named.into_iter().flat_map(|(names, s)| names.iter().map(move |n| Defect::Named(n, s)));
     let all = named.chain(Bug::ALL.into_iter().map(Defect::Copy));
-    let all = all.chain(CHAINED.iter().map(|n| Defect::Chained(n)));
-    let all = all.chain(SLOW.iter().map(|n| Defect::Slow(n)));
-    let all = all.chain(ELSEWHERE.iter().map(|n| Defect::Elsewhere(n)));
-    let all = all.chain(RETURNING.iter().map(|n| Defect::Returning(n)));
     let all = all.chain(MOMENTARY.iter().map(|n| Defect::Momentary(n)));
-    let all = all.chain(REPLICATED.iter().map(|n| Defect::Replicated(n)));
-    let all = all.chain(TURNING.iter().map(|n| Defect::Turning(n)));
     let all = all.chain(RULES.iter().map(|rule| Defect::Rule(*rule)));
     let all: Vec<Defect> = all.filter(|d| d.name().contains(only)).collect();
     let (next, found) = (AtomicUsize::new(0), Mutex::new(Vec::new()));

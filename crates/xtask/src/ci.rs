@@ -38,9 +38,10 @@ const STEPS: &[Step] = &[
     ("documentation", || shell::cargo(&["doc", "--workspace", "--no-deps", "--quiet"])),
 ];
 
-/// Seeds of whole daemons in CI: those that come back from any death, replicating hosts, hosts that change sides, and briefly.
+/// Seeds of whole daemons in CI: those that come back from any death, with mirrors and with backups; replicating hosts, hosts that change
+/// sides, and briefly.
 const SHARES: &[(&str, &str)] =
-    &[("again", "10000"), ("replica", "2500"), ("turns", "2500"), ("brief", "5000")];
+    &[("again", "10000"), ("instants", "2000"), ("replica", "2500"), ("turns", "2500"), ("brief", "5000")];
 
 /// The built scenarios run in release, in which a seed takes a third of the time; the tests have a few of each as well.
 fn simulation() -> Outcome {

@@ -6,11 +6,13 @@
 //! * what guests had flushed is on the disk that is exported now, whichever image that is by then;
 //! * jobs are there again and come to their end; guest reads are linearizable in each life;
 //! * mirrors go on where they were, over kills, power losses, quits and lost links, and what they have made is the disk: all of it
-//!   is read after a pivot, and all of a copy of one instant is compared with the disk.
+//!   is read after a pivot, and all of a copy of one instant is compared with the disk;
+//! * in [`instants`], where most jobs are backups: what one has made is the disk as of the instant that it says, its start or a restart,
+//!   whichever part of it an earlier life had copied.
 
-use super::again_work::{Far, Mirroring, Stage};
+use super::again_work::{Copying, Far, Instant, Stage};
 use crate::boot::{Booted, nbd};
-use crate::history::{Crash, History};
+use crate::history::{Crash, History, Moment};
 use crate::runner::Outcome;
 use crate::{Guest, Habits, Manager, NbdDisk, Process, Profile, Refusal, Rng, World, read_all};
 use ::nbd::Mode;
@@ -26,7 +28,16 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// One seed.
 pub fn again(seed: u64, verbose: bool) -> Outcome {
-    World::play(seed, verbose, |w| async move {
+    play(seed, verbose, false)
+}
+
+/// One seed of lives with backups.
+pub fn instants(seed: u64, verbose: bool) -> Outcome {
+    play(seed, verbose, true)
+}
+
+fn play(seed: u64, verbose: bool, backups: bool) -> Outcome {
+    World::play(seed, verbose, move |w| async move {
         let (mut rng, (outside, process)) = (w.rng("plan"), w.start());
         let stage = Stage::drawn(&mut rng);
         w.machine().say(|| format!("{stage:?}"));
@@ -36,6 +47,7 @@ pub fn again(seed: u64, verbose: bool) -> Outcome {
             world: w,
             rng: RefCell::new(rng),
             stage,
+            backups,
             history,
             outside,
             _outside: process,
@@ -54,6 +66,8 @@ pub(super) struct Lives {
     pub(super) world: World,
     rng: RefCell<Rng>,
     pub(super) stage: Stage,
+    /// Most jobs are backups.
+    pub(super) backups: bool,
     pub(super) history: Rc<History>,
     /// Where guests and manager live.
     pub(super) outside: Env,
@@ -68,8 +82,8 @@ pub(super) struct Lives {
     exported: Cell<bool>,
     /// Some image in use is a format, which keeps metadata back until a flush.
     pub(super) formats: Cell<bool>,
-    /// The mirror that was started last.
-    pub(super) job: RefCell<Option<Mirroring>>,
+    /// The copy that was started last.
+    pub(super) job: RefCell<Option<Copying>>,
     /// The last life: jobs are to end.
     pub(super) fast: Cell<bool>,
 }
@@ -123,7 +137,11 @@ impl Lives {
             });
             self.far.trouble(self.stage.far);
             let lasts = self.draw(|r| {
-                let most = *r.choose(&[30, 200, 200, 800, 800, 4000, 12_000]);
+                // what a backup has copied is known to a later life after seconds
+                let most = match self.backups {
+                    true => *r.choose(&[200, 800, 4000, 4000, 12_000, 12_000]),
+                    false => *r.choose(&[30, 200, 200, 800, 800, 4000, 12_000]),
+                };
                 r.duration(Duration::from_millis(1), Duration::from_millis(most))
             });
             self.outside.sleep(lasts).await;
@@ -211,8 +229,10 @@ impl Lives {
         self.exported.set(true);
         if let Some(job) = self.job.borrow_mut().as_mut() {
             job.asked = None;
+            job.instants.iter_mut().for_each(|i| i.freeze(&self.history));
         }
-        self.count_resumed(&m).await?;
+        let from = self.history.tick();
+        self.see_resumed(&m, from).await?;
         if let Some(how) = died {
             let finalizing = self.finalizing(&m);
             let found = self.read(&History::new()).await;
@@ -236,12 +256,29 @@ impl Lives {
         })
     }
 
-    async fn count_resumed(&self, m: &Manager) -> Result<(), Refusal> {
+    /// What jobs say of how they go on; they came back at `from` or just before, when no guest was there yet.
+    async fn see_resumed(&self, m: &Manager, from: Moment) -> Result<(), Refusal> {
         let jobs = m.must("query-jobs", json!({})).await?;
+        let here = Instant::new(from, self.history.tick());
         for job in jobs.as_array().into_iter().flatten() {
             let told = job["resumed"].as_str().unwrap_or_default();
-            self.world
-                .count(if told.starts_with("goes on") { "mirrors that go on" } else { "jobs begun anew" }, 1);
+            let goes_on = told.starts_with("goes on");
+            let what = match (job["type"] == "backup", goes_on) {
+                (false, true) => "mirrors that go on",
+                (true, true) => "backups that keep their instant",
+                (true, false) if told.contains("nothing else") => "backups that copy what is lacking",
+                (_, false) => "jobs begun anew",
+            };
+            self.world.count(what, 1);
+        }
+        let mut copying = self.job.borrow_mut();
+        let Some(copying) = copying.as_mut().filter(|c| !c.instants.is_empty()) else { return Ok(()) };
+        let told = jobs.as_array().and_then(|j| j.first()).map(|j| j["resumed"].as_str().unwrap_or_default());
+        match told {
+            Some(told) if told.contains("as of the restart") => copying.instants = vec![here],
+            Some(_) => {}
+            // it ended before anybody could ask, in this life or the last one
+            None => copying.instants.push(here),
         }
         Ok(())
     }
@@ -272,11 +309,18 @@ impl Lives {
     }
 
     fn start_guest(&self, client: u32) -> Guest {
-        let habits = self.draw(|r| Habits {
+        let all = self.stage.sectors;
+        // what was overwritten in one life is not in the next, now and then
+        let sectors = if self.backups && self.draw(|r| r.chance(0.6)) { (all / 8).max(64) } else { all };
+        let mut habits = self.draw(|r| Habits {
             requests: *r.choose(&[50, 150, 400]),
             breaks_allowed: true,
-            ..Habits::drawn(r, client, self.stage.sectors)
+            ..Habits::drawn(r, client, sectors)
         });
+        if self.backups {
+            // for as long as a life may last
+            habits.pause = Duration::from_millis(self.draw(|r| *r.choose(&[2, 10, 40])));
+        }
         let dial = NbdDisk::dial(&self.outside, nbd(), "disk", Mode::Structured, self.world.verdict());
         let verdict = self.world.verdict().clone();
         Guest::start(&self.outside, habits, self.history.clone(), verdict, self.world.rng("guest"), dial)

@@ -1,5 +1,5 @@
-//! What the daemon of [`again`](super::again) is told to do: images of all kinds, mirrors in all modes between them, snapshots; and
-//! the daemon behind links, which has its own accidents.
+//! What the daemon of [`again`](super::again) is told to do: images of all kinds, mirrors in all modes and backups between them,
+//! snapshots; and the daemon behind links, which has its own accidents.
 
 use super::again::{Lives, exported_node};
 use super::plan::empty_qcow2;
@@ -83,14 +83,36 @@ impl Stage {
     }
 }
 
-/// A mirror that was started.
-#[derive(Clone, Debug)]
-pub(super) struct Mirroring {
+/// A mirror or a backup that was started.
+#[derive(Clone)]
+pub(super) struct Copying {
     target: String,
     /// To be ended by a pivot; else as a copy of one instant.
     pivots: bool,
     /// When it was told to end as a copy.
     pub(super) asked: Option<Moment>,
+    /// Of a backup: it is the disk as of one of these.
+    pub(super) instants: Vec<Instant>,
+}
+
+/// Some time in which the instant of a backup was.
+#[derive(Clone)]
+pub(super) struct Instant {
+    /// What had happened to the disk by the end of the life it was in; that life goes on if there is none yet.
+    history: Option<Rc<History>>,
+    from: Moment,
+    to: Moment,
+}
+
+impl Instant {
+    pub(super) fn new(from: Moment, to: Moment) -> Instant {
+        Instant { history: None, from, to }
+    }
+
+    /// The life that it was in has ended, and another history begins.
+    pub(super) fn freeze(&mut self, history: &History) {
+        self.history.get_or_insert_with(|| Rc::new(history.clone()));
+    }
 }
 
 impl Lives {
@@ -183,6 +205,8 @@ impl Lives {
             let device = exported_node(m).await?;
             if self.draw(|r| r.chance(0.2)) {
                 self.snapshot(m, &device).await?;
+            } else if self.backups && self.draw(|r| r.chance(0.8)) {
+                self.backup(m, &device).await?;
             } else {
                 let top = matches!(self.forms.borrow().get(&device), Some(Form::Overlay(_)));
                 let sync = if top && self.draw(|r| r.chance(0.6)) { "top" } else { "full" };
@@ -230,9 +254,41 @@ impl Lives {
         }
         // the guest's disk stays here; and a copy of what was written since the beginning is checked as one
         let pivots = form != Form::Far && sync != "none" && self.draw(|r| r.chance(0.6));
-        *self.job.borrow_mut() = Some(Mirroring { target, pivots, asked: None });
+        *self.job.borrow_mut() = Some(Copying { target, pivots, asked: None, instants: Vec::new() });
         m.must("blockdev-mirror", a).await?;
         self.world.count("mirrors", 1);
+        Ok(())
+    }
+
+    async fn backup(&self, m: &Manager, device: &str) -> Result<(), Refusal> {
+        let forms = [
+            Form::File,
+            Form::Raw,
+            Form::Qcow2(512),
+            Form::Qcow2(4096),
+            Form::Qcow2(4096),
+            Form::Qcow2(65536),
+        ];
+        let far = self.stage.far;
+        let form = self.draw(|r| if far && r.chance(0.6) { Form::Far } else { *r.choose(&forms) });
+        let target = self.add_image(m, form, true).await?;
+        let (speed, verify, by_hand) = self.draw(|r| {
+            let speed = *r.choose(&[0, 20_000, 60_000, 300_000]);
+            (speed, *r.choose(&["off", "off", "off", "full"]), r.chance(0.3))
+        });
+        let mut a = json!({"job-id": "j", "device": device, "target": target, "sync": "full", "verify": verify,
+            "speed": speed, "auto-finalize": !by_hand});
+        if form == Form::Far {
+            a["on-link-loss"] = json!({"wait": 600, "no-progress": 2});
+            // while the link is down either the client's write or the backup has to fail
+            a["on-cbw-error"] = json!("break-snapshot");
+        }
+        let begun = Instant::new(self.history.tick(), Moment::MAX);
+        *self.job.borrow_mut() = Some(Copying { target, pivots: false, asked: None, instants: vec![begun] });
+        m.must("blockdev-backup", a).await?;
+        let now = self.history.tick();
+        self.job.borrow_mut().iter_mut().flat_map(|j| &mut j.instants).for_each(|i| i.to = now);
+        self.world.count("backups", 1);
         Ok(())
     }
 
@@ -242,7 +298,7 @@ impl Lives {
         loop {
             let jobs = m.must("query-jobs", json!({})).await?;
             let Some(job) = jobs.as_array().and_then(|j| j.first()) else { break };
-            if job.get("error").is_some() {
+            if job.get("error").is_some() && !self.may_break(job) {
                 self.bad(format!("a job failed: {job}"));
             }
             if job["resumed"].as_str().is_some_and(|how| how.contains("as it was left")) {
@@ -276,9 +332,20 @@ impl Lives {
                 self.world.count("pivots", 1);
                 self.read_disk().await
             }
+            Some(job) if !job.instants.is_empty() => self.check_backup(m, &job).await,
             Some(job) => self.check_copy(m, &job).await,
             None => Ok(()),
         }
+    }
+
+    /// Whether the job is a backup that gave way to a client's write when the link was down, or whose target may have lost what a client
+    /// has overwritten since.
+    fn may_break(&self, job: &Json) -> bool {
+        let copying = self.job.borrow();
+        let form = copying.as_ref().and_then(|c| self.forms.borrow().get(&c.target).copied());
+        let reasons = ["copying old data before a write", "before it had flushed what was at"];
+        form == Some(Form::Far)
+            && job["error"].as_str().is_some_and(|e| reasons.iter().any(|r| e.contains(r)))
     }
 
     /// Whether the mirror is to end as a copy of one instant.
@@ -310,9 +377,40 @@ impl Lives {
     }
 
     /// A mirror that was told so has made a copy of one instant.
-    async fn check_copy(&self, m: &Manager, job: &Mirroring) -> Result<(), Refusal> {
+    async fn check_copy(&self, m: &Manager, job: &Copying) -> Result<(), Refusal> {
         let seen = m.job("j");
         let (Some(asked), Some(None)) = (job.asked, &seen.completed) else { return Ok(()) };
+        let Some(found) = self.read_copy(m, job).await? else { return Ok(()) };
+        self.world.count("copies checked", 1);
+        let judged = self.history.one_instant(&found, asked, seen.ended_at);
+        self.world.verdict().check(&format!("copy in {}", job.target), judged);
+        Ok(())
+    }
+
+    /// A backup is the disk as of its instant, if the last moments of the job log were not lost with a life.
+    async fn check_backup(&self, m: &Manager, job: &Copying) -> Result<(), Refusal> {
+        let log = m.must("query-job-log", json!({"id": "j"})).await?;
+        let is_its =
+            |e: &&Json| e["nodes"].as_array().is_some_and(|n| n.iter().any(|n| n["node-name"] == job.target));
+        let entry = log["jobs"].as_array().into_iter().flatten().rfind(is_its);
+        let Some(entry) = entry.filter(|e| e["outcome"] == "completed") else {
+            self.world.count("backups of which nothing is known", 1);
+            return Ok(());
+        };
+        let Some(found) = self.read_copy(m, job).await? else { return Ok(()) };
+        self.world.count("backups checked", 1);
+        let judge =
+            |i: &Instant| i.history.as_deref().unwrap_or(&self.history).one_instant(&found, i.from, i.to);
+        let judged: Vec<_> = job.instants.iter().map(judge).collect();
+        if judged.iter().all(Result::is_err) {
+            let why: Vec<String> = judged.into_iter().filter_map(Result::err).collect();
+            self.bad(format!("backup in {}: {entry}: {}", job.target, why.join("; ")));
+        }
+        Ok(())
+    }
+
+    /// What a target holds, if it is there.
+    async fn read_copy(&self, m: &Manager, job: &Copying) -> Result<Option<Vec<Value>>, Refusal> {
         let form = self.forms.borrow().get(&job.target).copied();
         let path = match form {
             Some(Form::Far) => format!("/{}.img", job.target.replacen('d', "far", 1)),
@@ -320,15 +418,12 @@ impl Lives {
         };
         let found = match form {
             Some(Form::Far | Form::File | Form::Raw) => {
-                let Some(image) = self.world.host().image(&path) else { return Ok(()) };
+                let Some(image) = self.world.host().image(&path) else { return Ok(None) };
                 values_of(&image.read(Span::new(0, self.stage.bytes())), 0)
             }
             _ => self.read_node(m, &job.target).await?,
         };
-        self.world.count("copies checked", 1);
-        let judged = self.history.one_instant(&found, asked, seen.ended_at);
-        self.world.verdict().check(&format!("copy in {}", job.target), judged);
-        Ok(())
+        Ok(Some(found))
     }
 
     async fn read_node(&self, m: &Manager, node: &str) -> Result<Vec<Value>, Refusal> {

@@ -17,7 +17,7 @@ pub mod storage;
 use crate::runner::Scenario;
 
 /// All scenarios, by the names that regressions are kept under.
-pub const SCENARIOS: [(&str, Scenario); 14] = [
+pub const SCENARIOS: [(&str, Scenario); 15] = [
     ("storage", storage::honest),
     ("serve", live::served),
     ("live", live::whole_daemon),
@@ -27,6 +27,7 @@ pub const SCENARIOS: [(&str, Scenario); 14] = [
     ("slow", chain::slow),
     ("elsewhere", chain::elsewhere),
     ("again", again::again),
+    ("instants", again::instants),
     ("nth", nth::case),
     ("replica", replica::replica),
     ("turns", replica::turns),
