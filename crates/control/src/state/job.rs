@@ -37,6 +37,12 @@ const STARTING: [&str; 8] = [
 
 /// What is told of a backup whose instant could not be kept.
 const MOVED: &str = "started again after a restart: it is the disk as of the restart";
+/// The same, of one whose target has most of it.
+const MOVED_ON: &str = "started again after a restart: it is the disk as of the restart, for which what the target may lack is copied, and nothing else";
+
+/// Why a backup with `discard-source` is not started again: copied once more, what is no longer in the source would be lost on the
+/// target, too.
+const DISCARDED: &str = "the daemon was restarted: with discard-source, what had been copied is no longer in the source, and was not copied again";
 
 pub(super) fn starts_job(command: &str) -> bool {
     STARTING.contains(&command)
@@ -163,6 +169,11 @@ impl Daemon {
         if !starts_job(command) {
             return Err(QmpError::generic(format!("'{command}' starts no job")));
         }
+        if command == "blockdev-backup" && arguments.get("discard-source") == Some(&json!(true)) {
+            self.tell_trouble(&format!("job '{id}' is not started again: {DISCARDED}"));
+            let error = json!({"message": DISCARDED, "errno": BlockError::EIO});
+            return self.remember_job(id, &json!({"type": Kind::Backup.name(), "error": error}));
+        }
         let (again, told) = in_doubt(command, &arguments);
         let mut started = self.patiently(command, &again).await;
         if started.is_err() && again.contains_key("bitmap") {
@@ -180,13 +191,15 @@ impl Daemon {
             "goes on after a restart: what the target may lack is copied, and nothing else"
         } else if goes_on(jobs::backup::with(&job, Backup::is_resumed)) {
             "goes on after a restart: it is the disk as of its start, as before"
+        } else if goes_on(jobs::backup::with(&job, Backup::has_moved)) {
+            MOVED_ON
         } else {
             told
         };
         // unless it has found out more by itself meanwhile
         let told = job.resumed().unwrap_or(told);
         job.note_resumed(told);
-        if told == MOVED {
+        if [MOVED, MOVED_ON].contains(&told) {
             self.tell_trouble(&format!("job '{id}' was {told}"));
         }
         let said = JobRecord { command: command.to_owned(), arguments };

@@ -176,6 +176,66 @@ fn an_image_that_keeps_records_in_memory_outlives_a_clean_end_only() {
 }
 
 #[test]
+fn a_backup_whose_instant_is_lost_copies_only_what_the_target_lacks() {
+    let dir = Dir::new();
+    let mut daemon = served(&dir);
+    tool(&dir, "qemu-img", &["create", "-q", "-f", "qcow2", "image.qcow2", "8M"]);
+    let mut c = daemon.client();
+    let file = json!({"driver": "file", "filename": dir.path("image.qcow2")});
+    c.command("blockdev-add", json!({"driver": "qcow2", "node-name": "image", "file": file})).unwrap();
+    backup(&mut c, &[("target", json!("image")), ("speed", json!(0)), ("auto-finalize", json!(false))]);
+    reaches(&mut c, "pending");
+    // what has been copied is known only once the target was flushed, which nobody waits for here
+    let mut copied = Vec::new();
+    while copied.last().is_none_or(|c| *c > 1 << 20) {
+        assert!(copied.len() < 20, "in each life it copied {copied:?} bytes");
+        // the target has the old bytes
+        write(&dir, 20 + copied.len() as u8, "5M 64k");
+        std::thread::sleep(std::time::Duration::from_millis(700 * copied.len() as u64));
+        drop(c);
+        daemon = killed(&dir, daemon);
+        c = daemon.client();
+        assert!(told(&mut c).contains("as of the restart"), "{}", told(&mut c));
+        let pending = reaches(&mut c, "pending");
+        copied.push(pending["current-progress"].as_u64().unwrap());
+    }
+    assert!(told(&mut c).contains("nothing else"), "{}", told(&mut c));
+    // of the place that was written to the target had the old bytes
+    assert!(copied.last().is_some_and(|c| *c > 0), "{copied:?}");
+    write(&dir, 11, "1M 64k");
+    c.command("job-finalize", json!({"id": "j"})).unwrap();
+    reaches(&mut c, "concluded");
+    write(&dir, 7, "1M 64k");
+    tool(&dir, "qemu-img", &["compare", "-U", "-f", "raw", "-F", "qcow2", "src.raw", "image.qcow2"]);
+}
+
+/// What it has copied is nowhere else: the copy is not overwritten with what its source holds now.
+#[test]
+fn a_backup_that_discards_its_source_is_not_started_again() {
+    let dir = Dir::new();
+    let daemon = served(&dir);
+    let mut c = daemon.client();
+    backup(&mut c, &[("discard-source", json!(true))]);
+    until(|| c.command("query-jobs", json!({})).unwrap()[0]["current-progress"].as_u64() > Some(0));
+    drop(c);
+    let mut daemon = killed(&dir, daemon);
+    for _ in 0..2 {
+        let mut c = daemon.client();
+        let end = reaches(&mut c, "concluded");
+        assert!(end["error"].as_str().is_some_and(|e| e.contains("with discard-source")), "{end}");
+        drop(c);
+        daemon = killed(&dir, daemon);
+    }
+    tool(&dir, "qemu-io", &["-r", "-U", "-f", "raw", "-c", "read -P 7 0 64k", "dst.raw"]);
+    let mut c = daemon.client();
+    c.command("job-dismiss", json!({"id": "j"})).unwrap();
+    drop(c);
+    daemon = killed(&dir, daemon);
+    let mut c = daemon.client();
+    assert_eq!(c.command("query-jobs", json!({})).unwrap(), json!([]));
+}
+
+#[test]
 fn an_instant_is_not_believed_if_somebody_else_may_have_written_or_the_host_was_started_anew() {
     for what in ["another file", "another start"] {
         let dir = Dir::new();
